@@ -54,9 +54,13 @@ def _explain(error: ValidationError, cls: type) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         text = f"'{name}' = {item['input']!r}: {item['msg']}" if name else item["msg"]
-        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        if item["type"] == "missing":
+            text = f"'{name}' is missing"
+        elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             near = difflib.get_close_matches(name, known, n=1)
-            text = f"unknown field '{name}'" + (f"; did you mean '{near[0]}'?" if near else f"; known fields: {', '.join(known)}")
+            text = f"unknown field '{name}'" + (
+                f"; did you mean '{near[0]}'?" if near else f"; known fields: {', '.join(known)}"
+            )
         parts.append(text)
     return "; ".join(parts)
 

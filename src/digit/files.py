@@ -135,7 +135,9 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
         with safe_open(str(path), framework="pt", device=device) as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
-        raise DigitError(f"{path} is not a readable safetensors file ({error}); it may be truncated or another format.") from error
+        raise DigitError(
+            f"{path} is not a readable safetensors file ({error}); it may be truncated or another format."
+        ) from error
 
 
 def sha256_of(path: str | Path) -> str:

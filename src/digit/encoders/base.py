@@ -1,0 +1,76 @@
+"""What an encoder is, and the explicit preprocessing between an image and its network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol, runtime_checkable
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from digit.config import config
+from digit.models.transformer import PositiveInt
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@config
+class Preprocessing:
+    """From pictures in 0..1 to what the network sees. It is saved with the encoder, so fitting and tokenizing cannot differ.
+
+    The order is that of the authors' code: normalise first, then resize (DAMO-NLP-SG/DiGIT at cd6d8ca, model.py).
+
+    Attributes:
+        image_size: side of the square images that come in; the tokenizer resizes and center-crops pictures to it.
+        resize: side that the network sees; None leaves ``image_size``. The paper: 256 in, 224 seen.
+        interpolation, antialias: how the tensor is resized (torch's names). The paper: bicubic, no antialias.
+        mean, std: per channel.
+    """
+
+    image_size: PositiveInt = 256
+    resize: PositiveInt | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = False
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Normalise and resize (B, 3, H, W) in 0..1 to (B, 3, h, w)."""
+        mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
+        x = (images - mean) / std
+        size = self.resize
+        if size is None or (size, size) == tuple(x.shape[-2:]):
+            return x
+        return F.interpolate(x, size=(size, size), mode=self.interpolation, antialias=self.antialias)  # (B, 3, h, w)
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """A frozen network from images to patch features.
+
+    Attributes:
+        preprocessing: applied inside :meth:`__call__`.
+        dim: width D of a feature.
+        grid: (rows, columns) of the features of one image; N = rows * columns, row by row.
+    """
+
+    preprocessing: Preprocessing
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 3, S, S) in 0..1, S = ``preprocessing.image_size``, to features (B, N, D)."""
+        ...
+
+    def to(self, *args: object, **kwargs: object) -> Encoder:
+        """Move to a device or dtype, as :meth:`torch.nn.Module.to`."""
+        ...
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        ...

@@ -1,0 +1,1 @@
+"""One transformer, and the token models built from it."""

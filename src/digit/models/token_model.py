@@ -1,0 +1,229 @@
+"""The token model: one network for the prior, the AR decoder, the masked decoder and the VQ-token baselines.
+
+A sequence is ``[prefix | start | tokens]``. The prefix are the semantic tokens a decoder is conditioned on (the prior has none);
+the start position holds the class, or a learned start vector where there is no class; the tokens are what the model predicts.
+
+| role | prefix | attention | the output at a place is |
+|---|---|---|---|
+| prior (stage 1), VQ prior | - | causal | the next token |
+| AR decoder (stage 2) | semantic | causal | the next VQ token |
+| masked decoder (stage 2), MaskGIT | semantic or - | both ways | the token that a mask hides there |
+
+Ids are plain: 0..vocab_size-1. Start, class and mask are embeddings of their own. The null class of classifier-free guidance *is*
+the start vector: dropping a label in training (``class_dropout``) and generating without one are the same thing.
+
+Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; [0] Chang et al. 2022, arXiv 2202.04200
+(MaskGIT); [1] Ho & Salimans 2022, arXiv 2207.12598 (label dropout).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from digit.config import config
+from digit.errors import DigitError
+from digit.models.transformer import KVCache, PositiveInt, Probability, Transformer, TransformerConfig, init_weights
+
+NO_LABEL = -1
+"""In a tensor of labels: no class, the learned start vector."""
+
+
+@config
+class TokenModelConfig:
+    """What a token model reads and predicts.
+
+    Attributes:
+        role: "prior", "ar" or "masked"; see the module's table. It fixes ``transformer.causal``.
+        vocab_size: how many ids it predicts (K for a prior over semantic tokens, V over VQ tokens).
+        length: tokens an image (256 for 16 x 16).
+        prefix_vocab_size, prefix_length: the semantic tokens in front; 0 for none.
+        num_classes: 0 for an unconditional model.
+        class_dropout: probability that a training label is replaced by the start vector; 0 makes guidance impossible.
+        embedding_scale: token, start and class vectors are multiplied by it (the paper's code: sqrt(dim)); positions are not.
+        label_smoothing: of the training loss.
+        transformer: the network.
+    """
+
+    role: Literal["prior", "ar", "masked"]
+    vocab_size: PositiveInt
+    length: PositiveInt
+    prefix_vocab_size: Annotated[int, Field(ge=0)] = 0
+    prefix_length: Annotated[int, Field(ge=0)] = 0
+    num_classes: Annotated[int, Field(ge=0)] = 0
+    class_dropout: Probability = 0.1
+    embedding_scale: float = 1.0
+    label_smoothing: Probability = 0.0
+    transformer: TransformerConfig
+
+    def __post_init__(self) -> None:
+        if (self.prefix_vocab_size == 0) != (self.prefix_length == 0):
+            raise ValueError("prefix_vocab_size and prefix_length go together: both 0, or both positive")
+        if self.transformer.causal == (self.role == "masked"):
+            raise ValueError(f"role '{self.role}' needs transformer.causal = {self.role != 'masked'}")
+
+    @property
+    def can_guide(self) -> bool:
+        """Whether classifier-free guidance has an unconditional half that was trained."""
+        return self.num_classes > 0 and self.class_dropout > 0
+
+
+class TokenModel(nn.Module):
+    """Embeddings, the transformer and the output head. See the module for the layout of a sequence."""
+
+    def __init__(self, config: TokenModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.transformer.dim
+        self.token_embedding = nn.Embedding(config.vocab_size, dim)
+        self.position_embedding = nn.Embedding(1 + config.length, dim)  # row 0: the start position
+        self.start = nn.Parameter(torch.empty(dim))
+        self.class_embedding = nn.Embedding(config.num_classes, dim) if config.num_classes else None
+        self.mask_vector = nn.Parameter(torch.empty(dim)) if config.role == "masked" else None
+        self.prefix_embedding = nn.Embedding(config.prefix_vocab_size, dim) if config.prefix_length else None
+        self.prefix_position_embedding = nn.Embedding(config.prefix_length, dim) if config.prefix_length else None
+        self.transformer = Transformer(config.transformer)
+        self.head = nn.Linear(dim, config.vocab_size, bias=False)
+        # tables that are multiplied by embedding_scale start smaller, so that a position counts as much as a token
+        init_weights(self)
+        for name in ("start", "mask_vector"):
+            if getattr(self, name) is not None:
+                nn.init.normal_(getattr(self, name), std=0.02)
+        if config.embedding_scale != 1.0:
+            for table in (self.token_embedding, self.class_embedding, self.prefix_embedding):
+                if table is not None:
+                    nn.init.normal_(table.weight, std=dim**-0.5)
+
+    # -- embeddings --------------------------------------------------------------------------------------------------------
+
+    def embed_start(self, labels: Tensor | None, batch: int) -> Tensor:
+        """The vectors at the start position, (B, 1, D), without their position: the class, or the start vector."""
+        start = self.start.expand(batch, -1)  # (B, D)
+        if labels is not None and self.class_embedding is not None:
+            classes = self.class_embedding(labels.clamp(min=0))  # (B, D)
+            start = torch.where((labels >= 0)[:, None], classes, start)
+        return start[:, None] * self.config.embedding_scale
+
+    def embed_prefix(self, prefix: Tensor) -> Tensor:
+        """Semantic ids (B, P) to vectors (B, P, D) with their positions."""
+        if self.prefix_embedding is None or self.prefix_position_embedding is None:
+            raise DigitError("This model takes no semantic prefix, but one was given; only decoders do.")
+        return self.prefix_embedding(prefix) * self.config.embedding_scale + self.prefix_position_embedding.weight
+
+    def embed_tokens(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Ids (B, n) to vectors (B, n, D) without positions; where ``mask`` (B, n) is True the mask vector stands."""
+        x: Tensor = self.token_embedding(tokens)
+        if mask is not None:
+            if self.mask_vector is None:
+                raise DigitError(f"A mask was given to a model of role '{self.config.role}'; only role 'masked' takes one.")
+            x = torch.where(mask[..., None], self.mask_vector, x)
+        return x * self.config.embedding_scale
+
+    def embed(
+        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The transformer's input (B, P + 1 + n, D) for n <= length tokens."""
+        self._check(tokens, labels, prefix)
+        x = torch.cat([self.embed_start(labels, len(tokens)), self.embed_tokens(tokens, mask)], dim=1)  # (B, 1 + n, D)
+        x = x + self.position_embedding.weight[: x.shape[1]]
+        return x if prefix is None else torch.cat([self.embed_prefix(prefix), x], dim=1)
+
+    def _check(self, tokens: Tensor, labels: Tensor | None, prefix: Tensor | None) -> None:
+        c = self.config
+        if tokens.shape[1] > c.length:
+            raise DigitError(f"{tokens.shape[1]} tokens an image were given; this model was built for {c.length}.")
+        if (prefix is not None) != bool(c.prefix_length) or (prefix is not None and prefix.shape[1] != c.prefix_length):
+            given = "none" if prefix is None else str(prefix.shape[1])
+            raise DigitError(f"The semantic prefix has {given} tokens; this model expects {c.prefix_length or 'none'}.")
+        if labels is not None and not c.num_classes and bool((labels >= 0).any()):
+            raise DigitError("Class labels were given to an unconditional model; leave them out.")
+
+    # -- whole sequences ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Logits for tokens that are all known (teacher forcing), or for masked ones.
+
+        Args:
+            tokens: (B, n) ids, n <= length.
+            labels: (B,) classes, ``NO_LABEL`` for none; None is all none.
+            prefix: (B, P) semantic ids, for decoders.
+            mask: (B, n) bool, True where the token is hidden; role "masked" only.
+
+        Returns:
+            Role "masked": (B, n, vocab), place i predicts token i. Else (B, n + 1, vocab), place i predicts token i from the
+            tokens before it; the last place stands after all that were given.
+        """
+        x = self.transformer(self.embed(tokens, labels, prefix, mask))
+        skip = self.config.prefix_length + (1 if self.config.role == "masked" else 0)
+        logits: Tensor = self.head(x[:, skip:])
+        return logits
+
+    def states(self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None) -> list[Tensor]:
+        """The embedding and every block's output, L + 1 tensors (B, P + 1 + n, D): the linear probe's features."""
+        return self.transformer.states(self.embed(tokens, labels, prefix))
+
+    def loss(
+        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Cross entropy in nats and its parts.
+
+        For role "masked" the mean runs over the masked places of the whole batch, else over all tokens.
+
+        Returns:
+            The loss with label smoothing, and ``{"nll", "accuracy"}`` without.
+        """
+        if self.config.role == "masked":
+            if mask is None:
+                raise DigitError("The loss of a masked decoder needs the mask that hides the tokens to predict.")
+            logits, targets = self(tokens, labels, prefix, mask)[mask], tokens[mask]  # (m, vocab), (m,)
+        else:
+            logits = self(tokens[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
+            targets = tokens.flatten()
+        logits = logits.float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+        with torch.no_grad():
+            nll = F.cross_entropy(logits, targets) if self.config.label_smoothing else loss.detach()
+            accuracy = (logits.argmax(-1) == targets).float().mean()
+        return loss, {"nll": nll, "accuracy": accuracy}
+
+    def drop_labels(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Replace labels (B,) by ``NO_LABEL`` with probability ``class_dropout``: what makes guidance possible later."""
+        drop = torch.rand(labels.shape, generator=generator, device=labels.device) < self.config.class_dropout
+        return torch.where(drop, torch.full_like(labels, NO_LABEL), labels)
+
+    # -- token by token ----------------------------------------------------------------------------------------------------
+
+    def new_cache(self, batch: int) -> KVCache:
+        """An empty cache for ``batch`` sequences of full length, on the model's device and in its dtype."""
+        # the last token is never an input
+        length = self.config.prefix_length + self.config.length
+        return KVCache(self.config.transformer, batch, length, self.start.device, self.start.dtype)
+
+    def prefill(
+        self,
+        cache: KVCache,
+        batch: int,
+        labels: Tensor | None = None,
+        prefix: Tensor | None = None,
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Run prefix, start and any given tokens (B, n) in one pass; the logits (B, vocab) of the next token."""
+        if tokens is None:
+            tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.start.device)
+        x = self.embed(tokens, labels, prefix)
+        x = self.transformer(x, cache, torch.arange(x.shape[1], device=x.device))
+        logits: Tensor = self.head(x[:, -1])
+        return logits
+
+    def step(self, cache: KVCache, token: Tensor, index: Tensor) -> Tensor:
+        """Feed token number ``index`` (a () int64 tensor), ids (B,); the logits (B, vocab) of token ``index + 1``."""
+        x = self.embed_tokens(token[:, None]) + self.position_embedding(index + 1)  # (B, 1, D)
+        x = self.transformer(x, cache, index + 1 + self.config.prefix_length)
+        logits: Tensor = self.head(x[:, -1])
+        return logits

@@ -1,0 +1,183 @@
+"""The one transformer that every role in the house uses: causal or not, norm before or after, with or without a KV cache.
+
+It sees vectors only. What a token, a position or a class is belongs to :mod:`digit.models.token_model`.
+
+Sources: [0] Vaswani et al. 2017, section 3 (post-norm). [1] Xiong et al. 2020, arXiv 2002.04745 (pre-norm). The arithmetic of the
+published checkpoints (fairseq 0.12.2, DAMO-NLP-SG/DiGIT at cd6d8ca) is reproduced exactly: biases everywhere, exact GELU.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from digit.config import config
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+@config
+class TransformerConfig:
+    """The shape of a transformer.
+
+    Attributes:
+        dim: width D.
+        depth: number of blocks L.
+        heads: attention heads; must divide ``dim``.
+        ffn_dim: hidden width of the feed-forward layers; 4 x dim when None.
+        norm: "pre" (norm inside the residual branch, and one after the last block) or "post" (after the sum, none at the end).
+        causal: each position sees itself and what is before it; False sees everything.
+        dropout: after the embedding sum, the attention output and the feed-forward output.
+        norm_eps: epsilon of every LayerNorm.
+    """
+
+    dim: PositiveInt
+    depth: PositiveInt
+    heads: PositiveInt
+    ffn_dim: PositiveInt | None = None
+    norm: Literal["pre", "post"] = "pre"
+    causal: bool = True
+    dropout: Probability = 0.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"heads={self.heads} does not divide dim={self.dim}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.heads
+
+
+class KVCache:
+    """Keys and values of every block for a fixed number of positions, allocated once and filled in place.
+
+    Attributes:
+        keys, values: (L, B, H, T, d) with T the longest sequence the cache can hold.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, batch: int, length: int, device: torch.device | str, dtype: torch.dtype
+    ) -> None:
+        shape = (config.depth, batch, config.heads, length, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+
+    @property
+    def length(self) -> int:
+        """How many positions fit."""
+        return self.keys.shape[3]
+
+    @property
+    def bytes(self) -> int:
+        """Memory it occupies."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through PyTorch's fused kernel."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.heads, self.causal = config.heads, config.causal
+        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, position: Tensor | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            x: (B, T, D).
+            cache: keys and values of this block, (B, H, S, d) each. They are filled at ``position``.
+            position: () or (T,) int64, where the T inputs stand in the cache; everything up to each of them is attended to.
+        """
+        b, t, d = x.shape
+        q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 of (B, H, T, d)
+        if cache is None or position is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, H, T, d)
+        else:
+            keys, values = cache
+            position = position.view(-1)  # (T,)
+            keys.index_copy_(2, position, k.to(keys.dtype))
+            values.index_copy_(2, position, v.to(values.dtype))
+            visible = torch.arange(keys.shape[2], device=x.device) <= position[:, None]  # (T, S)
+            y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=visible)  # (B, H, T, d)
+        projected: Tensor = self.out(y.transpose(1, 2).reshape(b, t, d))  # (B, T, D)
+        return projected
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its residual and its norm."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        ffn_dim = config.ffn_dim or 4 * config.dim
+        self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.attention = Attention(config)
+        self.ffn_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.ffn_in = nn.Linear(config.dim, ffn_dim)
+        self.ffn_out = nn.Linear(ffn_dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, position: Tensor | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); the arguments are those of :meth:`Attention.forward`."""
+        if self.pre_norm:
+            x = x + self.dropout(self.attention(self.attention_norm(x), cache, position))
+            return x + self.dropout(self._ffn(self.ffn_norm(x)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, cache, position)))
+        normed: Tensor = self.ffn_norm(x + self.dropout(self._ffn(x)))
+        return normed
+
+    def _ffn(self, x: Tensor) -> Tensor:
+        hidden: Tensor = self.ffn_out(F.gelu(self.ffn_in(x)))  # (B, T, F) inside
+        return hidden
+
+
+class Transformer(nn.Module):
+    """A stack of blocks over vectors (B, T, D)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, position: Tensor | None = None) -> Tensor:
+        """Map embeddings (B, T, D) to the last, normed states (B, T, D).
+
+        With a ``cache``, ``position`` () or (T,) says where the inputs stand; see :meth:`Attention.forward`.
+        """
+        x = self.dropout(x)
+        for index, block in enumerate(self.blocks):
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, None if cache is None else (cache.keys[index], cache.values[index]), position)
+        out: Tensor = self.norm(x)
+        return out
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: what a linear probe reads."""
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states
+
+
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """Normal(0, std) for matrices and tables, zero for biases (GPT-2's choice); norms keep ones and zeros."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            nn.init.normal_(part.weight, std=std)
+        if isinstance(part, nn.Linear) and part.bias is not None:
+            nn.init.zeros_(part.bias)

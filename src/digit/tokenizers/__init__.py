@@ -1,0 +1,1 @@
+"""From images to discrete tokens: k-means codebooks over encoder features, and the VQGAN."""
