@@ -1,0 +1,1 @@
+"""Measurements: fidelity of generated images, reconstruction, stability, probes, and the toy figure."""

