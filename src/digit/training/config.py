@@ -1,0 +1,88 @@
+"""How a component is trained: the ``training`` section of a preset."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from digit.config import config
+from digit.models.transformer import PositiveInt, Probability
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+@config
+class TrainingConfig:
+    """Everything about a run that is not the model or the data.
+
+    The defaults are the paper's stage 1 (section 4; DAMO-NLP-SG/DiGIT at cd6d8ca, config/stage1), except for the length.
+
+    Attributes:
+        steps, epochs: the length of the run; exactly one of them.
+        batch_size: examples a step over all processes and accumulation.
+        accumulation: parts that a process cuts its share of the batch into, one after the other: less memory, same gradient.
+        precision: "no" is float32; "bf16" and "fp16" compute in 16 bits and keep the weights in float32.
+        lr: the highest learning rate.
+        betas, eps, weight_decay, fused: of AdamW; ``fused`` None uses the fused kernel on CUDA.
+        schedule: "inverse_sqrt" (lr * sqrt(warmup / step)), "cosine" (to ``final_lr``) or "constant", after a linear warm-up.
+        warmup_steps, warmup_from: length and first value of the warm-up.
+        final_lr: where the cosine ends.
+        clip_norm: largest norm of the gradient; 0 does not clip.
+        ema_decay: of the exponential moving average of the weights, which then is what is validated and exported; 0 is off.
+        z_loss: weight of mean(log Z ^ 2), which keeps the logits of token models from drifting (PaLM, arXiv 2204.02311, sec. 5).
+        compile: use torch.compile.
+        gradient_checkpointing: recompute activations of transformers in the backward pass: less memory, a third more time.
+        seed: of initial weights, data order and every random choice.
+        log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never (the end of a run always validates and
+            leaves a checkpoint).
+        keep_checkpoints: how many of the newest to keep.
+        workers: data loading processes.
+    """
+
+    steps: PositiveInt | None = None
+    epochs: Positive | None = None
+    batch_size: PositiveInt
+    accumulation: PositiveInt = 1
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    lr: Positive = 3e-4
+    betas: tuple[Probability, Probability] = (0.9, 0.98)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.01
+    fused: bool | None = None
+    schedule: Literal["inverse_sqrt", "cosine", "constant"] = "inverse_sqrt"
+    warmup_steps: NonNegativeInt = 6250
+    warmup_from: NonNegative = 1e-7
+    final_lr: NonNegative = 0.0
+    clip_norm: NonNegative = 1.0
+    ema_decay: Probability = 0.0
+    z_loss: NonNegative = 0.0
+    compile: bool = False
+    gradient_checkpointing: bool = False
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 50
+    validate_every: NonNegativeInt = 1000
+    checkpoint_every: NonNegativeInt = 1000
+    sample_every: NonNegativeInt = 0
+    keep_checkpoints: PositiveInt = 3
+    workers: NonNegativeInt = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.schedule == "inverse_sqrt" and not self.warmup_steps:
+            raise ValueError(
+                "schedule 'inverse_sqrt' needs warmup_steps > 0, for lr * sqrt(warmup_steps / step) has its scale from it"
+            )
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+
+    def total_steps(self, examples: int) -> int:
+        """Steps of the run over a dataset of ``examples`` images; a last part of a batch counts as a step."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, math.ceil(self.epochs * examples / self.batch_size))
