@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from digit.data.dataset import cache_folder
 from digit.errors import DigitError, require
-from digit.evaluation.weights import cache_folder, download, read_from_package, read_from_zip
+from digit.evaluation.weights import download, read_from_package, read_from_zip
 from digit.files import read_tensors, write_file, write_tensors
 
 FEATURE_WIDTH = 2048

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -15,11 +14,6 @@ from pathlib import Path
 
 from digit.errors import DigitError
 from digit.files import sha256_of, write_file
-
-
-def cache_folder() -> Path:
-    """The folder for downloaded and converted files: ``$DIGIT_CACHE``, or ``~/.cache/digit``."""
-    return Path(os.environ.get("DIGIT_CACHE") or Path.home() / ".cache" / "digit")
 
 
 def check_sha256(path: Path, expected: str) -> None:

