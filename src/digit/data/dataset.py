@@ -1,0 +1,283 @@
+"""Image datasets: one map-style class over every source, and the folder format that this package writes.
+
+The format: a folder with ``dataset.json`` (name, classes, counts, image size, source, licence, checksum), tar shards in the
+WebDataset convention (``train-00000.tar`` with ``KEY.png`` and ``KEY.cls``), and for each split an index
+(``train.index.npz``). The shards stream with any WebDataset reader; through the index any image is one read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from digit.data.images import decode
+from digit.data.shards import ShardIndex
+from digit.data.sources import FolderSource, HubSource, ShardSource, Source, SubsetSource, open_folder, open_tars
+from digit.errors import DigitError, require
+from digit.files import read_json
+from digit.progress import bar, track
+
+FORMAT = "digit-dataset"
+VERSION = 1
+_SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+_MEMORY_BYTES = 2 << 30
+_CHUNK = 512
+
+
+class Sample(NamedTuple):
+    """One image of a dataset."""
+
+    image: Image.Image
+    """8-bit RGB."""
+    label: int
+    """Class id, or -1 for none."""
+    key: str
+
+
+class _Where(NamedTuple):
+    """The name of an image for an error; made into text only then, for that takes longer than reading a small image."""
+
+    source: Source
+    i: int
+
+    def __str__(self) -> str:
+        return self.source.where(self.i)
+
+
+class ImageDataset:
+    """Images by number: ``ds[i] -> Sample``. Reading is safe from many threads.
+
+    Attributes:
+        name: of the dataset.
+        split: such as "train".
+        classes: class names; empty if there are no classes.
+        image_size: (width, height) if all images are known to have it, else None.
+        labels: (n,) int64, -1 for none.
+    """
+
+    def __init__(
+        self, source: Source, name: str, split: str, classes: Sequence[str] = (), image_size: tuple[int, int] | None = None
+    ) -> None:
+        self.source, self.name, self.split = source, name, split
+        self.classes, self.image_size, self.labels = tuple(classes), image_size, source.labels
+        self._arrays: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> Sample:
+        """Image ``i``; negative counts from the end.
+
+        Raises:
+            IndexError: there is no such image.
+            DigitError: names the file or the shard: missing, damaged or changed.
+        """
+        n = len(self)
+        if not -n <= i < n:
+            raise IndexError(f"image {i} of {n}")
+        i = int(i) % n
+        image = decode(self.source.read(i), _Where(self.source, i)).image
+        return Sample(image, int(self.labels[i]), self.source.key(i))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hexadecimal digits that identify the content: keys, labels, class names and the images' bytes.
+
+        For our own format all bytes count; for other sources every length and the bytes of up to 1,024 images.
+        """
+        return hashlib.sha256(json.dumps(self.classes).encode() + self.source.fingerprint().encode()).hexdigest()
+
+    def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageDataset:
+        """A dataset of these images, in this order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return ImageDataset(SubsetSource(self.source, chosen), self.name, self.split, self.classes, self.image_size)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether :meth:`arrays` is known to work and to stay under 2 GiB."""
+        return self.image_size is not None and len(self) * self.image_size[0] * self.image_size[1] * 3 <= _MEMORY_BYTES
+
+    def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """All images (n, H, W, 3) uint8 and labels (n,) int64, decoded once and kept; do not write into them.
+
+        Raises:
+            DigitError: the images have more than one size, or would take more than 2 GiB.
+        """
+        with self._lock:
+            if self._arrays is None:
+                self._arrays = self._decode_all()
+        return self._arrays, self.labels
+
+    def verify(self) -> None:
+        """Read and decode every image.
+
+        Raises:
+            DigitError: names the first shard or file that is damaged or changed.
+        """
+        for i in track(range(len(self)), f"Verifying {self.name} {self.split}"):
+            self[i]
+
+    def _decode_all(self) -> NDArray[np.uint8]:
+        width, height = self.image_size or self[0].image.size
+        if len(self) * width * height * 3 > _MEMORY_BYTES:
+            raise DigitError(
+                f"{self.name} {self.split} has {len(self):,} images of {width}x{height}, too many to hold in memory; "
+                "import them smaller with: digit data folder SRC --size N --out DIR"
+            )
+        pixels = np.empty((len(self), height, width, 3), dtype=np.uint8)
+
+        def fill(start: int) -> int:
+            stop = min(start + _CHUNK, len(self))
+            for i in range(start, stop):
+                image = self[i].image
+                if image.size != (width, height):
+                    raise DigitError(
+                        f"{self.source.where(i)} is {image.width}x{image.height}, others are {width}x{height}; import them at "
+                        "one size with: digit data folder SRC --size N --out DIR"
+                    )
+                pixels[i] = np.asarray(image)
+            return stop - start
+
+        with bar(f"Decoding {self.name} {self.split}", len(self)) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+            for count in pool.map(fill, range(0, len(self), _CHUNK)):
+                progress.advance(count)
+        return pixels
+
+
+def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
+    """Open images wherever they are.
+
+    Args:
+        path: a folder made by ``digit data``; a plain folder of images, flat or class-per-folder, with or without a level
+            ``train/``, ``val/`` above; WebDataset tar shards (a file, a folder, or a pattern such as ``"shards/*.tar"``),
+            whose index is built once; or the id of a Hub dataset such as ``"uoft-cs/cifar10"``. What exists on disk comes
+            before the Hub.
+        split: which part; a source that is not divided is all ``"train"``.
+
+    Raises:
+        DigitError: nothing was found (it says what was tried), no such split, or a shard is missing, damaged or changed.
+    """
+    text, place = str(path), Path(path)
+    if place.is_dir():
+        if (place / "dataset.json").is_file():
+            return _open_own(place, split)
+        if tars := sorted(place.glob("*.tar")):
+            return _open_tars(tars, place.name, split)
+        return _open_folder(place, split)
+    if place.is_file() and place.suffix == ".tar":
+        return _open_tars([place], place.stem, split)
+    if place.is_file():
+        raise DigitError(f"{place} is a file, expected a folder of images, tar shards, or a dataset made by `digit data`.")
+    if any(character in text for character in "*?["):
+        found = sorted(place.parent.glob(place.name))
+        if not found:
+            raise DigitError(f"No file matches {text}.")
+        return _open_tars(found, place.parent.name, split)
+    return _open_hub(text, split)
+
+
+def cache_folder() -> Path:
+    """Where downloads and indices are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else ``~/.cache/digit``."""
+    if folder := os.environ.get("DIGIT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """The ``dataset.json`` of a folder in this package's format.
+
+    Raises:
+        DigitError: it is missing, of another kind, or of a newer version.
+    """
+    info = read_json(folder / "dataset.json")
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise DigitError(f"{folder / 'dataset.json'} does not describe a dataset made by `digit data`.")
+    if info.get("version") != VERSION:
+        raise DigitError(
+            f"{folder} is a dataset of format version {info.get('version')}; this release reads version {VERSION}. "
+            "Build the dataset again or install a matching release."
+        )
+    return info
+
+
+def _open_own(folder: Path, split: str) -> ImageDataset:
+    info = read_description(folder)
+    if split not in info["splits"]:
+        raise DigitError(f"The dataset {folder} has no split '{split}'; it has: {', '.join(info['splits'])}.")
+    index = ShardIndex.load(folder / f"{split}.index.npz")
+    if index.fingerprint() != info["splits"][split]["checksum"]:
+        raise DigitError(
+            f"The index {folder / f'{split}.index.npz'} does not match the checksum in dataset.json: one of them has changed. "
+            "Copy or build the dataset again."
+        )
+    size = tuple(info["image_size"]) if info["image_size"] else None
+    return ImageDataset(ShardSource(folder, index), info["name"], split, info["classes"], size)
+
+
+def _open_folder(folder: Path, split: str) -> ImageDataset:
+    parts = sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
+    divided = bool(parts) and set(parts) <= _SPLIT_NAMES
+    if split not in (parts if divided else ["train"]):
+        raise DigitError(
+            f"The folder {folder} has no split '{split}'; "
+            + (f"it has: {', '.join(parts)}." if divided else "it is not divided.")
+        )
+    source, classes = open_folder(folder / split if divided else folder)
+    return ImageDataset(source, folder.name, split, classes)
+
+
+def _open_tars(paths: Sequence[Path], name: str, split: str) -> ImageDataset:
+    parts = {re.split(r"[-_.]", path.name)[0] for path in paths}
+    divided = parts <= _SPLIT_NAMES
+    if split not in (parts if divided else {"train"}):
+        raise DigitError(
+            f"The shards of {paths[0].parent} have no split '{split}'; "
+            + (f"they have: {', '.join(sorted(parts))}." if divided else "they are not divided.")
+        )
+    chosen = [path for path in paths if path.name.startswith(split)] if divided else list(paths)
+    source = open_tars(chosen, cache_folder())
+    count = int(source.labels.max(initial=-1)) + 1
+    return ImageDataset(source, name, split, [str(i) for i in range(count)])
+
+
+def _open_hub(name: str, split: str) -> ImageDataset:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DigitError(f"There is no folder or file {name}.")
+    tried = f"There is no folder or file {name}, so a Hub dataset of that name was tried"
+    try:
+        datasets = require("datasets", "data", "opening a Hub dataset")
+    except DigitError as error:
+        raise DigitError(f"{tried}, but {error}") from error
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises many types, down to those of its HTTP client
+        raise DigitError(
+            f"{tried} (the local cache first, then the Hub), which failed: {str(error).splitlines()[0]}"
+        ) from error
+    source = HubSource(rows, name)
+    return ImageDataset(source, name, split, source.classes)
+
+
+__all__ = [
+    "FolderSource",
+    "HubSource",
+    "ImageDataset",
+    "Sample",
+    "ShardSource",
+    "cache_folder",
+    "open_dataset",
+    "read_description",
+]
