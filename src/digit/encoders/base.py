@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from digit.config import config
 from digit.models.transformer import PositiveInt
@@ -58,10 +60,14 @@ class Encoder(Protocol):
     preprocessing: Preprocessing
 
     @property
-    def dim(self) -> int: ...
+    def dim(self) -> int:
+        """Width D of a feature."""
+        ...
 
     @property
-    def grid(self) -> tuple[int, int]: ...
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the features of one image."""
+        ...
 
     def __call__(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in 0..1, S = ``preprocessing.image_size``, to features (B, N, D)."""
@@ -74,3 +80,16 @@ class Encoder(Protocol):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
         ...
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """SHA-256 of a module's weights as float32 values, 64 hexadecimal digits.
+
+    Neither the names nor the order of the tensors count: they differ between versions of transformers.
+    """
+    digests = []
+    for value in module.state_dict().values():
+        plain = value.detach().cpu()
+        plain = plain.float() if plain.is_floating_point() else plain
+        digests.append(hashlib.sha256(plain.contiguous().view(-1).view(torch.uint8).numpy()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

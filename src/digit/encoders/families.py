@@ -1,0 +1,194 @@
+"""The networks of `transformers` that serve as encoders: one row of facts a family, and how such a network is built and filled.
+
+Files are written and read through `transformers`' own save and load, so tensors on disk carry the names that the public hub
+uses, whatever names the installed version gives them in memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from digit.encoders.base import IMAGENET_MEAN, IMAGENET_STD
+from digit.errors import DigitError, require
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the networks.
+
+    Attributes:
+        network: class name in transformers; its config class is the same with "Config" for "Model".
+        norm: name of the layer norm after the last block.
+        prefix: tokens before the patches, registers not counted.
+        interpolate: positions of another grid must be asked for in the call.
+        options: fields of the network's config that are always set so.
+        arguments: further arguments of the network's constructor.
+        mean, std: of the pixels the family was trained on.
+    """
+
+    network: str
+    norm: str = "layernorm"
+    prefix: int = 1
+    interpolate: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+_HALF = (0.5, 0.5, 0.5)
+FAMILIES = {
+    "dinov2": Family("Dinov2Model"),
+    "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
+    "dinov3_vit": Family("DINOv3ViTModel", norm="norm"),
+    # DINO v1, iBOT and MoCo v3 are plain ViTs
+    "vit": Family("ViTModel", interpolate=True, arguments={"add_pooling_layer": False}),
+    "vit_mae": Family("ViTMAEModel", interpolate=True, options={"mask_ratio": 0.0}),
+    "ijepa": Family("IJepaModel", prefix=0, interpolate=True),
+    "siglip_vision_model": Family(
+        "SiglipVisionModel",
+        norm="post_layernorm",
+        prefix=0,
+        interpolate=True,
+        options={"vision_use_head": False},
+        mean=_HALF,
+        std=_HALF,
+    ),
+}
+
+# written by transformers about a whole network, its outputs or its file; wrong or idle for a part of its blocks
+_IDLE_FIELDS = {
+    *("out_features", "out_indices", "stage_names", "architectures", "transformers_version", "torch_dtype", "dtype"),
+    *("_name_or_path", "_attn_implementation_autoset", "id2label", "label2id"),
+}
+
+
+def plain_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The vision network's own config out of a `transformers` config.json.
+
+    Raises:
+        DigitError: a family that is not in :data:`FAMILIES`.
+    """
+    if "vision_config" in values:  # SigLIP: an image and a text network in one file
+        parent = str(values.get("model_type"))
+        values = {"model_type": f"{parent}_vision_model", **values["vision_config"]}
+    if values.get("model_type") not in FAMILIES:
+        raise DigitError(
+            f"{where} is a '{values.get('model_type')}' network; encoders are of the families: {', '.join(FAMILIES)}."
+        )
+    return {name: value for name, value in values.items() if name not in _IDLE_FIELDS}
+
+
+def network_config(hf_config: Mapping[str, Any], blocks: int | None = None) -> Any:
+    """A `transformers` config object.
+
+    Args:
+        hf_config: "model_type" and the family's fields; what is missing takes the family's default.
+        blocks: keep this many of its blocks; None keeps all.
+
+    Raises:
+        DigitError: an unknown family or a field that its config refuses.
+    """
+    name = str(hf_config.get("model_type"))
+    values = {**plain_config(hf_config, "The encoder config"), **FAMILIES[name].options}
+    values.pop("model_type")
+    if blocks is not None:
+        values["num_hidden_layers"] = blocks
+    config_class = _transformers_class(FAMILIES[name].network.replace("Model", "Config"))
+    try:
+        return config_class(**values)
+    except Exception as error:  # the exception's class differs between versions of transformers
+        raise DigitError(f"transformers refuses this '{name}' config: {error}") from error
+
+
+def build_network(family: Family, config: Any) -> nn.Module:
+    """A network with random weights; on the meta device where that is torch's default."""
+    network: nn.Module = _transformers_class(family.network)(config, **family.arguments)
+    return network
+
+
+def load_network(family: Family, config: Any, source: Path | Mapping[str, Tensor], where: str) -> nn.Module:
+    """A network with weights, in float32. Tensors of blocks that the config leaves out, of heads and poolers are not read.
+
+    Args:
+        family: its facts.
+        config: from :func:`network_config`.
+        source: a folder with ``model.safetensors`` (or what else transformers reads), or tensors by their names on the hub.
+        where: what is being read, for the message.
+
+    Raises:
+        DigitError: tensors are missing or of another shape, or the file cannot be read; the message names them.
+    """
+    in_memory = isinstance(source, Mapping)
+    try:
+        with quiet_transformers():
+            network, info = _transformers_class(family.network).from_pretrained(
+                None if in_memory else str(source),
+                config=config,
+                state_dict=dict(source) if isinstance(source, Mapping) else None,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                **family.arguments,
+            )
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError) as error:
+        raise DigitError(
+            f"The weights of {where} could not be read: {str(error).strip().splitlines()[0]} "
+            "The file may be missing, truncated, or of another kind."
+        ) from error
+    _check_loading(info, where)
+    result: nn.Module = network.float()
+    return result
+
+
+def _check_loading(info: Mapping[str, Any], where: str) -> None:
+    blocks = [int(match.group(1)) for name in info["missing_keys"] if (match := re.search(r"layers?\.(\d+)\.", name))]
+    if blocks and all(re.search(r"layers?\.\d+\.", name) for name in info["missing_keys"]):
+        raise DigitError(
+            f"The weights of {where} lack {len(info['missing_keys'])} tensors of block {min(blocks)} and later ones, such as "
+            f"{min(info['missing_keys'])}. If it was saved with fewer blocks, ask for an earlier layer (layer=-3 or below)."
+        )
+    problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
+    problems += [f"wrong shape: {' '.join(str(part) for part in item)}" for item in sorted(info["mismatched_keys"])]
+    if problems:
+        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
+        raise DigitError(f"The weights of {where} do not fit its config: {shown}.")
+
+
+def final_norm_name(family: Family, network: nn.Module) -> str:
+    """Where the norm after the last block lives: its dotted name in this version of transformers."""
+    paths: list[str] = [name for name, _ in network.named_modules()]
+    return min((path for path in paths if path.split(".")[-1] == family.norm and not re.search(r"\d", path)), key=len)
+
+
+def _transformers_class(name: str) -> Any:
+    transformers = require("transformers", "encoders", "A pretrained encoder")
+    try:
+        return getattr(transformers, name)
+    except AttributeError as error:
+        raise DigitError(
+            f"transformers {transformers.__version__} has no {name}. Install a newer one: pip install -U transformers"
+        ) from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Heads and blocks that we leave out are no news to the user; neither is a bar for half a second."""
+    logging = require("transformers.utils.logging", "encoders", "A pretrained encoder")
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

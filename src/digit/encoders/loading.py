@@ -1,0 +1,144 @@
+"""One door for every encoder: our folder, a `transformers` folder, an original checkpoint file, or a hub id."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from digit.encoders.base import Preprocessing
+from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
+from digit.encoders.families import FAMILIES, network_config, plain_config
+from digit.encoders.hub import looks_like_repository, repository_folder
+from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
+from digit.errors import DigitError
+from digit.files import read_json
+
+Positions = Literal["hub", "dinov2-offset"]
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    layer: int | None = None,
+    final_norm: bool | None = None,
+    positions: Positions | None = None,
+    image_size: int | None = None,
+    resize: int | None = None,
+    family: str | None = None,
+    heads: int | None = None,
+) -> TransformersEncoder | ConvEncoder:
+    """Load a frozen encoder, in float32 and eval mode.
+
+    A foreign network takes the paper's choices where nothing is said: ``layer=-3`` with the final norm, images of 256 seen at
+    224. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above ``image_size``.
+    One of our own folders keeps what it was saved with.
+
+    Args:
+        source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT, MAE,
+            MoCo v3), or a hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
+        layer, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
+        image_size, resize: see :class:`~digit.encoders.base.Preprocessing`.
+        family: of an original checkpoint file, where its tensors do not tell; see :mod:`digit.convert.encoders`.
+        heads: attention heads of an original checkpoint file; None: its width / 64, as all published ones have.
+
+    Raises:
+        DigitError: nothing was found (the message says where it looked), or what was found does not fit.
+    """
+    options: dict[str, Any] = {"layer": layer, "final_norm": final_norm, "positions": positions}
+    options = {name: value for name, value in options.items() if value is not None}
+    path = Path(source)
+    if path.is_file():
+        from digit.convert.encoders import read_encoder_file
+
+        hf_config, tensors, facts = read_encoder_file(path, family=family, heads=heads)
+        options = {**facts.options, **options}
+        config = _foreign_config(hf_config, None, image_size, resize, options)
+        return TransformersEncoder.from_weights(config, tensors, str(path), {"source": path.name, **facts.provenance})
+    if not path.is_dir():
+        if not looks_like_repository(str(source)):
+            raise DigitError(f"There is no encoder '{source}': no such file or folder, and it is not a hub id (owner/name).")
+        path = repository_folder(str(source), fallback="pytorch_model*.bin")
+    return _load_folder(path, str(source), options, image_size, resize)
+
+
+def _load_folder(
+    folder: Path, name: str, options: dict[str, Any], image_size: int | None, resize: int | None
+) -> TransformersEncoder | ConvEncoder:
+    if not (folder / "config.json").is_file():
+        raise DigitError(f"{folder} is not an encoder: it has no config.json.")
+    values = read_json(folder / "config.json")
+    kind = values.get("type")
+    if kind == "ConvEncoder":
+        if options or resize or image_size:
+            raise DigitError(f"{name} is a convolutional encoder: its layer and sizes are fixed; leave those options out.")
+        return ConvEncoder.from_pretrained(folder)
+    if kind == "TransformersEncoder":
+        if image_size or resize:
+            options["preprocessing"] = _resized(values["config"], image_size, resize)
+        return TransformersEncoder.from_pretrained(folder, **options)
+    if "model_type" not in values:
+        raise DigitError(f"{folder / 'config.json'} describes no encoder: it has neither our 'type' nor a 'model_type'.")
+    config = _foreign_config(plain_config(values, name), folder, image_size, resize, options)
+    return TransformersEncoder.from_weights(config, folder, name, {"source": name})
+
+
+def _resized(saved: dict[str, Any], image_size: int | None, resize: int | None) -> Preprocessing:
+    """The saved preprocessing at other sizes."""
+    before = Preprocessing(**saved["preprocessing"])
+    size = image_size or before.image_size
+    seen = resize or (_tiled(size, saved["hf_config"]) if image_size else before.resize)
+    return dataclasses.replace(before, image_size=size, resize=seen)
+
+
+def _foreign_config(
+    hf_config: dict[str, Any], folder: Path | None, image_size: int | None, resize: int | None, options: dict[str, Any]
+) -> EncoderConfig:
+    family = FAMILIES[str(hf_config["model_type"])]
+    mean, std = family.mean, family.std
+    if folder is not None and (folder / "preprocessor_config.json").is_file():
+        saved = read_json(folder / "preprocessor_config.json")
+        mean, std = tuple(saved.get("image_mean") or mean), tuple(saved.get("image_std") or std)
+    if resize is None:
+        resize = _tiled(image_size, hf_config) if image_size else 224
+    preprocessing = Preprocessing(image_size=image_size or 256, resize=resize, mean=mean, std=std)
+    return EncoderConfig(hf_config=hf_config, preprocessing=preprocessing, **options)
+
+
+def _tiled(size: int, hf_config: dict[str, Any]) -> int:
+    """The largest side not above ``size`` that whole patches tile."""
+    patch = network_config(hf_config).patch_size
+    patch = patch if isinstance(patch, int) else patch[0]
+    if size < patch:
+        raise DigitError(f"image_size={size} is smaller than one patch of this network, {patch} pixels.")
+    return int(size // patch * patch)
+
+
+def small_vit(image_size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3) -> TransformersEncoder:
+    """A DINOv2 network of random weights for small images, with all its blocks and ready to train.
+
+    Args:
+        image_size: side of the images, a multiple of ``patch``.
+        patch: side of a patch; the features are a grid of ``image_size / patch``.
+        dim, depth, heads: width, blocks and attention heads.
+    """
+    hf_config = {
+        "model_type": "dinov2",
+        "hidden_size": dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": heads,
+        "image_size": image_size,
+        "patch_size": patch,
+    }
+    return TransformersEncoder(EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=Preprocessing(image_size=image_size)))
+
+
+def small_conv(
+    image_size: int = 32,
+    widths: tuple[int, ...] = (32, 96, 192),
+    blocks: tuple[int, ...] = (1, 1, 2),
+    norm: Literal["batch", "group"] = "batch",
+) -> ConvEncoder:
+    """A convolutional encoder of random weights for small images (32 px to a grid of 8 x 8), ready to train."""
+    preprocessing = Preprocessing(image_size=image_size)
+    return ConvEncoder(ConvEncoderConfig(widths=widths, blocks=blocks, norm=norm, preprocessing=preprocessing))
