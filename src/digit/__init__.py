@@ -1,0 +1,39 @@
+"""digit: image generation in a stable token space.
+
+A frozen self-supervised encoder and k-means turn pictures into semantic tokens; a GPT (the prior) learns to predict them; a decoder
+turns them into VQGAN tokens and pixels. Zhu et al. 2024, "Stabilize the Latent Space for Image Autoregressive Modeling", arXiv
+2410.12490.
+
+>>> from digit import DigitPipeline
+>>> pipe = DigitPipeline.from_pretrained("MODEL")
+>>> pictures = pipe(labels=[3, 5], seed=0)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["VQGAN", "DigitPipeline", "SemanticTokenizer", "__version__", "load_images"]
+
+if TYPE_CHECKING:
+    from digit.data.images import load_images
+    from digit.pipeline import DigitPipeline
+    from digit.tokenizers.semantic import SemanticTokenizer
+    from digit.tokenizers.vqgan import VQGAN
+
+_PLACES = {
+    "DigitPipeline": "digit.pipeline",
+    "SemanticTokenizer": "digit.tokenizers.semantic",
+    "VQGAN": "digit.tokenizers.vqgan",
+    "load_images": "digit.data.images",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are first used, so that ``digit --help`` does not wait for torch."""
+    if name not in _PLACES:
+        raise AttributeError(f"module 'digit' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_PLACES[name]), name)

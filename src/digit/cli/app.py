@@ -1,0 +1,67 @@
+"""The ``digit`` command: mounts the commands of this folder, and turns errors into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+import typer
+from rich.console import Console
+
+from digit import __version__
+from digit.cli import convert, data, evaluate, generate, model, toy, train
+from digit.errors import DigitError
+
+app = typer.Typer(
+    name="digit",
+    help="Image generation in a stable token space (DiGIT).\n\nStart with:  digit generate --out pictures",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+_state = {"debug": False}
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"digit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    _: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version and stop."),
+) -> None:
+    _state["debug"] = debug
+
+
+generate.add_to(app)
+model.add_to(app)
+train.add_to(app)
+convert.add_to(app)
+app.add_typer(data.app, name="data", help="Build a dataset: CIFAR-10, or your own folder of pictures.")
+app.add_typer(evaluate.app, name="evaluate", help="Measure: fidelity, reconstruction, stability, probes, sweeps.")
+app.add_typer(toy.app, name="toy", help="The paper's toy figure.")
+
+
+def main() -> None:
+    """Entry point: errors a user can mend print one sentence and exit with 2; an interrupt exits with 130."""
+    try:
+        app()
+    except DigitError as error:
+        if _state["debug"]:
+            traceback.print_exc()
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(str(error))}")
+        sys.exit(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

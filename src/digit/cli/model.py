@@ -1,0 +1,60 @@
+"""``assemble`` and ``tour``: put trained parts together, and the whole chain from raw photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+
+def add_to(app: typer.Typer) -> None:
+    """Mount the commands."""
+    app.command()(assemble)
+    app.command()(tour)
+
+
+Part = Optional[Path]
+
+
+def assemble(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model folder to write.")],
+    encoder: Annotated[Part, typer.Option(help="Encoder: a folder made by digit train encoder (or convert).")] = None,
+    codebook: Annotated[Part, typer.Option(help="Codebook: a folder made by digit fit-codebook.")] = None,
+    vqgan: Annotated[Part, typer.Option(help="VQGAN: a folder made by digit train vqgan (or convert).")] = None,
+    prior: Annotated[Part, typer.Option(help="Prior: a folder made by digit train prior.")] = None,
+    decoder: Annotated[Optional[list[Path]], typer.Option(help="Decoder; may be given for several kinds.")] = None,
+    base: Annotated[Optional[str], typer.Option(help="A model whose other parts are taken over.")] = None,
+    name: Annotated[Optional[str], typer.Option(help="Name of the model.")] = None,
+    class_names: Annotated[Optional[str], typer.Option(help="Class names, comma separated.")] = None,
+) -> None:
+    """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for caching tokens.
+
+    A training run's folder may be given for a part: its model/ is taken.
+
+    Example:  digit assemble --encoder runs/encoder --codebook runs/codebook --vqgan runs/vqgan --out runs/tokenizers
+    """
+    from digit.assembly import assemble as put_together
+
+    names = None if class_names is None else [n.strip() for n in class_names.split(",")]
+    pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name, names)
+    pipe.save_pretrained(out)
+    typer.echo(f"{pipe!r}")
+    typer.echo(f"Saved: {out}")
+
+
+def tour(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the models and pictures.")] = Path("runs/tour"),
+    data: Annotated[Optional[Path], typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Take raw photographs through every stage at a small preset: encoder, codebook, VQGAN, tokens, prior, decoders, pictures.
+
+    Leaves samples.png, reconstructions.png, loss.png, summary.json and the model. Takes about ten minutes on two cores.
+    """
+    from digit.tour import run_tour
+
+    summary = run_tour(out, data, seed)
+    for name in ("samples.png", "reconstructions.png", "loss.png", "summary.json"):
+        typer.echo(f"  {out / name}")
+    typer.echo(f"The tour took {summary['seconds'] / 60:.1f} minutes. Generate more: digit generate {out / 'model'} --out more")

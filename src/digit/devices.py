@@ -1,0 +1,37 @@
+"""Devices and number formats, by the names a user types."""
+
+from __future__ import annotations
+
+import torch
+
+from digit.errors import DigitError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device asked for; with None a CUDA GPU, else Apple's, else the CPU.
+
+    Raises:
+        DigitError: no such device here.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise DigitError(f"The device '{name}' cannot be used here ({reason}). Use --device cpu.") from error
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """fp32, bf16 or fp16 as torch's dtype.
+
+    Raises:
+        DigitError: another name.
+    """
+    if name not in DTYPES:
+        raise DigitError(f"--dtype {name} was given; expected one of {', '.join(DTYPES)}.")
+    return DTYPES[name]

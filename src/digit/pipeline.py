@@ -1,0 +1,433 @@
+"""The pipeline: labels -> semantic tokens -> VQ tokens -> images. This file is the map of the house.
+
+    prior     labels                     -> semantic tokens (B, N)        stage 1
+    decoder   semantic tokens            -> VQ tokens (B, M)              stage 2: ar | masked
+    vqgan     VQ tokens                  -> images (B, 3, S, S)
+    tokenizer images                     -> semantic tokens               encoder + codebook
+
+A model is a folder: ``model_index.json``, ``encoder/``, ``codebook/``, ``prior/``, ``decoder/<kind>/``, ``vqgan/``, ``README.md``.
+Parts may be missing; what needs a missing part says so. A baseline whose prior predicts VQ tokens directly has ``space`` "vq" and no decoder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from digit.card import model_card
+from digit.config import from_dict, to_dict
+from digit.encoders.base import Encoder
+from digit.errors import DigitError
+from digit.files import read_json, write_bytes, write_folder, write_json
+from digit.models.component import load_component, save_component
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.sampling.engine import sample
+from digit.sampling.settings import SamplingSettings
+from digit.tokenizers.codebook import Codebook
+from digit.tokenizers.semantic import SemanticTokenizer, prepare
+from digit.tokenizers.vqgan import VQGAN
+
+INDEX = "model_index.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is sampled before pixels: integer grids are all that crosses a stage boundary.
+
+    Attributes:
+        semantic: (B, N) int64, or None for a baseline in VQ space.
+        vq: (B, M) int64, or None where only the prior ran.
+    """
+
+    semantic: Tensor | None
+    vq: Tensor | None
+
+    def sha256(self) -> str:
+        """A checksum of both grids: equal tokens, equal checksum, on any machine."""
+        digest = hashlib.sha256()
+        for grid in (self.semantic, self.vq):
+            digest.update(b"-" if grid is None else grid.cpu().to(torch.int32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+@dataclass
+class DigitPipeline:
+    """A generator of images, and its parts.
+
+    Attributes:
+        encoder, codebook: the semantic tokenizer's parts.
+        prior: stage 1.
+        decoders: stage 2 by kind: "ar", "masked".
+        vqgan: VQ tokens to images.
+        space: what the prior predicts, "semantic" or (baseline) "vq".
+        class_names: of the labels 0..C-1; may be empty.
+        settings: default sampling settings by stage: "prior" and each decoder's kind.
+        default_decoder: the kind used when none is asked for; by default the first.
+        provenance: where it comes from; kept in the index.
+    """
+
+    encoder: Encoder | None = None
+    codebook: Codebook | None = None
+    prior: TokenModel | None = None
+    decoders: dict[str, TokenModel] = field(default_factory=dict)
+    vqgan: VQGAN | None = None
+    space: Literal["semantic", "vq"] = "semantic"
+    class_names: list[str] = field(default_factory=list)
+    settings: dict[str, SamplingSettings] = field(default_factory=dict)
+    default_decoder: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    name: str = "digit"
+
+    def __post_init__(self) -> None:
+        _check_fit(self)
+
+    # -- generation --------------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        labels: Sequence[int] | int | None = None,
+        num: int | None = None,
+        seed: int = 0,
+        decoder: str | None = None,
+        batch_size: int | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Generate pictures.
+
+        Args:
+            labels: a class per picture, or classes to take turns; None for unconditional.
+            num: how many; by default one a label.
+            seed: picture ``i`` of a seed is always the same picture.
+            decoder: "ar" or "masked"; see :attr:`decoders`.
+            batch_size: how many at a time; has no influence on the pictures.
+            settings: ``temperature=``, ``top_k=``, ``top_p=``, ``cfg_scale=`` ... of the prior, and ``steps=`` of a masked decoder;
+                see :class:`SamplingSettings`.
+
+        Raises:
+            DigitError: labels out of range, unknown settings, or a part that this model lacks.
+        """
+        from digit.data.images import to_pil
+
+        count, classes = self.expand_labels(labels, num)
+        size = batch_size or min(count, 64)
+        pictures: list[Image.Image] = []
+        for start in range(0, count, size):
+            images = range(start, min(start + size, count))
+            part = None if classes is None else classes[start : start + size]
+            tokens = self.sample_tokens(images, part, seed, decoder, **settings)
+            pictures += [to_pil(image) for image in self.to_pixels(tokens)]
+        return pictures
+
+    def expand_labels(self, labels: Sequence[int] | int | None, num: int | None) -> tuple[int, Tensor | None]:
+        """How many pictures, and the label (num,) of each: the given labels in turns."""
+        if num is not None and num < 1:
+            raise DigitError(f"num = {num} pictures were asked for; expected at least 1.")
+        if labels is None:
+            return num or 1, None
+        given = torch.as_tensor([labels] if isinstance(labels, int) else list(labels), dtype=torch.long)
+        if len(given) == 0:
+            raise DigitError("The list of labels is empty; leave it out for unconditional pictures.")
+        count = num or len(given)
+        return count, given.repeat(-(-count // len(given)))[:count]
+
+    def sample_tokens(
+        self,
+        images: Sequence[int],
+        labels: Tensor | None = None,
+        seed: int = 0,
+        decoder: str | None = None,
+        callback: Callable[[str, int, Tensor], None] | None = None,
+        **settings: Any,
+    ) -> Tokens:
+        """Run the prior and a decoder for some pictures of a run.
+
+        Args:
+            images: (B,) their numbers within the run.
+            labels: (B,) classes or -1; None for unconditional.
+            seed: of the run.
+            decoder: its kind; None takes the default.
+            callback: called with (stage, tokens done, tokens (B, length)) while sampling.
+            settings: see :meth:`__call__`.
+        """
+        prior = self._need("prior")
+        chosen, own = self._settings("prior", settings)
+        first = sample(prior, images, seed, chosen, labels, callback=_named("prior", callback))
+        if self.space == "vq":
+            return Tokens(None, first)
+        kind = self.pick_decoder(decoder)
+        return Tokens(first, self.decode_tokens(first, images, seed, kind, callback, **own))
+
+    def decode_tokens(
+        self,
+        semantic: Tensor,
+        images: Sequence[int] | None = None,
+        seed: int = 0,
+        decoder: str | None = None,
+        callback: Callable[[str, int, Tensor], None] | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """Stage 2: semantic tokens (B, N) to VQ tokens (B, M)."""
+        kind = self.pick_decoder(decoder)
+        model = self.decoders[kind]
+        semantic = self._checked(semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
+        chosen, _ = self._settings(kind, settings)
+        numbers = range(len(semantic)) if images is None else images
+        return sample(model, numbers, seed, chosen, prefix=semantic, callback=_named(kind, callback))
+
+    def decode(self, semantic: Tensor, seed: int = 0, decoder: str | None = None, **settings: Any) -> Tensor:
+        """Semantic tokens (B, N) to images (B, 3, S, S) in 0..1."""
+        return self.to_pixels(Tokens(semantic, self.decode_tokens(semantic, None, seed, decoder, **settings)))
+
+    @torch.inference_mode()
+    def to_pixels(self, tokens: Tokens) -> Tensor:
+        """VQ tokens to images (B, 3, S, S) in 0..1."""
+        vqgan = self._need("vqgan")
+        assert tokens.vq is not None
+        vq = self._checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ")
+        return vqgan.decode(vq).float().clamp(0, 1)
+
+    def reconstruct(self, images: Tensor | Sequence[Image.Image], seed: int = 0, decoder: str | None = None) -> Tensor:
+        """Images through the whole path: semantic tokens, VQ tokens, pixels (B, 3, S, S) in 0..1."""
+        if self.space == "vq":
+            vqgan = self._need("vqgan")
+            ready = prepare(images, vqgan.config.resolution).to(self.device)
+            with torch.inference_mode():
+                return self.to_pixels(Tokens(None, vqgan.encode(ready)))
+        return self.decode(self.tokenizer.encode(images), seed, decoder)
+
+    # -- parts -------------------------------------------------------------------------------------------------------------
+
+    @property
+    def tokenizer(self) -> SemanticTokenizer:
+        """Encoder and codebook.
+
+        Raises:
+            DigitError: this model lacks one of them.
+        """
+        return SemanticTokenizer(self._need("encoder"), self._need("codebook"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        for part in (self.vqgan, self.prior, self.codebook, *self.decoders.values()):
+            if part is not None:
+                return next(part.parameters()).device
+        return torch.device("cpu")
+
+    @property
+    def num_classes(self) -> int:
+        """Classes C; 0 for an unconditional model."""
+        return self.prior.config.num_classes if self.prior is not None else 0
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels."""
+        return int(self._need("vqgan").config.resolution)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DigitPipeline:
+        """Move every part to a device; ``dtype`` is for prior and decoders only, tokenizing stays in float32."""
+        for part in (self.prior, *self.decoders.values()):
+            if part is not None:
+                part.to(device=device, dtype=dtype)
+        for other in (self.encoder, self.codebook, self.vqgan):
+            if other is not None and device is not None:
+                other.to(device)
+        return self
+
+    def pick_decoder(self, kind: str | None) -> str:
+        """The kind of decoder to use: the asked one, else the default, else the first."""
+        if not self.decoders:
+            raise DigitError(f"The model '{self.name}' has no decoder; train one with: digit train decoder")
+        chosen = kind or self.default_decoder or next(iter(self.decoders))
+        if chosen not in self.decoders:
+            raise DigitError(f"The model '{self.name}' has no decoder '{chosen}'; it has: {', '.join(self.decoders)}.")
+        return chosen
+
+    def _need(self, part: str) -> Any:
+        value = getattr(self, part)
+        if value is None:
+            raise DigitError(f"The model '{self.name}' has no {part}, which this needs.")
+        return value
+
+    def _settings(self, stage: str, given: Mapping[str, Any]) -> tuple[SamplingSettings, dict[str, Any]]:
+        """The stage's settings, and what of ``given`` belongs to the decoder: ``steps`` and every name ``decoder_*``."""
+        base = self.settings.get(stage, SamplingSettings())
+        mine = {k: v for k, v in given.items() if v is not None}
+        later = {k.removeprefix("decoder_"): mine.pop(k) for k in list(mine) if k.startswith("decoder_")}
+        if stage == "prior" and self.space == "semantic":
+            later |= {k: mine.pop(k) for k in ("steps", "mask_schedule", "choice_temperature") if k in mine}
+        return from_dict(SamplingSettings, {**to_dict(base), **mine}, "The sampling settings"), later
+
+    def _checked(self, tokens: Tensor, length: int, vocab: int, kind: str) -> Tensor:
+        if tokens.ndim != 2 or tokens.shape[1] != length:
+            raise DigitError(f"{kind} tokens of shape {tuple(tokens.shape)} were given; this model takes (B, {length}).")
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab):
+            raise DigitError(f"{kind} tokens range from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {vocab - 1}.")
+        return tokens.to(self.device)
+
+    # -- files -------------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the model as a folder, whole or not at all.
+
+        Args:
+            folder: replaced if it exists.
+            dtype: store prior, decoders and VQGAN in it; float16 and bfloat16 halve their files.
+        """
+        with write_folder(folder) as aside:
+            if self.encoder is not None:
+                self.encoder.save_pretrained(aside / "encoder")
+            if self.codebook is not None:
+                self.codebook.save_pretrained(aside / "codebook")
+            if self.vqgan is not None:
+                self.vqgan.save_pretrained(aside / "vqgan", dtype)
+            models = {"prior": self.prior, **{f"decoder/{kind}": model for kind, model in self.decoders.items()}}
+            for place, model in models.items():
+                if model is not None:
+                    save_component(aside / place, model, model.config, getattr(model, "provenance", None), dtype)
+            write_json(aside / INDEX, self._index())
+            write_bytes(aside / "README.md", model_card(self).encode())
+        return Path(folder)
+
+    def _index(self) -> dict[str, Any]:
+        from digit import __version__
+
+        parts = [p for p in ("encoder", "codebook", "prior", "vqgan") if getattr(self, p) is not None]
+        return {
+            "format": FORMAT,
+            "digit_version": __version__,
+            "name": self.name,
+            "space": self.space,
+            "parts": parts,
+            "decoders": list(self.decoders),
+            "default_decoder": self.default_decoder,
+            "class_names": self.class_names,
+            "settings": {stage: to_dict(settings) for stage, settings in self.settings.items()},
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> DigitPipeline:
+        """Load a model: a folder, the name of a packaged model, or a Hub id; with none, the packaged one.
+
+        Args:
+            model: where.
+            variant: which of the models that a Hub repository holds, such as "base-cond" of "DAMO-NLP-SG/DiGIT".
+            revision: branch, tag or commit on the Hub.
+            token: for private repositories; see huggingface_hub.
+
+        Raises:
+            DigitError: nothing there; says what was tried.
+        """
+        from digit.hub import resolve_model
+
+        return cls.from_folder(resolve_model(model, variant=variant, revision=revision, token=token))
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> DigitPipeline:
+        """Load a model folder."""
+        folder = Path(folder)
+        index = read_index(folder)
+        from digit.encoders import load_encoder
+
+        parts = index["parts"]
+        return cls(
+            encoder=load_encoder(folder / "encoder") if "encoder" in parts else None,
+            codebook=Codebook.from_pretrained(folder / "codebook") if "codebook" in parts else None,
+            prior=load_component(folder / "prior", TokenModel, TokenModelConfig) if "prior" in parts else None,
+            decoders={k: load_component(folder / "decoder" / k, TokenModel, TokenModelConfig) for k in index["decoders"]},
+            vqgan=VQGAN.from_pretrained(folder / "vqgan") if "vqgan" in parts else None,
+            space=index["space"],
+            class_names=list(index["class_names"]),
+            settings={
+                k: from_dict(SamplingSettings, v, f"{folder / INDEX}, settings of {k}") for k, v in index["settings"].items()
+            },
+            default_decoder=index["default_decoder"],
+            provenance=index["provenance"],
+            name=index["name"],
+        )
+
+    def with_parts(self, **parts: Any) -> DigitPipeline:
+        """A copy with some parts replaced or added; the rest is shared."""
+        return replace(self, **parts)
+
+    def fingerprint(self) -> str:
+        """A checksum of what determines tokens: encoder, codebook and VQGAN weights. Token caches are keyed by it."""
+        digest = hashlib.sha256()
+        for part in (self.encoder, self.codebook, self.vqgan):
+            if part is not None:
+                for name, value in part.state_dict().items():  # type: ignore[union-attr]
+                    digest.update(name.encode())
+                    digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        from digit.info import describe
+
+        return describe(self)
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """The index of a model folder.
+
+    Raises:
+        DigitError: not a model folder, or one of a later format.
+    """
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise DigitError(f"{folder} is not a model: it has no {INDEX}. Models are made by: digit assemble, digit convert.")
+    index = read_json(path)
+    wanted = {"format", "space", "parts", "decoders", "default_decoder", "class_names", "settings", "provenance", "name"}
+    if not isinstance(index, dict) or not wanted <= index.keys():
+        raise DigitError(f"{path} is not the index of a model: it lacks {', '.join(sorted(wanted - set(index)))}.")
+    if index["format"] != FORMAT:
+        raise DigitError(f"{path} has format {index['format']}; this version of digit reads format {FORMAT}. Update digit.")
+    return index
+
+
+def _named(stage: str, callback: Callable[[str, int, Tensor], None] | None) -> Callable[..., None] | None:
+    return None if callback is None else lambda done, tokens, *_: callback(stage, done, tokens)
+
+
+def _check_fit(pipe: DigitPipeline) -> None:
+    """Neighbouring parts must agree on vocabularies and lengths, or the first user would find out in a stack trace."""
+
+    def agree(what: str, a: tuple[str, object], b: tuple[str, object]) -> None:
+        if a[1] != b[1]:
+            raise DigitError(f"The parts do not fit: {what} is {a[1]} in the {a[0]} and {b[1]} in the {b[0]}.")
+
+    if pipe.encoder is not None and pipe.codebook is not None:
+        agree("the feature width", ("encoder", pipe.encoder.dim), ("codebook", pipe.codebook.config.dim))
+    prior, vqgan, codebook = pipe.prior, pipe.vqgan, pipe.codebook
+    if prior is not None and prior.config.prefix_length:
+        raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
+    if prior is not None and codebook is not None and pipe.space == "semantic":
+        agree("the number of semantic tokens K", ("codebook", codebook.config.clusters), ("prior", prior.config.vocab_size))
+    if prior is not None and vqgan is not None and pipe.space == "vq":
+        agree("the number of VQ codes V", ("vqgan", vqgan.config.codes), ("prior", prior.config.vocab_size))
+    for kind, decoder in pipe.decoders.items():
+        c = decoder.config
+        if vqgan is not None:
+            agree("the number of VQ codes V", ("vqgan", vqgan.config.codes), (f"{kind} decoder", c.vocab_size))
+            agree("VQ tokens an image M", ("vqgan", vqgan.num_tokens), (f"{kind} decoder", c.length))
+        if prior is not None:
+            agree(
+                "the number of semantic tokens K", ("prior", prior.config.vocab_size), (f"{kind} decoder", c.prefix_vocab_size)
+            )
+            agree("semantic tokens an image N", ("prior", prior.config.length), (f"{kind} decoder", c.prefix_length))
+    if pipe.class_names and pipe.num_classes and len(pipe.class_names) != pipe.num_classes:
+        raise DigitError(f"{len(pipe.class_names)} class names were given for a prior of {pipe.num_classes} classes.")

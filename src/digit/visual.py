@@ -1,0 +1,50 @@
+"""Pictures of pictures: grids, and tokens as colours."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+GAP = 2  # pixels between the pictures of a grid
+
+
+def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int | None = None) -> Image.Image:
+    """Lay pictures out row by row on white.
+
+    Args:
+        pictures: of one size.
+        columns: in a row.
+        scale: enlarge each by this whole number without smoothing; by default so that a picture has at least 96 pixels.
+    """
+    width, height = pictures[0].size
+    scale = scale or max(1, -(-96 // max(width, height)))
+    w, h = width * scale, height * scale
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        enlarged = picture if scale == 1 else picture.resize((w, h), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (column * (w + GAP), row * (h + GAP)))
+    return sheet
+
+
+def token_colors(vocab_size: int) -> np.ndarray:
+    """One colour per id, (vocab_size, 3) uint8: hues by the golden ratio, so that near ids look different."""
+    golden = 0.618033988749895
+    colors = [
+        colorsys.hsv_to_rgb((i * golden) % 1.0, 0.45 + 0.5 * ((i // 7) % 3) / 2, 0.65 + 0.35 * ((i // 3) % 4) / 3)
+        for i in range(vocab_size)
+    ]
+    return np.asarray(np.rint(np.array(colors) * 255), dtype=np.uint8)
+
+
+def token_picture(tokens: Tensor, grid: tuple[int, int], vocab_size: int, size: int) -> Image.Image:
+    """One image's tokens (N,) as coloured cells, ``size`` pixels wide."""
+    colors = token_colors(vocab_size)
+    cells = Image.fromarray(colors[tokens.cpu().numpy()].reshape(*grid, 3))  # (rows, columns, 3)
+    return cells.resize((size, size * grid[0] // grid[1]), Image.Resampling.NEAREST)
