@@ -1,0 +1,65 @@
+"""The linear probe: one linear classifier per hidden state of a frozen prior, over the mean of its positions.
+
+Source: the paper's linear probing; DAMO-NLP-SG/DiGIT at cd6d8ca: classifier n reads state n averaged over all positions, the start
+position included. State 0 is the embedding, state n the output of block n; the output of the last block is not probed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from digit.config import config
+from digit.models.component import load_component, save_component
+from digit.models.transformer import PositiveInt
+
+
+@config
+class LinearProbeConfig:
+    """Shape of a probe.
+
+    Attributes:
+        dim: width D of the states.
+        states: how many states are probed, the embedding first. The authors: the prior's depth.
+        classes: C.
+    """
+
+    dim: PositiveInt
+    states: PositiveInt
+    classes: PositiveInt
+
+
+class LinearProbe(nn.Module):
+    """A linear classifier per state; weights start as Normal(0, 0.01), biases as zero."""
+
+    provenance: dict[str, Any]
+
+    def __init__(self, config: LinearProbeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.classifiers = nn.ModuleList(nn.Linear(config.dim, config.classes) for _ in range(config.states))
+        for classifier in self.classifiers:
+            nn.init.normal_(classifier.weight, std=0.01)  # type: ignore[arg-type]
+            nn.init.zeros_(classifier.bias)  # type: ignore[arg-type]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Mean states (S, B, D) of :func:`mean_states` to logits (S, B, C)."""
+        return torch.stack([classifier(x) for classifier, x in zip(self.classifiers, features, strict=True)])
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        save_component(folder, self, self.config, getattr(self, "provenance", None))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> LinearProbe:
+        """Read a folder written by :meth:`save_pretrained`."""
+        return load_component(folder, cls, LinearProbeConfig)
+
+
+def mean_states(states: Sequence[Tensor], count: int) -> Tensor:
+    """The probe's features (S, B, D): the first ``count`` of some states (B, T, D), each averaged over its positions."""
+    return torch.stack([state.float().mean(1) for state in states[:count]])
