@@ -7,6 +7,7 @@ saved as ``config.json`` beside its weights. A preset is a YAML file in ``digit/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Iterable, Mapping
@@ -128,8 +129,6 @@ def _override(values: dict[str, Any], item: str, preset: str) -> None:
     value = yaml.safe_load(text)
     # YAML 1.1 reads 3e-4 as text, for want of a dot
     if isinstance(value, str):
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     node[leaf] = value

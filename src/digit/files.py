@@ -56,7 +56,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
             write(aside)
             with open(aside, "rb") as handle:
                 os.fsync(handle.fileno())
-            os.replace(aside, path)
+            aside.replace(path)
         except SafetensorError as error:
             # safetensors reports the system's refusal as text
             if "os error 28" in str(error) or "No space left" in str(error):
@@ -82,8 +82,8 @@ def write_folder(path: str | Path) -> Iterator[Path]:
             yield aside
             old = _aside(path) if path.exists() else None
             if old is not None:
-                os.rename(path, old)
-            os.rename(aside, path)
+                path.rename(old)
+            aside.rename(path)
             if old is not None:
                 shutil.rmtree(old)
         finally:

@@ -6,7 +6,8 @@
     tokenizer images                     -> semantic tokens               encoder + codebook
 
 A model is a folder: ``model_index.json``, ``encoder/``, ``codebook/``, ``prior/``, ``decoder/<kind>/``, ``vqgan/``, ``README.md``.
-Parts may be missing; what needs a missing part says so. A baseline whose prior predicts VQ tokens directly has ``space`` "vq" and no decoder.
+Parts may be missing; what needs a missing part says so. A baseline whose prior predicts VQ tokens directly has ``space`` "vq" and
+no decoder.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,16 +11,16 @@ if TYPE_CHECKING:
     from digit.pipeline import DigitPipeline
 
 Model = Annotated[
-    Optional[str], typer.Argument(help="A model folder, a Hub id, or a packaged model; the packaged one if left out.")
+    str | None, typer.Argument(help="A model folder, a Hub id, or a packaged model; the packaged one if left out.")
 ]
 RequiredModel = Annotated[str, typer.Argument(help="A model folder, a Hub id, or the name of a packaged model.")]
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 Seed = Annotated[int, typer.Option(min=0, help="Picture i of a seed is always the same picture.")]
-Decoder = Annotated[Optional[str], typer.Option(help="Kind of decoder: ar, masked. Default: the model's.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
+Decoder = Annotated[str | None, typer.Option(help="Kind of decoder: ar, masked. Default: the model's.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="Numbers that prior and decoder compute in: fp32, bf16, fp16.")]
-Variant = Annotated[Optional[str], typer.Option(help="Which model of a Hub repository with several.")]
+Variant = Annotated[str | None, typer.Option(help="Which model of a Hub repository with several.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -47,19 +47,19 @@ def generate(
     model: Model = None,
     out: Out = Path("generated"),
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many pictures.")] = 64,
-    labels: Annotated[Optional[str], typer.Option(help="Classes by number or name, comma separated; taken in turns.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes by number or name, comma separated; taken in turns.")] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Iterations of the masked decoder.")] = None,
-    cfg_scale: Annotated[Optional[float], typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
-    cfg_schedule: Annotated[Optional[str], typer.Option(help="constant, linear, cosine or power-cosine.")] = None,
-    temperature: Annotated[Optional[float], typer.Option(help="Of the prior; 0 takes the likeliest token.")] = None,
-    top_k: Annotated[Optional[int], typer.Option(help="Of the prior: keep the k likeliest tokens; 0 keeps all.")] = None,
-    top_p: Annotated[Optional[float], typer.Option(help="Of the prior: keep the likeliest tokens up to probability p.")] = None,
-    decoder_temperature: Annotated[Optional[float], typer.Option(help="The same, of the decoder.")] = None,
-    decoder_top_k: Annotated[Optional[int], typer.Option(help="The same, of the decoder.")] = None,
-    decoder_top_p: Annotated[Optional[float], typer.Option(help="The same, of the decoder.")] = None,
-    batch_size: Annotated[Optional[int], typer.Option(min=1, help="Pictures at a time; does not change them.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Iterations of the masked decoder.")] = None,
+    cfg_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 is none.")] = None,
+    cfg_schedule: Annotated[str | None, typer.Option(help="constant, linear, cosine or power-cosine.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Of the prior; 0 takes the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Of the prior: keep the k likeliest tokens; 0 keeps all.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Of the prior: keep the likeliest tokens up to probability p.")] = None,
+    decoder_temperature: Annotated[float | None, typer.Option(help="The same, of the decoder.")] = None,
+    decoder_top_k: Annotated[int | None, typer.Option(help="The same, of the decoder.")] = None,
+    decoder_top_p: Annotated[float | None, typer.Option(help="The same, of the decoder.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at a time; does not change them.")] = None,
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
     dtype: Dtype = "fp32",
     device: Device = None,
@@ -68,7 +68,6 @@ def generate(
     """Generate pictures into a folder: 00000.png ..., grid.png, generation.json.
 
     Examples:
-
       digit generate --out pictures
 
       digit generate runs/demo/model --num 16 --labels cat,ship --cfg-scale 2 --out pictures

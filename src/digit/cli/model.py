@@ -23,10 +23,10 @@ def assemble(
     codebook: Annotated[Part, typer.Option(help="Codebook: a folder made by digit fit-codebook.")] = None,
     vqgan: Annotated[Part, typer.Option(help="VQGAN: a folder made by digit train vqgan (or convert).")] = None,
     prior: Annotated[Part, typer.Option(help="Prior: a folder made by digit train prior.")] = None,
-    decoder: Annotated[Optional[list[Path]], typer.Option(help="Decoder; may be given for several kinds.")] = None,
-    base: Annotated[Optional[str], typer.Option(help="A model whose other parts are taken over.")] = None,
-    name: Annotated[Optional[str], typer.Option(help="Name of the model.")] = None,
-    class_names: Annotated[Optional[str], typer.Option(help="Class names, comma separated.")] = None,
+    decoder: Annotated[list[Path] | None, typer.Option(help="Decoder; may be given for several kinds.")] = None,
+    base: Annotated[str | None, typer.Option(help="A model whose other parts are taken over.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,
 ) -> None:
     """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for caching tokens.
 
@@ -45,7 +45,7 @@ def assemble(
 
 def tour(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the models and pictures.")] = Path("runs/tour"),
-    data: Annotated[Optional[Path], typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Take raw photographs through every stage at a small preset: encoder, codebook, VQGAN, tokens, prior, decoders, pictures.
