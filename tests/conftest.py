@@ -1,0 +1,28 @@
+"""What every test has at hand."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the Hub's client: an unreachable Hub costs half a minute
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# more threads than cores slow small models down; results must not depend on them either
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@pytest.fixture(scope="session")
+def cifar512() -> Path:
+    """A dataset folder: 512 training images of CIFAR-10, balanced over the ten classes."""
+    return ASSETS / "cifar512"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the tests out of the user's cache."""
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path_factory.getbasetemp() / "digit-cache"))
