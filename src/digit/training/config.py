@@ -40,7 +40,7 @@ class TrainingConfig:
         log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never (the end of a run always validates and
             leaves a checkpoint).
         keep_checkpoints: how many of the newest to keep.
-        workers: data loading processes.
+        workers: data loading threads.
     """
 
     steps: PositiveInt | None = None

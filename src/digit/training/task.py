@@ -36,7 +36,7 @@ class Stream:
             ``[rank * batch_size / world, (rank + 1) * batch_size / world)`` of it.
         seed: of the order and of every random choice.
         rank, world: this process and how many there are.
-        workers: data loading processes; 0 loads in this one. They change the speed, never the batches.
+        workers: data loading threads; 0 loads in this one. They change the speed, never the batches.
     """
 
     start: int

@@ -1,0 +1,209 @@
+"""Where the arithmetic runs: devices, processes and precision through Accelerate, optimizers, and the global random state."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from digit.errors import DigitError, require
+from digit.models.transformer import Transformer
+from digit.training.config import TrainingConfig
+from digit.training.schedules import learning_rate
+from digit.training.task import Step, Task
+
+
+def seed_everything(*key: int) -> None:
+    """Set the global generators of torch (all devices), NumPy and Python from a few numbers."""
+    words = np.random.SeedSequence(list(key)).generate_state(2, np.uint64)
+    torch.manual_seed(int(words[0]) >> 1)
+    np.random.seed(int(words[1]) & 0xFFFFFFFF)
+    random.seed(int(words[1]))
+
+
+class Engine:
+    """The networks of a task on their device, with their optimizers.
+
+    Attributes:
+        networks: the plain modules, whose names and tensors do not depend on how they are wrapped.
+        trained: the parameters of each optimizer, by name.
+        optimizers: by name.
+    """
+
+    def __init__(self, task: Task, config: TrainingConfig, device: str | None) -> None:
+        self.config = config
+        self._accelerator = _accelerator(config, device)
+        self._check_batch()
+        task.to_device(str(self.device))
+        self.networks = nn.ModuleDict(dict(task.modules.items()))
+        for module in self.networks.modules():
+            if isinstance(module, Transformer):
+                module.checkpointing = config.gradient_checkpointing
+        groups = task.parameters_by_optimizer()
+        fused = self.device.type == "cuda" if config.fused is None else config.fused
+        raw = {name: _adamw(config, parts, fused) for name, parts in groups.items()}
+        self.trained = {name: _named(self.networks, optimizer) for name, optimizer in raw.items()}
+        self.optimizers: dict[str, Any] = {name: self._accelerator.prepare(optimizer) for name, optimizer in raw.items()}
+        self._wrap(task)
+
+    # -- where ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return int(self._accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        return int(self._accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return bool(self._accelerator.is_main_process)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The mean of each value over the processes."""
+        if self.world == 1 or not metrics:
+            return dict(metrics)
+        values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.device)
+        return dict(zip(metrics, self._accelerator.reduce(values, "mean").tolist(), strict=True))
+
+    def largest(self, value: int) -> int:
+        """The largest of the processes' numbers, as when one of them got a signal."""
+        if self.world == 1:
+            return value
+        return int(self._accelerator.gather(torch.tensor([value], device=self.device)).max())
+
+    # -- a step --------------------------------------------------------------------------------------------------------------
+
+    def set_learning_rate(self, step: Step) -> float:
+        """Set every optimizer's rate for a step; the rate of a group whose ``lr_scale`` is 1."""
+        rate = learning_rate(self.config, step.index, step.total)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group.get("lr_scale", 1.0)
+        return rate
+
+    def autocast(self) -> Any:
+        """The precision of the config, for the block."""
+        return self._accelerator.autocast()
+
+    @contextmanager
+    def local_gradients(self, local: bool) -> Iterator[None]:
+        """While more parts of a batch are to come, gradients stay in their process."""
+        with ExitStack() as stack:
+            for module in self._wrapped if local else ():
+                stack.enter_context(self._accelerator.no_sync(module))
+            yield
+
+    def zero_gradients(self, name: str) -> None:
+        """Forget the gradients of an optimizer's parameters, those that other losses left behind too."""
+        self.optimizers[name].zero_grad(set_to_none=True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add gradients."""
+        self._accelerator.backward(loss)
+
+    def clip(self, name: str) -> Tensor:
+        """Clip the gradients of an optimizer's parameters; their norm () before that."""
+        self._accelerator.unscale_gradients(self.optimizers[name])
+        limit = self.config.clip_norm or float("inf")
+        return nn.utils.clip_grad_norm_(self.trained[name].values(), limit)
+
+    def step(self, name: str) -> None:
+        """Move an optimizer's parameters."""
+        self.optimizers[name].step()
+
+    # -- state ---------------------------------------------------------------------------------------------------------------
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """The optimizers' state as ``OPTIMIZER/PARAMETER/KEY``."""
+        return {
+            f"{name}/{parameter}/{key}": torch.as_tensor(value)
+            for name, optimizer in self.optimizers.items()
+            for parameter, state in zip(self.trained[name], _states(optimizer), strict=True)
+            for key, value in state.items()
+        }
+
+    def load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what :meth:`optimizer_tensors` gave."""
+        for name, optimizer in self.optimizers.items():
+            state: dict[int, dict[str, Tensor]] = {}
+            for index, parameter in enumerate(self.trained[name]):
+                prefix = f"{name}/{parameter}/"
+                found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                if found:
+                    state[index] = found
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16, else None."""
+        return self._accelerator.scaler
+
+    # -- set-up --------------------------------------------------------------------------------------------------------------
+
+    def _check_batch(self) -> None:
+        parts = self.world * self.config.accumulation
+        if self.config.batch_size % parts:
+            raise DigitError(
+                f"batch_size={self.config.batch_size} does not divide into {self.world} processes x "
+                f"{self.config.accumulation} parts; choose a multiple of {parts}."
+            )
+
+    def _wrap(self, task: Task) -> None:
+        ours = {id(p) for parameters in self.trained.values() for p in parameters.values()}
+        self._wrapped: list[nn.Module] = []
+        for name, module in self.networks.items():
+            if not any(id(p) in ours for p in module.parameters()):
+                continue
+            if self.config.compile:
+                module.compile()
+            if self.world > 1:
+                task.modules[name] = self._accelerator.prepare(module)
+                self._wrapped.append(task.modules[name])
+
+
+def _accelerator(config: TrainingConfig, device: str | None) -> Any:
+    accelerate = require("accelerate", "train", "training")
+    if device not in (None, "cpu") and not torch.cuda.is_available():
+        raise DigitError(f"The device '{device}' was asked for, but PyTorch finds no CUDA device here; use --device cpu.")
+    if config.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+        raise DigitError("precision 'fp16' needs a CUDA device; use 'bf16' or 'no' on a CPU.")
+    # Accelerate keeps one state a process; a second run in this one may want another precision or device
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)
+    return accelerate.Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+
+
+def _adamw(config: TrainingConfig, groups: Sequence[dict[str, Any]], fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
+    )
+
+
+def _named(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    names = {id(parameter): name for name, parameter in networks.named_parameters()}
+    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _states(optimizer: Any) -> list[dict[str, Any]]:
+    """The state of every parameter, in order; empty for one that never had a gradient."""
+    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]
