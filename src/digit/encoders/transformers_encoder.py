@@ -97,8 +97,8 @@ class TransformersEncoder(nn.Module):
         if not config.final_norm:
             self.network.set_submodule(final_norm_name(config.family, self.network), nn.Identity())
         if config.positions == "dinov2-offset":
-            if "dinov2" not in str(config.hf_config["model_type"]):
-                raise DigitError("positions='dinov2-offset' is for DINOv2 networks only; leave it at 'hub'.")
+            if config.hf_config["model_type"] not in ("dinov2", "dinov2_with_registers", "vit"):
+                raise DigitError("positions='dinov2-offset' is for DINOv2 and DINO networks only; leave it at 'hub'.")
             embeddings: Any = self.network.embeddings
             embeddings.interpolate_pos_encoding = functools.partial(offset_positions, embeddings)
 
@@ -189,7 +189,7 @@ def offset_positions(embeddings: Any, _tokens: Tensor, height: int, width: int) 
     code, which the authors' vits.py keeps (DAMO-NLP-SG/DiGIT at cd6d8ca).
 
     Args:
-        embeddings: a DINOv2 embedding module of transformers.
+        embeddings: a DINOv2 or ViT embedding module of transformers.
         _tokens: (B, 1 + N, D), not used: the signature is that of the method this stands for.
         height, width: of the image, in pixels.
     """
