@@ -176,7 +176,8 @@ class _Run:
 
     def _minimise(self, generators: Sequence[Iterator[Loss]], batch: Batch, step: Step) -> float | None:
         """Backward of the next loss of every part, then one optimizer step; None when there is no further loss."""
-        name, values = "", []
+        name = ""
+        values: list[Tensor] = []
         for number, generator in enumerate(generators):
             with self.engine.local_gradients(number + 1 < len(generators)):
                 with self.engine.autocast():

@@ -54,7 +54,8 @@ class Stream:
         return slice(self.rank * share, (self.rank + 1) * share)
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """Where the run stands.
 
     Attributes:
