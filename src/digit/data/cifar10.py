@@ -141,7 +141,7 @@ def read_cifar10(path: Path) -> dict[str, Split]:
 def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
     """Check counts, class balance and checksums, and bring the blocks of 10,000 into the authors' order.
 
-    The Hub's copy holds the training batches in another order; each is known by its checksum.
+    Some copies hold the training batches in another order; each is known by its checksum.
 
     Raises:
         DigitError: this is not CIFAR-10; it says what differs.

@@ -1,0 +1,48 @@
+# Everything starts here: `make demo` and `make test` do all their own set-up on a machine that has Python 3.10+ and make.
+# PYTHON chooses the interpreter that builds .venv, as in: make setup PYTHON=python3.12
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.setup-done
+SOURCES := src tests benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo tour test test-all lint format bench docs
+
+help: ## list the verbs
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
+
+setup: $(STAMP) ## make .venv with every extra, at the versions of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older; try: make setup PYTHON=python3.12"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev,docs]' -c constraints.txt
+	@touch $@
+
+demo: $(STAMP) ## take CIFAR-10 photographs through every stage; pictures in runs/demo
+	$(BIN)/digit tour --out runs/demo
+
+tour: demo ## the same as demo
+
+test: $(STAMP) ## the fast tests
+	$(BIN)/python -m pytest -m "not slow and not network"
+
+test-all: $(STAMP) ## every test, slow and network ones too
+	$(BIN)/python -m pytest --timeout 3600
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff put things right
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+bench: $(STAMP) ## run every benchmark; each ends with one line of JSON
+	@for file in benchmarks/*.py; do echo "== $$file" && $(BIN)/python "$$file" || exit 1; done
+
+docs: $(STAMP) ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
