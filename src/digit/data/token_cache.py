@@ -1,0 +1,379 @@
+"""The token cache: encoder and VQGAN run once over a dataset, and training then reads integers only.
+
+A cache is a folder of ``index.json`` (source, views, vocabularies, checksum of the models) and shards ``shard-00000/`` of plain
+``.npy`` arrays, memory-mapped when read: ``semantic`` (n, views, N) and ``vq`` (n, views, M), uint16 where the vocabulary fits and
+uint32 else, and ``labels`` (n,) int64. A shard appears whole or not at all, so building one again goes on where it stopped.
+
+A *view* is a way to cut an image: the centre, its mirror image, and random crops. Crop v of image i is drawn from (seed, v, i) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from pydantic import Field
+from torch import Tensor
+
+from digit.config import config, to_dict
+from digit.data.dataset import ImageDataset
+from digit.data.images import to_tensor
+from digit.data.sampling import sample_rng
+from digit.data.transforms import Transform, build_transform
+from digit.errors import DigitError
+from digit.files import read_json, sha256_of, write_file, write_folder, write_json
+from digit.pipeline import DigitPipeline
+from digit.progress import bar
+
+FORMAT = "digit-token-cache"
+VERSION = 1
+Kind = Literal["semantic", "vq"]
+
+
+@config
+class Views:
+    """How often and how an image is cut.
+
+    Attributes:
+        center: the shorter side scaled, the square in the middle.
+        flip: that, mirrored.
+        crops: further random cuts, each mirrored one time in two.
+        crop: how they are cut: "random" places the square anywhere (the paper), "random-resized" also varies its size.
+        scale: for random-resized, the least and the greatest share of the picture's area.
+        seed: of the crops.
+    """
+
+    center: bool = True
+    flip: bool = True
+    crops: Annotated[int, Field(ge=0)] = 0
+    crop: Literal["random", "random-resized"] = "random"
+    scale: tuple[float, float] = (0.6, 1.0)
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError("there must be at least one view: center, flip or crops")
+
+    @property
+    def names(self) -> list[str]:
+        """Such as ["center", "flip", "crop0", "crop1"]."""
+        return ["center"] * self.center + ["flip"] * self.flip + [f"crop{i}" for i in range(self.crops)]
+
+    def cut(self, image: Image.Image, size: int, number: int) -> list[Image.Image]:
+        """All views of image ``number``, each of ``size`` x ``size`` pixels."""
+        rng = sample_rng(self.seed, 0, number)
+        middle = build_transform(Transform(size=size))(image, rng)
+        cuts = [middle] * self.center + [ImageOps.mirror(middle)] * self.flip
+        crop = build_transform(Transform(size=size, crop=self.crop, flip=True, scale=self.scale))
+        return cuts + [crop(image, sample_rng(self.seed, view, number)) for view in range(self.crops)]
+
+
+@dataclass(frozen=True)
+class TokenSpace:
+    """The tokens of one kind.
+
+    Attributes:
+        vocab_size: ids are 0..vocab_size-1.
+        grid: (rows, columns) of an image's tokens.
+    """
+
+    vocab_size: int
+    grid: tuple[int, int]
+
+    @property
+    def length(self) -> int:
+        """Tokens an image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def dtype(self) -> type[np.unsignedinteger[Any]]:
+        """The smallest integers that hold the ids."""
+        return np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
+
+
+class TokenCache:
+    """A finished cache, read through memory maps.
+
+    Attributes:
+        folder: where it is.
+        info: its ``index.json``.
+        spaces: what kinds of tokens it holds.
+        views: names of the views.
+        classes: class names; empty without classes.
+    """
+
+    def __init__(self, folder: Path, info: Mapping[str, Any]) -> None:
+        self.folder, self.info = folder, info
+        self.spaces = {kind: TokenSpace(v["vocab_size"], tuple(v["grid"])) for kind, v in info["tokens"].items()}
+        self.views: list[str] = info["views"]["names"]
+        self.classes: list[str] = info["classes"]
+        self._shard_size = int(info["shard_size"])
+        self._arrays: dict[tuple[int, str], NDArray[Any]] = {}
+
+    def __len__(self) -> int:
+        return int(self.info["images"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies the source, the views and the models, and so every token."""
+        keys = ("source", "images", "views", "models", "tokens")
+        return hashlib.sha256(json.dumps({k: self.info[k] for k in keys}, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        """(images,) class ids; -1 for none."""
+        count = -(-len(self) // self._shard_size)
+        return np.concatenate([np.asarray(self._array(shard, "labels")) for shard in range(count)])
+
+    def tokens(self, kind: Kind, images: NDArray[np.int64], views: NDArray[np.int64] | int = 0) -> Tensor:
+        """The tokens of some images.
+
+        Args:
+            kind: "semantic" or "vq".
+            images: (B,) numbers.
+            views: (B,) numbers of their views, or one for all.
+
+        Returns:
+            (B, tokens an image) int64.
+
+        Raises:
+            DigitError: this cache does not hold that kind.
+        """
+        space = self.space(kind)
+        chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), images.shape)
+        shards, rows = np.divmod(images, self._shard_size)
+        out = np.empty((len(images), space.length), dtype=np.int64)
+        for shard in np.unique(shards):
+            here = shards == shard
+            out[here] = self._array(int(shard), kind)[rows[here], chosen[here]]
+        return torch.from_numpy(out)
+
+    def space(self, kind: Kind) -> TokenSpace:
+        """Vocabulary and grid of a kind.
+
+        Raises:
+            DigitError: this cache does not hold that kind.
+        """
+        if kind not in self.spaces:
+            missing = "an encoder and a codebook" if kind == "semantic" else "a VQGAN"
+            raise DigitError(f"The cache {self.folder} holds no {kind} tokens; build one with a model that has {missing}.")
+        return self.spaces[kind]
+
+    def verify(self) -> None:
+        """Compare every file with the checksum of the day it was written.
+
+        Raises:
+            DigitError: names the first file that has changed.
+        """
+        for shard in range(-(-len(self) // self._shard_size)):
+            folder = _shard_folder(self.folder, shard)
+            for name, checksum in read_json(folder / "checksums.json").items():
+                if sha256_of(folder / name) != checksum:
+                    raise DigitError(
+                        f"{folder / name} is damaged: remove the folder {folder} and run digit cache-tokens again."
+                    )
+
+    def _array(self, shard: int, name: str) -> NDArray[Any]:
+        key = (shard, name)
+        if key not in self._arrays:
+            self._arrays[key] = _read_array(_shard_folder(self.folder, shard) / f"{name}.npy", self._shape(shard, name))
+        return self._arrays[key]
+
+    def _shape(self, shard: int, name: str) -> tuple[int, ...]:
+        rows = min(self._shard_size, len(self) - shard * self._shard_size)
+        return (rows,) if name == "labels" else (rows, len(self.views), self.spaces[name].length)
+
+
+def open_token_cache(folder: str | Path) -> TokenCache:
+    """Open a cache made by ``digit cache-tokens``.
+
+    Raises:
+        DigitError: it is not one, it is not finished, or a shard is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / "index.json").is_file():
+        raise DigitError(f"{folder} is not a token cache: it has no index.json. Make one with: digit cache-tokens")
+    info = read_json(folder / "index.json")
+    if not isinstance(info, dict) or info.get("format") != FORMAT or info.get("version") != VERSION:
+        raise DigitError(f"{folder / 'index.json'} does not describe a token cache of version {VERSION}.")
+    count = -(-info["images"] // info["shard_size"])
+    missing = [i for i in range(count) if not _shard_folder(folder, i).is_dir()]
+    if missing:
+        raise DigitError(
+            f"The cache {folder} has {count - len(missing)} of its {count} shards; run the same digit cache-tokens command again "
+            "to make the rest."
+        )
+    cache = TokenCache(folder, info)
+    for shard in range(count):
+        for name in ("labels", *cache.spaces):
+            cache._array(shard, name)
+    return cache
+
+
+def build_token_cache(
+    model: DigitPipeline,
+    dataset: ImageDataset,
+    out: str | Path,
+    views: Views | None = None,
+    *,
+    batch_size: int = 64,
+    shard_size: int = 8192,
+    workers: int = 2,
+    rank: int = 0,
+    world: int = 1,
+) -> TokenCache | None:
+    """Tokenize every view of every image of a dataset; go on if ``out`` holds a part of the same cache.
+
+    Args:
+        model: with encoder and codebook, a VQGAN, or all; it decides which kinds of tokens are made, and runs where it is.
+        dataset: the images.
+        out: the cache's folder.
+        views: which cuts of an image.
+        batch_size: images at a time; each is tokenized in all its views.
+        shard_size: images a shard.
+        workers: decoding threads.
+        rank, world: process ``rank`` of ``world`` makes the shards ``rank``, ``rank + world``, ...
+
+    Returns:
+        The cache, or None where other processes have shards left to make.
+
+    Raises:
+        DigitError: ``out`` holds a cache of another model, dataset or other views; the message says which.
+    """
+    out, views = Path(out), views or Views()
+    info = _describe(model, dataset, views, shard_size)
+    _claim(out, info)
+    shards = [i for i in range(-(-len(dataset) // shard_size)) if not _shard_folder(out, i).is_dir()]
+    todo = [range(i * shard_size, min((i + 1) * shard_size, len(dataset))) for i in shards if i % world == rank]
+    with (
+        bar("Caching tokens", sum(map(len, todo))) as progress,
+        ThreadPoolExecutor(max(1, workers), thread_name_prefix="digit-data") as pool,
+    ):
+        for images in todo:
+            parts = []
+            for cuts in _cut_batches(dataset, views, images, info["image_size"], batch_size, pool):
+                parts.append(_tokenize(model, info["tokens"], cuts))
+                progress.advance(len(cuts))
+            arrays = {kind: np.concatenate([part[kind] for part in parts]) for kind in info["tokens"]}
+            _write_shard(_shard_folder(out, images.start // shard_size), {**arrays, "labels": dataset.labels[images]})
+    others = any(not _shard_folder(out, i).is_dir() for i in shards)
+    return None if others else open_token_cache(out)
+
+
+def _describe(model: DigitPipeline, dataset: ImageDataset, views: Views, shard_size: int) -> dict[str, Any]:
+    """The ``index.json`` of a cache, before any work is done."""
+    spaces, sizes = {}, {}
+    if model.encoder is not None and model.codebook is not None:
+        tokenizer = model.tokenizer
+        spaces["semantic"] = {"vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid)}
+        sizes["encoder"] = tokenizer.image_size
+    if model.vqgan is not None:
+        spaces["vq"] = {"vocab_size": model.vqgan.config.codes, "grid": list(model.vqgan.config.grid)}
+        sizes["vqgan"] = model.vqgan.config.resolution
+    if not spaces:
+        raise DigitError("The model makes no tokens: it needs an encoder with a codebook, a VQGAN, or all of them.")
+    if len(set(sizes.values())) > 1:
+        raise DigitError(
+            f"The encoder takes images of {sizes['encoder']} pixels and the VQGAN of {sizes['vqgan']}; they must agree."
+        )
+    settings = getattr(model.encoder, "config", None)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint},
+        "images": len(dataset),
+        "classes": list(dataset.classes),
+        "image_size": next(iter(sizes.values())),
+        "views": {**to_dict(views), "names": views.names},
+        "tokens": spaces,
+        # weights alone do not say how images are prepared for them
+        "models": {"weights": model.fingerprint(), "encoder": to_dict(settings) if settings is not None else None},
+        "shard_size": shard_size,
+    }
+
+
+def _claim(out: Path, info: dict[str, Any]) -> None:
+    """Begin a cache, or see that the one in ``out`` is the same."""
+    if not (out / "index.json").is_file():
+        write_json(out / "index.json", info)
+    saved = read_json(out / "index.json")
+    info = json.loads(json.dumps(info))
+    names = {"source": "dataset", "models": "model", "tokens": "model", "views": "views", "shard_size": "shard size"}
+    differing = {names.get(key, key.replace("_", " ")) for key in info if saved.get(key) != info[key]}
+    if differing:
+        raise DigitError(
+            f"{out} holds a token cache with another {' and another '.join(sorted(differing))}; tokens of different caches are never "
+            "mixed. Choose another --out, or give what it was begun with."
+        )
+    for aside in out.glob(".shard-*.tmp"):
+        shutil.rmtree(aside)
+
+
+def _cut_batches(
+    dataset: ImageDataset, views: Views, images: range, size: int, batch_size: int, pool: ThreadPoolExecutor
+) -> Iterator[Tensor]:
+    """All views of the images in order, (B, views, 3, S, S) in 0..1; the next batch is cut while one is tokenized."""
+
+    def cut(number: int) -> Tensor:
+        return torch.stack([to_tensor(view) for view in views.cut(dataset[number].image, size, number)])
+
+    starts = range(images.start, images.stop, batch_size)
+    batches = [range(start, min(start + batch_size, images.stop)) for start in starts]
+    ahead = [pool.submit(cut, number) for number in batches[0]]
+    for following in [*batches[1:], range(0)]:
+        ready, ahead = ahead, [pool.submit(cut, number) for number in following]
+        yield torch.stack([future.result() for future in ready])
+
+
+@torch.inference_mode()
+def _tokenize(model: DigitPipeline, kinds: Mapping[str, Any], cuts: Tensor) -> dict[str, NDArray[Any]]:
+    """Tokens (B, views, N) of each kind."""
+    count, views = cuts.shape[:2]
+    images = cuts.flatten(0, 1).to(model.device)  # (B * views, 3, S, S)
+    found = {}
+    for kind, space in kinds.items():
+        tokens = model.tokenizer.encode(images) if kind == "semantic" else model.vqgan.encode(images)  # type: ignore[union-attr]
+        dtype = TokenSpace(space["vocab_size"], space["grid"]).dtype
+        found[kind] = tokens.view(count, views, -1).cpu().numpy().astype(dtype)
+    return found
+
+
+def _write_shard(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    with write_folder(folder) as aside:
+        for name, array in arrays.items():
+            write_file(aside / f"{name}.npy", lambda path, array=array: _save(path, array))  # type: ignore[misc]
+        write_json(aside / "checksums.json", {path.name: sha256_of(path) for path in sorted(aside.glob("*.npy"))})
+
+
+def _save(path: Path, array: NDArray[Any]) -> None:
+    with open(path, "wb") as handle:
+        np.save(handle, array, allow_pickle=False)
+
+
+def _read_array(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DigitError(
+            f"{path} is missing or damaged ({error}); remove the folder {path.parent} and run digit cache-tokens again."
+        ) from error
+    if array.shape != shape:
+        raise DigitError(
+            f"{path} has the shape {array.shape}, expected {shape}; remove its folder and run digit cache-tokens again."
+        )
+    return array
+
+
+def _shard_folder(out: Path, number: int) -> Path:
+    return out / f"shard-{number:05d}"
