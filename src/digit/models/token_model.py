@@ -169,11 +169,17 @@ class TokenModel(nn.Module):
         return self.transformer.states(self.embed(tokens, labels, prefix))
 
     def loss(
-        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        prefix: Tensor | None = None,
+        mask: Tensor | None = None,
+        z_loss: float = 0.0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy in nats and its parts.
 
-        For role "masked" the mean runs over the masked places of the whole batch, else over all tokens.
+        For role "masked" the mean runs over the masked places of the whole batch, else over all tokens. ``z_loss`` weighs
+        mean(log Z ^ 2), with Z the sum that the softmax divides by (PaLM, arXiv 2204.02311, section 5).
 
         Returns:
             The loss with label smoothing, and ``{"nll", "accuracy"}`` without.
@@ -187,8 +193,10 @@ class TokenModel(nn.Module):
             targets = tokens.flatten()
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+        if z_loss:
+            loss = loss + z_loss * logits.logsumexp(-1).square().mean()
         with torch.no_grad():
-            nll = F.cross_entropy(logits, targets) if self.config.label_smoothing else loss.detach()
+            nll = F.cross_entropy(logits, targets) if self.config.label_smoothing or z_loss else loss.detach()
             accuracy = (logits.argmax(-1) == targets).float().mean()
         return loss, {"nll": nll, "accuracy": accuracy}
 

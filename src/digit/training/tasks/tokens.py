@@ -1,0 +1,285 @@
+"""Training a token model over a token cache: the prior, the AR and the masked decoder, and the VQ baselines.
+
+What is trained follows from the model's role and from which tokens it predicts:
+
+| role | ``data.target`` | ``data.prefix`` | what |
+|---|---|---|---|
+| prior | semantic | none | the prior, stage 1 |
+| ar | vq | semantic | the AR decoder, stage 2 |
+| masked | vq | semantic | the masked decoder, stage 2 (MaskGIT, Chang et al. 2022, arXiv 2202.04200) |
+| prior, masked | vq | none | the baselines over VQ tokens alone |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor, nn
+
+from digit.config import config, from_dict, to_dict
+from digit.data.images import to_pil
+from digit.data.sampling import StepSampler
+from digit.data.token_cache import TokenCache
+from digit.errors import DigitError
+from digit.models.component import save_component
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.sampling.engine import sample
+from digit.tokenizers.vqgan import VQGAN
+from digit.training.task import Batch, Loss, Step, Stream
+from digit.visual import picture_grid, token_picture
+
+_HELD_OUT_SEED = 20241031  # which images are held out never changes, or a resumed or repeated run would learn its own test
+_MASK_SEED = 7  # of the masks that validation hides tokens with
+_VALIDATION_BATCH = 64
+_PICTURES = 16
+
+
+@config
+class TokenData:
+    """Which tokens of a cache are learnt.
+
+    Attributes:
+        target: what is predicted.
+        prefix: what it is conditioned on: the semantic tokens, for decoders.
+        labels: condition on the class.
+        views: the cached views that are drawn from, by name; None takes all.
+        held_out: images kept back for validation; at most a tenth of the cache is.
+    """
+
+    target: Literal["semantic", "vq"] = "semantic"
+    prefix: Literal["semantic"] | None = None
+    labels: bool = False
+    views: tuple[str, ...] | None = None
+    held_out: Annotated[int, Field(ge=0)] = 512
+
+    def __post_init__(self) -> None:
+        if self.target == "semantic" and self.prefix:
+            raise ValueError("semantic tokens cannot be predicted from themselves: target 'semantic' needs prefix null")
+
+
+def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str) -> TokenModelConfig:
+    """The config of a model for a cache: vocabularies, lengths and classes that ``values`` leaves out come from the cache.
+
+    Args:
+        values: fields of :class:`TokenModelConfig`.
+        cache: what it is to be trained on.
+        data: which part of that.
+        where: what ``values`` were read from, for the message.
+
+    Raises:
+        DigitError: a field is wrong, or is given and does not fit the cache.
+    """
+    target = cache.space(data.target)
+    known = {"vocab_size": target.vocab_size, "length": target.length, "num_classes": 0}
+    if data.prefix:
+        prefix = cache.space(data.prefix)
+        known |= {"prefix_vocab_size": prefix.vocab_size, "prefix_length": prefix.length}
+    if data.labels:
+        known["num_classes"] = max(len(cache.classes), int(cache.labels.max()) + 1)
+        if int(cache.labels.min()) < 0:
+            raise DigitError(f"{where} asks for class labels, but images of the cache {cache.folder} have none.")
+    wrong = [
+        f"{name} = {values[name]} (the cache: {value})" for name, value in known.items() if values.get(name, value) != value
+    ]
+    if wrong:
+        raise DigitError(f"{where} does not fit the cache {cache.folder}: {', '.join(wrong)}. Leave these fields out.")
+    return from_dict(TokenModelConfig, {**values, **known}, where)
+
+
+class TokenLoss(nn.Module):
+    """A token model as the loop trains it: its forward pass is its loss, so that it may be wrapped and compiled."""
+
+    def __init__(self, model: TokenModel, z_loss: float = 0.0) -> None:
+        super().__init__()
+        self.model, self.z_loss = model, z_loss
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`TokenModel.loss`."""
+        return self.model.loss(tokens, labels, prefix, mask, self.z_loss if self.training else 0.0)
+
+
+class TokenTask:
+    """A token model learns the tokens of a cache. See :class:`digit.training.task.Task`.
+
+    Args:
+        model: what is trained.
+        cache: tokens of a dataset.
+        data: which of them.
+        component: "prior" or "decoder", as the user calls it.
+        z_loss: see :meth:`TokenModel.loss`.
+        vqgan: turns samples of VQ tokens into pictures for the log; without it they are shown as coloured cells.
+    """
+
+    def __init__(
+        self,
+        model: TokenModel,
+        cache: TokenCache,
+        data: TokenData,
+        component: str = "prior",
+        z_loss: float = 0.0,
+        vqgan: VQGAN | None = None,
+    ) -> None:
+        self.model, self.cache, self.data, self.vqgan = model, cache, data, vqgan
+        self.modules = nn.ModuleDict({"model": TokenLoss(model, z_loss)})
+        shuffled = np.random.default_rng(_HELD_OUT_SEED).permutation(len(cache))
+        held_out = min(data.held_out, len(cache) // 10)
+        self._held_out, self._train = np.sort(shuffled[:held_out]), np.sort(shuffled[held_out:])
+        self._views = _view_numbers(cache, data.views)
+        self.examples = len(self._train)
+        self.description = {
+            "component": component,
+            "model": to_dict(model.config),
+            "data": {**to_dict(data), "cache": cache.fingerprint},
+        }
+
+    # -- the protocol --------------------------------------------------------------------------------------------------------
+
+    def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
+        """All parameters that learn, in one group: the paper decays norms and biases too."""
+        return {"model": [{"params": [p for p in self.model.parameters() if p.requires_grad]}]}
+
+    def to_device(self, device: str) -> None:
+        """Move the model, and the VQGAN that shows its samples."""
+        self.modules.to(device)
+        if self.vqgan is not None:
+            self.vqgan.to(device)
+
+    def batches(self, stream: Stream) -> Iterator[Batch]:
+        """Tokens of a random view of each image, with masks and dropped labels already drawn.
+
+        Random choices are drawn for the whole global batch and then cut, so they do not depend on the number of processes.
+        """
+        sampler = StepSampler(self.examples, stream.batch_size, stream.seed)
+        for step in range(stream.start, stream.stop):
+            images = self._train[sampler.indices(step)]
+            rng = np.random.default_rng([stream.seed, step])
+            views = self._views[rng.integers(len(self._views), size=len(images))]
+            generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+            yield {name: tensor[stream.rows] for name, tensor in self._batch(images, views, generator).items()}
+
+    def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:  # noqa: ARG002 - nothing changes in the course of a run yet
+        """Cross entropy of the next tokens, or of the masked ones."""
+        inputs = {name: batch.get(name) for name in ("tokens", "labels", "prefix", "mask")}
+        value, metrics = self.modules["model"](**inputs)
+        if "mask" in batch:
+            # the mean is over the masked places of the global batch, of which this part may hold more or less than its share
+            value = value * (batch["mask"].sum() / batch["expected"].sum())
+        yield Loss("model", value, metrics)
+
+    def after_step(self, step: Step) -> None:
+        """Nothing to do."""
+
+    def validate(self) -> dict[str, float]:
+        """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of the tokens' frequencies.
+
+        Held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens.
+        """
+        if not len(self._held_out):
+            return {}
+        sums, weight = {"nll": 0.0, "accuracy": 0.0}, 0.0
+        for start in range(0, len(self._held_out), _VALIDATION_BATCH):
+            images = self._held_out[start : start + _VALIDATION_BATCH]
+            generator = torch.Generator().manual_seed(_MASK_SEED + start)
+            batch = self._batch(images, np.full(len(images), self._views[0]), generator, drop_labels=False)
+            count = float(batch["mask"].sum()) if "mask" in batch else float(batch["tokens"].numel())
+            batch = {name: tensor.to(self.model.start.device) for name, tensor in batch.items()}
+            _, metrics = self.modules["model"](**{name: batch.get(name) for name in ("tokens", "labels", "prefix", "mask")})
+            sums = {name: total + float(metrics[name]) * count for name, total in sums.items()}
+            weight += count
+        nll, accuracy = sums["nll"] / weight, sums["accuracy"] / weight
+        return {
+            "nll": nll,
+            "accuracy": accuracy,
+            "perplexity": _exp(nll),
+            "unigram_perplexity": _exp(self._unigram_nll),
+        }
+
+    def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002 - the picture does not depend on it
+        """Sixteen samples of seed 0: the classes in turn; for a decoder, from the semantic tokens of held-out images."""
+        numbers, c = range(_PICTURES), self.model.config
+        labels = torch.tensor([i % c.num_classes for i in numbers]) if c.num_classes else None
+        prefix = None
+        if self.data.prefix:
+            source = self._held_out if len(self._held_out) else self._train
+            prefix = self.cache.tokens(self.data.prefix, np.resize(source, _PICTURES), int(self._views[0]))
+        tokens = sample(self.model, numbers, labels=labels, prefix=prefix)  # (16, n)
+        if self.data.target == "vq" and self.vqgan is not None:
+            return picture_grid([to_pil(image) for image in self.vqgan.decode(tokens).clamp(0, 1)])
+        grid = self.cache.space(self.data.target).grid
+        return picture_grid([token_picture(row, grid, c.vocab_size, 96) for row in tokens])
+
+    def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+        """Write the token model."""
+        more = {
+            "space": self.data.target,
+            "class_names": self.cache.classes if self.data.labels else [],
+            "source": self.cache.info["source"],
+        }
+        save_component(folder, self.model, self.model.config, {**provenance, **more})
+
+    # -- batches -------------------------------------------------------------------------------------------------------------
+
+    def _batch(self, images: np.ndarray, views: np.ndarray, generator: torch.Generator, drop_labels: bool = True) -> Batch:
+        batch = {"index": torch.from_numpy(images), "tokens": self.cache.tokens(self.data.target, images, views)}
+        if self.data.prefix:
+            batch["prefix"] = self.cache.tokens(self.data.prefix, images, views)
+        if self.data.labels:
+            labels = torch.from_numpy(self.cache.labels[images])
+            batch["labels"] = self.model.drop_labels(labels, generator) if drop_labels else labels
+        if self.model.config.role == "masked":
+            batch["mask"] = random_masks(len(images), self.model.config.length, generator)
+            batch["expected"] = batch["mask"].sum(1).float().mean().expand(len(images))  # (B,) masked places an image
+        return batch
+
+    @cached_property
+    def _unigram_nll(self) -> float:
+        """Of the held-out tokens under the frequencies of the training tokens (one added to every count)."""
+        vocab, view = self.model.config.vocab_size, int(self._views[0])
+
+        def counts(images: np.ndarray) -> Tensor:
+            parts = (images[i : i + 4096] for i in range(0, len(images), 4096))
+            return sum(
+                (torch.bincount(self.cache.tokens(self.data.target, part, view).flatten(), minlength=vocab) for part in parts),
+                start=torch.zeros(vocab, dtype=torch.long),
+            )
+
+        frequencies = (counts(self._train).double() + 1).log()
+        log_p = frequencies - frequencies.logsumexp(0)
+        held_out = counts(self._held_out).double()
+        return float(-(held_out * log_p).sum() / held_out.sum())
+
+
+def random_masks(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """MaskGIT's training masks: a share cos(pi u / 2) of the tokens, u uniform, at random places.
+
+    As DAMO-NLP-SG/DiGIT at cd6d8ca has it: floor(length * cos(pi u / 2) + 1) tokens, at most all, at the lowest of random scores.
+
+    Returns:
+        (batch, length) bool, True where the token is hidden; at least one in every row.
+    """
+    u = torch.rand(batch, generator=generator)
+    hidden = (length * torch.cos(math.pi * u / 2) + 1).floor().clamp(1, length)  # (B,)
+    ranks = torch.rand(batch, length, generator=generator).argsort(1).argsort(1)  # (B, length)
+    return ranks < hidden[:, None]
+
+
+def _view_numbers(cache: TokenCache, names: tuple[str, ...] | None) -> np.ndarray:
+    chosen = cache.views if names is None else list(names)
+    unknown = [name for name in chosen if name not in cache.views]
+    if unknown or not chosen:
+        raise DigitError(f"The views {', '.join(unknown) or '(none)'} were asked for; the cache has: {', '.join(cache.views)}.")
+    return np.array([cache.views.index(name) for name in chosen])
+
+
+def _exp(value: float) -> float:
+    return math.exp(min(value, 700.0))
