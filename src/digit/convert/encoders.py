@@ -27,6 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from digit.convert.keys import Keys
+from digit.convert.stream import Component, Parts
 from digit.convert.torchfile import read_torch_file
 from digit.encoders.base import Preprocessing
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
@@ -39,31 +41,22 @@ _WRAPPERS = ("teacher", "state_dict", "model", "student")
 # heads of the self-supervised task, MAE's pixel decoder, mask tokens of plain ViTs: not part of the encoder
 _IGNORED = re.compile(r"(head|fc|fc_norm|decoder_\w+)\.|decoder_pos_embed$|mask_token$|masked_embed$")
 
-_TOP = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "register_tokens": "embeddings.register_tokens",
-    "mask_token": "embeddings.mask_token",
-    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-    "norm.": "layernorm.",
+# name in the file, without .weight and .bias, to its name on the hub; the same names serve in every block
+_VIT = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
 }
-_BLOCK_VIT = {
-    "norm1.": "layernorm_before.",
-    "norm2.": "layernorm_after.",
-    "attn.proj.": "attention.output.dense.",
-    "mlp.fc1.": "intermediate.dense.",
-    "mlp.fc2.": "output.dense.",
-}
-_BLOCK_DINOV2 = {
-    "norm1.": "norm1.",
-    "norm2.": "norm2.",
-    "attn.proj.": "attention.output.dense.",
-    "mlp.fc1.": "mlp.fc1.",
-    "mlp.fc2.": "mlp.fc2.",
-    "mlp.w12.": "mlp.weights_in.",
-    "mlp.w3.": "mlp.weights_out.",
-    "ls1.gamma": "layer_scale1.lambda1",
-    "ls2.gamma": "layer_scale2.lambda1",
+_DINOV2 = {
+    "norm1": "norm1",
+    "norm2": "norm2",
+    "attn.proj": "attention.output.dense",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "mlp.w12": "mlp.weights_in",
+    "mlp.w3": "mlp.weights_out",
 }
 
 
@@ -96,17 +89,13 @@ def read_encoder_file(
     Raises:
         DigitError: damaged, hostile, or not an encoder of these families; the message names the file and the reason.
     """
-    try:
-        hf_config, tensors, facts = convert_encoder_state(read_torch_file(path), family, heads)
-    except DigitError as error:
-        text = str(error)
-        raise error if str(path) in text else DigitError(f"{path}: {text}") from error
+    hf_config, tensors, facts = convert_encoder_state(read_torch_file(path), family, heads, where=str(path))
     facts.provenance["sha256"] = sha256_of(path)
     return hf_config, tensors, facts
 
 
 def convert_encoder_state(
-    state: Mapping[str, Any], family: str | None = None, heads: int | None = None
+    state: Any, family: str | None = None, heads: int | None = None, where: str = "the checkpoint"
 ) -> tuple[dict[str, Any], dict[str, Tensor], EncoderFacts]:
     """An original state dict to a `transformers` config and tensors by their names on the hub.
 
@@ -114,6 +103,7 @@ def convert_encoder_state(
         state: what the file holds, wrappers and all.
         family: one of :data:`FAMILY_NAMES`; None tells it from the tensors' names.
         heads: attention heads; None takes :func:`default_heads`.
+        where: the file, for messages.
 
     Returns:
         the config ("model_type" and fields), the tensors (views of the given ones, nothing is copied), and the facts.
@@ -123,48 +113,61 @@ def convert_encoder_state(
     """
     if family is not None and family not in FAMILY_NAMES:
         raise DigitError(f"family='{family}' was given; known are {', '.join(FAMILY_NAMES)}.")
-    tensors, guess = _backbone(state)
-    family = family or guess
-    sizes = _Sizes.read(tensors)
-    if sizes.dinov2 != (family == "dinov2"):
-        raise DigitError(
-            f"family='{family}' was given, but the tensors {'have' if sizes.dinov2 else 'lack'} DINOv2's LayerScale."
-        )
-    _check(tensors, sizes.expected())
-    heads = heads or default_heads(family, sizes.dim)
-    if sizes.dim % heads:
-        raise DigitError(f"heads={heads} does not divide the width {sizes.dim} of this encoder.")
-    hf_config = _config(sizes, heads)
-    # DINOv2's own code stretches positions by side + 0.1 without registers, and plainly with antialiasing with them
-    options = {"positions": "dinov2-offset"} if family == "dinov2" and not sizes.registers else {}
-    facts = EncoderFacts(family, sizes.dim, sizes.depth, heads, sizes.patch, sizes.registers, options)
-    facts.provenance.update(family=family, dim=sizes.dim, depth=sizes.depth, heads=heads, patch=sizes.patch)
-    return hf_config, _rename(tensors, sizes), facts
+    keys, guess = _backbone(state, where)
+    hf_config, parts, facts = _convert(keys, family or guess, heads)
+    keys.check()
+    return hf_config, {name: pieces[0] for name, pieces in parts.items()}, facts
 
 
-def encoder_from_dinov2(
-    state: Mapping[str, Any],
-    heads: int | None = None,
+def encoder_keys(path: str | Path) -> Keys:
+    """The backbone's tensors of an original checkpoint file, for :func:`encoder_component`."""
+    return _backbone(read_torch_file(path), str(path))[0]
+
+
+def encoder_component(
+    keys: Keys,
+    heads: int | None,
+    provenance: Mapping[str, Any],
     layer: int = -3,
     positions: Literal["hub", "dinov2-offset"] = "dinov2-offset",
     preprocessing: Preprocessing | None = None,
-    provenance: Mapping[str, Any] | None = None,
-) -> TransformersEncoder:
+) -> Component:
+    """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out.
+
+    Args:
+        keys: the backbone's tensors: of :func:`encoder_keys`, or ``keys.under("pretrained_encoder.")`` of a checkpoint. The caller
+            calls their ``check()``.
+        heads: attention heads; None takes width / 64, as every published DINOv2 has.
+        provenance: kept with the encoder.
+        layer: which block's output, from the end.
+        positions: the authors use "dinov2-offset" with registers too.
+        preprocessing: None is the paper's: 256 in, 224 seen.
+    """
+    hf_config, parts, facts = _convert(keys, "dinov2", heads)
+    config = EncoderConfig(
+        hf_config=hf_config, layer=layer, positions=positions, preprocessing=preprocessing or Preprocessing(resize=224)
+    )
+    kept = {
+        name: pieces
+        for name, pieces in parts.items()
+        if not (match := re.match(r"encoder\.layer\.(\d+)\.", name)) or int(match.group(1)) <= facts.depth + layer
+    }
+    return Component("TransformersEncoder", config, kept, {**facts.provenance, **provenance})
+
+
+def encoder_from_dinov2(state: Mapping[str, Any], heads: int | None = None, **options: Any) -> TransformersEncoder:
     """The frozen encoder in a DINOv2 state dict, as DiGIT's authors use it.
 
     Args:
         state: the tensors, with any common prefix such as ``pretrained_encoder.``.
         heads: attention heads; None takes width / 64, as every published DINOv2 has.
-        layer: which block's output, from the end.
-        positions: the authors use "dinov2-offset" with registers too.
-        preprocessing: None is the paper's: 256 in, 224 seen.
-        provenance: kept with the encoder.
+        options: further arguments of :func:`encoder_component`.
     """
-    hf_config, tensors, facts = convert_encoder_state(state, "dinov2", heads)
-    config = EncoderConfig(
-        hf_config=hf_config, layer=layer, positions=positions, preprocessing=preprocessing or Preprocessing(resize=224)
-    )
-    return TransformersEncoder.from_weights(config, tensors, "the encoder", {**facts.provenance, **(provenance or {})})
+    keys, _ = _backbone(state, "the state dict")
+    component = encoder_component(keys, heads, options.pop("provenance", {}), **options)
+    keys.check()
+    tensors = {name: pieces[0] for name, pieces in component.parts.items()}
+    return TransformersEncoder.from_weights(component.config, tensors, keys.where, component.provenance)
 
 
 def default_heads(family: str, dim: int) -> int:
@@ -181,26 +184,28 @@ def default_heads(family: str, dim: int) -> int:
     return dim // 64
 
 
-def _backbone(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
+def _backbone(state: Any, where: str) -> tuple[Keys, str]:
     """The backbone's tensors without wrappers and prefixes, chunked blocks flattened; and the family they look like."""
+    if not isinstance(state, Mapping):
+        raise DigitError(f"{where} holds a {type(state).__name__}, expected a state dict of an encoder.")
     wrapper = next((name for name in _WRAPPERS if isinstance(state.get(name), Mapping)), "")
     inner: Mapping[str, Any] = state[wrapper] if wrapper else state
     prefixes = [name.removesuffix(_ANCHOR) for name in inner if isinstance(name, str) and name.endswith(_ANCHOR)]
     if not prefixes:
         held = ", ".join(map(str, list(inner)[:5])) or "nothing"
-        raise DigitError(f"There is no vision transformer in it: no tensor is named '...{_ANCHOR}' (it holds {held}, ...).")
+        raise DigitError(f"{where} has no vision transformer: no tensor is named '...{_ANCHOR}' (it holds {held}, ...).")
     # MoCo v3's own evaluation reads the base encoder, not its moving average
     prefix = min(prefixes, key=lambda name: ("base_encoder" not in name, len(name)))
     tensors = {
         re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name[len(prefix) :]): value
         for name, value in inner.items()
-        if name.startswith(prefix) and isinstance(value, Tensor)
+        if name.startswith(prefix)
     }
-    return tensors, _guess_family(tensors, wrapper, prefix)
+    return Keys(tensors, where), _guess_family(tensors, wrapper, prefix)
 
 
-def _guess_family(tensors: Mapping[str, Tensor], wrapper: str, prefix: str) -> str:
-    if "register_tokens" in tensors or any(name.endswith(("ls1.gamma", "mlp.w12.weight")) for name in tensors):
+def _guess_family(tensors: Mapping[str, Any], wrapper: str, prefix: str) -> str:
+    if "blocks.0.ls1.gamma" in tensors or "register_tokens" in tensors:
         return "dinov2"
     if "base_encoder" in prefix or "momentum_encoder" in prefix:
         return "mocov3"
@@ -209,132 +214,85 @@ def _guess_family(tensors: Mapping[str, Tensor], wrapper: str, prefix: str) -> s
     return "ibot" if wrapper == "state_dict" or "masked_embed" in tensors else "dino"
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    """Sizes read from a backbone's tensors, in the original names."""
-
-    dim: int
-    depth: int
-    patch: int
-    positions: int  # side of the position table
-    hidden: int  # width inside the MLP
-    registers: int
-    swiglu: bool
-    dinov2: bool  # has LayerScale, as among these families DINOv2 alone does
-    bias: bool  # of the fused query, key, value projection
-
-    @classmethod
-    def read(cls, tensors: Mapping[str, Tensor]) -> _Sizes:
-        swiglu = "blocks.0.mlp.w3.weight" in tensors
-        needed = ["pos_embed", "blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight"]
-        if absent := [name for name in needed if name not in tensors]:
-            raise DigitError(f"The sizes of this encoder cannot be told: missing {', '.join(absent)}.")
-        side = round((tensors["pos_embed"].shape[1] - 1) ** 0.5)
-        blocks = [int(match.group(1)) for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))]
-        return cls(
-            dim=tensors[_ANCHOR].shape[0],
-            depth=1 + max(blocks),
-            patch=tensors[_ANCHOR].shape[-1],
-            positions=side,
-            hidden=tensors[needed[1]].shape[1],
-            registers=tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0,
-            swiglu=swiglu,
-            dinov2="blocks.0.ls1.gamma" in tensors,
-            bias="blocks.0.attn.qkv.bias" in tensors,
-        )
-
-    def expected(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor that the network needs, with its shape."""
-        d, h = self.dim, self.hidden
-        shapes: dict[str, tuple[int, ...]] = {
-            "cls_token": (1, 1, d),
-            "pos_embed": (1, 1 + self.positions**2, d),
-            _ANCHOR: (d, 3, self.patch, self.patch),
-            "patch_embed.proj.bias": (d,),
-            **_affine("norm", d),
-        }
-        if self.registers:
-            shapes["register_tokens"] = (1, self.registers, d)
-        for index in range(self.depth):
-            block = {
-                **_affine("norm1", d),
-                **_affine("norm2", d),
-                **_affine("attn.proj", d, d),
-                **_affine("attn.qkv", 3 * d, d),
-            }
-            if not self.bias:
-                del block["attn.qkv.bias"]
-            if self.swiglu:
-                block |= {**_affine("mlp.w12", 2 * h, d), **_affine("mlp.w3", d, h)}
-            else:
-                block |= {**_affine("mlp.fc1", h, d), **_affine("mlp.fc2", d, h)}
-            if self.dinov2:
-                block |= {"ls1.gamma": (d,), "ls2.gamma": (d,)}
-            shapes |= {f"blocks.{index}.{name}": shape for name, shape in block.items()}
-        return shapes
-
-
-def _affine(name: str, *shape: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-
-
-def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]) -> None:
-    problems = [f"missing: {name}" for name in expected if name not in tensors]
-    problems += [f"unexpected: {name}" for name in tensors if name not in expected and not _IGNORED.match(name)]
-    problems += [
-        f"wrong shape: {name} is {tuple(tensors[name].shape)}, expected {shape}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise DigitError(f"This is not a complete vision transformer of a known layout: {shown}.")
-
-
-def _config(sizes: _Sizes, heads: int) -> dict[str, Any]:
-    common = {
-        "hidden_size": sizes.dim,
-        "num_hidden_layers": sizes.depth,
+def _convert(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any], Parts, EncoderFacts]:
+    """Config, tensors by their names on the hub, and facts. What does not fit is noted in ``keys``."""
+    dinov2 = "blocks.0.ls1.gamma" in keys  # among these families, LayerScale is DINOv2's alone
+    if dinov2 != (family == "dinov2"):
+        raise DigitError(f"{keys.where}: as family '{family}' it should {'not ' * dinov2}have LayerScale (blocks.0.ls1.gamma).")
+    dim, _, patch, _ = keys.shape(_ANCHOR)
+    swiglu = "blocks.0.mlp.w3.weight" in keys
+    hidden = keys.shape("blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight")[1]
+    side = round((keys.shape("pos_embed")[1] - 1) ** 0.5)
+    registers = keys.shape("register_tokens")[1] if "register_tokens" in keys else 0
+    depth = 1 + max(int(match.group(1)) for name in keys.names() if (match := re.match(r"blocks\.(\d+)\.", name)))
+    bias = "blocks.0.attn.qkv.bias" in keys
+    heads = heads or default_heads(family, dim)
+    if dim % heads:
+        raise DigitError(f"heads={heads} does not divide the width {dim} of the encoder in {keys.where}.")
+    hf_config = {
+        "model_type": "vit",
+        "hidden_size": dim,
+        "num_hidden_layers": depth,
         "num_attention_heads": heads,
-        "image_size": sizes.positions * sizes.patch,
-        "patch_size": sizes.patch,
+        "image_size": side * patch,
+        "patch_size": patch,
         "layer_norm_eps": 1e-6,
-        "qkv_bias": sizes.bias,
+        "qkv_bias": bias,
         "hidden_act": "gelu",
+        **(_dinov2_fields(keys.where, dim, hidden, registers, swiglu) if dinov2 else {"intermediate_size": hidden}),
     }
-    if not sizes.dinov2:
-        return {"model_type": "vit", **common, "intermediate_size": sizes.hidden}
+    parts: dict[str, list[Tensor]] = {
+        "embeddings.cls_token": [keys.take("cls_token", 1, 1, dim)],
+        "embeddings.position_embeddings": [keys.take("pos_embed", 1, 1 + side**2, dim)],
+        "embeddings.patch_embeddings.projection.weight": [keys.take(_ANCHOR, dim, 3, patch, patch)],
+        "embeddings.patch_embeddings.projection.bias": [keys.take("patch_embed.proj.bias", dim)],
+        "layernorm.weight": [keys.take("norm.weight", dim)],
+        "layernorm.bias": [keys.take("norm.bias", dim)],
+    }
+    if registers:
+        parts["embeddings.register_tokens"] = [keys.take("register_tokens", 1, registers, dim)]
+    if dinov2:  # only pre-training uses it; some files leave it out
+        parts["embeddings.mask_token"] = [keys.take("mask_token", 1, dim) if "mask_token" in keys else torch.zeros(1, dim)]
+    for index in range(depth):
+        block = _block(keys.under(f"blocks.{index}."), dim, hidden, dinov2, swiglu, bias)
+        parts |= {f"encoder.layer.{index}.{name}": [value] for name, value in block.items()}
+    keys.ignore(*(name for name in keys.names() if _IGNORED.match(name)))
+    # DINOv2's own code stretches positions by side + 0.1 without registers, and plainly with antialiasing with them
+    options = {"positions": "dinov2-offset"} if dinov2 and not registers else {}
+    facts = EncoderFacts(family, dim, depth, heads, patch, registers, options)
+    facts.provenance.update(family=family, dim=dim, depth=depth, heads=heads, patch=patch, registers=registers)
+    return hf_config, parts, facts
+
+
+def _dinov2_fields(where: str, dim: int, hidden: int, registers: int, swiglu: bool) -> dict[str, Any]:
     # a gated MLP keeps two thirds of the plain one's width, rounded up to a multiple of 8
-    ratio = 4 if sizes.swiglu else sizes.hidden // sizes.dim
-    hidden = (int(sizes.dim * ratio * 2 / 3) + 7) // 8 * 8 if sizes.swiglu else sizes.dim * ratio
-    if hidden != sizes.hidden:
-        raise DigitError(f"This is not DINOv2's network: its MLP is {sizes.hidden} wide, expected {hidden}.")
-    name = "dinov2_with_registers" if sizes.registers else "dinov2"
-    extra = {"num_register_tokens": sizes.registers} if sizes.registers else {}
-    return {"model_type": name, **common, "mlp_ratio": ratio, "use_swiglu_ffn": sizes.swiglu, **extra}
+    ratio = 4 if swiglu else hidden // dim
+    expected = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else dim * ratio
+    if hidden != expected:
+        raise DigitError(f"{where} is not DINOv2's network: its MLP is {hidden} wide, expected {expected}.")
+    fields = {"model_type": "dinov2", "mlp_ratio": ratio, "use_swiglu_ffn": swiglu}
+    return {**fields, "model_type": "dinov2_with_registers", "num_register_tokens": registers} if registers else fields
 
 
-def _rename(tensors: Mapping[str, Tensor], sizes: _Sizes) -> dict[str, Tensor]:
-    """The needed tensors by their names on the hub. Query, key and value are views of the fused tensor."""
-    renamed: dict[str, Tensor] = {}
-    for name in sizes.expected():
-        value = tensors[name]
-        if not name.startswith("blocks."):
-            renamed[_translate(name, _TOP)] = value
-            continue
-        _, index, rest = name.split(".", 2)
-        block = f"encoder.layer.{index}."
-        if rest.startswith("attn.qkv."):
-            for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                renamed[f"{block}attention.attention.{part}.{rest.rpartition('.')[2]}"] = chunk
-        else:
-            renamed[block + _translate(rest, _BLOCK_DINOV2 if sizes.dinov2 else _BLOCK_VIT)] = value
-    if sizes.dinov2:  # only pre-training uses it; some files leave it out
-        token = tensors.get("mask_token")
-        renamed[_TOP["mask_token"]] = torch.zeros(1, sizes.dim) if token is None else token.view(1, sizes.dim)
-    return renamed
-
-
-def _translate(name: str, table: Mapping[str, str]) -> str:
-    start = next(key for key in table if name.startswith(key))
-    return table[start] + name[len(start) :]
+def _block(keys: Keys, dim: int, hidden: int, dinov2: bool, swiglu: bool, bias: bool) -> dict[str, Tensor]:
+    """One block's tensors by their names on the hub. Query, key and value are views of the fused tensor."""
+    inner = (
+        {"mlp.w12": (2 * hidden, dim), "mlp.w3": (dim, hidden)}
+        if swiglu
+        else {"mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
+    )
+    block: dict[str, Tensor] = {}
+    for name, shape in {"norm1": (dim,), "norm2": (dim,), "attn.proj": (dim, dim), **inner}.items():
+        ours = (_DINOV2 if dinov2 else _VIT)[name]
+        block[f"{ours}.weight"] = keys.take(f"{name}.weight", *shape)
+        block[f"{ours}.bias"] = keys.take(f"{name}.bias", shape[0])
+    fused = {"weight": keys.take("attn.qkv.weight", 3 * dim, dim)} | (
+        {"bias": keys.take("attn.qkv.bias", 3 * dim)} if bias else {}
+    )
+    for kind, value in fused.items():
+        for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
+            block[f"attention.attention.{part}.{kind}"] = chunk
+    if dinov2:
+        for index in (1, 2):
+            block[f"layer_scale{index}.lambda1"] = keys.take(f"ls{index}.gamma", dim)
+    return block
