@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from digit.devices import pick_device
 from digit.errors import DigitError, require
 from digit.models.transformer import Transformer
 from digit.training.config import TrainingConfig
@@ -184,13 +185,14 @@ class Engine:
 
 def _accelerator(config: TrainingConfig, device: str | None) -> Any:
     accelerate = require("accelerate", "train", "training")
-    if device not in (None, "cpu") and not torch.cuda.is_available():
-        raise DigitError(f"The device '{device}' was asked for, but PyTorch finds no CUDA device here; use --device cpu.")
-    if config.precision == "fp16" and (device == "cpu" or not torch.cuda.is_available()):
+    if config.precision == "fp16" and pick_device(device).type != "cuda":
         raise DigitError("precision 'fp16' needs a CUDA device; use 'bf16' or 'no' on a CPU.")
     # Accelerate keeps one state a process; a second run in this one may want another precision or device
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state="WORLD_SIZE" not in os.environ)
-    return accelerate.Accelerator(cpu=device == "cpu", mixed_precision=config.precision)
+    alone = "WORLD_SIZE" not in os.environ
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=alone)
+    cpu = device is not None and pick_device(device).type == "cpu"
+    with accelerate.utils.patch_environment(ACCELERATE_TORCH_DEVICE=device) if alone and device and not cpu else nullcontext():
+        return accelerate.Accelerator(cpu=cpu, mixed_precision=config.precision)
 
 
 def _adamw(config: TrainingConfig, groups: Sequence[dict[str, Any]], fused: bool) -> torch.optim.AdamW:
