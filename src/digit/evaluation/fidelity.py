@@ -13,7 +13,7 @@ from typing import Any
 from digit.config import config, to_dict
 from digit.errors import DigitError, require
 from digit.evaluation.features import FeatureSet, Source, is_statistics, measure
-from digit.evaluation.inception import FEATURE_WIDTH, PREPROCESSING, FeatureExtractor, open_extractor, tool_name
+from digit.evaluation.inception import PREPROCESSING, FeatureExtractor, open_extractor, tool_name
 
 METRICS = ("fid", "kid", "prc", "isc")
 _FIRST_VALUE = {"fid": "fid", "kid": "kid_mean", "prc": "precision", "isc": "is_mean"}
@@ -128,8 +128,8 @@ def fidelity(
     how: dict[str, Any] = {"metrics": options.metrics, "batch_size": options.batch_size}
     if reference is not None:
         theirs = measure(reference, extractor, name=reference_name, split=reference_split, **how)
-        if not is_statistics(source):  # now, and not after the long part
-            _check_width(theirs, FEATURE_WIDTH)
+        if extractor is not None and not is_statistics(source):  # now, and not after the long part
+            _check_width(theirs, extractor.width)
     ours = measure(source, extractor, name=source_name, split=source_split, total=total, **how)
     return compare(ours, theirs, options)
 
@@ -252,12 +252,12 @@ def _notes(ours: FeatureSet, theirs: FeatureSet | None) -> list[str]:
     notes = []
     sides = {"source": ours, "reference": theirs} if theirs else {"source": ours}
     for side, given in sides.items():
-        n = given.statistics.n
+        n, width = given.statistics.n, len(given.statistics.mu)
         if n is None:
             notes.append(f"The {side} {given.name} does not say how many images it was made from.")
-        elif n <= FEATURE_WIDTH:
+        elif n <= width:
             notes.append(
-                f"The {side} has {n} images: a covariance of {FEATURE_WIDTH} features from so few is singular and FID comes out "
+                f"The {side} has {n} images: a covariance of {width} features from so few is singular and FID comes out "
                 "too high. Compare only with values from as many images; 10,000 to 50,000 are usual."
             )
     made_by = {side: given.statistics.metadata.get("weights_sha256") for side, given in sides.items()}

