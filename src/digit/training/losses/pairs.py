@@ -1,0 +1,88 @@
+"""Learning from two views of an image: SimCLR and VICReg, with lightly's losses.
+
+Sources: [0] Chen et al. 2020, arXiv 2002.05709. [1] Bardes et al. 2021, arXiv 2105.04906.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from digit.config import config
+from digit.errors import require
+from digit.models.transformer import PositiveInt
+from digit.training.losses.projection import Projection, TrainableEncoder, check_trainable, exact
+from digit.training.task import Batch, Step
+from digit.training.views import ViewDraws, Views, apply_views, draw_views
+
+
+@config
+class PairObjective:
+    """Two views of an image should be projected alike, those of different images apart.
+
+    Attributes:
+        method: "simclr" (contrast within the batch) or "vicreg" (variance and covariance of the batch, no negatives).
+        views: how both views are made.
+        hidden: width of the projection head's hidden layer.
+        dim: width of the projections.
+        temperature: of SimCLR's softmax.
+    """
+
+    method: Literal["simclr", "vicreg"] = "simclr"
+    views: Views = Views()
+    hidden: PositiveInt = 512
+    dim: PositiveInt = 128
+    temperature: Annotated[float, Field(gt=0)] = 0.2
+
+
+class PairMethod:
+    """SimCLR or VICReg on an encoder.
+
+    Attributes:
+        encoder: what is trained, and exported.
+        modules: what a checkpoint keeps.
+    """
+
+    def __init__(self, encoder: TrainableEncoder, objective: PairObjective) -> None:
+        check_trainable(encoder, masks=False)
+        heads = require("lightly.models.modules.heads", "train", "training an encoder")
+        losses = require("lightly.loss", "train", "training an encoder")
+        self.encoder, self.objective = encoder, objective
+        head = heads.SimCLRProjectionHead(encoder.dim, objective.hidden, objective.dim)
+        self.modules: dict[str, nn.Module] = {"student": Projection(encoder, head)}
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if objective.method == "simclr":
+            self.criterion = losses.NTXentLoss(objective.temperature, gather_distributed=several)
+        else:
+            self.criterion = losses.VICRegLoss(gather_distributed=several)
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """The random numbers of ``count`` examples."""
+        first, second = (draw_views(count, self.objective.views, generator) for _ in range(2))
+        return {f"view{i}.{k}": v for i, draws in enumerate((first, second)) for k, v in draws._asdict().items()}
+
+    def loss(self, modules: nn.ModuleDict, images: Tensor, batch: Batch, _step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
+        size = self.objective.views.size
+        views = [apply_views(images, taken(batch, f"view{i}"), size) for i in range(2)]
+        projections, vectors = modules["student"](torch.cat(views))  # (2 B, P), (2 B, D)
+        with exact(images):
+            loss: Tensor = self.criterion(*projections.chunk(2))
+        return loss, {"feature_spread": spread(vectors)}
+
+    def after_step(self, modules: nn.ModuleDict, step: Step) -> None:
+        """Nothing moves but the optimizer."""
+
+
+def taken(batch: Batch, prefix: str) -> ViewDraws:
+    """The draws of one view, out of a batch."""
+    return ViewDraws(*(batch[f"{prefix}.{name}"] for name in ViewDraws._fields))
+
+
+def spread(vectors: Tensor) -> Tensor:
+    """How spread unit vectors (B, D) are: the root of their mean variance times D; 1 uniformly spread, 0 collapsed."""
+    unit = nn.functional.normalize(vectors.detach(), dim=1)
+    return unit.var(0).sum().sqrt()

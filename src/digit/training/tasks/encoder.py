@@ -1,0 +1,261 @@
+"""Training an encoder for small images, self-supervised: SimCLR, VICReg, DINO with iBOT, or a masked autoencoder.
+
+An encoder preset has the sections ``model`` (:class:`ConvModel` or :class:`VitModel`), ``objective`` (by its ``method``),
+``data`` (:class:`EncoderData`) and ``training``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from digit.config import config, from_dict, to_dict
+from digit.data.dataset import ImageDataset
+from digit.data.sampling import Batches, OrderedSampler, StepSampler
+from digit.data.transforms import Transform
+from digit.encoders.loading import small_conv, small_vit
+from digit.errors import DigitError
+from digit.models.transformer import PositiveInt
+from digit.training.config import NonNegativeInt
+from digit.training.losses.distillation import DistillationMethod, DistillationObjective
+from digit.training.losses.masked_autoencoder import MaskedAutoencoderMethod, MaskedAutoencoderObjective
+from digit.training.losses.pairs import PairMethod, PairObjective, spread
+from digit.training.losses.projection import TrainableEncoder
+from digit.training.neighbours import neighbour_accuracy
+from digit.training.task import Batch, Loss, Step, Stream
+
+_VALIDATION_BATCH = 250
+_VIEW_STREAM = 0x7669  # keeps the seeds of views apart from other uses of (seed, step)
+
+
+@config
+class ConvModel:
+    """A new convolutional encoder; see :func:`digit.encoders.loading.small_conv`."""
+
+    kind: Literal["conv"] = "conv"
+    image_size: PositiveInt = 32
+    widths: tuple[PositiveInt, ...] = (32, 96, 192)
+    blocks: tuple[PositiveInt, ...] = (1, 1, 2)
+    norm: Literal["batch", "group"] = "batch"
+
+    def build(self) -> TrainableEncoder:
+        """The network, with random weights."""
+        return small_conv(self.image_size, self.widths, self.blocks, self.norm)
+
+
+@config
+class VitModel:
+    """A new ViT; see :func:`digit.encoders.loading.small_vit`."""
+
+    kind: Literal["vit"] = "vit"
+    image_size: PositiveInt = 32
+    patch: PositiveInt = 4
+    dim: PositiveInt = 192
+    depth: PositiveInt = 6
+    heads: PositiveInt = 3
+
+    def build(self) -> TrainableEncoder:
+        """The network, with random weights."""
+        return small_vit(self.image_size, self.patch, self.dim, self.depth, self.heads)
+
+
+@config
+class EncoderData:
+    """Which images are learned from, and which measure the features.
+
+    Attributes:
+        split: of the training images.
+        held_out_split: of the images that are classified by their neighbours; without classes only the spread is measured.
+        held_out: how many of them; 0 takes all.
+        memory: how many training images are the neighbours; 0 takes all.
+    """
+
+    split: str = "train"
+    held_out_split: str = "test"
+    held_out: NonNegativeInt = 2000
+    memory: NonNegativeInt = 10000
+
+
+Model = ConvModel | VitModel
+Objective = PairObjective | DistillationObjective | MaskedAutoencoderObjective
+_MODELS: dict[str, type[Model]] = {"conv": ConvModel, "vit": VitModel}
+_OBJECTIVES: dict[str, type[Objective]] = {
+    "simclr": PairObjective,
+    "vicreg": PairObjective,
+    "dino": DistillationObjective,
+    "mae": MaskedAutoencoderObjective,
+}
+
+
+class Method(Protocol):
+    """A way to learn features.
+
+    Attributes:
+        encoder: what is validated and exported.
+        modules: what a checkpoint keeps.
+    """
+
+    encoder: TrainableEncoder
+    modules: dict[str, nn.Module]
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """The random numbers of ``count`` examples, each tensor with them in its first dimension."""
+        ...
+
+    def loss(self, modules: nn.ModuleDict, images: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
+        ...
+
+    def after_step(self, modules: nn.ModuleDict, step: Step) -> None:
+        """What moves besides the optimizer."""
+        ...
+
+
+def model_from(values: Mapping[str, Any], where: str) -> Model:
+    """The ``model`` section of an encoder preset.
+
+    Raises:
+        DigitError: an unknown kind or a wrong field.
+    """
+    return from_dict(_chosen(_MODELS, values, "kind", where), values, where)
+
+
+def objective_from(values: Mapping[str, Any], where: str) -> Objective:
+    """The ``objective`` section of an encoder preset.
+
+    Raises:
+        DigitError: an unknown method or a wrong field.
+    """
+    return from_dict(_chosen(_OBJECTIVES, values, "method", where), values, where)
+
+
+def _chosen(known: Mapping[str, type[Any]], values: Mapping[str, Any], field: str, where: str) -> type[Any]:
+    name = values.get(field)
+    if name not in known:
+        raise DigitError(f"{where} has {field} {name!r}; expected one of {', '.join(known)}.")
+    return known[str(name)]
+
+
+def build_method(model: Model, objective: Objective) -> Method:
+    """The networks and losses of an encoder's training, with random weights."""
+    if isinstance(objective, PairObjective):
+        return PairMethod(model.build(), objective)
+    if isinstance(objective, MaskedAutoencoderObjective):
+        return MaskedAutoencoderMethod(model.build(), objective)
+    return DistillationMethod(model.build(), model.build(), objective)
+
+
+class EncoderTask:
+    """An encoder in training; see :class:`digit.training.task.Task`."""
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        train: ImageDataset,
+        held_out: ImageDataset | None = None,
+        data: EncoderData | None = None,
+    ) -> None:
+        """Set up.
+
+        Args:
+            model: the encoder to make.
+            objective: how it learns.
+            train: what from.
+            held_out: what its features are measured on; None measures nothing.
+            data: how many images measure.
+        """
+        data = data or EncoderData()
+        self.method = build_method(model, objective)
+        self.modules = nn.ModuleDict(self.method.modules)
+        self.train, self.examples = train, len(train)
+        self.size = model.image_size
+        self.memory = _some(train, data.memory)
+        self.held_out = None if held_out is None else _some(held_out, data.held_out)
+        self.device = "cpu"
+        self.description: Mapping[str, Any] = {
+            "component": "encoder",
+            "model": to_dict(model),
+            "objective": to_dict(objective),
+            "data": {"name": train.name, "split": train.split, "fingerprint": train.fingerprint},
+        }
+
+    def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
+        """Matrices and kernels decay; biases, norms and tokens do not."""
+        trained = [p for p in self.modules["student"].parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.squeeze().ndim > 1]
+        rest = [p for p in trained if p.squeeze().ndim <= 1]
+        return {"model": [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]}
+
+    def to_device(self, device: str) -> None:
+        """Move the networks."""
+        self.modules.to(device)
+        self.device = device
+
+    def batches(self, stream: Stream) -> Iterator[Batch]:
+        """Images as uint8, and the random numbers of their views."""
+        sampler = StepSampler(len(self.train), stream.batch_size, stream.seed, stream.rank, stream.world)
+        loader = Batches(
+            self.train,
+            sampler,
+            Transform(size=self.size),
+            seed=stream.seed,
+            start=stream.start,
+            stop=stream.stop,
+            workers=stream.workers,
+            dtype=torch.uint8,
+        )
+        for step, batch in enumerate(loader, stream.start):
+            words = np.random.SeedSequence([stream.seed, step, _VIEW_STREAM]).generate_state(1, np.uint64)
+            generator = torch.Generator().manual_seed(int(words[0]) >> 1)
+            drawn = {name: value[stream.rows] for name, value in self.method.draw(stream.batch_size, generator).items()}
+            yield {"index": batch.indices, "images": batch.images, **drawn}
+
+    def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
+        """The method's loss."""
+        value, metrics = self.method.loss(self.modules, batch["images"].float() / 255, batch, step)
+        yield Loss("model", value, metrics)
+
+    def after_step(self, step: Step) -> None:
+        """Move the teacher, if there is one."""
+        self.method.after_step(self.modules, step)
+
+    def validate(self) -> dict[str, float]:
+        """20-NN accuracy of the mean patch feature on held-out images, and how spread these features are (0 is collapse)."""
+        if self.held_out is None:
+            return {}
+        queries = self._pooled(self.held_out)
+        metrics = {"feature_spread": float(spread(queries))}
+        labels, known = (torch.from_numpy(d.labels).to(self.device) for d in (self.held_out, self.memory))
+        if int(labels.min()) >= 0 and int(known.min()) >= 0:
+            metrics["neighbour_accuracy"] = neighbour_accuracy(self._pooled(self.memory), known, queries, labels)
+        return metrics
+
+    def _pooled(self, images: ImageDataset) -> Tensor:
+        """The mean feature of every image, (n, D)."""
+        sampler = OrderedSampler(len(images), _VALIDATION_BATCH)
+        loader = Batches(images, sampler, Transform(size=self.size), workers=0)
+        encoder = self.method.encoder
+        return torch.cat([encoder(batch.images.to(self.device)).float().mean(1) for batch in loader])
+
+    def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002
+        """Nothing to show."""
+        return None
+
+    def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+        """Write the encoder, which ``load_encoder`` reads."""
+        self.method.encoder.provenance = dict(provenance)
+        self.method.encoder.save_pretrained(folder)
+
+
+def _some(images: ImageDataset, count: int) -> ImageDataset:
+    """The same random ``count`` of them every time: folders come class by class, so the first ones would not do."""
+    if not 0 < count < len(images):
+        return images
+    return images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:count]))
