@@ -294,9 +294,13 @@ class DigitPipeline:
             for place, model in models.items():
                 if model is not None:
                     save_component(aside / place, model, model.config, getattr(model, "provenance", None), dtype)
-            write_json(aside / INDEX, self._index())
-            write_bytes(aside / "README.md", model_card(self).encode())
+            self.write_index(aside)
         return Path(folder)
+
+    def write_index(self, folder: str | Path) -> None:
+        """Write the index and the card of a model whose parts are in the folder already."""
+        write_json(Path(folder) / INDEX, self._index())
+        write_bytes(Path(folder) / "README.md", model_card(self).encode())
 
     def _index(self) -> dict[str, Any]:
         from digit import __version__

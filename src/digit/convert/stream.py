@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from digit.config import to_dict
-from digit.files import write_file, write_folder, write_json
+from digit.files import sha256_of, write_file, write_folder, write_json
 
 _PIECE = 16 << 20  # bytes copied at a time
 
@@ -41,13 +41,15 @@ class Component:
         type: name of our class.
         config: its config.
         parts: its tensors.
-        provenance: which file it comes from.
+        provenance: facts to keep with it.
+        file: that it comes from; its name and checksum join the provenance.
     """
 
     type: str
     config: Any
     parts: Parts
     provenance: dict[str, Any] = field(default_factory=dict)
+    file: Path | None = None
 
 
 def write_component(folder: str | Path, component: Component, release: Callable[[], None] = lambda: None) -> None:
@@ -58,10 +60,18 @@ def write_component(folder: str | Path, component: Component, release: Callable[
         component: what to write.
         release: called after every piece; gives back the memory of the mapped source.
     """
-    values = {"type": component.type, "config": to_dict(component.config), "provenance": component.provenance}
+    facts = component.provenance
+    if component.file is not None:
+        facts = {"source": short_name(component.file), "sha256": sha256_of(component.file), **facts}
+    values = {"type": component.type, "config": to_dict(component.config), "provenance": facts}
     with write_folder(folder) as aside:
         write_json(aside / "config.json", values)
         write_parts(aside / "model.safetensors", component.parts, release)
+
+
+def short_name(file: Path) -> str:
+    """A file's name with two folders: the published checkpoints all have the same name, and no more of the path is needed."""
+    return "/".join(file.parts[-3:])
 
 
 def write_parts(path: str | Path, parts: Parts, release: Callable[[], None] = lambda: None) -> None:

@@ -31,7 +31,7 @@ def convert_vqgan(source: str | Path, out: str | Path, resolution: int = 256) ->
         DigitError: not such a file, or keys that do not fit; the message names the file and the keys.
     """
     keys = vqgan_keys(source)
-    component = vqgan_component(keys, resolution, {"source": Path(source).name})
+    component = vqgan_component(keys, resolution, Path(source))
     keys.check()
     write_component(out, component, lambda: release_pages(source))
     return Path(out)
@@ -52,11 +52,15 @@ def vqgan_keys(source: str | Path) -> Keys:
     return Keys(values, str(source))
 
 
-def vqgan_component(keys: Keys, resolution: int, provenance: dict[str, Any]) -> Component:
+def vqgan_component(keys: Keys, resolution: int, file: Path) -> Component:
     """Config and tensors; every size is read from the weights."""
     channels = keys.shape("encoder.conv_in.weight")[0]
-    levels = [int(m.group(1)) for name in keys.names() if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight$", name))]
-    blocks = [int(m.group(1)) for name in keys.names() if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight$", name))]
+    levels = [
+        int(m.group(1)) for name in keys.names() if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight$", name))
+    ]
+    blocks = [
+        int(m.group(1)) for name in keys.names() if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight$", name))
+    ]
     if not levels or not blocks:
         raise DigitError(f"{keys.where} has no tensors encoder.down.*.block.*, from which the VQGAN's sizes are read.")
     widths = [keys.shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(max(levels) + 1)]
@@ -70,11 +74,11 @@ def vqgan_component(keys: Keys, resolution: int, provenance: dict[str, Any]) -> 
         code_dim=code_dim,
         shortcut=_shortcut(keys, channels, widths),
     )
-    return Component("VQGAN", config, _parts(keys, config), provenance)
+    return Component("VQGAN", config, _parts(keys, config), file=file)
 
 
 def _shortcut(keys: Keys, channels: int, widths: list[int]) -> Any:
-    """"hidden" or "input": what the 1x1 shortcut reads, told by its shape."""
+    """What the 1x1 shortcut reads, "hidden" or "input", told by its shape."""
     for level, (before, width) in enumerate(zip([channels, *widths], widths, strict=False)):
         name = f"encoder.down.{level}.block.0.nin_shortcut.weight"
         if before != width and name in keys:
