@@ -136,7 +136,7 @@ class TokenTask:
         self._held_out, self._train = np.sort(shuffled[:held_out]), np.sort(shuffled[held_out:])
         self._views = _view_numbers(cache, data.views)
         self.examples = len(self._train)
-        self.description = {
+        self.description: Mapping[str, Any] = {
             "component": component,
             "model": to_dict(model.config),
             "data": {**to_dict(data), "cache": cache.fingerprint},
