@@ -141,7 +141,8 @@ class DistillationMethod:
     def after_step(self, modules: nn.ModuleDict, step: Step) -> None:
         """Move the teacher towards the student."""
         momentum = 1 - (1 - self.objective.teacher_momentum) * (math.cos(math.pi * step.progress) + 1) / 2
-        teacher, student = list(modules["teacher"].parameters()), list(modules["student"].parameters())
+        teacher: list[Tensor] = list(modules["teacher"].parameters())
+        student: list[Tensor] = list(modules["student"].parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
 

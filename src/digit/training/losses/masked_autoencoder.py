@@ -93,7 +93,8 @@ class MaskedAutoencoderMethod:
     def __init__(self, encoder: TrainableEncoder, objective: MaskedAutoencoderObjective) -> None:
         check_trainable(encoder, masks=True)
         assert isinstance(encoder, TransformersEncoder)
-        self.encoder, self.objective = encoder, objective
+        self.encoder: TrainableEncoder = encoder
+        self.objective = objective
         self.patches = encoder.grid[0] * encoder.grid[1]
         self.modules: dict[str, nn.Module] = {"student": MaskedAutoencoder(encoder, objective)}
 

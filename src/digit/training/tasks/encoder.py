@@ -10,15 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from digit.config import config, from_dict, to_dict
 from digit.data.dataset import ImageDataset
-from digit.data.sampling import Batches, OrderedSampler, StepSampler
-from digit.data.transforms import Transform
 from digit.encoders.loading import small_conv, small_vit
 from digit.errors import DigitError
 from digit.models.transformer import PositiveInt
@@ -29,9 +26,7 @@ from digit.training.losses.pairs import PairMethod, PairObjective, spread
 from digit.training.losses.projection import TrainableEncoder
 from digit.training.neighbours import neighbour_accuracy
 from digit.training.task import Batch, Loss, Step, Stream
-
-_VALIDATION_BATCH = 250
-_VIEW_STREAM = 0x7669  # keeps the seeds of views apart from other uses of (seed, step)
+from digit.training.tasks.images import image_batches, image_chunks, some_images
 
 
 @config
@@ -123,7 +118,8 @@ def model_from(values: Mapping[str, Any], where: str) -> Model:
     Raises:
         DigitError: an unknown kind or a wrong field.
     """
-    return from_dict(_chosen(_MODELS, values, "kind", where), values, where)
+    model: Model = from_dict(_chosen(_MODELS, values, "kind", where), values, where)
+    return model
 
 
 def objective_from(values: Mapping[str, Any], where: str) -> Objective:
@@ -132,7 +128,8 @@ def objective_from(values: Mapping[str, Any], where: str) -> Objective:
     Raises:
         DigitError: an unknown method or a wrong field.
     """
-    return from_dict(_chosen(_OBJECTIVES, values, "method", where), values, where)
+    objective: Objective = from_dict(_chosen(_OBJECTIVES, values, "method", where), values, where)
+    return objective
 
 
 def _chosen(known: Mapping[str, type[Any]], values: Mapping[str, Any], field: str, where: str) -> type[Any]:
@@ -176,8 +173,8 @@ class EncoderTask:
         self.modules = nn.ModuleDict(self.method.modules)
         self.train, self.examples = train, len(train)
         self.size = model.image_size
-        self.memory = _some(train, data.memory)
-        self.held_out = None if held_out is None else _some(held_out, data.held_out)
+        self.memory = some_images(train, data.memory)
+        self.held_out = None if held_out is None else some_images(held_out, data.held_out)
         self.device = "cpu"
         self.description: Mapping[str, Any] = {
             "component": "encoder",
@@ -200,22 +197,7 @@ class EncoderTask:
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
         """Images as uint8, and the random numbers of their views."""
-        sampler = StepSampler(len(self.train), stream.batch_size, stream.seed, stream.rank, stream.world)
-        loader = Batches(
-            self.train,
-            sampler,
-            Transform(size=self.size),
-            seed=stream.seed,
-            start=stream.start,
-            stop=stream.stop,
-            workers=stream.workers,
-            dtype=torch.uint8,
-        )
-        for step, batch in enumerate(loader, stream.start):
-            words = np.random.SeedSequence([stream.seed, step, _VIEW_STREAM]).generate_state(1, np.uint64)
-            generator = torch.Generator().manual_seed(int(words[0]) >> 1)
-            drawn = {name: value[stream.rows] for name, value in self.method.draw(stream.batch_size, generator).items()}
-            yield {"index": batch.indices, "images": batch.images, **drawn}
+        return image_batches(self.train, self.size, stream, self.method.draw)
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The method's loss."""
@@ -239,10 +221,8 @@ class EncoderTask:
 
     def _pooled(self, images: ImageDataset) -> Tensor:
         """The mean feature of every image, (n, D)."""
-        sampler = OrderedSampler(len(images), _VALIDATION_BATCH)
-        loader = Batches(images, sampler, Transform(size=self.size), workers=0)
         encoder = self.method.encoder
-        return torch.cat([encoder(batch.images.to(self.device)).float().mean(1) for batch in loader])
+        return torch.cat([encoder(chunk).float().mean(1) for chunk in image_chunks(images, self.size, self.device)])
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002
         """Nothing to show."""
@@ -252,10 +232,3 @@ class EncoderTask:
         """Write the encoder, which ``load_encoder`` reads."""
         self.method.encoder.provenance = dict(provenance)
         self.method.encoder.save_pretrained(folder)
-
-
-def _some(images: ImageDataset, count: int) -> ImageDataset:
-    """The same random ``count`` of them every time: folders come class by class, so the first ones would not do."""
-    if not 0 < count < len(images):
-        return images
-    return images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:count]))

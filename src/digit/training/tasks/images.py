@@ -1,0 +1,63 @@
+"""What the tasks that train on pictures share: their batches, and passes over held-out pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from digit.data.dataset import ImageDataset
+from digit.data.sampling import Batches, OrderedSampler, StepSampler
+from digit.data.transforms import Transform
+from digit.training.task import Batch, Stream
+
+_CHUNK = 250
+_DRAWS = 0x7669  # keeps these seeds apart from other uses of (seed, step)
+
+
+def image_batches(
+    images: ImageDataset, size: int, stream: Stream, draw: Callable[[int, torch.Generator], Batch]
+) -> Iterator[Batch]:
+    """Shuffled batches of "images" (B, 3, size, size) uint8, center-cropped, with the random numbers of each example.
+
+    Args:
+        images: to train on.
+        size: side of the pictures.
+        stream: which batches.
+        draw: (examples, generator) -> named tensors of one row an example. It is called for the global batch and cut
+            afterwards, so the numbers do not depend on how many processes there are.
+    """
+    sampler = StepSampler(len(images), stream.batch_size, stream.seed, stream.rank, stream.world)
+    loader = Batches(
+        images,
+        sampler,
+        Transform(size=size),
+        seed=stream.seed,
+        start=stream.start,
+        stop=stream.stop,
+        workers=stream.workers,
+        dtype=torch.uint8,
+    )
+    for step, batch in enumerate(loader, stream.start):
+        words = np.random.SeedSequence([stream.seed, step, _DRAWS]).generate_state(1, np.uint64)
+        drawn = draw(stream.batch_size, torch.Generator().manual_seed(int(words[0]) >> 1))
+        yield {
+            "index": batch.indices,
+            "images": batch.images,
+            **{name: value[stream.rows] for name, value in drawn.items()},
+        }
+
+
+def image_chunks(images: ImageDataset, size: int, device: str) -> Iterator[Tensor]:
+    """All of them in order, center-cropped, as (b, 3, size, size) in 0..1."""
+    for batch in Batches(images, OrderedSampler(len(images), _CHUNK), Transform(size=size), workers=0):
+        yield batch.images.to(device)
+
+
+def some_images(images: ImageDataset, count: int) -> ImageDataset:
+    """The same random ``count`` of them every time (folders come class by class, so the first ones would not do); 0: all."""
+    if not 0 < count < len(images):
+        return images
+    return images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:count]))
