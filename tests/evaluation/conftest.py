@@ -1,8 +1,25 @@
+import os
+
 import pytest
+import tiny
 import torch
 from torch import nn
 
 from digit.evaluation.inception import InceptionWeights, _checked, _network
+from digit.evaluation.model_source import image_batches, open_images
+from digit.pipeline import DigitPipeline
+from digit.tokenizers.codebook import Codebook
+
+USERS_CACHE = os.environ.get("DIGIT_CACHE")
+
+
+@pytest.fixture
+def users_cache(monkeypatch):
+    """The user's own cache, so that network tests download once and not at every run."""
+    if USERS_CACHE is None:
+        monkeypatch.delenv("DIGIT_CACHE")
+    else:
+        monkeypatch.setenv("DIGIT_CACHE", USERS_CACHE)
 
 
 class PoolingExtractor:
@@ -48,3 +65,39 @@ def small_images() -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand(8, 3, 4, 6, generator=generator)
     return (nn.functional.interpolate(coarse, (32, 48), mode="bicubic").clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# ---- a tiny model whose codebooks are drawn from real features -------------------------------------------------------
+
+
+def with_real_codes(pipe, cifar512):
+    """Random centroids lie far from all features, and one of them would take every token."""
+    images = torch.cat([batch.images for batch in image_batches(open_images(cifar512, num=32), tiny.SIZE, 32)])
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        latents = pipe.vqgan.latents(images).flatten(0, 1)
+        pipe.vqgan.codebook.data = latents[torch.randperm(len(latents), generator=generator)[: tiny.CODES]].clone()
+        if pipe.encoder is not None:
+            features = pipe.encoder(images).flatten(0, 1)
+            chosen = features[torch.randperm(len(features), generator=generator)[: tiny.CLUSTERS]]
+            pipe = pipe.with_parts(codebook=Codebook.from_centroids(chosen))
+    return pipe
+
+
+@pytest.fixture(scope="session")
+def pipe(cifar512):
+    """Semantic tokens, ten classes, both decoders, random weights."""
+    parts = {"prior": tiny.token_model("prior", num_classes=10), "class_names": []}
+    return with_real_codes(tiny.pipeline().with_parts(**parts), cifar512)
+
+
+@pytest.fixture(scope="session")
+def vq_pipe(cifar512):
+    """The baseline: the prior predicts VQ tokens."""
+    prior = tiny.token_model("prior", num_classes=10, vocab_size=tiny.CODES)
+    return with_real_codes(DigitPipeline(vqgan=tiny.vqgan(), prior=prior, space="vq", name="tiny-vq"), cifar512)
+
+
+@pytest.fixture(scope="session")
+def model_folder(pipe, tmp_path_factory):
+    return pipe.save_pretrained(tmp_path_factory.mktemp("models") / "tiny")

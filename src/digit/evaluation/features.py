@@ -104,15 +104,15 @@ def is_statistics(source: Source | None) -> bool:
 def dataset_batches(path: str | Path, split: str | None, batch_size: int) -> tuple[Iterator[Tensor], int]:
     """The images of a folder or data set as (B, 3, H, W) uint8 batches, and how many there are.
 
-    Grey images come as three equal channels, as torch-fidelity reads them. In a folder made by ``digit generate`` the
-    overview ``grid.png`` is left out.
+    Grey images come as three equal channels, as torch-fidelity reads them. In a folder made by ``digit generate`` or
+    ``digit decode`` (00000.png and so on) the overview ``grid.png`` is left out.
 
     Raises:
         DigitError: nothing there, no images, or images of different sizes.
     """
     dataset = open_dataset(path, split or "train")
-    if Path(path, "generation.json").is_file():
-        dataset = dataset.subset([index for index in range(len(dataset)) if dataset.source.key(index) != "grid"])
+    if Path(path, "00000.png").is_file():
+        dataset = dataset.subset([index for index in range(len(dataset)) if dataset.source.key(index) != "grid.png"])
 
     def batches() -> Iterator[Tensor]:
         first = dataset[0].image.size
