@@ -1,0 +1,146 @@
+import json
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import transformers
+
+from digit.encoders import Preprocessing, load_encoder, small_conv, small_vit
+from digit.encoders import hub as hub_module
+from digit.errors import DigitError
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
+
+
+@pytest.fixture(scope="module")
+def transformers_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("hf") / "model"
+    transformers.Dinov2Model(transformers.Dinov2Config(**TINY)).save_pretrained(folder)
+    values = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "size": {"height": 32}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize("make", [small_vit, small_conv])
+def test_small_encoders_round_trip(make, tmp_path):
+    torch.manual_seed(0)
+    made = make()
+    assert any(p.requires_grad for p in made.parameters())
+    assert made.grid == (8, 8)
+    made.eval()
+    images = torch.rand(4, 3, 32, 32)
+    features = made(images)
+    assert features.shape == (4, 64, made.dim)
+    made.save_pretrained(tmp_path / "e")
+    loaded = load_encoder(tmp_path / "e")
+    assert type(loaded) is type(made)
+    assert loaded.config == made.config
+    assert torch.equal(loaded(images), features)
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_trained_with_all_blocks_used_at_an_earlier_one(tmp_path):
+    made = small_vit(depth=3, dim=48)
+    made.save_pretrained(tmp_path / "e")
+    third = load_encoder(tmp_path / "e", layer=-3)
+    third.save_pretrained(tmp_path / "short")
+    images = torch.rand(1, 3, 32, 32)
+    assert torch.equal(load_encoder(tmp_path / "short")(images), third(images))
+    with pytest.raises(DigitError, match=r"lack 36 tensors of block 1 and later ones, such as .*ask for an earlier layer"):
+        load_encoder(tmp_path / "short", layer=-1)
+
+
+def test_transformers_folder_takes_the_papers_choices(transformers_folder):
+    loaded = load_encoder(transformers_folder)
+    assert loaded.config.layer == -3
+    assert loaded.config.final_norm
+    assert loaded.preprocessing == Preprocessing(image_size=256, resize=224, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert loaded.grid == (28, 28)
+    assert load_encoder(transformers_folder, image_size=44).preprocessing.resize == 40
+    assert load_encoder(transformers_folder, image_size=44, resize=32, layer=-1).grid == (4, 4)
+
+
+def test_damaged_folders(transformers_folder, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(transformers_folder, folder)
+    weights = folder / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DigitError, match=r"weights of .*m could not be read.*truncated"):
+        load_encoder(folder)
+    weights.unlink()
+    with pytest.raises(DigitError, match="could not be read"):
+        load_encoder(folder)
+    weights.write_bytes(data)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(DigitError, match=r"do not fit its config: wrong shape: "):
+        load_encoder(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(DigitError, match="'bert' network"):
+        load_encoder(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(DigitError, match="not valid JSON"):
+        load_encoder(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(DigitError, match=r"no config\.json"):
+        load_encoder(folder)
+
+
+def test_conv_options_are_fixed(tmp_path):
+    small_conv().save_pretrained(tmp_path / "e")
+    with pytest.raises(DigitError, match="its layer and sizes are fixed"):
+        load_encoder(tmp_path / "e", layer=-3)
+    with pytest.raises(DigitError, match="not a multiple of 4"):
+        small_conv(image_size=30)
+    with pytest.raises(DigitError, match="one entry for each level"):
+        small_conv(widths=(8, 8))
+    group = small_conv(norm="group", widths=(8, 16, 24)).train()
+    images = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(group(images)[:1], group(images[:1]), atol=1e-5, rtol=1e-5)
+
+
+def fake_cache(monkeypatch, tmp_path, folder):
+    """A hub cache, laid out as the client lays it out, that holds ``folder`` as owner/name."""
+    cache = tmp_path / "hub"
+    snapshot = cache / "models--owner--name" / "snapshots" / ("a" * 40)
+    shutil.copytree(folder, snapshot)
+    refs = cache / "models--owner--name" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return snapshot
+
+
+def test_hub_id_comes_from_the_cache(monkeypatch, tmp_path, transformers_folder):
+    fake_cache(monkeypatch, tmp_path, transformers_folder)
+    loaded = load_encoder("owner/name", image_size=32, layer=-1)
+    assert loaded.grid == (4, 4)
+    assert loaded.provenance == {"source": "owner/name"}
+
+
+def test_nothing_found_says_at_once_where_it_looked(monkeypatch, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(DigitError, match=r"no such local folder, and it is not in the cache .*HF_HUB_OFFLINE is set"):
+        load_encoder("facebook/dinov2-with-registers-giant")
+    with pytest.raises(DigitError, match="no such file or folder, and it is not a hub id"):
+        load_encoder("./nowhere")
+    with pytest.raises(DigitError, match="no such file or folder"):
+        load_encoder("models/dinov2_vitb14_reg4_pretrain.pth")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(hub_module.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_module.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    with pytest.raises(DigitError, match=r"the hub \(http://127.0.0.1:9\) is out of reach: .*refused"):
+        load_encoder("facebook/dinov2-with-registers-giant")
+    assert time.monotonic() - began < 6
+
+
+def test_importing_the_encoders_brings_no_heavy_package():
+    code = "import sys, digit.encoders, digit.tokenizers.kmeans; print([m for m in %r if m in sys.modules])"
+    heavy = ["transformers", "torchvision", "faiss", "lightly", "timm"]
+    done = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
