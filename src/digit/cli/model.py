@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ def add_to(app: typer.Typer) -> None:
     app.command()(tour)
 
 
-Part = Optional[Path]
+Part = Path | None
 
 
 def assemble(

@@ -1,0 +1,68 @@
+"""Tiny models with random weights and real parts: what many tests need."""
+
+from __future__ import annotations
+
+import torch
+
+from digit.config import from_dict
+from digit.encoders.base import Preprocessing
+from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.pipeline import DigitPipeline
+from digit.tokenizers.codebook import Codebook
+from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+
+CLASSES, CLUSTERS, CODES, TOKENS, SIZE = 3, 12, 20, 16, 32
+TRANSFORMER = {"dim": 32, "depth": 2, "heads": 2}
+
+
+def token_model(role: str = "prior", seed: int = 0, **changes) -> TokenModel:
+    """A token model of 16 tokens; decoders take 16 semantic tokens in front."""
+    values = {
+        "role": role,
+        "vocab_size": CLUSTERS if role == "prior" else CODES,
+        "length": TOKENS,
+        "transformer": {**TRANSFORMER, "causal": role != "masked"},
+    }
+    if role != "prior":
+        values |= {"prefix_vocab_size": CLUSTERS, "prefix_length": TOKENS}
+    torch.manual_seed(seed)
+    model = TokenModel(from_dict(TokenModelConfig, {**values, **changes}, "tiny")).eval()
+    # untrained logits are nearly flat; spread them, so that different inputs give different tokens
+    torch.nn.init.normal_(model.head.weight, std=1.0)
+    return model
+
+
+def vqgan(seed: int = 0) -> VQGAN:
+    """32 px to 4 x 4 of 20 codes."""
+    torch.manual_seed(seed)
+    config = VQGANConfig(resolution=SIZE, channels=8, multipliers=(1, 1, 1, 2), blocks=1, codes=CODES, code_dim=4, groups=4)
+    return VQGAN(config).eval()
+
+
+def encoder(seed: int = 0) -> ConvEncoder:
+    """32 px to 4 x 4 features."""
+    torch.manual_seed(seed)
+    return ConvEncoder(
+        ConvEncoderConfig(widths=(8, 8, 8, 16), blocks=(1, 1, 1, 1), preprocessing=Preprocessing(image_size=SIZE))
+    ).eval()
+
+
+def codebook(dim: int, seed: int = 0) -> Codebook:
+    """12 random centroids."""
+    torch.manual_seed(seed)
+    return Codebook.from_centroids(torch.randn(CLUSTERS, dim))
+
+
+def pipeline(conditional: bool = True) -> DigitPipeline:
+    """A whole model, class-conditional or not, with both decoders."""
+    eyes = encoder()
+    return DigitPipeline(
+        encoder=eyes,
+        codebook=codebook(eyes.dim),
+        prior=token_model("prior", num_classes=CLASSES if conditional else 0),
+        decoders={"ar": token_model("ar", 1), "masked": token_model("masked", 2)},
+        vqgan=vqgan(),
+        class_names=["cat", "dog", "ship"] if conditional else [],
+        name="tiny",
+    )
