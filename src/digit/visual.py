@@ -6,30 +6,37 @@ import colorsys
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2  # pixels between the pictures of a grid
 
 
-def picture_grid(pictures: Sequence[Image.Image], columns: int = 8, scale: int | None = None) -> Image.Image:
+def picture_grid(
+    pictures: Sequence[Image.Image], columns: int = 8, scale: int | None = None, row_titles: Sequence[str] = ()
+) -> Image.Image:
     """Lay pictures out row by row on white.
 
     Args:
         pictures: of one size.
         columns: in a row.
         scale: enlarge each by this whole number without smoothing; by default so that a picture has at least 96 pixels.
+        row_titles: text at the left of each row.
     """
     width, height = pictures[0].size
     scale = scale or max(1, -(-96 // max(width, height)))
     w, h = width * scale, height * scale
     columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
+    font = ImageFont.load_default(size=16)
+    left = max((round(font.getlength(title)) + 12 for title in row_titles), default=0)
+    sheet = Image.new("RGB", (left + columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
+    for row, title in enumerate(row_titles):
+        ImageDraw.Draw(sheet).text((0, row * (h + GAP) + h // 2), title, fill="black", font=font, anchor="lm")
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         enlarged = picture if scale == 1 else picture.resize((w, h), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (column * (w + GAP), row * (h + GAP)))
+        sheet.paste(enlarged, (left + column * (w + GAP), row * (h + GAP)))
     return sheet
 
 
