@@ -1,10 +1,10 @@
 import os
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from digit.evaluation.inception import InceptionWeights, _checked, _network
 from digit.evaluation.model_source import image_batches, open_images
 from digit.pipeline import DigitPipeline

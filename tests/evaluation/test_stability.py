@@ -17,8 +17,9 @@ def images(cifar512):
     return open_images(cifar512, num=48)
 
 
-def test_agrees_with_counting_by_hand(pipe, images):
+def test_agrees_with_counting_by_hand(pipe, cifar512):
     """One level, image by image, in plain numpy: nearest code by brute force, means over positions, interval over images."""
+    images = open_images(cifar512, num=8)
     law, change = NoiseLaw(seed=5, signal="variance", clip=False), Change(kind="noise", level=10)
     rows = {row.space: row for row in stability(pipe, images, [change], law, batch_size=7)}
     found = {"semantic": [], "vq": []}
@@ -38,10 +39,10 @@ def test_agrees_with_counting_by_hand(pipe, images):
     for name, row in rows.items():
         values = np.array(found[name])
         for column, estimate in enumerate((row.changed, row.cosine_features, row.cosine_codes)):
-            half = 1.96 * values[:, column].std(ddof=1) / math.sqrt(48)
+            half = 1.96 * values[:, column].std(ddof=1) / math.sqrt(8)
             assert estimate.mean == pytest.approx(values[:, column].mean(), abs=1e-5)
             assert estimate.high - estimate.mean == pytest.approx(half, abs=1e-5)
-        assert row.realised_snr == pytest.approx(10, abs=0.2)
+        assert row.realised_snr == pytest.approx(10, abs=0.3)
 
 
 def test_nothing_done_changes_nothing(pipe, images):
@@ -66,7 +67,7 @@ def test_more_noise_changes_more(pipe, images):
 
 def test_batch_size_does_not_matter(pipe, images):
     changes = [NOISE[2], *OTHERS[:1]]
-    one, other = (stability(pipe, images, changes, batch_size=size) for size in (5, 48))
+    one, other = (stability(pipe, images, changes, batch_size=size) for size in (20, 48))
     for a, b in zip(one, other, strict=True):
         assert a.changed.mean == pytest.approx(b.changed.mean, abs=1e-3)  # a near tie may fall otherwise
         assert a.cosine_features.mean == pytest.approx(b.cosine_features.mean, abs=1e-5)

@@ -1,0 +1,33 @@
+"""``digit toy``: the paper's toy figure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def _toy() -> None:
+    """The paper's toy figure."""
+
+
+@app.command("pca-lda")
+def pca_lda(
+    out: Annotated[Path, typer.Option(help="Folder for pca-lda.png and result.json.")],
+    samples: Annotated[int, typer.Option(min=2, help="Points a class.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Fresh draws to average over.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
+) -> None:
+    """Draw two overlapping classes and their PCA and LDA projections, and the accuracy of each under growing noise."""
+    from digit.evaluation.toy import PLOT, ToyConfig
+    from digit.evaluation.toy import pca_lda as make_figure
+
+    result = make_figure(out, ToyConfig(samples=samples, repeats=repeats, seed=seed))
+    typer.echo("noise      " + "".join(f"{level:7.2f}" for level in result.noise))
+    for method, values in result.accuracy.items():
+        typer.echo(f"{method:11}" + "".join(f"{value:7.1%}" for value in values))
+    typer.echo(f"Look at {out / PLOT}")
