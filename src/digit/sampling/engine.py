@@ -49,7 +49,7 @@ def sample(
     """
     settings = settings or SamplingSettings()
     config, device = model.config, model.start.device
-    _check(model, settings, labels)
+    check_request(model, settings, labels)
     labels, prefix, given, mask = (None if t is None else t.to(device) for t in (labels, prefix, given, mask))
     if config.role == "masked":
         shape: tuple[int, ...] = (settings.steps, 2, config.length)
@@ -61,7 +61,8 @@ def sample(
     return sample_autoregressive(model, uniform, settings, labels, prefix, given, callback)
 
 
-def _check(model: TokenModel, settings: SamplingSettings, labels: Tensor | None) -> None:
+def check_request(model: TokenModel, settings: SamplingSettings, labels: Tensor | None) -> None:
+    """Refuse labels that the model does not know and guidance that it was not trained for, before anything is sampled."""
     config = model.config
     if labels is not None and bool(((labels >= config.num_classes) | (labels < -1)).any()):
         bad = next(int(x) for x in labels if x >= config.num_classes or x < -1)
