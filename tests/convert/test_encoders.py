@@ -1,0 +1,266 @@
+"""Original checkpoints against a plain reading of the published architecture, the authors' fixtures, and a real-size ONNX graph."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from digit.convert.encoders import (
+    convert_encoder_state,
+    default_heads,
+    encoder_component,
+    encoder_from_dinov2,
+    encoder_keys,
+)
+from digit.convert.stream import write_component
+from digit.encoders import EncoderConfig, Preprocessing, TransformersEncoder, load_encoder
+from digit.errors import DigitError
+
+DIM, DEPTH, HEADS, PATCH, SIDE = 24, 3, 4, 4, 5
+
+
+def original(registers: int = 0, dinov2: bool = False, swiglu: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights in the layout that DINO, iBOT, MAE, MoCo v3 and DINOv2 publish, up to wrappers."""
+    torch.manual_seed(seed)
+    hidden = (int(DIM * 4 * 2 / 3) + 7) // 8 * 8 if swiglu else 4 * DIM
+    shapes = {"cls_token": (1, 1, DIM), "pos_embed": (1, 1 + SIDE**2, DIM), "patch_embed.proj": (DIM, 3, PATCH, PATCH)}
+    if registers:
+        shapes["register_tokens"] = (1, registers, DIM)
+    if dinov2:
+        shapes["mask_token"] = (1, DIM)
+    for n in range(DEPTH):
+        block = {"norm1": (DIM,), "attn.qkv": (3 * DIM, DIM), "attn.proj": (DIM, DIM), "norm2": (DIM,)}
+        block |= {"mlp.w12": (2 * hidden, DIM), "mlp.w3": (DIM, hidden)} if swiglu else {}
+        block |= {} if swiglu else {"mlp.fc1": (hidden, DIM), "mlp.fc2": (DIM, hidden)}
+        block |= {"ls1.gamma": (DIM,), "ls2.gamma": (DIM,)} if dinov2 else {}
+        shapes |= {f"blocks.{n}.{name}": shape for name, shape in block.items()}
+    shapes["norm"] = (DIM,)
+    state = {}
+    for name, shape in shapes.items():
+        if name.endswith(("token", "tokens", "embed", "gamma")):
+            state[name] = torch.randn(shape) * 0.5
+        else:
+            state[f"{name}.weight"] = torch.randn(shape) * 0.3 + (len(shape) == 1)
+            state[f"{name}.bias"] = torch.randn(shape[0]) * 0.3
+    return state
+
+
+def run_original(state: dict[str, torch.Tensor], pixels: torch.Tensor, blocks: int) -> torch.Tensor:
+    """The published forward pass: tokens, positions, registers after the class token, pre-norm blocks, final norm; patches only."""
+
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def norm(name, x):
+        return F.layer_norm(x, (DIM,), state[f"{name}.weight"], state[f"{name}.bias"], 1e-6)
+
+    x = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=PATCH).flatten(2).mT
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x], 1) + state["pos_embed"]
+    registers = state.get("register_tokens", torch.zeros(1, 0, DIM))
+    x = torch.cat([x[:, :1], registers.expand(len(x), -1, -1), x[:, 1:]], 1)
+    for n in range(blocks):
+        b = f"blocks.{n}"
+        q, k, v = linear(f"{b}.attn.qkv", norm(f"{b}.norm1", x)).unflatten(2, (3, HEADS, DIM // HEADS)).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.mT * (DIM // HEADS) ** -0.5).softmax(-1)
+        a = linear(f"{b}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
+        x = x + a * state.get(f"{b}.ls1.gamma", 1)
+        h = norm(f"{b}.norm2", x)
+        if f"{b}.mlp.w12.weight" in state:
+            gate, up = linear(f"{b}.mlp.w12", h).chunk(2, -1)
+            m = linear(f"{b}.mlp.w3", F.silu(gate) * up)
+        else:
+            m = linear(f"{b}.mlp.fc2", F.gelu(linear(f"{b}.mlp.fc1", h)))
+        x = x + m * state.get(f"{b}.ls2.gamma", 1)
+    return norm("norm", x)[:, 1 + registers.shape[1] :]
+
+
+def with_prefix(state, prefix):
+    return {prefix + name: value for name, value in state.items()}
+
+
+HEAD = {"head.mlp.0.weight": torch.zeros(2, 2), "head.last_layer.weight_g": torch.zeros(2, 1)}
+PLAIN, OTHER = original(), original(seed=7)
+LAYOUTS = {
+    "dinov2": (original(dinov2=True), original(dinov2=True), "dinov2"),
+    "dinov2-reg": (original(registers=4, dinov2=True), original(registers=4, dinov2=True), "dinov2"),
+    "dinov2-swiglu": (original(dinov2=True, swiglu=True), original(dinov2=True, swiglu=True), "dinov2"),
+    "dinov2-reg-swiglu": (original(2, True, True), original(2, True, True), "dinov2"),
+    "dinov2-training": (
+        {
+            "teacher": {
+                # in training its blocks lie in chunks, numbered through
+                **{
+                    k.replace("blocks.", "backbone.blocks.1.") if "blocks." in k else f"backbone.{k}": v
+                    for k, v in original(dinov2=True).items()
+                },
+                "dino_head.mlp.0.weight": torch.zeros(2, 2),
+            }
+        },
+        original(dinov2=True),
+        "dinov2",
+    ),
+    "dino": (PLAIN, PLAIN, "dino"),
+    "dino-full": (
+        {
+            "student": with_prefix(OTHER, "module.backbone."),
+            "teacher": with_prefix(PLAIN, "backbone.") | HEAD,
+            "epoch": 3,
+            "args": argparse.Namespace(arch="vit_small"),
+        },
+        PLAIN,
+        "dino",
+    ),
+    "ibot": ({"state_dict": PLAIN | HEAD | {"masked_embed": torch.zeros(1, DIM)}}, PLAIN, "ibot"),
+    "mae": ({"model": PLAIN}, PLAIN, "mae"),
+    "mae-full": (
+        {
+            "model": PLAIN
+            | {
+                "mask_token": torch.zeros(1, 1, 8),
+                "decoder_embed.weight": torch.zeros(8, DIM),
+                "decoder_pos_embed": torch.zeros(1, 5, 8),
+            }
+        },
+        PLAIN,
+        "mae",
+    ),
+    "mocov3": (
+        {
+            "arch": "vit_base",
+            "state_dict": with_prefix(PLAIN | {"head.0.weight": torch.zeros(2, 2)}, "module.base_encoder.")
+            | with_prefix(OTHER, "module.momentum_encoder.")
+            | {"module.predictor.0.weight": torch.zeros(2, 2)},
+        },
+        PLAIN,
+        "mocov3",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_original_file_computes_what_its_authors_published(layout, tmp_path):
+    stored, plain, family = LAYOUTS[layout]
+    torch.save(stored, tmp_path / "weights.pth")
+    images = torch.rand(2, 3, SIDE * PATCH, SIDE * PATCH)
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    for layer in (-1, -2):
+        encoder = load_encoder(tmp_path / "weights.pth", heads=HEADS, image_size=SIDE * PATCH, layer=layer)
+        expected = run_original(plain, (images - mean) / std, DEPTH + layer + 1)
+        torch.testing.assert_close(encoder(images), expected, atol=2e-5, rtol=1e-4)
+    assert encoder.provenance["family"] == family
+    assert len(encoder.provenance["sha256"]) == 64
+    assert encoder.config.positions == ("dinov2-offset" if family == "dinov2" and "reg" not in layout else "hub")
+    encoder.save_pretrained(tmp_path / "ours")
+    assert torch.equal(load_encoder(tmp_path / "ours")(images), encoder(images))
+
+
+@pytest.mark.parametrize("layout", ["dinov2-reg", "dinov2-reg-swiglu"])
+def test_component_that_streams_is_the_encoder(layout, tmp_path):
+    stored, _, _ = LAYOUTS[layout]
+    torch.save(stored, tmp_path / "dinov2.pth")
+    keys = encoder_keys(tmp_path / "dinov2.pth")
+    size = Preprocessing(image_size=20, resize=12)
+    component = encoder_component(keys, HEADS, {"source": "dinov2.pth"}, layer=-2, preprocessing=size)
+    keys.check()
+    write_component(tmp_path / "encoder", component)
+    images = torch.rand(2, 3, 20, 20)
+    expected = encoder_from_dinov2(with_prefix(stored, "pretrained_encoder."), HEADS, layer=-2, preprocessing=size)
+    loaded = load_encoder(tmp_path / "encoder")
+    assert torch.equal(loaded(images), expected(images))
+    assert loaded.config == expected.config
+    assert loaded.config.positions == "dinov2-offset"
+
+
+def fixture_folders() -> list[Path]:
+    roots = [Path(__file__).parents[1] / "parity" / "fixtures", Path(__file__).parents[3] / "shared" / "upstream" / "fixtures"]
+    roots += [Path(os.environ["DIGIT_FIXTURES"])] if "DIGIT_FIXTURES" in os.environ else []
+    found = [file.parent for root in roots for file in sorted(root.glob("*/io.npz"))]
+    return [folder for folder in found if (folder / "checkpoint_last.pt").is_file()]
+
+
+@pytest.mark.parametrize("folder", fixture_folders(), ids=lambda folder: f"{folder.parent.parent.name}-{folder.name}")
+def test_features_of_the_digit_authors(folder):
+    """Made by the authors' own code with random weights: 256 px images in, features of the third-last block out."""
+    with np.load(folder / "io.npz") as io:
+        if "enc_patch_features" not in io:
+            pytest.skip("this kind has no encoder")
+        images, expected = torch.from_numpy(io["images"]), torch.from_numpy(io["enc_patch_features"])
+        seen = torch.from_numpy(io["resized_norm_sub"])
+    heads = json.loads((folder / "meta.json").read_text())["vit"]["heads"]
+    state = torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
+    state = {name: value for name, value in state.items() if name.startswith("pretrained_encoder.")}
+    encoder = encoder_from_dinov2(state, heads)
+    assert torch.equal(encoder.preprocessing(images)[:, :, ::7, ::7], seen)
+    error = ((encoder(images[: len(expected)]) - expected).abs().max() / expected.abs().max()).item()
+    assert error < 1e-5, error
+
+
+def test_problems_are_named(tmp_path):
+    state = original(registers=2, dinov2=True)
+    state["blocks.1.norm1.weight"] = torch.zeros(3)
+    del state["blocks.2.ls2.gamma"]
+    state["blocks.0.extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "bad.pth")
+    with pytest.raises(DigitError) as caught:
+        load_encoder(tmp_path / "bad.pth", heads=HEADS)
+    for part in (
+        "bad.pth",
+        "wrong shape: blocks.1.norm1.weight is (3,), expected (24,)",
+        "missing: blocks.2.ls2.gamma",
+        "unexpected: blocks.0.extra",
+    ):
+        assert part in str(caught.value)
+    torch.save({"state_dict": {"layer1.0.conv1.weight": torch.zeros(1)}}, tmp_path / "resnet.pth")
+    with pytest.raises(DigitError, match=r"resnet\.pth has no vision transformer.*layer1\.0\.conv1\.weight"):
+        load_encoder(tmp_path / "resnet.pth")
+    (tmp_path / "page.pth").write_text("<!doctype html>")
+    with pytest.raises(DigitError, match="web page"):
+        load_encoder(tmp_path / "page.pth")
+    with pytest.raises(DigitError, match="should not have LayerScale"):
+        convert_encoder_state(original(dinov2=True), "mae", HEADS)
+    with pytest.raises(DigitError, match="family='clip' was given"):
+        convert_encoder_state(PLAIN, "clip", HEADS)
+    with pytest.raises(DigitError, match="heads=5 does not divide the width 24"):
+        convert_encoder_state(PLAIN, heads=5)
+
+
+def test_heads_of_published_networks():
+    published = {("dinov2", 384): 6, ("dinov2", 768): 12, ("dinov2", 1024): 16, ("dinov2", 1536): 24, ("dino", 384): 6}
+    published |= {("mae", 768): 12, ("mae", 1024): 16, ("mae", 1280): 16, ("mocov3", 384): 12, ("mocov3", 768): 12}
+    for (family, dim), heads in published.items():
+        assert default_heads(family, dim) == heads
+    with pytest.raises(DigitError, match="width 100 is not known"):
+        default_heads("dinov2", 100)
+
+
+PARAMETERS = {  # of the encoders as published, in millions: SPEC's 86.58 and 304.37, the DINOv2 paper's model card
+    ("s", 0): (384, 12, 22.06),
+    ("b", 4): (768, 12, 86.58),
+    ("l", 4): (1024, 24, 304.37),
+    ("g", 4): (1536, 40, 1136.49),
+}
+
+
+@pytest.mark.parametrize("size", PARAMETERS, ids=str)
+def test_real_sizes_on_the_meta_device(size):
+    dim, depth, millions = PARAMETERS[size]
+    registers, giant = size[1], size[0] == "g"
+    values = {
+        "hidden_size": dim,
+        "num_hidden_layers": depth,
+        "num_attention_heads": dim // 64,
+        "image_size": 518,
+        "patch_size": 14,
+    }
+    name = "dinov2_with_registers" if registers else "dinov2"
+    extra = {"num_register_tokens": registers} if registers else {}
+    with torch.device("meta"):
+        config = EncoderConfig(hf_config={"model_type": name, **values, "use_swiglu_ffn": giant, **extra}, layer=-1)
+        encoder = TransformersEncoder(config)
+    assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+    assert encoder.grid == (16, 16)
