@@ -60,6 +60,6 @@ class LinearProbe(nn.Module):
         return load_component(folder, cls, LinearProbeConfig)
 
 
-def mean_states(states: Sequence[Tensor], count: int) -> Tensor:
-    """The probe's features (S, B, D): the first ``count`` of some states (B, T, D), each averaged over its positions."""
-    return torch.stack([state.float().mean(1) for state in states[:count]])
+def mean_states(states: Sequence[Tensor]) -> Tensor:
+    """The probe's features: states (B, T, D), each averaged over its positions, stacked to (S, B, D)."""
+    return torch.stack([state.float().mean(1) for state in states])

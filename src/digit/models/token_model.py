@@ -128,9 +128,13 @@ class TokenModel(nn.Module):
     ) -> Tensor:
         """The transformer's input (B, P + 1 + n, D) for n <= length tokens."""
         self._check(tokens, labels, prefix)
-        x = torch.cat([self.embed_start(labels, len(tokens)), self.embed_tokens(tokens, mask)], dim=1)  # (B, 1 + n, D)
-        x = x + self.position_embedding.weight[: x.shape[1]]
+        x = self._embed_tail(tokens, labels, mask)
         return x if prefix is None else torch.cat([self.embed_prefix(prefix), x], dim=1)
+
+    def _embed_tail(self, tokens: Tensor, labels: Tensor | None, mask: Tensor | None = None) -> Tensor:
+        """Start and tokens (B, 1 + n, D), with their positions."""
+        x = torch.cat([self.embed_start(labels, len(tokens)), self.embed_tokens(tokens, mask)], dim=1)
+        return x + self.position_embedding.weight[: x.shape[1]]
 
     def _check(self, tokens: Tensor, labels: Tensor | None, prefix: Tensor | None) -> None:
         c = self.config
@@ -220,18 +224,27 @@ class TokenModel(nn.Module):
         labels: Tensor | None = None,
         prefix: Tensor | None = None,
         tokens: Tensor | None = None,
+        prefix_cached: bool = False,
     ) -> Tensor:
-        """Run prefix, start and any given tokens (B, n) in one pass; the logits (B, vocab) of the next token."""
+        """Run prefix, start and any given tokens (B, n) in one pass; the logits (B, vocab) of the next token.
+
+        With ``prefix_cached`` the cache holds the prefix already (it does not depend on labels or tokens) and is only added to.
+        """
         if tokens is None:
             tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.start.device)
-        x = self.embed(tokens, labels, prefix)
-        x = self.transformer(x, cache, torch.arange(x.shape[1], device=x.device))
+        first = self.config.prefix_length if prefix_cached else 0
+        x = self._embed_tail(tokens, labels) if prefix_cached else self.embed(tokens, labels, prefix)  # (B, T, D)
+        reach = first + x.shape[1]
+        x = self.transformer(x, cache, torch.arange(first, reach, device=x.device), reach)
         logits: Tensor = self.head(x[:, -1])
         return logits
 
-    def step(self, cache: KVCache, token: Tensor, index: Tensor) -> Tensor:
-        """Feed token number ``index`` (a () int64 tensor), ids (B,); the logits (B, vocab) of token ``index + 1``."""
+    def step(self, cache: KVCache, token: Tensor, index: Tensor, reach: int | None = None) -> Tensor:
+        """Feed token number ``index`` (a () int64 tensor), ids (B,); the logits (B, vocab) of token ``index + 1``.
+
+        ``reach`` is how many positions of the cache are read: at least prefix_length + index + 2; all by default.
+        """
         x = self.embed_tokens(token[:, None]) + self.position_embedding(index + 1)  # (B, 1, D)
-        x = self.transformer(x, cache, index + 1 + self.config.prefix_length)
+        x = self.transformer(x, cache, index + 1 + self.config.prefix_length, reach)
         logits: Tensor = self.head(x[:, -1])
         return logits

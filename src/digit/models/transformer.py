@@ -8,7 +8,7 @@ published checkpoints (fairseq 0.12.2, DAMO-NLP-SG/DiGIT at cd6d8ca) is reproduc
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,25 +60,51 @@ class KVCache:
     """Keys and values of every block for a fixed number of positions, allocated once and filled in place.
 
     Attributes:
-        keys, values: (L, B, H, T, d) with T the longest sequence the cache can hold.
+        keys, values: of each block, (B, H, T, d) with T the longest sequence the cache can hold.
     """
 
     def __init__(
         self, config: TransformerConfig, batch: int, length: int, device: torch.device | str, dtype: torch.dtype
     ) -> None:
-        shape = (config.depth, batch, config.heads, length, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch, config.heads, length, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)]
 
     @property
     def length(self) -> int:
         """How many positions fit."""
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
 
     @property
     def bytes(self) -> int:
         """Memory it occupies."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+
+    def rows(self, start: int, stop: int) -> KVCache:
+        """The cache of sequences ``start`` to ``stop``: a view, what is written there is written here."""
+        view = object.__new__(KVCache)
+        view.keys, view.values = [k[start:stop] for k in self.keys], [v[start:stop] for v in self.values]
+        return view
+
+    def copy_from(self, other: KVCache, count: int) -> None:
+        """Take over the first ``count`` positions of another cache of the same batch."""
+        for mine, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            mine[:, :, :count] = theirs[:, :, :count]
+
+
+class Slot(NamedTuple):
+    """Where a block finds its cache, and where the inputs stand in it.
+
+    Attributes:
+        keys, values: (B, H, T, d), of this block.
+        position: (t,) int64, the positions of the inputs.
+        visible: (t, S) bool, which of the first S positions of the cache each input attends to.
+    """
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    visible: Tensor
 
 
 class Attention(nn.Module):
@@ -90,25 +116,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, position: Tensor | None = None) -> Tensor:
-        """Attend.
-
-        Args:
-            x: (B, T, D).
-            cache: keys and values of this block, (B, H, S, d) each. They are filled at ``position``.
-            position: () or (T,) int64, where the T inputs stand in the cache; everything up to each of them is attended to.
-        """
+    def forward(self, x: Tensor, slot: Slot | None = None) -> Tensor:
+        """Attend from (B, T, D) to (B, T, D); with a ``slot`` the inputs are added to its cache and see what is in it."""
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 of (B, H, T, d)
-        if cache is None or position is None:
+        if slot is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, H, T, d)
         else:
-            keys, values = cache
-            position = position.view(-1)  # (T,)
-            keys.index_copy_(2, position, k.to(keys.dtype))
-            values.index_copy_(2, position, v.to(values.dtype))
-            visible = torch.arange(keys.shape[2], device=x.device) <= position[:, None]  # (T, S)
-            y = F.scaled_dot_product_attention(q, keys.to(q.dtype), values.to(q.dtype), attn_mask=visible)  # (B, H, T, d)
+            slot.keys.index_copy_(2, slot.position, k.to(slot.keys.dtype))
+            slot.values.index_copy_(2, slot.position, v.to(slot.values.dtype))
+            reach = slot.visible.shape[1]
+            keys, values = slot.keys[:, :, :reach].to(q.dtype), slot.values[:, :, :reach].to(q.dtype)  # (B, H, S, d)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=slot.visible)  # (B, H, T, d)
         projected: Tensor = self.out(y.transpose(1, 2).reshape(b, t, d))  # (B, T, D)
         return projected
 
@@ -127,12 +146,12 @@ class Block(nn.Module):
         self.ffn_out = nn.Linear(ffn_dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, position: Tensor | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); the arguments are those of :meth:`Attention.forward`."""
+    def forward(self, x: Tensor, slot: Slot | None = None) -> Tensor:
+        """Map (B, T, D) to (B, T, D); see :meth:`Attention.forward`."""
         if self.pre_norm:
-            x = x + self.dropout(self.attention(self.attention_norm(x), cache, position))
+            x = x + self.dropout(self.attention(self.attention_norm(x), slot))
             return x + self.dropout(self._ffn(self.ffn_norm(x)))
-        x = self.attention_norm(x + self.dropout(self.attention(x, cache, position)))
+        x = self.attention_norm(x + self.dropout(self.attention(x, slot)))
         normed: Tensor = self.ffn_norm(x + self.dropout(self._ffn(x)))
         return normed
 
@@ -152,17 +171,28 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, position: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, position: Tensor | None = None, reach: int | None = None
+    ) -> Tensor:
         """Map embeddings (B, T, D) to the last, normed states (B, T, D).
 
-        With a ``cache``, ``position`` () or (T,) says where the inputs stand; see :meth:`Attention.forward`.
+        Args:
+            x: the inputs.
+            cache: is filled at ``position``, and everything in it up to each input is attended to.
+            position: () or (T,) int64, where the inputs stand in the cache.
+            reach: how many positions of the cache are read: more than the last position; all by default.
         """
         x = self.dropout(x)
-        for index, block in enumerate(self.blocks):
+        slots: list[Slot | None] = [None] * len(self.blocks)
+        if cache is not None and position is not None:
+            position = position.view(-1)  # (T,)
+            visible = torch.arange(reach or cache.length, device=x.device) <= position[:, None]  # (T, S)
+            slots = [Slot(k, v, position, visible) for k, v in zip(cache.keys, cache.values, strict=True)]
+        for block, slot in zip(self.blocks, slots, strict=True):
             if self.checkpointing and self.training:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
-                x = block(x, None if cache is None else (cache.keys[index], cache.values[index]), position)
+                x = block(x, slot)
         out: Tensor = self.norm(x)
         return out
 

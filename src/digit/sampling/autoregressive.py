@@ -50,7 +50,7 @@ def sample_autoregressive(
     if guided:
         labels, prefix, given = _double(labels, prefix, given)
     cache = model.new_cache(2 * batch if guided else batch)
-    logits = model.prefill(cache, len(cache.keys[0]), labels, prefix, given)  # (B or 2B, V)
+    logits = model.prefill(cache, 2 * batch if guided else batch, labels, prefix, given)  # (B or 2B, V)
     for index in range(known, length):
         if guided:
             logits = guide(logits[:batch], logits[batch:], scale[index])  # (B, V)

@@ -1,0 +1,152 @@
+"""The token model: what each role predicts, cached equals uncached, labels, masks, errors."""
+
+import pytest
+import torch
+
+from digit.config import from_dict, to_dict
+from digit.errors import DigitError
+from digit.models.component import load_component, save_component
+from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.models.transformer import TransformerConfig
+
+
+def build(role="prior", norm="pre", prefix=0, classes=0, scale=1.0) -> TokenModel:
+    torch.manual_seed(0)
+    config = TokenModelConfig(
+        role=role,
+        vocab_size=11,
+        length=8,
+        prefix_vocab_size=7 if prefix else 0,
+        prefix_length=prefix,
+        num_classes=classes,
+        embedding_scale=scale,
+        transformer=TransformerConfig(dim=16, depth=2, heads=2, norm=norm, causal=role != "masked"),
+    )
+    model = TokenModel(config).eval()
+    for p in model.parameters():  # biases and norms too, so that nothing cancels
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def inputs(model: TokenModel, batch=3):
+    c = model.config
+    tokens = torch.randint(c.vocab_size, (batch, c.length))
+    prefix = torch.randint(c.prefix_vocab_size, (batch, c.prefix_length)) if c.prefix_length else None
+    labels = torch.tensor([0, NO_LABEL, 2][:batch]) if c.num_classes else None
+    return tokens, labels, prefix
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize(("role", "prefix", "classes"), [("prior", 0, 0), ("prior", 0, 4), ("ar", 5, 0), ("ar", 5, 4)])
+@pytest.mark.parametrize("known", [0, 1, 3])
+def test_prefill_and_steps_equal_the_forward_pass(role, prefix, classes, norm, known):
+    model = build(role, norm, prefix, classes, scale=4.0)
+    tokens, labels, given_prefix = inputs(model)
+    whole = model(tokens, labels, given_prefix)  # (B, n + 1, V)
+    cache = model.new_cache(3)
+    logits = [model.prefill(cache, 3, labels, given_prefix, tokens[:, :known])]
+    for i in range(known, 7):
+        logits.append(model.step(cache, tokens[:, i], torch.tensor(i)))
+    torch.testing.assert_close(torch.stack(logits, 1), whole[:, known:8], rtol=1e-4, atol=1e-5)
+
+
+def test_no_label_and_no_labels_are_the_start_vector():
+    model = build(classes=4)
+    tokens, _, _ = inputs(model)
+    torch.testing.assert_close(model(tokens), model(tokens, torch.full((3,), NO_LABEL)))
+    assert not torch.allclose(model(tokens), model(tokens, torch.tensor([0, 1, 2])))
+
+
+def test_masked_tokens_are_hidden_and_the_others_seen():
+    model = build("masked", prefix=5)
+    tokens, _, prefix = inputs(model)
+    mask = torch.zeros(3, 8, dtype=torch.bool)
+    mask[:, 2] = True
+    other = tokens.clone()
+    other[:, 2] = (other[:, 2] + 1) % 11
+    torch.testing.assert_close(model(tokens, None, prefix, mask), model(other, None, prefix, mask))
+    other[:, 3] = (other[:, 3] + 1) % 11
+    assert not torch.allclose(model(tokens, None, prefix, mask), model(other, None, prefix, mask))
+    assert model(tokens, None, prefix, mask).shape == (3, 8, 11)
+
+
+def test_the_prefix_matters():
+    model = build("ar", prefix=5)
+    tokens, _, prefix = inputs(model)
+    assert not torch.allclose(model(tokens, None, prefix), model(tokens, None, (prefix + 1) % 7))
+
+
+def test_loss_is_the_mean_negative_log_likelihood():
+    model = build(classes=4)
+    tokens, labels, _ = inputs(model)
+    loss, parts = model.loss(tokens, labels)
+    logp = model(tokens, labels)[:, :-1].log_softmax(-1).gather(-1, tokens[..., None])
+    torch.testing.assert_close(loss, -logp.mean())
+    assert set(parts) == {"nll", "accuracy"}
+
+
+def test_masked_loss_counts_masked_places_only():
+    model = build("masked")
+    tokens, _, _ = inputs(model)
+    mask = torch.rand(3, 8) < 0.5
+    loss, _ = model.loss(tokens, mask=mask)
+    logp = model(tokens, mask=mask).log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    torch.testing.assert_close(loss, -logp[mask].mean())
+    with pytest.raises(DigitError, match="needs the mask"):
+        model.loss(tokens)
+
+
+def test_label_dropout_replaces_the_asked_share():
+    model = build(classes=4)
+    labels = torch.randint(4, (20000,))
+    dropped = model.drop_labels(labels, torch.Generator().manual_seed(0))
+    share = (dropped == NO_LABEL).float().mean().item()
+    assert abs(share - model.config.class_dropout) < 0.01
+    assert ((dropped == labels) | (dropped == NO_LABEL)).all()
+
+
+@pytest.mark.parametrize(
+    ("role", "prefix", "call", "message"),
+    [
+        (
+            "prior",
+            0,
+            lambda m: m(torch.zeros(1, 9, dtype=torch.long)),
+            "9 tokens an image were given; this model was built for 8",
+        ),
+        ("prior", 0, lambda m: m(torch.zeros(1, 8, dtype=torch.long), torch.tensor([1])), "unconditional model"),
+        ("prior", 0, lambda m: m(torch.zeros(1, 8, dtype=torch.long), None, torch.zeros(1, 5).long()), "expects none"),
+        ("ar", 5, lambda m: m(torch.zeros(1, 8, dtype=torch.long)), "has none tokens; this model expects 5"),
+        (
+            "prior",
+            0,
+            lambda m: m(torch.zeros(1, 8, dtype=torch.long), mask=torch.ones(1, 8, dtype=torch.bool)),
+            "only role 'masked'",
+        ),
+    ],
+)
+def test_wrong_inputs_are_explained(role, prefix, call, message):
+    with pytest.raises(DigitError, match=message):
+        call(build(role, prefix=prefix))
+
+
+def test_configs_refuse_what_cannot_be():
+    good = to_dict(build().config)
+    for change, message in [
+        ({"role": "masked"}, "needs transformer.causal = False"),
+        ({"prefix_length": 4}, "go together"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"rolle": "ar"}, "did you mean 'role'"),
+    ]:
+        with pytest.raises(DigitError, match=message):
+            from_dict(TokenModelConfig, {**good, **change}, "test")
+
+
+@pytest.mark.parametrize("role", ["prior", "masked"])
+def test_saved_and_loaded_gives_the_same_logits(tmp_path, role):
+    model = build(role, classes=4)
+    tokens, labels, _ = inputs(model)
+    mask = torch.ones(3, 8, dtype=torch.bool) if role == "masked" else None
+    save_component(tmp_path / "m", model, model.config)
+    again = load_component(tmp_path / "m", TokenModel, TokenModelConfig)
+    assert torch.equal(model(tokens, labels, mask=mask), again(tokens, labels, mask=mask))
