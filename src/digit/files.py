@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from digit.errors import DigitError
+
+if TYPE_CHECKING:  # the command line writes JSON without waiting for torch
+    import torch
 
 
 @contextmanager
@@ -118,6 +119,8 @@ def read_json(path: str | Path) -> Any:
 
 def write_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Path:
     """Write named tensors as safetensors, whole or not at all."""
+    from safetensors.torch import save_file
+
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     return write_file(path, lambda aside: save_file(ready, str(aside), metadata=metadata))
 

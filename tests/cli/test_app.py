@@ -1,0 +1,143 @@
+"""The command line as a user meets it: real commands on a tiny model; mistakes get one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import tiny
+from digit.cli.app import main
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny.pipeline().save_pretrained(tmp_path_factory.mktemp("cli") / "model")
+
+
+@pytest.fixture
+def photo(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(path)
+    return path
+
+
+def run(monkeypatch, *words) -> int:
+    """Run ``digit`` in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["digit", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
+
+
+def test_generate_decode_and_reconstruct(model, photo, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    code = run(monkeypatch, "generate", model, "--num", 4, "--labels", "cat,2", "--out", out, "--save-tokens", "--cfg-scale", 2)
+    assert code == 0
+    assert "Look at" in capsys.readouterr().out
+    assert json.loads((out / "generation.json").read_text())["labels"] == [0, 2]
+    assert len(list(out.glob("0000?.png"))) == 4
+
+    assert run(monkeypatch, "decode", model, out / "tokens.npz", "--out", tmp_path / "again") == 0
+    for index in range(4):
+        name = f"{index:05d}.png"
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), "the same seed decodes alike"
+
+    assert run(monkeypatch, "tokenize", model, photo, "--out", tmp_path / "photo.npz") == 0
+    with np.load(tmp_path / "photo.npz") as arrays:
+        assert arrays["semantic"].shape == arrays["vq"].shape == (1, tiny.TOKENS)
+
+    assert run(monkeypatch, "reconstruct", model, photo, "--out", tmp_path / "re") == 0
+    sheet = Image.open(tmp_path / "re" / "reconstructions.png")
+    assert sheet.width > 4 * tiny.SIZE
+    assert (tmp_path / "re" / "photo.png").is_file()
+
+
+def test_assemble_joins_saved_parts(model, tmp_path, monkeypatch, capsys):
+    words = [f"--{part}={model / part}" for part in ("encoder", "codebook", "vqgan", "prior")]
+    words += ["--decoder", model / "decoder" / "ar", "--decoder", model / "decoder" / "masked"]
+    assert run(monkeypatch, "assemble", *words, "--class-names", "a,b,c", "--out", tmp_path / "new") == 0
+    assert run(monkeypatch, "generate", tmp_path / "new", "--num", 2, "--labels", "c", "--out", tmp_path / "o") == 0
+    assert run(monkeypatch, "info", tmp_path / "new") == 0
+    assert "prior" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["generate", "no/such/model/here"], "There is no model"),
+        (["generate", "MODEL", "--labels", "7"], "The label 7 was given; this model knows 0 to 2"),
+        (["generate", "MODEL", "--labels", "cow"], "'cow' is neither a number nor a class of this model; its classes: cat, dog"),
+        (["generate", "MODEL", "--top-p", "1.7"], "'top_p' = 1.7: Input should be less than or equal to 1"),
+        (["generate", "MODEL", "--decoder", "onestep"], "has no decoder 'onestep'"),
+        (["generate", "MODEL", "--dtype", "fp8"], "expected one of fp32, bf16, fp16"),
+        (["generate", "MODEL", "--device", "gpu"], "device 'gpu' cannot be used"),
+        (["tokenize", "MODEL", "TMP/text.png"], "text.png is not an image"),
+        (["tokenize", "MODEL", "TMP/missing.png"], "There is no image file"),
+        (["reconstruct", "MODEL", "TMP/empty"], "holds no images"),
+        (["decode", "MODEL", "TMP/text.png"], "is not a token file"),
+        (["decode", "MODEL", "TMP/wrong.npz"], "this model takes (B, 16)"),
+        (["assemble", "--encoder", "MODEL/encoder", "--codebook", "TMP/book"], "feature width is 16 in the encoder and 5 in the codebook"),
+        (["assemble", "--prior", "TMP/empty"], "is not a saved part"),
+        (["train", "prior", "--preset", "cifar10-tiny-prior", "--data", "TMP/empty"], "empty"),
+        (["data", "folder", "TMP/empty"], "empty"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_one_sentence_and_exit_code_2(model, tmp_path, monkeypatch, capsys, words, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.png").write_text("not a picture")
+    np.savez(tmp_path / "wrong.npz", semantic=np.zeros((1, 5), dtype=np.int32))
+    tiny.codebook(5).save_pretrained(tmp_path / "book")
+    words = [w.replace("MODEL", str(model)).replace("TMP", str(tmp_path)) for w in words]
+    if words[0] not in ("tokenize",):
+        words += ["--out", str(tmp_path / "out")]
+    assert run(monkeypatch, *words) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert message.replace("TMP", str(tmp_path)) in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_a_sentence(model, tmp_path, monkeypatch, capsys):
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert run(monkeypatch, "generate", model, "--num", 1, "--out", tmp_path / "out") == 2
+    assert "the disk is full" in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_debug_shows_the_traceback(monkeypatch, capsys):
+    assert run(monkeypatch, "--debug", "generate", "no/such/model/here") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, digit.cli.app; sys.exit('torch' in sys.modules or 'gradio' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_command_has_help(monkeypatch, capsys):
+    from digit.cli.app import app
+
+    names = [c.name or c.callback.__name__ for c in app.registered_commands]
+    assert {"generate", "tokenize", "decode", "reconstruct", "train", "fit-codebook", "cache-tokens", "info", "tour"} <= set(
+        names
+    )
+    for name in names:
+        assert run(monkeypatch, name, "--help") == 0
+        assert "Usage" in capsys.readouterr().out
+
+
+def test_tokens_on_another_dtype_are_still_tokens(model, tmp_path, monkeypatch):
+    assert run(monkeypatch, "generate", model, "--num", 2, "--dtype", "bf16", "--out", tmp_path / "o") == 0
+    assert Image.open(tmp_path / "o" / "00000.png").size == (tiny.SIZE, tiny.SIZE)
