@@ -52,13 +52,13 @@ class Component:
     file: Path | None = None
 
 
-def write_component(folder: str | Path, component: Component, release: Callable[[], None] = lambda: None) -> None:
+def write_component(folder: str | Path, component: Component, used: Callable[[int], None] = lambda _: None) -> None:
     """Write what :func:`digit.models.component.save_component` would, whole or not at all, holding only a piece at a time.
 
     Args:
         folder: replaced if it exists.
         component: what to write.
-        release: called after every piece; gives back the memory of the mapped source.
+        used: told the bytes of every piece written; see :class:`digit.convert.torchfile.Pages`.
     """
     facts = component.provenance
     if component.file is not None:
@@ -66,7 +66,7 @@ def write_component(folder: str | Path, component: Component, release: Callable[
     values = {"type": component.type, "config": to_dict(component.config), "provenance": facts}
     with write_folder(folder) as aside:
         write_json(aside / "config.json", values)
-        write_parts(aside / "model.safetensors", component.parts, release)
+        write_parts(aside / "model.safetensors", component.parts, used)
 
 
 def short_name(file: Path) -> str:
@@ -74,7 +74,7 @@ def short_name(file: Path) -> str:
     return "/".join(file.parts[-3:])
 
 
-def write_parts(path: str | Path, parts: Parts, release: Callable[[], None] = lambda: None) -> None:
+def write_parts(path: str | Path, parts: Parts, used: Callable[[int], None] = lambda _: None) -> None:
     """Write a safetensors file: the length of its header (8 bytes), the header as JSON, then the raw bytes.
 
     Source: the format's description in huggingface/safetensors.
@@ -97,14 +97,14 @@ def write_parts(path: str | Path, parts: Parts, release: Callable[[], None] = la
             handle.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 for piece in parts[name]:
-                    _write_tensor(handle, piece.to(parts[name][0].dtype), release)
+                    _write_tensor(handle, piece.to(parts[name][0].dtype), used)
 
     write_file(path, write)
 
 
-def _write_tensor(handle: IO[bytes], tensor: Tensor, release: Callable[[], None]) -> None:
+def _write_tensor(handle: IO[bytes], tensor: Tensor, used: Callable[[int], None]) -> None:
     rows = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
     row_bytes = max(1, rows[:1].numel() * rows.element_size())
     for piece in rows.split(max(1, _PIECE // row_bytes)):
         handle.write(memoryview(piece.contiguous().view(torch.uint8).numpy()))
-        release()
+        used(piece.numel() * piece.element_size())

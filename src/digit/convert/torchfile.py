@@ -239,18 +239,35 @@ def _scan(handle: IO[bytes]) -> Iterator[str]:
             strings.append(value)
 
 
-def release_pages(path: str | Path) -> None:
-    """Give back the memory of a mapped file's pages; they are read again when touched. Linux; elsewhere nothing happens.
+class Pages:
+    """The memory of mapped files, given back while they are walked through; else all of a checkpoint would end up in memory.
 
-    Without it a process that walks through a mapped checkpoint ends up holding all of it.
+    Given-back pages are read again when touched. On other systems than Linux nothing happens.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    target = str(Path(path).resolve())
-    with open("/proc/self/maps", encoding="utf-8") as handle:
-        mapped = [line.split(maxsplit=5) for line in handle]
-    libc = ctypes.CDLL(None)
-    for fields in mapped:
-        if len(fields) == 6 and fields[5].rstrip("\n") == target:
-            start, end = (int(part, 16) for part in fields[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+    _EVERY = 64 << 20
+
+    def __init__(self, *paths: Path) -> None:
+        """Remember the files.
+
+        Args:
+            paths: files opened by :func:`read_torch_file`.
+        """
+        self._names = {str(path.resolve()) for path in paths}
+        self._used = 0
+
+    def used(self, count: int) -> None:
+        """Say that ``count`` more bytes were read; now and then the memory is given back."""
+        self._used += count
+        if self._used >= self._EVERY and sys.platform.startswith("linux"):
+            self._used = 0
+            self._release()
+
+    def _release(self) -> None:
+        with open("/proc/self/maps", encoding="utf-8") as handle:
+            mapped = [line.split(maxsplit=5) for line in handle]
+        libc = ctypes.CDLL(None)
+        for fields in mapped:
+            if len(fields) == 6 and fields[5].rstrip("\n") in self._names:
+                start, end = (int(part, 16) for part in fields[0].split("-"))
+                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

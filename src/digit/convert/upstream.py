@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from digit.convert.encoders import encoder_component, encoder_keys
 from digit.convert.fairseq import Checkpoint, centroids, linear_probe, read_checkpoint, token_model
 from digit.convert.keys import Keys
 from digit.convert.stream import Component, short_name, write_component
-from digit.convert.torchfile import release_pages
+from digit.convert.torchfile import Pages
 from digit.convert.vqgan import vqgan_component, vqgan_keys
 from digit.encoders import TransformersEncoder
 from digit.errors import DigitError
@@ -83,7 +84,7 @@ def convert_upstream(
     model = _weightless(parts, "vq" if found.vq_only else "semantic", name or Path(out).name)
     with write_folder(out) as aside:
         for place, component in parts.items():
-            write_component(aside / place, component, found.release)
+            write_component(aside / place, component, found.pages.used)
         model.write_index(aside)
     return Path(out)
 
@@ -125,6 +126,11 @@ class _Found:
         if vqgan.names():
             self._offer("vqgan", vqgan_component(vqgan, _RESOLUTION, file.path))
 
+    @cached_property
+    def pages(self) -> Pages:
+        """Of all files that something is taken from."""
+        return Pages(*{part.file for offers in self.offers.values() for part in offers if part.file})
+
     def _encoder(self, keys: Keys, file: Path) -> Component:
         return dataclasses.replace(encoder_component(keys, self.heads, {}), file=file)
 
@@ -151,13 +157,7 @@ class _Found:
             for piece, other in zip(a.parts[name], b.parts[name], strict=True):
                 if not _same_but_for_rounding(piece, other):
                     raise DigitError(f"{sentence}: the values of '{name}' differ. {advice}")
-                self.release()
-
-    def release(self) -> None:
-        """Give back the memory of what was read of the files so far."""
-        for path in {component.file for offers in self.offers.values() for component in offers}:
-            if path is not None:
-                release_pages(path)
+                self.pages.used(2 * piece.numel() * piece.element_size())
 
 
 def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from digit.convert.keys import Keys
 from digit.convert.stream import Component, Parts, write_component
-from digit.convert.torchfile import read_torch_file, release_pages
+from digit.convert.torchfile import Pages, read_torch_file
 from digit.errors import DigitError
 from digit.tokenizers.vqgan import VQGANConfig
 
@@ -33,7 +33,7 @@ def convert_vqgan(source: str | Path, out: str | Path, resolution: int = 256) ->
     keys = vqgan_keys(source)
     component = vqgan_component(keys, resolution, Path(source))
     keys.check()
-    write_component(out, component, lambda: release_pages(source))
+    write_component(out, component, Pages(Path(source)).used)
     return Path(out)
 
 

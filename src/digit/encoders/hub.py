@@ -38,7 +38,7 @@ def repository_folder(name: str, weights: str = "*.safetensors", fallback: str |
     tried = f"'{name}': there is no such local folder, and it is not in the cache ({constants.HF_HUB_CACHE})"
     if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         raise DigitError(f"{tried}; the hub was not asked because HF_HUB_OFFLINE is set. Download it, or give a local folder.")
-    reason = _unreachable()
+    reason = unreachable()
     if reason:
         raise DigitError(f"{tried}; the hub ({constants.ENDPOINT}) is out of reach: {reason}. Give a local folder instead.")
     for pattern in patterns:
@@ -61,10 +61,10 @@ def _holds(folder: Path, patterns: Sequence[str]) -> bool:
     return (folder / "config.json").is_file() and any(next(folder.glob(pattern), None) for pattern in patterns)
 
 
-def _unreachable(seconds: float = 5.0) -> str:
+def unreachable(endpoint: str = constants.ENDPOINT, seconds: float = 5.0) -> str:
     """Why the hub does not answer, or "". The hub client itself would retry for half a minute first."""
     try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=seconds).close()
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=seconds).close()
     except urllib.error.HTTPError:
         return ""  # it answered
     except (OSError, ValueError) as error:

@@ -1,0 +1,124 @@
+"""``convert`` and ``info``: other people's checkpoints to ours, and what is in a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+converters = typer.Typer(no_args_is_help=True)
+
+Given = Path | None
+
+
+def add_to(app: typer.Typer) -> None:
+    """Mount the commands."""
+    app.add_typer(
+        converters, name="convert", help="Convert other people's checkpoints: DiGIT's authors, MAGE's VQGAN, encoders."
+    )
+    app.command()(info)
+
+
+@converters.command("digit-upstream")
+def digit_upstream(
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model folder to write.")],
+    stage1: Annotated[Given, typer.Option(help="Prior: fairseq checkpoint (also VQ-only, linear probe).")] = None,
+    stage2: Annotated[Given, typer.Option(help="AR decoder: fairseq checkpoint.")] = None,
+    stage2_masked: Annotated[Given, typer.Option(help="Masked decoder (NAR): fairseq checkpoint.")] = None,
+    codebook: Annotated[Given, typer.Option(help="km_*.npy; by default the centroids inside the checkpoints.")] = None,
+    vqgan: Annotated[Given, typer.Option(help="vqgan_jax_strongaug.ckpt; by default the one inside the checkpoints.")] = None,
+    encoder: Annotated[
+        Given, typer.Option(help="dinov2_*_reg4_pretrain.pth; by default the one inside the checkpoints.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of the encoder; by default width / 64.")] = None,
+    half_precision_tokens: Annotated[
+        bool, typer.Option("--half-precision-tokens", help="Assign semantic tokens in float16, as the authors' runs did.")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="Name of the model; by default the folder's.")] = None,
+) -> None:
+    """Convert what the DiGIT authors publish to one model folder. Their checkpoints hold encoder, codebook and VQGAN too.
+
+    Example:  digit convert digit-upstream --stage1 stage1/checkpoint_last.pt --stage2 stage2/checkpoint_last.pt --out digit-base
+    """
+    from digit.convert.upstream import convert_upstream
+
+    convert_upstream(
+        out,
+        stage1,
+        stage2,
+        stage2_masked,
+        codebook,
+        vqgan,
+        encoder,
+        heads,
+        half_precision_tokens=half_precision_tokens,
+        name=name,
+    )
+    info(str(out))
+
+
+@converters.command("vqgan")
+def vqgan(
+    checkpoint: Annotated[Path, typer.Argument(help="MAGE's vqgan_jax_strongaug.ckpt.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The VQGAN folder to write.")],
+    resolution: Annotated[int, typer.Option(min=16, help="Side of its images, in pixels.")] = 256,
+) -> None:
+    """Convert a VQGAN alone.
+
+    Example:  digit convert vqgan vqgan_jax_strongaug.ckpt --out vqgan
+    """
+    from digit.convert.vqgan import convert_vqgan
+
+    typer.echo(f"Saved: {convert_vqgan(checkpoint, out, resolution)}")
+
+
+@converters.command("encoder")
+def encoder(
+    source: Annotated[str, typer.Argument(help="A .pth of DINOv2, DINO, iBOT, MAE or MoCo v3; a folder; or a Hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The encoder folder to write.")],
+    layer: Annotated[int | None, typer.Option(help="Block whose output is taken, from the end. The paper: -3.")] = None,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images that come in.")] = None,
+    resize: Annotated[int | None, typer.Option(min=1, help="Side that the network sees.")] = None,
+    family: Annotated[str | None, typer.Option(help="dinov2, dino, ibot, mae or mocov3, where the file does not tell.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; by default as published.")] = None,
+    positions: Annotated[str | None, typer.Option(help="hub, or dinov2-offset as the DiGIT authors.")] = None,
+) -> None:
+    """Convert a frozen encoder alone.
+
+    Example:  digit convert encoder facebook/dinov2-with-registers-base --out encoder
+    """
+    from digit.encoders import load_encoder
+    from digit.errors import DigitError
+
+    if positions not in (None, "hub", "dinov2-offset"):
+        raise DigitError(f"--positions {positions} was given; expected hub or dinov2-offset.")
+    loaded = load_encoder(
+        source,
+        layer=layer,
+        image_size=image_size,
+        resize=resize,
+        family=family,
+        heads=heads,
+        positions=positions,  # type: ignore[arg-type]  # checked above
+    )
+    loaded.save_pretrained(out)
+    rows, columns = loaded.grid
+    typer.echo(f"Saved: {out} ({rows} x {columns} features of width {loaded.dim} an image)")
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A model folder, a Hub id, or the name of a packaged model.")],
+    variant: Annotated[str | None, typer.Option(help="Which of the models of a Hub repository.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory estimate.")] = 1,
+) -> None:
+    """Show the parts of a model: sizes, presets, where they come from, and the memory that sampling needs.
+
+    Example:  digit info digit-base --batch 16
+    """
+    from rich.console import Console
+
+    from digit.hub import resolve_model
+    from digit.info import model_tree
+
+    Console().print(model_tree(resolve_model(model, variant=variant), batch))

@@ -1,0 +1,314 @@
+"""What is in a model: parts, sizes, presets, where they come from, and the memory that sampling will need."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.tree import Tree
+
+from digit.config import from_dict, load_preset, preset_names
+from digit.errors import DigitError
+from digit.files import read_json
+from digit.models.token_model import TokenModelConfig
+from digit.tokenizers.vqgan import VQGANConfig
+
+if TYPE_CHECKING:
+    from digit.pipeline import DigitPipeline
+
+MIB = 2**20
+_TRAINING_FIELDS = {"class_dropout": 0.0, "label_smoothing": 0.0}  # no part of what a model is
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of a model.
+
+    Attributes:
+        place: in the model folder, such as "decoder/ar".
+        type: our class.
+        config: its fields, plain.
+        parameters: how many numbers.
+        bytes: of its tensors as stored, or as loaded.
+        dtypes: of its tensors.
+        provenance: where it comes from.
+    """
+
+    place: str
+    type: str
+    config: Mapping[str, Any]
+    parameters: int
+    bytes: int
+    dtypes: tuple[str, ...]
+    provenance: Mapping[str, Any]
+
+    def token_model(self) -> TokenModelConfig | None:
+        """Its config, for priors and decoders."""
+        return from_dict(TokenModelConfig, self.config, self.place) if self.type == "TokenModel" else None
+
+    def summary(self) -> str:
+        """Its shape in a line."""
+        c = self.config
+        model = self.token_model()
+        if model is not None:
+            return _token_summary(model)
+        if self.type == "Codebook":
+            half = ", assigned in half precision" if c.get("half_precision") else ""
+            return f"{c['clusters']:,} clusters of width {c['dim']}{half}"
+        if self.type == "VQGAN":
+            v = from_dict(VQGANConfig, c, self.place)
+            rows, columns = v.grid
+            return f"{v.resolution} px to {rows} x {columns} of {v.codes:,} codes; width {v.channels} x {list(v.multipliers)}"
+        if self.type == "LinearProbe":
+            return f"{c['states']} states of width {c['dim']} to {c['classes']:,} classes"
+        return _encoder_summary(c)
+
+
+def folder_parts(folder: str | Path) -> list[Part]:
+    """The components in a model folder, in the order in which images are made. Weights are not read, only their headers."""
+    folder = Path(folder)
+    places = [
+        "encoder",
+        "codebook",
+        "prior",
+        *(f"decoder/{p.name}" for p in sorted(folder.glob("decoder/*"))),
+        "vqgan",
+        "probe",
+    ]
+    return [_folder_part(folder, place) for place in places if (folder / place / "config.json").is_file()]
+
+
+def _folder_part(folder: Path, place: str) -> Part:
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / place / "model.safetensors"
+    values = read_json(folder / place / "config.json")
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            slices = [handle.get_slice(name) for name in handle.keys()]  # noqa: SIM118 - not a dict
+            counts = [_product(part.get_shape()) for part in slices]
+            dtypes = tuple(sorted({str(part.get_dtype()) for part in slices}))
+    except (SafetensorError, OSError) as error:
+        raise DigitError(f"{path} cannot be read: it is missing or damaged ({error}).") from error
+    return Part(place, values["type"], values["config"], sum(counts), path.stat().st_size, dtypes, values.get("provenance", {}))
+
+
+def pipeline_parts(pipe: DigitPipeline) -> list[Part]:
+    """The components of a loaded model."""
+    from digit.config import to_dict
+
+    found: list[Part] = []
+    modules = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior}
+    modules |= {f"decoder/{kind}": decoder for kind, decoder in pipe.decoders.items()}
+    for place, module in {**modules, "vqgan": pipe.vqgan}.items():
+        if module is not None:
+            tensors: list[Any] = list(module.state_dict().values())  # type: ignore[union-attr]
+            size = sum(t.numel() * t.element_size() for t in tensors)
+            dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+            count = sum(t.numel() for t in tensors)
+            config = to_dict(module.config)  # type: ignore[union-attr]
+            found.append(Part(place, type(module).__name__, config, count, size, dtypes, getattr(module, "provenance", {})))
+    return found
+
+
+def describe(pipe: DigitPipeline) -> str:
+    """A model in a few lines of text."""
+    lines = [f"DigitPipeline '{pipe.name}' on {pipe.device}"]
+    lines += [f"  {part.place}: {part.summary()}; {_millions(part.parameters)} parameters" for part in pipeline_parts(pipe)]
+    return "\n".join(lines)
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What sampling needs, in bytes; the encoder takes no part in it.
+
+    Attributes:
+        weights: of prior, decoder and VQGAN.
+        caches: keys and values, of the stage that needs most.
+        pixels: activations of the VQGAN's decoder at its widest place.
+    """
+
+    weights: int
+    caches: int
+    pixels: int
+
+    @property
+    def total(self) -> int:
+        """Stages run one after the other, so caches and pixels do not add up."""
+        return self.weights + max(self.caches, self.pixels)
+
+
+def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
+    """Estimate the memory of sampling with one decoder, the largest.
+
+    Args:
+        parts: of a model.
+        batch: images at a time.
+        item: bytes of a number in prior and decoder: 4 for float32, 2 for bfloat16. The VQGAN stays in float32.
+    """
+    by_place = {part.place: part for part in parts}
+    decoders = sorted((p for place, p in by_place.items() if place.startswith("decoder/")), key=lambda p: p.parameters)
+    stages = [part for part in (by_place.get("prior"), *decoders[-1:]) if part is not None]
+    models = [model for part in stages if (model := part.token_model()) is not None]
+    vqgan = by_place.get("vqgan")
+    weights = sum(part.parameters for part in stages) * item + (vqgan.parameters * 4 if vqgan else 0)
+    caches = max((cache_bytes(model, item) for model in models), default=0)
+    pixels = decoder_activation_bytes(from_dict(VQGANConfig, vqgan.config, "vqgan")) if vqgan else 0
+    return Memory(weights, caches * batch, pixels * batch)
+
+
+def cache_bytes(model: TokenModelConfig, item: int) -> int:
+    """Keys and values of every block for one image, in bytes; 0 for masked models, which keep none."""
+    if model.role == "masked":
+        return 0
+    return 2 * model.transformer.depth * (model.prefix_length + model.length) * model.transformer.dim * item
+
+
+def decoder_activation_bytes(config: VQGANConfig) -> int:
+    """Float32 activations of the VQGAN's decoder for one image, in bytes, where they are largest.
+
+    A residual block holds its input, and the input and the output of the layer that is running: three tensors of its width. The
+    convolution's own workspace comes on top and depends on the machine.
+    """
+    widths = [config.channels * m for m in config.multipliers]
+    inputs = [*widths[1:], widths[-1]]  # what level l receives: the width of the level below
+    places = (
+        (2 * before + width if before != width else 3 * width) * (config.resolution >> level) ** 2
+        for level, (width, before) in enumerate(zip(widths, inputs, strict=True))
+    )
+    return 4 * max(places)
+
+
+# -- the tree ----------------------------------------------------------------------------------------------------------------
+
+
+def model_tree(folder: str | Path, batch: int = 1) -> Tree:
+    """What ``digit info`` prints.
+
+    Args:
+        folder: of a model, or of a single component.
+        batch: images at a time, for the memory estimate.
+
+    Raises:
+        DigitError: neither a model nor a component, or damaged.
+    """
+    from digit.pipeline import INDEX, read_index
+
+    folder = Path(folder)
+    if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
+        tree = Tree(f"[bold]{folder}[/]")
+        _add_part(tree, _folder_part(folder, "."))
+        return tree
+    index = read_index(folder)
+    parts = folder_parts(folder)
+    size = sum(part.bytes for part in parts)
+    count = sum(part.parameters for part in parts)
+    tree = Tree(f"[bold]{index['name']}[/]  {_size(size)}, {_millions(count)} parameters  [dim]{folder}[/]")
+    for part in parts:
+        _add_part(tree, part)
+    if any(part.place == "prior" or part.place.startswith("decoder/") for part in parts):
+        _add_memory(tree, parts, batch)
+    if index["provenance"]:
+        branch = tree.add("[bold]provenance[/]")
+        for key, value in index["provenance"].items():
+            branch.add(_fact(key, value))
+    return tree
+
+
+def _add_part(tree: Tree, part: Part) -> None:
+    label = "" if part.place == "." else f"[bold]{part.place}[/]  "
+    branch = tree.add(f"{label}{_millions(part.parameters)} parameters, {_size(part.bytes)} ({', '.join(part.dtypes)})")
+    branch.add(part.summary())
+    preset = matching_preset(part)
+    if preset:
+        branch.add(f"preset: {preset}")
+    facts = {key: value for key, value in part.provenance.items() if value is not None}
+    for key in ("source", "sha256", "updates", "steps", "data"):
+        if key in facts:
+            branch.add(_fact(key, facts[key]))
+
+
+def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
+    images = "1 image" if batch == 1 else f"{batch} images"
+    branch = tree.add(f"[bold]memory for sampling[/] {images} at a time (without the encoder, which sampling does not use)")
+    for name, item in (("float32", 4), ("bfloat16", 2)):
+        m = sampling_memory(parts, batch, item)
+        branch.add(
+            f"{name}: about {_size(m.total)} = weights {_size(m.weights)} + the larger of "
+            f"key-value cache {_size(m.caches)} and VQGAN activations {_size(m.pixels)}"
+        )
+
+
+def matching_preset(part: Part) -> str | None:
+    """The packaged preset that describes the same network, training aside."""
+    model = part.token_model()
+    if model is None:
+        return None
+    for name in preset_names():
+        values = load_preset(name)
+        if values.get("component") not in ("prior", "decoder"):
+            continue
+        try:
+            other = from_dict(TokenModelConfig, values["model"], name)
+        except DigitError:
+            continue  # its vocabulary comes from a cache
+        if _network(other) == _network(model):
+            return name
+    return None
+
+
+def _network(model: TokenModelConfig) -> TokenModelConfig:
+    transformer = dataclasses.replace(
+        model.transformer, dropout=0.0, ffn_dim=model.transformer.ffn_dim or 4 * model.transformer.dim
+    )
+    return dataclasses.replace(model, transformer=transformer, **_TRAINING_FIELDS)
+
+
+def _token_summary(model: TokenModelConfig) -> str:
+    t = model.transformer
+    classes = f"; {model.num_classes:,} classes" if model.num_classes else ""
+    guidance = "" if not model.num_classes else " with guidance" if model.can_guide else ", no guidance"
+    prefix = f" from {model.prefix_length} of {model.prefix_vocab_size:,}" if model.prefix_length else ""
+    return (
+        f"{t.depth} blocks of width {t.dim}, {t.heads} heads, {t.norm}-norm; "
+        f"{model.length} tokens of {model.vocab_size:,}{prefix}{classes}{guidance}"
+    )
+
+
+def _encoder_summary(config: Mapping[str, Any]) -> str:
+    hf = config.get("hf_config", {})
+    pre = config.get("preprocessing", {})
+    seen = f"{pre.get('image_size')} px" + (f" seen at {pre['resize']}" if pre.get("resize") else "")
+    if not hf:
+        return f"convolutional; {seen}"
+    norm = " with the final norm" if config.get("final_norm") else ""
+    return (
+        f"{hf.get('model_type')}, {hf.get('num_hidden_layers')} blocks of width {hf.get('hidden_size')}, "
+        f"patch {hf.get('patch_size')}; layer {config.get('layer')}{norm}; {seen}"
+    )
+
+
+def _fact(key: str, value: object) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"[dim]{key.replace('_', ' ')}: {text}[/]"
+
+
+def _product(shape: Iterable[int]) -> int:
+    result = 1
+    for side in shape:
+        result *= side
+    return result
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.2f}M" if count >= 1e5 else f"{count:,}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / MIB:.1f} MiB"
