@@ -26,7 +26,7 @@ from digit.training.losses.pairs import PairMethod, PairObjective, spread
 from digit.training.losses.projection import TrainableEncoder
 from digit.training.neighbours import neighbour_accuracy
 from digit.training.task import Batch, Loss, Step, Stream
-from digit.training.tasks.images import image_batches, image_chunks, some_images
+from digit.training.tasks.images import image_batches, image_chunks, open_images, some_images
 
 
 @config
@@ -66,13 +66,14 @@ class EncoderData:
 
     Attributes:
         split: of the training images.
-        held_out_split: of the images that are classified by their neighbours; without classes only the spread is measured.
+        held_out_split: of the images that are classified by their neighbours (without classes only their spread is measured);
+            None keeps some of the training images back.
         held_out: how many of them; 0 takes all.
         memory: how many training images are the neighbours; 0 takes all.
     """
 
     split: str = "train"
-    held_out_split: str = "test"
+    held_out_split: str | None = "test"
     held_out: NonNegativeInt = 2000
     memory: NonNegativeInt = 10000
 
@@ -157,7 +158,7 @@ class EncoderTask:
         objective: Objective,
         train: ImageDataset,
         held_out: ImageDataset | None = None,
-        data: EncoderData | None = None,
+        memory: int = 0,
     ) -> None:
         """Set up.
 
@@ -166,15 +167,14 @@ class EncoderTask:
             objective: how it learns.
             train: what from.
             held_out: what its features are measured on; None measures nothing.
-            data: how many images measure.
+            memory: how many training images are the neighbours; 0 takes all.
         """
-        data = data or EncoderData()
         self.method = build_method(model, objective)
         self.modules = nn.ModuleDict(self.method.modules)
         self.train, self.examples = train, len(train)
         self.size = model.image_size
-        self.memory = some_images(train, data.memory)
-        self.held_out = None if held_out is None else some_images(held_out, data.held_out)
+        self.memory = some_images(train, memory)
+        self.held_out = held_out
         self.device = "cpu"
         self.description: Mapping[str, Any] = {
             "component": "encoder",
@@ -232,3 +232,16 @@ class EncoderTask:
         """Write the encoder, which ``load_encoder`` reads."""
         self.method.encoder.provenance = dict(provenance)
         self.method.encoder.save_pretrained(folder)
+
+
+def build(preset: Mapping[str, Any], data: str | Path, where: str) -> EncoderTask:
+    """The task of an encoder preset over a dataset, with random weights from torch's global generator.
+
+    Raises:
+        DigitError: a section is wrong, or the dataset cannot be opened.
+    """
+    model = model_from(preset["model"], f"{where}, model")
+    objective = objective_from(preset.get("objective") or {}, f"{where}, objective")
+    choice = from_dict(EncoderData, preset.get("data") or {}, f"{where}, data")
+    train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
+    return EncoderTask(model, objective, train, held_out, choice.memory)

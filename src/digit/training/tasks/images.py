@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from digit.data.dataset import ImageDataset
+from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.sampling import Batches, OrderedSampler, StepSampler
 from digit.data.transforms import Transform
 from digit.training.task import Batch, Stream
 
 _CHUNK = 250
+_SUBSET_SEED = 0
 _DRAWS = 0x7669  # keeps these seeds apart from other uses of (seed, step)
+
+
+def open_images(
+    data: str | Path, split: str, held_out_split: str | None, held_out: int
+) -> tuple[ImageDataset, ImageDataset | None]:
+    """The images to train on, and ``held_out`` that measure (0: all there are).
+
+    They come from another split, or, where ``held_out_split`` is None, are kept back from the training images: at most a tenth.
+    """
+    train = open_dataset(data, split)
+    if held_out_split is not None:
+        return train, some_images(open_dataset(data, held_out_split), held_out)
+    count = min(held_out, len(train) // 10)
+    if not count:
+        return train, None
+    order = np.random.default_rng(_SUBSET_SEED).permutation(len(train))
+    return train.subset(np.sort(order[count:])), train.subset(np.sort(order[:count]))
 
 
 def image_batches(
@@ -60,4 +79,4 @@ def some_images(images: ImageDataset, count: int) -> ImageDataset:
     """The same random ``count`` of them every time (folders come class by class, so the first ones would not do); 0: all."""
     if not 0 < count < len(images):
         return images
-    return images.subset(np.sort(np.random.default_rng(0).permutation(len(images))[:count]))
+    return images.subset(np.sort(np.random.default_rng(_SUBSET_SEED).permutation(len(images))[:count]))

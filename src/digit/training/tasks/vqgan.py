@@ -20,7 +20,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config, to_dict
+from digit.config import config, from_dict, to_dict
 from digit.data.dataset import ImageDataset
 from digit.data.images import to_pil
 from digit.errors import DigitError
@@ -32,7 +32,7 @@ from digit.training.losses.adversarial import discriminator_hinge, generator_hin
 from digit.training.losses.perceptual import EncoderDistance, LpipsDistance
 from digit.training.losses.quantizer import EmaQuantizer
 from digit.training.task import Batch, Loss, Step, Stream
-from digit.training.tasks.images import image_batches, image_chunks, some_images
+from digit.training.tasks.images import image_batches, image_chunks, open_images, some_images
 from digit.training.views import Share
 from digit.visual import picture_grid
 
@@ -87,12 +87,12 @@ class VqganData:
 
     Attributes:
         split: of the training images.
-        held_out_split: of the images that measure.
+        held_out_split: of the images that measure; None keeps some of the training images back.
         held_out: how many of them; 0 takes all.
     """
 
     split: str = "train"
-    held_out_split: str = "test"
+    held_out_split: str | None = "test"
     held_out: NonNegativeInt = 2000
 
 
@@ -105,7 +105,6 @@ class VqganTask:
         objective: VqganObjective,
         train: ImageDataset,
         held_out: ImageDataset | None = None,
-        data: VqganData | None = None,
     ) -> None:
         """Set up.
 
@@ -114,7 +113,6 @@ class VqganTask:
             objective: what it is trained for.
             train: what on.
             held_out: what its reconstructions are measured on; None measures nothing.
-            data: how many images measure.
 
         Raises:
             DigitError: the perceptual network is missing or does not fit.
@@ -129,7 +127,7 @@ class VqganTask:
         self.quantizer = quantizer
         self.perceptual = _perceptual(objective, model.resolution)
         self.train, self.examples = train, len(train)
-        self.held_out = None if held_out is None else some_images(held_out, (data or VqganData()).held_out)
+        self.held_out = held_out
         self.device = "cpu"
         self.description: Mapping[str, Any] = {
             "component": "vqgan",
@@ -249,3 +247,16 @@ def _perceptual(objective: VqganObjective, size: int) -> nn.Module | None:
     if objective.perceptual_encoder is None:
         raise DigitError("perceptual 'encoder' needs objective.perceptual_encoder, a folder or a hub id.")
     return EncoderDistance.from_pretrained(objective.perceptual_encoder, size)
+
+
+def build(preset: Mapping[str, Any], data: str | Path, where: str) -> VqganTask:
+    """The task of a VQGAN preset over a dataset, with random weights from torch's global generator.
+
+    Raises:
+        DigitError: a section is wrong, the dataset cannot be opened, or the perceptual network is missing.
+    """
+    model: VQGANConfig = from_dict(VQGANConfig, preset["model"], f"{where}, model")
+    objective: VqganObjective = from_dict(VqganObjective, preset.get("objective") or {}, f"{where}, objective")
+    choice = from_dict(VqganData, preset.get("data") or {}, f"{where}, data")
+    train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
+    return VqganTask(model, objective, train, held_out)
