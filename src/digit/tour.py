@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ ROWS, COLUMNS = 8, 8
 RUNS = ("encoder", "vqgan", "prior", "ar", "masked")
 
 
-def run_tour(out: str | Path, data: str | Path | None = None, seed: int = 0) -> dict[str, Any]:
+def run_tour(out: str | Path, data: str | Path | None = None, seed: int = 0, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Go through every stage.
 
     Args:
         out: the folder; runs, models and pictures go there.
         data: a dataset of 32-pixel images with classes; CIFAR-10 is built in ``out/cifar10`` if it is None.
         seed: of k-means and of the samples. The seeds of the trainings are in their presets.
+        overrides: for every training preset, such as ``training.steps=50``; see :func:`digit.config.load_preset`.
 
     Returns:
         What ``summary.json`` holds.
@@ -67,7 +68,12 @@ def run_tour(out: str | Path, data: str | Path | None = None, seed: int = 0) -> 
     def train_part(run: str, component: str, where: str | Path) -> None:
         preset = f"cifar10-tiny-{'prior-cond' if run == 'prior' else run}"
         command = f"digit train {component} --preset {preset} --data {where} --out {out / run}"
-        stage(run, command, out / run / "model" / "config.json", lambda: _train(component, preset, where, out / run))
+        stage(
+            run,
+            command,
+            out / run / "model" / "config.json",
+            lambda: _train(component, load_preset(preset, overrides), preset, where, out / run),
+        )
 
     train_part("encoder", "encoder", source)
     stage(
@@ -112,8 +118,8 @@ def _build_cifar10(folder: Path) -> None:
     build_cifar10(folder)
 
 
-def _train(component: str, preset: str, data: str | Path, out: Path) -> None:
-    task, config = build_task(component, load_preset(preset), data, preset)
+def _train(component: str, preset: dict[str, Any], name: str, data: str | Path, out: Path) -> None:
+    task, config = build_task(component, preset, data, name)
     train(task, config, out, resume=True)
 
 
@@ -154,7 +160,7 @@ def _samples(pipe: DigitPipeline, path: Path, seed: int) -> None:
 def _reconstructions(pipe: DigitPipeline, source: Path, path: Path) -> None:
     """Pictures that no part was trained on, beside what becomes of them."""
     test = open_dataset(source, "test")
-    pixels = torch.stack([to_tensor(test[i].image) for i in range(8)])
+    pixels = torch.stack([to_tensor(test[i].image) for i in range(min(ROWS, len(test)))])
     save_png(reconstruction_sheet(pipe, pixels)[0], path)
 
 
