@@ -17,7 +17,7 @@ from rich.console import Console
 
 from digit.assembly import assemble, part_folder
 from digit.config import load_preset
-from digit.data.dataset import ImageDataset, open_dataset
+from digit.data.dataset import ImageDataset, open_dataset, read_description
 from digit.data.images import save_png, to_tensor
 from digit.data.token_cache import Views, build_token_cache
 from digit.encoders import load_encoder
@@ -158,8 +158,9 @@ def _samples(pipe: DigitPipeline, path: Path, seed: int) -> None:
 
 
 def _reconstructions(pipe: DigitPipeline, source: Path, path: Path) -> None:
-    """Pictures that no part was trained on, beside what becomes of them."""
-    test = open_dataset(source, "test")
+    """Pictures that no part was trained on, where the dataset keeps some apart, beside what becomes of them."""
+    splits = read_description(source)["splits"]
+    test = open_dataset(source, "test" if "test" in splits else "train")
     pixels = torch.stack([to_tensor(test[i].image) for i in range(min(ROWS, len(test)))])
     save_png(reconstruction_sheet(pipe, pixels)[0], path)
 
