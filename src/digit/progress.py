@@ -57,7 +57,7 @@ class _LineBar:
 
     def __init__(self, description: str, total: int | None, unit: str) -> None:
         self._description, self._total, self._unit = description, total, unit
-        self._done, self._note = 0, ""
+        self._done, self._shown, self._note = 0, 0, ""
         self._began = self._printed = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -67,11 +67,11 @@ class _LineBar:
             self._print()
 
     def finish(self) -> None:
-        if self._printed > self._began:
+        if self._printed > self._began and self._done > self._shown:
             self._print()
 
     def _print(self) -> None:
-        self._printed = time.monotonic()
+        self._printed, self._shown = time.monotonic(), self._done
         rate = self._done / max(self._printed - self._began, 1e-9)
         parts = [_count(self._done, self._total, self._unit), f"{_rate(rate)} {self._unit}/s"]
         if self._total and rate and self._done < self._total:

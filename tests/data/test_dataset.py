@@ -52,6 +52,11 @@ def _flip_byte(path, offset):
         handle.write(bytes([byte ^ 0x40]))
 
 
+def _fail_after_one(writer):
+    writer.add("train", "x", encode_png(_picture(1)), "png", (8, 8))
+    raise OSError("no bytes")
+
+
 # Our own format
 
 
@@ -90,7 +95,9 @@ def test_the_shards_are_webdataset(cifar512, small):
     import webdataset
 
     def read(paths, count, split, root):
-        stream = webdataset.WebDataset([str(path) for path in paths], shardshuffle=False).decode("pil").to_tuple("__key__", "png")
+        stream = (
+            webdataset.WebDataset([str(path) for path in paths], shardshuffle=False).decode("pil").to_tuple("__key__", "png")
+        )
         ours = open_dataset(root, split)
         items = list(stream)
         assert len(items) == count
@@ -227,9 +234,8 @@ def test_writer_replaces_datasets_only(small, tmp_path):
 
 def test_failed_writing_leaves_nothing_and_keeps_the_old(small):
     before = open_dataset(small).fingerprint
-    with pytest.raises(RuntimeError), write_dataset(small, "new", [], "", "") as writer:
-        writer.add("train", "x", encode_png(_picture(1)), "png", (8, 8))
-        raise RuntimeError
+    with pytest.raises(OSError, match="no bytes"), write_dataset(small, "new", [], "", "") as writer:
+        _fail_after_one(writer)
     assert open_dataset(small).fingerprint == before
     with pytest.raises(DigitError, match="No image was found"), write_dataset(small.with_name("none"), "new", [], "", ""):
         pass
@@ -442,5 +448,7 @@ def test_hub_dataset(tmp_path):
 
 def test_hub_id_that_cannot_be_had_says_what_was_tried():
     pytest.importorskip("datasets")
-    with pytest.raises(DigitError, match=r"no folder or file nobody/nothing-here, so a Hub dataset .* was tried .* which failed"):
+    with pytest.raises(
+        DigitError, match=r"no folder or file nobody/nothing-here, so a Hub dataset .* was tried .* which failed"
+    ):
         open_dataset("nobody/nothing-here")

@@ -26,7 +26,11 @@ def test_every_epoch_is_a_permutation(length, batch, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    length=st.integers(1, 200), share=st.integers(1, 8), world=st.integers(1, 6), seed=st.integers(0, 2**31), step=st.integers(0, 10**6)
+    length=st.integers(1, 200),
+    share=st.integers(1, 8),
+    world=st.integers(1, 6),
+    seed=st.integers(0, 2**31),
+    step=st.integers(0, 10**6),
 )
 def test_ranks_share_the_batch_of_one_process(length, share, world, seed, step):
     whole = StepSampler(length, share * world, seed).indices(step)
@@ -91,7 +95,9 @@ def test_batches_are_the_same_for_any_number_of_workers(cifar512, crop, decoded)
         dataset.image_size = None  # as of a folder: each image is read and decoded when it is needed
     sampler = StepSampler(len(dataset), 48, seed=1)
     transform = Transform(size=24, crop=crop, flip=True)
-    runs = [list(Batches(dataset, sampler, transform, 7, start=8, stop=14, workers=workers, prefetch=1)) for workers in (0, 1, 5)]
+    runs = [
+        list(Batches(dataset, sampler, transform, 7, start=8, stop=14, workers=workers, prefetch=1)) for workers in (0, 1, 5)
+    ]
     assert len(runs[0]) == 6
     for other in runs[1:]:
         for a, b in zip(runs[0], other, strict=True):
