@@ -1,6 +1,8 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import tiny
 from digit.data.dataset import open_dataset
@@ -15,3 +17,12 @@ def token_cache(cifar512: Path, tmp_path_factory: pytest.TempPathFactory) -> Tok
     )
     assert cache is not None
     return cache
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small are slower on two threads, and much slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
