@@ -156,7 +156,8 @@ def _from_jax_archive(path: Path, net: str, network: Any) -> dict[str, Tensor]:
 def _arrays_by_name(data: bytes) -> dict[str, np.ndarray]:
     """The float32 arrays of a pickled dict of dicts, flat, under ``module/layer/leaf``; its instructions are read, not run."""
     arrays: dict[str, np.ndarray] = {}
-    names, memo, last = {"module": "", "layer": "", "leaf": ""}, dict[int, Any](), None
+    names, last = {"module": "", "layer": "", "leaf": ""}, None
+    memo: dict[Any, Any] = {}
     patterns = {"module": r"(AlexNet|VGG16|NetLinLayer)_\d+", "layer": r"Conv_\d+", "leaf": r"kernel|bias"}
     for step, value, _ in pickletools.genops(io.BytesIO(data)):
         if step.name in ("BINPUT", "LONG_BINPUT"):
