@@ -59,6 +59,7 @@ def test_layer_is_that_hidden_state_of_transformers(family, images, tmp_path):
     whole = encoder(family, layer=-1, preprocessing=Preprocessing(image_size=24, mean=mean, std=std))
     states, norm = reference(whole, images)
     prefix = FAMILIES[family].prefix + CONFIGS[family].get("num_register_tokens", 0)
+    assert len(states) == 1 + SIZES["num_hidden_layers"]  # the reference has every block
     assert states[0].shape == (3, prefix + 36, 32)
     whole.save_pretrained(tmp_path / "whole")
     for layer in (-1, -3):
