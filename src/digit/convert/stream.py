@@ -89,7 +89,7 @@ def write_parts(path: str | Path, parts: Parts, used: Callable[[int], None] = la
         size = sum(piece.numel() for piece in pieces) * pieces[0].element_size()
         header[name] = {"dtype": _DTYPES[pieces[0].dtype], "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
-    text = json.dumps(header).encode()
+    text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
     def write(aside: Path) -> None:
