@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from digit.files import write_json
 
@@ -23,13 +24,13 @@ def show(title: str, values: dict[str, str], notes: list[str], out: Path | None,
     """Print a result as a table with its notes below, and write it to ``out`` where that is given."""
     table = Table(title=title, title_justify="left", show_header=False)
     for name, value in values.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # names of files may hold brackets, which are not markup
     console = Console()
     console.print(table)
     for note in notes:
-        console.print(f"Note: {note}", highlight=False)
+        console.print(f"Note: {note}", highlight=False, markup=False)
     if out is not None:
-        console.print(f"Written to {write_json(out, result)}", highlight=False)
+        console.print(f"Written to {write_json(out, result)}", highlight=False, markup=False)
 
 
 @app.command()

@@ -77,7 +77,8 @@ class FidelityResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        against = f" against {self.reference['name']}" if self.reference else ""
+        return {"kind": "fidelity", "title": f"Fidelity of {self.source['name']}{against}", **asdict(self)}
 
     def rows(self) -> dict[str, str]:
         """What a table shows: the values, the reasons for missing ones, and what they were measured with."""
@@ -264,5 +265,6 @@ def _notes(ours: FeatureSet, theirs: FeatureSet | None) -> list[str]:
     for side in (side for side, sha256 in made_by.items() if sha256 is None):
         notes.append(f"The {side} {sides[side].name} does not say which InceptionV3 weights made it.")
     if None not in made_by.values() and len(set(made_by.values())) > 1:
-        notes.append(f"The two sides were made with different InceptionV3 weights, so FID means nothing: {made_by}.")
+        both = ", ".join(f"{side} {str(sha256)[:12]}" for side, sha256 in made_by.items())
+        notes.append(f"The two sides were made with different InceptionV3 weights ({both}), so FID means nothing.")
     return notes

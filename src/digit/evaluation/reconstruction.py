@@ -47,7 +47,7 @@ class ReconstructionResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self)
+        return {"kind": "reconstruction", "title": f"Reconstruction of {self.images:,} images", **asdict(self)}
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
