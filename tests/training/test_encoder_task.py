@@ -1,0 +1,196 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from digit.config import load_preset
+from digit.data.dataset import ImageDataset, open_dataset
+from digit.encoders import load_encoder
+from digit.errors import DigitError
+from digit.files import read_tensors
+from digit.training.build import build_task
+from digit.training.config import TrainingConfig
+from digit.training.logs import read_metrics
+from digit.training.loop import train
+from digit.training.task import Step, Stream
+from digit.training.tasks.encoder import EncoderTask, build_method, model_from, objective_from
+
+CONV = {"kind": "conv", "widths": [8, 16, 32]}
+VIT = {"kind": "vit", "dim": 48, "depth": 2}
+SMALL = {"size": 16}
+RUNS = {
+    "simclr": (CONV, {"method": "simclr", "hidden": 64, "dim": 32, "views": SMALL}),
+    "vicreg": (CONV, {"method": "vicreg", "hidden": 64, "dim": 32, "views": SMALL}),
+    "dino": (
+        CONV,
+        {"method": "dino", "hidden": 64, "bottleneck": 32, "prototypes": 64, "patch_weight": 0.0, "batch_norm": True,
+         "views": SMALL},
+    ),
+    "ibot": (
+        VIT,
+        {"method": "dino", "hidden": 64, "bottleneck": 32, "prototypes": 64, "koleo_weight": 0.1, "teacher_momentum": 0.9},
+    ),
+    "multi-crop": (
+        VIT,
+        {"method": "dino", "hidden": 64, "bottleneck": 32, "prototypes": 64, "local_count": 2,
+         "local_views": {"size": 16, "scale": [0.1, 0.4]}},
+    ),
+    "mae": (VIT, {"method": "mae", "decoder_dim": 48}),
+}  # fmt: skip
+
+
+def build(images: ImageDataset, name: str, seed: int = 0) -> EncoderTask:
+    torch.manual_seed(seed)
+    model, objective = RUNS[name]
+    held_out, rest = images.subset(range(64)), images.subset(range(64, 512))
+    return EncoderTask(model_from(model, "test"), objective_from(objective, "test"), rest, held_out)
+
+
+def training(**changes: object) -> TrainingConfig:
+    return TrainingConfig(
+        **{"steps": 30, "batch_size": 64, "lr": 2e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1, **changes}
+    )
+
+
+@pytest.fixture(scope="module")
+def images(cifar512: Path) -> ImageDataset:
+    return open_dataset(cifar512)
+
+
+# how far the mean loss of the last five steps lies below that of the first five, as a share
+@pytest.mark.parametrize(("name", "fall"), [("simclr", 0.12), ("vicreg", 0.2), ("mae", 0.1)])
+def test_loss_falls_and_features_do_not_collapse(images: ImageDataset, tmp_path: Path, name: str, fall: float) -> None:
+    train(build(images, name), training(), tmp_path, device="cpu", show=False)
+    lines = read_metrics(tmp_path)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert sum(losses[-5:]) < (1 - fall) * sum(losses[:5])
+    assert lines[-1]["validation/feature_spread"] > 0.3
+    assert 0 <= lines[-1]["validation/neighbour_accuracy"] <= 1
+
+
+def test_masked_patches_are_learned_and_the_teacher_does_not_collapse(images: ImageDataset, tmp_path: Path) -> None:
+    # at first all images project alike and the losses are near 0; they peak when the centers have caught up with that
+    task = build(images, "ibot")
+    train(task, training(steps=80, batch_size=24, lr=1e-3, log_every=10), tmp_path, device="cpu", show=False)
+    lines = read_metrics(tmp_path)
+    patch = [line["ibot"] for line in lines if "ibot" in line]
+    assert patch[-1] < 0.85 * max(patch)
+    assert lines[-1]["validation/feature_spread"] > 0.8
+
+
+@pytest.mark.parametrize("name", ["simclr", "ibot", "multi-crop"])
+def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(images: ImageDataset, tmp_path: Path, name: str) -> None:
+    config = training(steps=4, batch_size=16, checkpoint_every=2, validate_every=0)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(build(images, name), config, whole, device="cpu", show=False)
+    shutil.copytree(whole / "checkpoints" / "step-0000002", cut / "checkpoints" / "step-0000002")
+    train(build(images, name, seed=1), config, cut, device="cpu", show=False, resume=True)
+    expected, found = (read_tensors(out / "checkpoints" / "step-0000004" / "modules.safetensors") for out in (whole, cut))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    before = read_tensors(whole / "checkpoints" / "step-0000002" / "modules.safetensors")
+    assert not all(torch.equal(expected[key], before[key]) for key in expected)
+
+
+def test_the_teacher_follows_and_is_what_is_exported(images: ImageDataset, tmp_path: Path) -> None:
+    task = build(images, "dino")
+    student, teacher = (task.modules[name].encoder.stem.weight for name in ("student", "teacher"))
+    assert torch.equal(student, teacher)
+    with torch.no_grad():
+        student += 1.0
+    before = teacher.clone()
+    task.after_step(Step(0, 100))
+    torch.testing.assert_close(teacher, before + 0.01)  # momentum 0.99 at the start ...
+    task.after_step(Step(99, 100))
+    assert float((teacher - before - 0.01).abs().max()) < 1e-5  # ... and 1 at the end
+    task.export(tmp_path / "model", {"steps": 3})
+    loaded = load_encoder(tmp_path / "model")
+    assert loaded.provenance == {"steps": 3}
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(loaded(x), task.modules["teacher"].encoder.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["simclr", "mae"])
+def test_export_gives_an_encoder_that_loads(images: ImageDataset, tmp_path: Path, name: str) -> None:
+    task = build(images, name)
+    task.export(tmp_path / "model", {"data": "cifar512"})
+    loaded = load_encoder(tmp_path / "model")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    features = loaded(x)
+    assert features.shape == (2, 64, loaded.dim)
+    torch.testing.assert_close(features, task.method.encoder.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["simclr", "ibot", "mae"])
+def test_batches_depend_on_seed_and_step_alone(images: ImageDataset, name: str) -> None:
+    task = build(images, name)
+
+    def batches(**changes: int) -> list[dict[str, torch.Tensor]]:
+        return list(task.batches(Stream(**{"start": 0, "stop": 3, "batch_size": 8, "seed": 5, **changes})))
+
+    whole, late = batches(), batches(start=2)
+    first, second = batches(rank=0, world=2), batches(rank=1, world=2)
+    other = batches(seed=6)
+    assert whole[0]["images"].shape == (8, 3, 32, 32)
+    assert whole[0]["images"].dtype == torch.uint8
+    for key in whole[0]:
+        assert torch.equal(whole[2][key], late[0][key])
+        assert torch.equal(whole[1][key], torch.cat([first[1][key], second[1][key]]))
+    assert any(not torch.equal(whole[0][key], other[0][key]) for key in whole[0])
+
+
+def test_masks_hide_the_share_asked_for(images: ImageDataset) -> None:
+    masks = build(images, "ibot").method.draw(2000, torch.Generator().manual_seed(0))["masked0"]
+    share = masks.float().mean(1)
+    hidden = share[share > 0]
+    assert 0.45 < len(hidden) / 2000 < 0.55
+    assert 0.09 < hidden.min() < 0.15
+    assert 0.45 < hidden.max() < 0.51
+    assert masks.float().mean(0).std() < 0.02  # no place is favoured
+
+
+def test_neighbours_of_an_image_are_of_its_class(images: ImageDataset) -> None:
+    torch.manual_seed(0)
+    model, objective = (part(values, "test") for part, values in zip((model_from, objective_from), RUNS["simclr"], strict=True))
+    task = EncoderTask(model, objective, images, images.subset(range(128)))  # each is among its own neighbours
+    task.modules.eval()
+    with torch.no_grad():
+        found = task.validate()
+    assert found["neighbour_accuracy"] > 0.2
+    assert found["feature_spread"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "objective", "words"),
+    [
+        ({"kind": "mlp"}, {"method": "simclr"}, "kind 'mlp'; expected one of conv, vit"),
+        (CONV, {"method": "byol"}, "method 'byol'; expected one of simclr, vicreg, dino, mae"),
+        (CONV, {}, "method None; expected one of"),
+        (CONV, {"method": "simclr", "view": {}}, "unknown field 'view'; did you mean 'views'"),
+        (CONV, {"method": "dino"}, "dino with patch_weight 0"),
+        (CONV, {"method": "mae"}, "needs a DINOv2-like ViT"),
+        (VIT, {"method": "dino", "views": {"size": 30}}, "not a whole number of this encoder's patches"),
+    ],
+)
+def test_what_does_not_fit_gets_a_sentence(model: dict, objective: dict, words: str) -> None:
+    with pytest.raises(DigitError, match=words):
+        build_method(model_from(model, "preset x"), objective_from(objective, "preset x"))
+
+
+def test_a_preset_builds_its_task_and_keeps_images_back(cifar512: Path) -> None:
+    preset = load_preset("cifar10-tiny-encoder", ["data.held_out_split=null", "data.held_out=100"])
+    task, config = build_task("encoder", preset, cifar512, "cifar10-tiny-encoder")
+    assert isinstance(task, EncoderTask)
+    assert task.held_out is not None
+    assert (len(task.train), len(task.held_out)) == (461, 51)  # at most a tenth
+    assert task.description["component"] == "encoder"
+    assert config.batch_size == preset["training"]["batch_size"]
+    with pytest.raises(DigitError, match="test"):  # these 512 images have no such split
+        build_task("encoder", load_preset("cifar10-encoder"), cifar512, "cifar10-encoder")
+
+
+@pytest.mark.parametrize("name", ["cifar10-encoder", "cifar10-encoder-vit"])
+def test_the_other_presets_are_valid(cifar512: Path, name: str) -> None:
+    task, _ = build_task("encoder", load_preset(name, ["data.held_out_split=null", "data.held_out=51"]), cifar512, name)
+    assert task.examples == 461
