@@ -1,6 +1,9 @@
 import io
+import threading
 import warnings
 import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from digit.errors import DigitError
 from digit.evaluation import inception
 from digit.evaluation import weights as finding
 from digit.evaluation.inception import InceptionWeights, OnnxExtractor, TorchExtractor, load_inception, open_extractor
-from digit.files import write_tensors
+from digit.files import sha256_of, write_tensors
 
 
 @pytest.fixture
@@ -98,6 +101,33 @@ def test_says_what_was_tried(cache, monkeypatch):
     assert str(cache) in message
     assert "--weights PATH" in message
     assert not any(cache.iterdir()) if cache.exists() else True
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder served at a local address."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield tmp_path, f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+def test_the_public_file_is_fetched_checked_and_cached(random_inception, server, cache, monkeypatch):
+    folder, address = server
+    torch.save(random_inception.tensors, folder / "weights.pth")
+    monkeypatch.setattr(inception, "_PUBLIC_URL", f"{address}/weights.pth")
+    with pytest.raises(DigitError, match=r"weights\.pth sent another file than expected"):
+        load_inception("public")
+    assert not list(cache.glob("*"))
+    monkeypatch.setattr(inception, "_PUBLIC_SHA256", sha256_of(folder / "weights.pth"))
+    found = load_inception("public")
+    assert (found.sha256, found.has_head) == (random_inception.sha256, True)
+    assert [file.name for file in cache.iterdir()] == ["inception-2015-12-05.safetensors"]
+    (folder / "weights.pth").unlink()
+    assert load_inception("auto").sha256 == found.sha256
+    with pytest.raises(DigitError, match=r"none\.pth could not be reached \(File not found\)"):
+        finding.download(f"{address}/none.pth", cache / "none.pth", "0")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

