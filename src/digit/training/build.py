@@ -16,7 +16,7 @@ from digit.training.engine import seed_everything
 from digit.training.task import Task
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 
-_SECTIONS = {"component", "model", "objective", "losses", "data", "training"}
+_SECTIONS = {"component", "model", "objective", "data", "training"}
 
 
 def training_config(preset: Mapping[str, Any], where: str) -> TrainingConfig:
