@@ -160,6 +160,13 @@ def test_statistics_serve_fid_alone(halves, pooling, pooling_without_head):
     assert json.loads(json.dumps(result.to_dict()))["not_measured"] == result.not_measured
 
 
+def test_what_was_not_kept_is_said(halves, pooling):
+    ours, theirs = (measure([images], pooling) for images in halves)
+    reasons = compare(ours, theirs, SMALL).not_measured
+    assert "measured without keeping features" in reasons["kid"]
+    assert "measured without keeping logits; ask for isc" in reasons["isc"]
+
+
 def test_saved_source_has_no_inception_score(halves, pooling):
     saved = measure([halves[0]], pooling).statistics
     result = fidelity(saved, None, options=FidelityOptions(metrics=("isc",)))

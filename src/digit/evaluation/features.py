@@ -75,6 +75,7 @@ class Collector:
             "backend": self.extractor.backend,
             "weights_source": self.extractor.weights.source,
             "weights_sha256": self.extractor.weights.sha256,
+            "classifier_head": self.extractor.weights.has_head,
             "preprocessing": PREPROCESSING,
             "source": name,
             "image_size": list(self._size or ()),

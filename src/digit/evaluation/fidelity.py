@@ -13,7 +13,7 @@ from typing import Any
 from digit.config import config, to_dict
 from digit.errors import DigitError, require
 from digit.evaluation.features import FeatureSet, Source, is_statistics, measure
-from digit.evaluation.inception import PREPROCESSING, FeatureExtractor, open_extractor, tool_name
+from digit.evaluation.inception import FeatureExtractor, open_extractor, tool_name
 
 METRICS = ("fid", "kid", "prc", "isc")
 _FIRST_VALUE = {"fid": "fid", "kid": "kid_mean", "prc": "precision", "isc": "is_mean"}
@@ -151,7 +151,8 @@ def compare(ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOption
             reasons[metric] = f"not measured: {reason}"
         else:
             values.update(_metric(metric, ours, theirs, options))
-    made_with = {"weights_sha256": "unknown", "weights_source": "unknown", "backend": "unknown", **ours.statistics.metadata}
+    made_with = dict.fromkeys(("weights_sha256", "weights_source", "backend", "preprocessing"), "unknown")
+    made_with |= ours.statistics.metadata
     return FidelityResult(
         values=values,
         not_measured=reasons,
@@ -160,7 +161,7 @@ def compare(ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOption
         tool=tool_name(),
         backend=made_with["backend"],
         weights={"source": made_with["weights_source"], "sha256": made_with["weights_sha256"]},
-        preprocessing=PREPROCESSING,
+        preprocessing=made_with["preprocessing"],
         options=to_dict(options),
         notes=_notes(ours, theirs),
         images_per_second=ours.statistics.n / ours.seconds if ours.seconds and ours.statistics.n else None,
@@ -186,7 +187,8 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
         return ""
     for side, given in (("source", ours), ("reference", theirs)):
         if given.features is None:
-            return f"the {side} {given.name} is saved statistics, and this metric needs the features of every image."
+            kept = "was measured without keeping features" if given.seconds else "is saved statistics"
+            return f"the {side} {given.name} {kept}, and this metric needs the features of every image."
         if metric == "kid" and len(given.features) < options.kid_subset_size:
             return (
                 f"KID draws subsets of {options.kid_subset_size} images and the {side} {given.name} has {len(given.features)}; "
@@ -203,6 +205,8 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
 def _reason_against_isc(ours: FeatureSet, options: FidelityOptions) -> str:
     if not ours.seconds:
         return f"the source {ours.name} is saved statistics, and the Inception Score needs the images."
+    if ours.logits is None and ours.statistics.metadata.get("classifier_head"):
+        return f"the source {ours.name} was measured without keeping logits; ask for isc when measuring it."
     if ours.logits is None:
         return (
             "the weights in use have no classifier head, which the Inception Score needs; use torch-fidelity's full file "
