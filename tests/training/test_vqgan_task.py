@@ -1,0 +1,172 @@
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from digit.config import from_dict, load_preset
+from digit.data.dataset import ImageDataset, open_dataset
+from digit.encoders.loading import small_conv
+from digit.errors import DigitError
+from digit.files import read_tensors
+from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+from digit.training.build import build_task
+from digit.training.config import TrainingConfig
+from digit.training.logs import read_metrics
+from digit.training.loop import train
+from digit.training.task import Step, Stream
+from digit.training.tasks.vqgan import VqganObjective, VqganTask
+
+MODEL = VQGANConfig(resolution=32, channels=16, multipliers=(1, 2, 2), blocks=1, codes=64, code_dim=8, groups=8)
+GAN = {"gan_weight": 0.02, "gan_start": 0.5, "gan_warmup": 0.25, "discriminator": {"channels": 8}}
+
+
+def build(images: ImageDataset, seed: int = 0, held_out: ImageDataset | None = None, **objective: object) -> VqganTask:
+    torch.manual_seed(seed)
+    return VqganTask(MODEL, from_dict(VqganObjective, objective, "test"), images, held_out)
+
+
+def training(**changes: object) -> TrainingConfig:
+    return TrainingConfig(
+        **{"steps": 30, "batch_size": 16, "lr": 3e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1,
+           "validate_every": 0, **changes}
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(cifar512: Path) -> ImageDataset:
+    return open_dataset(cifar512)
+
+
+def test_loss_falls_with_a_discriminator_and_the_codes_are_used(images: ImageDataset, tmp_path: Path) -> None:
+    task = build(images.subset(range(64, 512)), held_out=images.subset(range(64)), **GAN)
+    train(task, training(steps=40, sample_every=40), tmp_path, device="cpu", show=False)
+    lines = read_metrics(tmp_path)
+    error = [line["l1"] for line in lines if "l1" in line]
+    assert sum(error[-5:]) < 0.65 * sum(error[:5])
+    judged = [line for line in lines if "discriminator/loss" in line]
+    assert len(judged) == 20  # from half of the run on
+    assert lines[-1]["validation/psnr"] > 12.5
+    assert lines[-1]["validation/codebook_use"] > 0.8
+    assert 20 < lines[-1]["validation/perplexity"] <= 64
+    with Image.open(tmp_path / "samples" / "step-0000040.png") as picture:
+        assert picture.size[0] > picture.size[1] > 0
+
+
+def test_eight_images_are_learned_by_heart(images: ImageDataset, tmp_path: Path) -> None:
+    eight = images.subset(range(8))
+    torch.manual_seed(0)
+    task = VqganTask(replace(MODEL, codes=256), VqganObjective(flip=0.0, l2=2.0), eight, eight)
+    train(task, training(steps=150, batch_size=8, schedule="cosine", log_every=50), tmp_path, device="cpu", show=False)
+    assert read_metrics(tmp_path)[-1]["validation/psnr"] > 19  # 12 to 14 dB is what one colour an image gives
+    vqgan = VQGAN.from_pretrained(tmp_path / "model")
+    pixels = torch.from_numpy(eight.arrays()[0]).permute(0, 3, 1, 2).float() / 255
+    rebuilt = vqgan.decode(vqgan.encode(pixels)).clamp(0, 1)
+    assert float(-10 * (rebuilt - pixels).square().mean((1, 2, 3)).log10().mean()) > 19
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(images: ImageDataset, tmp_path: Path, ema: float) -> None:
+    config = training(steps=6, checkpoint_every=3, ema_decay=ema)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train(build(images, **GAN), config, whole, device="cpu", show=False)
+    shutil.copytree(whole / "checkpoints" / "step-0000003", cut / "checkpoints" / "step-0000003")
+    train(build(images, seed=1, **GAN), config, cut, device="cpu", show=False, resume=True)
+    expected, found = (read_tensors(out / "checkpoints" / "step-0000006" / "modules.safetensors") for out in (whole, cut))
+    assert {"quantizer.codebook", "quantizer.uses", "quantizer.sums", "quantizer.updates"} <= expected.keys()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    models = [read_tensors(out / "model" / "model.safetensors") for out in (whole, cut)]
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+
+
+def test_a_dead_code_of_a_run_comes_back(images: ImageDataset) -> None:
+    task = build(images)
+    stream = Stream(start=0, stop=8, batch_size=16)
+    for step, batch in enumerate(task.batches(stream)):
+        if step == 4:
+            with torch.no_grad():
+                task.vqgan.codebook[:32] = 1e3
+                task.quantizer.uses[:32] = 0.01
+                task.quantizer.sums[:32] = 1e3 * 0.01
+        list(task.losses(batch, Step(step, 8)))
+        task.after_step(Step(step, 8))
+    assert float(task.vqgan.codebook.abs().max()) < 100
+    assert float(task.quantizer.statistics()["codebook_use"]) > 0.9
+
+
+def test_accumulated_parts_give_the_codebook_of_the_whole_batch(images: ImageDataset, tmp_path: Path) -> None:
+    found = []
+    for parts in (1, 2):
+        task = build(images)
+        # the first batch starts the codebook from what it sees first, so compare a codebook that is already started
+        config = training(steps=2, accumulation=parts)
+        task.quantizer.updates.fill_(1)
+        task.quantizer.uses.fill_(1.0)
+        with torch.no_grad():
+            task.vqgan.codebook.copy_(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
+        task.quantizer.sums.copy_(task.vqgan.codebook)
+        train(task, config, tmp_path / str(parts), device="cpu", show=False)
+        found.append(task.vqgan.codebook.detach().clone())
+    # the revived codes take other latents when they arrive in two parts, the moved ones agree
+    same = torch.isclose(found[0], found[1], atol=1e-3, rtol=1e-3).all(1)
+    assert float(same.float().mean()) > 0.5
+
+
+def test_export_holds_the_codebook_and_averaged_weights(images: ImageDataset, tmp_path: Path) -> None:
+    task = build(images)
+    folder = train(task, training(steps=3, ema_decay=0.9), tmp_path, device="cpu", show=False)
+    loaded = VQGAN.from_pretrained(folder)
+    assert loaded.provenance["steps"] == 3
+    torch.testing.assert_close(loaded.codebook, task.vqgan.codebook)
+    averages = read_tensors(tmp_path / "checkpoints" / "step-0000003" / "ema.safetensors")
+    torch.testing.assert_close(loaded.encoder.conv_in.weight, averages["encoder.conv_in.weight"])
+    assert not torch.equal(loaded.encoder.conv_in.weight, task.vqgan.encoder.conv_in.weight)
+
+
+def test_batches_depend_on_seed_and_step_alone_and_mirror_half(images: ImageDataset) -> None:
+    task = build(images)
+
+    def batches(**changes: int) -> list[dict[str, torch.Tensor]]:
+        return list(task.batches(Stream(**{"start": 0, "stop": 8, "batch_size": 32, "seed": 3, **changes})))
+
+    whole, late, half = batches(), batches(start=5), batches(rank=1, world=2)
+    for key in ("index", "images", "flip"):
+        assert torch.equal(whole[5][key], late[0][key])
+        assert torch.equal(whole[2][key][16:], half[2][key])
+    assert 0.35 < torch.cat([batch["flip"] for batch in whole]).float().mean() < 0.65
+    pixels = images.arrays()[0][whole[0]["index"].numpy()]
+    assert np.array_equal(whole[0]["images"].permute(0, 2, 3, 1).numpy(), pixels)
+
+
+def test_the_encoder_may_judge(images: ImageDataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small_conv(widths=(8, 16, 32)).save_pretrained(tmp_path / "encoder")
+    task = build(images, perceptual="encoder", perceptual_encoder=str(tmp_path / "encoder"))
+    batch = next(iter(task.batches(Stream(start=0, stop=1, batch_size=8))))
+    (loss,) = task.losses(batch, Step(0, 1))
+    assert float(loss.metrics["perceptual"]) > 0
+    expected = loss.metrics["l1"] + loss.metrics["perceptual"] + 0.25 * loss.metrics["commitment"]
+    torch.testing.assert_close(loss.value.detach(), expected)
+    assert "perceptual" not in dict(task.modules.named_children())
+
+
+def test_what_does_not_fit_gets_a_sentence(images: ImageDataset, tmp_path: Path) -> None:
+    with pytest.raises(DigitError, match="give both or neither"):
+        build(images, perceptual="encoder")
+    with pytest.raises(DigitError, match="There is no encoder"):
+        build(images, perceptual="encoder", perceptual_encoder=str(tmp_path / "nowhere"))
+    with pytest.raises(DigitError, match="did you mean 'gan_weight'"):
+        build(images, gan_weigth=1.0)
+
+
+@pytest.mark.parametrize("name", ["cifar10-tiny-vqgan", "cifar10-vqgan"])
+def test_presets_build_their_task(cifar512: Path, name: str) -> None:
+    changes = ["data.held_out_split=null", "data.held_out=51", "objective.perceptual=none", "objective.perceptual_encoder=null"]
+    task, _ = build_task("vqgan", load_preset(name, changes), cifar512, name)
+    assert isinstance(task, VqganTask)
+    assert task.examples == 461
+    assert task.vqgan.config.grid == (8, 8)
