@@ -44,7 +44,9 @@ def test_a_whole_square_view_is_the_image_and_a_flip_its_mirror() -> None:
 def test_crops_stay_inside_and_cover_the_area_asked_for() -> None:
     draws = draw_views(4000, Views(scale=(0.3, 0.6)), generator())
     width, height = draws.crop[:, 0, 0].abs(), draws.crop[:, 1, 1]
-    assert bool((draws.crop[:, 0, 2].abs() + width <= 1 + 1e-6).all() and (draws.crop[:, 1, 2].abs() + height <= 1 + 1e-6).all())
+    assert bool(
+        (draws.crop[:, 0, 2].abs() + width <= 1 + 1e-6).all() and (draws.crop[:, 1, 2].abs() + height <= 1 + 1e-6).all()
+    )
     area = width * height
     assert 0.3 - 1e-5 <= area.min() < 0.31
     assert 0.59 < area.max() <= 0.6 + 1e-5

@@ -61,7 +61,7 @@ def test_eight_images_are_learned_by_heart(images: ImageDataset, tmp_path: Path)
     torch.manual_seed(0)
     task = VqganTask(replace(MODEL, codes=256), VqganObjective(flip=0.0, l2=2.0), eight, eight)
     train(task, training(steps=150, batch_size=8, schedule="cosine", log_every=50), tmp_path, device="cpu", show=False)
-    assert read_metrics(tmp_path)[-1]["validation/psnr"] > 19  # 12 to 14 dB is what one colour an image gives
+    assert read_metrics(tmp_path)[-1]["validation/psnr"] > 19  # one colour an image gives 13.9 dB
     vqgan = VQGAN.from_pretrained(tmp_path / "model")
     pixels = torch.from_numpy(eight.arrays()[0]).permute(0, 3, 1, 2).float() / 255
     rebuilt = vqgan.decode(vqgan.encode(pixels)).clamp(0, 1)
