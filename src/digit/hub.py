@@ -108,6 +108,7 @@ def _authors_model(variant: str | None, revision: str | None, token: str | bool 
     if not read_checkpoint(stage2).keys.under("vqgan.").names():
         vqgan = store / VQGAN_NAME
         if not vqgan.is_file():
+            store.mkdir(parents=True, exist_ok=True)
             raise DigitError(
                 f"{stage2} has no VQGAN inside, and MAGE's is on a Google Drive, from where programs cannot fetch it. "
                 f"Download {VQGAN_LINK} in a browser, save it as {vqgan}, and try again."

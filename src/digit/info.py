@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.tree import Tree
 
 from digit.config import from_dict, load_preset, preset_names
@@ -19,7 +20,6 @@ from digit.tokenizers.vqgan import VQGANConfig
 if TYPE_CHECKING:
     from digit.pipeline import DigitPipeline
 
-MIB = 2**20
 _TRAINING_FIELDS = {"class_dropout": 0.0, "label_smoothing": 0.0}  # no part of what a model is
 
 
@@ -173,16 +173,17 @@ def cache_bytes(model: TokenModelConfig, item: int) -> int:
 def decoder_activation_bytes(config: VQGANConfig) -> int:
     """Float32 activations of the VQGAN's decoder for one image, in bytes, where they are largest.
 
-    A residual block holds its input, and the input and the output of the layer that is running: three tensors of its width. The
-    convolution's own workspace comes on top and depends on the machine.
+    A residual block of one width holds three tensors of it: its input, and what the running layer reads and writes. One that
+    changes the width holds its input, the hidden features, the shortcut and their sum. The convolutions' own workspace comes
+    on top and depends on the machine.
     """
     widths = [config.channels * m for m in config.multipliers]
-    inputs = [*widths[1:], widths[-1]]  # what level l receives: the width of the level below
-    places = (
-        (2 * before + width if before != width else 3 * width) * (config.resolution >> level) ** 2
-        for level, (width, before) in enumerate(zip(widths, inputs, strict=True))
-    )
-    return 4 * max(places)
+    peaks = []
+    for level, width in enumerate(widths):
+        before = widths[min(level + 1, len(widths) - 1)]  # what comes up from the coarser level
+        channels = 3 * width if before == width else max(3 * before, before + 3 * width)
+        peaks.append(channels * (config.resolution >> level) ** 2)
+    return 4 * max(peaks)
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------------
@@ -202,14 +203,16 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
 
     folder = Path(folder)
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
-        tree = Tree(f"[bold]{folder}[/]")
+        tree = Tree(f"[bold]{escape(str(folder))}[/]")
         _add_part(tree, _folder_part(folder, "."))
         return tree
     index = read_index(folder)
     parts = folder_parts(folder)
     size = sum(part.bytes for part in parts)
     count = sum(part.parameters for part in parts)
-    tree = Tree(f"[bold]{index['name']}[/]  {_size(size)}, {_millions(count)} parameters  [dim]{folder}[/]")
+    tree = Tree(
+        f"[bold]{escape(index['name'])}[/]  {_size(size)}, {_millions(count)} parameters  [dim]{escape(str(folder))}[/]"
+    )
     for part in parts:
         _add_part(tree, part)
     if any(part.place == "prior" or part.place.startswith("decoder/") for part in parts):
@@ -224,25 +227,31 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
 def _add_part(tree: Tree, part: Part) -> None:
     label = "" if part.place == "." else f"[bold]{part.place}[/]  "
     branch = tree.add(f"{label}{_millions(part.parameters)} parameters, {_size(part.bytes)} ({', '.join(part.dtypes)})")
-    branch.add(part.summary())
+    branch.add(escape(part.summary()))
     preset = matching_preset(part)
     if preset:
         branch.add(f"preset: {preset}")
     facts = {key: value for key, value in part.provenance.items() if value is not None}
-    for key in ("source", "sha256", "updates", "steps", "data"):
+    for key in ("source", "updates", "steps", "data"):
         if key in facts:
-            branch.add(_fact(key, facts[key]))
+            checksum = f" (sha256 {facts['sha256'][:12]}…)" if key == "source" and "sha256" in facts else ""
+            branch.add(_fact(key, f"{facts[key]}{checksum}"))
 
 
 def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
     images = "1 image" if batch == 1 else f"{batch} images"
-    branch = tree.add(f"[bold]memory for sampling[/] {images} at a time (without the encoder, which sampling does not use)")
+    branch = tree.add(f"[bold]memory for sampling[/] {images} at a time, about (the encoder takes no part)")
     for name, item in (("float32", 4), ("bfloat16", 2)):
         m = sampling_memory(parts, batch, item)
-        branch.add(
-            f"{name}: about {_size(m.total)} = weights {_size(m.weights)} + the larger of "
-            f"key-value cache {_size(m.caches)} and VQGAN activations {_size(m.pixels)}"
-        )
+        terms = [
+            f"{what} {_size(count)}"
+            for what, count in (("key-value cache", m.caches), ("VQGAN activations", m.pixels))
+            if count
+        ]
+        larger = f" + the larger of {' and '.join(terms)}" if len(terms) > 1 else "".join(f" + {term}" for term in terms)
+        branch.add(f"{name}: {_size(m.total)} = weights {_size(m.weights)}{larger}")
+    if any(model.can_guide for part in parts if (model := part.token_model()) is not None):
+        branch.add("with guidance: twice the prior's key-value cache")
 
 
 def matching_preset(part: Part) -> str | None:
@@ -296,7 +305,7 @@ def _encoder_summary(config: Mapping[str, Any]) -> str:
 
 def _fact(key: str, value: object) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"[dim]{key.replace('_', ' ')}: {text}[/]"
+    return f"[dim]{key.replace('_', ' ')}: {escape(text)}[/]"
 
 
 def _product(shape: Iterable[int]) -> int:
@@ -311,4 +320,7 @@ def _millions(count: int) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / MIB:.1f} MiB"
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}" if unit == 2**30 else f"{count / unit:.1f} {name}"
+    return f"{count} B"
