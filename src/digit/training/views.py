@@ -138,7 +138,8 @@ def _hue_rotation(angle: Tensor) -> Tensor:
     turn = torch.eye(3).repeat(len(angle), 1, 1)
     turn[:, 1, 1] = turn[:, 2, 2] = angle.cos()
     turn[:, 1, 2], turn[:, 2, 1] = -angle.sin(), angle.sin()
-    return torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    rotation: Tensor = torch.linalg.inv(to_yiq) @ turn @ to_yiq
+    return rotation
 
 
 def _blur(images: Tensor, sigma: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ class EmaQuantizer(nn.Module):
                 self._count(z.detach().flatten(0, 1), tokens.flatten())
             commitment = F.mse_loss(z, codes)
             passed = z + (codes - z).detach() if self.gradient == "straight-through" else rotate(z, codes)
-            return passed.transpose(1, 2).unflatten(2, latents.shape[2:]), tokens, commitment
+            return passed.transpose(1, 2).reshape(latents.shape), tokens, commitment
 
     @torch.no_grad()
     def _start(self, latents: Tensor) -> None:
@@ -147,7 +147,8 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
     def along(axis: Tensor) -> Tensor:
         return (z * axis).sum(-1, keepdim=True)
 
-    return scale * (z - 2 * along(middle) * middle + 2 * along(start) * end)
+    turned: Tensor = z - 2 * along(middle) * middle + 2 * along(start) * end
+    return turned * scale
 
 
 def _totals(latents: Tensor, tokens: Tensor, codes: int) -> tuple[Tensor, Tensor]:

@@ -212,13 +212,13 @@ class VqganTask:
         source = some_images(self.held_out or self.train, 2 * _PICTURES)
         images = next(image_chunks(source, self.vqgan.config.resolution, self.device))
         _, rebuilt = self._reconstruct(images)
-        rows = [*images.split(_PICTURES), *rebuilt.split(_PICTURES)]
+        rows = [*torch.split(images, _PICTURES), *torch.split(rebuilt, _PICTURES)]
         ordered = [row for pair in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True) for row in pair]
         return picture_grid([to_pil(image.cpu()) for row in ordered for image in row], columns=min(_PICTURES, len(images)))
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the VQGAN."""
-        self.vqgan.provenance = dict(provenance)
+        self.vqgan.provenance = dict(provenance)  # type: ignore[assignment]
         self.vqgan.save_pretrained(folder)
 
     # -- parts of the loss -----------------------------------------------------------------------------------------------------
