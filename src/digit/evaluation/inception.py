@@ -269,10 +269,14 @@ class OnnxExtractor:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Features (B, 2048) and logits (B, 1008) or None of (B, 3, H, W) uint8 images."""
         _check_images(images)
-        resize = self._resize.interpolate_bilinear_2d_like_tensorflow1x
-        scaled = (resize(images.cpu().float(), size=(299, 299), align_corners=False) - 128) / 128  # (B, 3, 299, 299)
-        features = torch.from_numpy(np.asarray(self._session.run(None, {"images": scaled.numpy()})[0]))  # (B, 2048)
+        # 16 at a time: more are not faster on a CPU, and 64 would take 3 GB
+        features = torch.cat([self._features(part) for part in torch.split(images.cpu(), 16)])  # (B, 2048)
         return features, features @ self.weights.tensors["fc.weight"].T if self.weights.has_head else None
+
+    def _features(self, images: Tensor) -> Tensor:
+        resize = self._resize.interpolate_bilinear_2d_like_tensorflow1x
+        scaled = (resize(images.float(), size=(299, 299), align_corners=False) - 128) / 128  # (B, 3, 299, 299)
+        return torch.from_numpy(np.asarray(self._session.run(None, {"images": scaled.numpy()})[0]))
 
 
 def _onnx_file(weights: InceptionWeights) -> Path:
