@@ -148,7 +148,8 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
         return (z * axis).sum(-1, keepdim=True)
 
     turned: Tensor = z - 2 * along(middle) * middle + 2 * along(start) * end
-    return turned * scale
+    scaled: Tensor = scale * turned
+    return scaled
 
 
 def _totals(latents: Tensor, tokens: Tensor, codes: int) -> tuple[Tensor, Tensor]:
