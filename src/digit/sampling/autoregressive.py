@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from digit.models.token_model import NO_LABEL, TokenModel
-from digit.sampling.filters import draw
-from digit.sampling.guidance import guide, scales
+from digit.models.token_model import TokenModel
+from digit.sampling.acceleration import workshop
+from digit.sampling.guidance import scales
 from digit.sampling.settings import SamplingSettings
 
 
@@ -20,11 +20,13 @@ def sample_autoregressive(
     labels: Tensor | None = None,
     prefix: Tensor | None = None,
     given: Tensor | None = None,
+    mask: Tensor | None = None,
     on_token: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Sample sequences token by token.
 
-    With guidance every sequence runs twice, as two halves of one batch: with its label and without.
+    With guidance a sequence runs twice, with its label and without, as two halves of one batch; only where the scale is not 1. Kept
+    tokens inside ``mask`` are forced when their turn comes: what is drawn before them has not seen them.
 
     Args:
         model: of role "prior" or "ar".
@@ -32,40 +34,42 @@ def sample_autoregressive(
         settings: temperature, top-k, top-p and guidance.
         labels: (B,) classes.
         prefix: (B, P) semantic tokens, for decoders.
-        given: (B, n) first tokens that are kept.
+        given: tokens to keep: (B, n) first ones, or (B, length) with ``mask``.
+        mask: (B, length) bool, True where to sample.
         on_token: called with (number of tokens known, tokens so far (B, length)) after each token.
 
     Returns:
         (B, length) ids.
     """
-    batch, length = len(uniform), model.config.length
-    known = 0 if given is None else given.shape[1]
+    batch, length = uniform.shape
     tokens = torch.zeros(batch, length, dtype=torch.long, device=uniform.device)
+    free = torch.ones(batch, length, dtype=torch.bool, device=uniform.device)
     if given is not None:
-        tokens[:, :known] = given
+        tokens[:, : given.shape[1]] = given
+        free[:, : given.shape[1]] = False if mask is None else mask
+    known = int(free.any(0).long().argmax()) if bool(free.any()) else length
     if known == length:
         return tokens
     scale = scales(settings, length)
-    guided = any(s != 1 for s in scale[known:])
-    if guided:
-        labels, prefix, given = _double(labels, prefix, given)
-    cache = model.new_cache(2 * batch if guided else batch)
-    logits = model.prefill(cache, 2 * batch if guided else batch, labels, prefix, given)  # (B or 2B, V)
-    for index in range(known, length):
-        if guided:
-            logits = guide(logits[:batch], logits[batch:], scale[index])  # (B, V)
-        tokens[:, index] = draw(logits, uniform[:, index], settings)
-        if on_token is not None:
-            on_token(index + 1, tokens)
-        if index + 1 < length:
-            token = tokens[:, index]
-            token = torch.cat([token, token]) if guided else token
-            logits = model.step(cache, token, torch.tensor(index, device=uniform.device))
-    return tokens
+    with workshop(model).lock:
+        stepper = workshop(model).stepper_for(model, batch, any(s != 1 for s in scale[known:]))
+        knobs = stepper.begin(uniform, tokens, free, scale, settings)
+        labels, prefix = (_pad(part, stepper.batch) for part in (labels, prefix))
+        guided = scale[known] != 1
+        stepper.start(model, known, labels, prefix, knobs, guided)
+        for index in range(known, length):
+            if index > known:
+                if scale[index] != 1 and not guided:
+                    stepper.catch_up(model, index - 1, prefix)
+                guided = scale[index] != 1
+                stepper.step(model, index, knobs, guided)
+            if on_token is not None:
+                on_token(index + 1, stepper.state.tokens[:batch])
+        return stepper.state.tokens[:batch].clone()
 
 
-def _double(*parts: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Stack the guided half over the unguided one: the same prefix and tokens, and no label."""
-    labels, *rest = parts
-    assert labels is not None  # engine.sample refuses guidance without labels
-    return torch.cat([labels, torch.full_like(labels, NO_LABEL)]), *(None if p is None else torch.cat([p, p]) for p in rest)
+def _pad(part: Tensor | None, batch: int) -> Tensor | None:
+    """Repeat the last row until there are ``batch``: a compiled step has a fixed size."""
+    if part is None or len(part) == batch:
+        return part
+    return torch.cat([part, part[-1:].expand(batch - len(part), *part.shape[1:])])

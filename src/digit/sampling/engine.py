@@ -37,15 +37,15 @@ def sample(
         settings: see :class:`SamplingSettings`.
         labels: (B,) classes in 0..C-1, or -1 for none.
         prefix: (B, P) semantic tokens, for decoders.
-        given: tokens to keep: (B, n) first tokens for an autoregressive model, (B, length) with ``mask`` for a masked one.
-        mask: (B, length) bool, masked models only: True where to sample.
+        given: tokens to keep: (B, length) with ``mask``; or, for an autoregressive model, (B, n) first tokens.
+        mask: (B, length) bool, True where to sample.
         callback: told about every token or step; see the engines.
 
     Returns:
         (B, length) int64 ids on the model's device.
 
     Raises:
-        DigitError: labels out of range, guidance that the model was not trained for, or a mask it cannot use.
+        DigitError: labels out of range, guidance that the model was not trained for.
     """
     settings = settings or SamplingSettings()
     config, device = model.config, model.start.device
@@ -55,10 +55,8 @@ def sample(
         shape: tuple[int, ...] = (settings.steps, 2, config.length)
         uniform = uniforms(seed, images, config.role, shape).to(device)
         return sample_masked(model, uniform, settings, labels, prefix, given, mask, callback)
-    if mask is not None:
-        raise DigitError(f"A mask was given to a model of role '{config.role}', which samples from left to right.")
     uniform = uniforms(seed, images, config.role, (config.length,)).to(device)
-    return sample_autoregressive(model, uniform, settings, labels, prefix, given, callback)
+    return sample_autoregressive(model, uniform, settings, labels, prefix, given, mask, callback)
 
 
 def check_request(model: TokenModel, settings: SamplingSettings, labels: Tensor | None) -> None:

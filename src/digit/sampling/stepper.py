@@ -1,0 +1,237 @@
+"""One token for a whole batch: everything that a step reads and writes lies in buffers that are allocated once.
+
+A step feeds the last token, runs the network against the cache, guides, filters, draws, writes the token and moves on, without a
+word from the host. So it can be compiled as a whole, and on CUDA recorded once and replayed.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from digit.models.token_model import NO_LABEL, TokenModel
+from digit.models.transformer import KVCache
+from digit.sampling.filters import Knobs, draw
+from digit.sampling.guidance import guide
+from digit.sampling.quantize import quantized
+from digit.sampling.settings import SamplingSettings
+
+log = logging.getLogger("digit")
+
+GRAPH_STRIDE = 128
+"""A recorded step has a fixed reach into the cache: the next multiple of this. Fewer recordings against less reading."""
+
+
+class State(NamedTuple):
+    """What a step reads and writes besides the cache.
+
+    Attributes:
+        tokens: (B, length) int64; known ones, and where to write.
+        free: (B, length) bool, True where to sample; other tokens stay.
+        uniform: (B, length) float32 in [0, 1).
+        scale: (length,) float32, guidance at each token.
+        index: () int64, the token to draw next.
+        temperature, top_p: () float32.
+    """
+
+    tokens: Tensor
+    free: Tensor
+    uniform: Tensor
+    scale: Tensor
+    index: Tensor
+    temperature: Tensor
+    top_p: Tensor
+
+
+def advance(model: TokenModel, cache: KVCache, state: State, places: Tensor, guided: bool, knobs: Knobs) -> None:
+    """Draw token ``state.index`` and add 1 to it.
+
+    Args:
+        model: the network.
+        cache: of B sequences, or of 2B when guided: with labels first, without after them.
+        state: see there.
+        places: any tensor (S,): how far into the cache the step reads. A tensor, because compilers take sizes as unknowns more
+            readily than numbers.
+        guided: whether both halves run.
+        knobs: of the draw.
+    """
+    index = state.index.view(1)
+    token = state.tokens.index_select(1, index - 1).squeeze(1)  # (B,)
+    token = torch.cat([token, token]) if guided else token
+    logits = model.step(cache, token, state.index - 1, places.shape[0])  # (B or 2B, V)
+    write(state, logits, guided, knobs)
+    state.index.add_(1)
+
+
+def write(state: State, logits: Tensor, guided: bool, knobs: Knobs) -> None:
+    """Draw token ``state.index`` from logits (B, V), or (2B, V) when guided, where it is free."""
+    index = state.index.view(1)
+    if guided:
+        conditional, unconditional = logits.chunk(2)
+        logits = guide(conditional, unconditional, state.scale.index_select(0, index))
+    drawn = draw(logits, state.uniform.index_select(1, index).squeeze(1), knobs)[:, None]  # (B, 1)
+    kept = state.tokens.index_select(1, index)
+    state.tokens.index_copy_(1, index, torch.where(state.free.index_select(1, index), drawn, kept))
+
+
+class Stepper:
+    """The cache, the buffers and the ready-made steps of one model and batch size.
+
+    Attributes:
+        state: the buffers; a batch smaller than them leaves the last rows idle.
+        cache: of 2 * batch sequences when guidance is prepared, else of batch.
+        compile_seconds: spent on compiling and recording so far.
+    """
+
+    def __init__(self, model: TokenModel, batch: int, guided: bool, compile: bool, quantize: str | None, graphs: bool) -> None:
+        device, length = model.start.device, model.config.length
+        self.batch, self.guided, self.quantize = batch, guided, quantize
+        self.compiled = compile
+        self.graphs = graphs and device.type == "cuda"
+        self.reach = model.config.prefix_length + length
+        # one position more than is ever read: a slice that might be the whole would be compiled twice
+        self.cache = KVCache(
+            model.config.transformer, 2 * batch if guided else batch, self.reach + 1, device, model.start.dtype
+        )
+        self.state = State(
+            tokens=torch.zeros(batch, length, dtype=torch.long, device=device),
+            free=torch.ones(batch, length, dtype=torch.bool, device=device),
+            uniform=torch.zeros(batch, length, device=device),
+            scale=torch.ones(length, device=device),
+            index=torch.zeros((), dtype=torch.long, device=device),
+            temperature=torch.ones((), device=device),
+            top_p=torch.ones((), device=device),
+        )
+        self.compile_seconds = 0.0
+        self._weights = _version(model)
+        self._narrow = quantized(model) if quantize else None
+        self._places = torch.arange(self.reach, device=device)
+        self._step = _compiled() if compile else advance
+        self._ready: set[tuple[Any, ...]] = set()
+        self._recorded: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
+
+    def fits(self, model: TokenModel, batch: int, guided: bool) -> bool:
+        """Whether this stepper can take such a batch of such a model."""
+        fixed = self.compiled or self.graphs  # made for one batch size: fill it up, rather than make another
+        return (
+            self._weights == _version(model)
+            and (self.guided or not guided)
+            and (self.batch // 2 < batch <= self.batch if fixed else batch == self.batch)
+        )
+
+    def begin(self, uniform: Tensor, tokens: Tensor, free: Tensor, scale: list[float], settings: SamplingSettings) -> Knobs:
+        """Fill the buffers for a batch; the knobs to step with."""
+        n, state = len(uniform), self.state
+        state.uniform[:n], state.tokens[:n], state.free[:n] = uniform, tokens, free
+        state.scale.copy_(torch.tensor(scale))
+        state.temperature.fill_(settings.temperature)
+        state.top_p.fill_(settings.top_p)
+        return Knobs(
+            0.0 if settings.temperature == 0 else state.temperature,
+            settings.top_k,
+            1.0 if settings.top_p == 1 else state.top_p,
+        )
+
+    def start(
+        self, model: TokenModel, known: int, labels: Tensor | None, prefix: Tensor | None, knobs: Knobs, guided: bool
+    ) -> None:
+        """Run what is known through the network and draw token ``known``."""
+        b = self.batch
+        self.state.index.fill_(known)
+        logits = model.prefill(self.cache.rows(0, b), b, labels, prefix, self.state.tokens[:, :known])  # (B, V)
+        if guided:
+            logits = torch.cat([logits, self.catch_up(model, known, prefix)])  # (2B, V)
+        write(self.state, logits, guided, knobs)
+        self.state.index.add_(1)
+
+    def catch_up(self, model: TokenModel, known: int, prefix: Tensor | None) -> Tensor:
+        """Fill the unguided half of the cache with ``known`` tokens in one pass; its logits (B, V) of the next token.
+
+        A prefix stands before the label and cannot see it, so both halves share its keys and values: they are copied.
+        """
+        b, without = self.batch, self.cache.rows(self.batch, 2 * self.batch)
+        if prefix is not None:
+            without.copy_from(self.cache.rows(0, b), prefix.shape[1])
+        labels = torch.full((b,), NO_LABEL, device=self.state.index.device)
+        return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=prefix is not None)
+
+    def step(self, model: TokenModel, index: int, knobs: Knobs, guided: bool) -> None:
+        """Draw token ``index``, the one that ``state.index`` points to."""
+        network = self._narrow or model
+        cache = self.cache if guided or not self.guided else self.cache.rows(0, self.batch)
+        reach = model.config.prefix_length + index + 1
+        if self.graphs:
+            reach = min(self.reach, -(-reach // GRAPH_STRIDE) * GRAPH_STRIDE)
+        places = self._places[:reach]
+        arguments = (network, cache, self.state, places, guided, knobs)
+        variant = (guided, knobs.top_k, *(isinstance(k, Tensor) for k in knobs))  # what a step is compiled for
+        if self.graphs:
+            self._replay((reach, *variant), arguments)
+        elif self.compiled and variant not in self._ready:
+            torch._dynamo.maybe_mark_dynamic(places, 0)
+            self._timed(lambda: self._first(*arguments))
+            self._ready.add(variant)
+        else:
+            self._step(*arguments)
+
+    def _first(self, *arguments: Any) -> None:
+        """A first step, which compiles; where that fails, the plain step does the same work from now on."""
+        try:
+            self._step(*arguments)
+        except Exception as error:
+            if not self.compiled:
+                raise
+            _say_once(str(error).strip().split("\n")[0])
+            self.compiled, self._step = False, advance
+            self._step(*arguments)
+
+    def _replay(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+        if key not in self._recorded:
+            self._timed(lambda: self._record(key, arguments))
+        self._recorded[key].replay()
+
+    def _record(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
+        """Record a step as a CUDA graph. Warm-up steps repeat the same token, so the index is set back after each."""
+        index = self.state.index.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._first(*arguments)
+                self.state.index.copy_(index)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # recorded, not run
+            self._step(*arguments)
+        self._recorded[key] = graph
+
+    def _timed(self, work: Callable[[], None]) -> None:
+        began = time.perf_counter()
+        work()
+        self.compile_seconds += time.perf_counter() - began
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    log.warning("Sampling runs uncompiled, slower and with the same results: no compiler could be used (%s).", reason)
+
+
+def _compiled() -> Callable[..., None]:
+    """A compiled :func:`advance` of its own: the compiler limits how many variants one function may have."""
+    own = types.FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
+    step: Callable[..., None] = torch.compile(own, fullgraph=True)
+    return step
+
+
+def _version(model: TokenModel) -> tuple[Any, ...]:
+    """Changes when the weights move, change their format or are written to."""
+    parameters = list(model.parameters())
+    first = parameters[0]
+    return first.device, first.dtype, first.data_ptr(), sum(0 if p.is_inference() else p._version for p in parameters)
