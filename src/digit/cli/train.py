@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,8 +115,6 @@ def cache_tokens(
 
     Example:  digit cache-tokens --model runs/tokenizers --data data/photos --crops 8 --device cuda --out runs/tokens
     """
-    import os
-
     from digit.cli.generate import load
     from digit.data.dataset import open_dataset
     from digit.data.token_cache import Views, build_token_cache
@@ -128,7 +127,7 @@ def cache_tokens(
         batch_size=batch_size,
         shard_size=shard_size,
         workers=workers,
-        rank=int(os.environ.get("RANK", "0")),
+        rank=_rank(),
         world=int(os.environ.get("WORLD_SIZE", "1")),
     )
     if cache is None:
@@ -179,5 +178,11 @@ def train(
     except Interrupted as stop:
         typer.echo(str(stop), err=True)
         raise typer.Exit(stop.exit_code) from None
-    typer.echo(f"Trained: {folder}")
-    typer.echo(f"The metrics are in {out / 'metrics.jsonl'}; watch them with: tensorboard --logdir {out}")
+    if _rank() == 0:
+        typer.echo(f"Trained: {folder}")
+        typer.echo(f"The metrics are in {out / 'metrics.jsonl'}; watch them with: tensorboard --logdir {out}")
+
+
+def _rank() -> int:
+    """Number of this process, as torchrun and accelerate launch say."""
+    return int(os.environ.get("RANK", "0"))

@@ -309,12 +309,14 @@ def _claim(out: Path, info: dict[str, Any]) -> None:
         write_json(out / "index.json", info)
     saved = read_json(out / "index.json")
     info = json.loads(json.dumps(info))
-    names = {"source": "dataset", "models": "model", "tokens": "model", "views": "views", "shard_size": "shard size"}
-    differing = {names.get(key, key.replace("_", " ")) for key in info if saved.get(key) != info[key]}
+    names = {"models": "another model", "tokens": "another model", "image_size": "another model", "views": "other views"}
+    differing = {names.get(key, "another dataset") for key in info if key != "shard_size" and saved.get(key) != info[key]}
+    if not differing and saved.get("shard_size") != info["shard_size"]:
+        differing = {"another shard size"}
     if differing:
         raise DigitError(
-            f"{out} holds a token cache with another {' and another '.join(sorted(differing))}; tokens of different caches are never "
-            "mixed. Choose another --out, or give what it was begun with."
+            f"{out} holds a token cache of {' and '.join(sorted(differing))}; tokens of different caches are never mixed. "
+            "Choose another --out, or give what it was begun with."
         )
     for aside in out.glob(".shard-*.tmp"):
         shutil.rmtree(aside)
