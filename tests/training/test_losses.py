@@ -9,9 +9,9 @@ from torch import nn
 from digit.config import from_dict
 from digit.encoders.loading import small_conv, small_vit
 from digit.errors import DigitError
-from digit.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
-from digit.training.losses.perceptual import EncoderDistance, LpipsDistance
+from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
 from digit.training.losses.quantizer import EmaQuantizer, rotate
 from digit.training.neighbours import neighbour_accuracy
 from digit.training.views import ViewDraws, Views, apply_views, draw_views
@@ -233,28 +233,32 @@ def test_eval_changes_nothing() -> None:
 # -- the discriminator -----------------------------------------------------------------------------------------------------
 
 
-def test_discriminator_judges_patches_and_learns_to_tell() -> None:
+@pytest.mark.parametrize("dims", [(), (4, 5)])
+def test_discriminator_judges_patches_and_learns_to_tell(dims: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    judge = PatchDiscriminator(DiscriminatorConfig(channels=8, levels=2))
+    judge = Discriminator(DiscriminatorConfig(channels=8, levels=2, feature_channels=8), dims)
     real = torch.rand(32, 3, 16, 16, generator=generator())
     fake = F.avg_pool2d(real, 3, 1, 1)
-    assert judge(real).shape == (32, 1, 4, 4)
+    layers = [[torch.randn(32, d, 8, 8, generator=generator(s)) + 0.5 * s for d in dims] for s in (0, 1)]
+    assert [tuple(logits.shape) for logits in judge(real, layers[0])] == [(32, 1, 4, 4), *[(32, 1, 8, 8) for _ in dims]]
     optimizer = torch.optim.Adam(judge.parameters(), 2e-3)
-    first = None
+    losses = []
     for _ in range(60):
-        loss = discriminator_hinge(judge(real), judge(fake))
-        first = first or loss.item()
+        loss = discriminator_hinge(judge(real, layers[0]), judge(fake, layers[1]))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.5 * first
-    assert generator_hinge(judge(fake)) > generator_hinge(judge(real))
+    assert losses[-1] < 0.7 * losses[0]
+    assert generator_hinge(judge(fake, layers[1])) > generator_hinge(judge(real, layers[0]))
 
 
 def test_hinge_and_ramp_are_the_written_ones() -> None:
-    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-2.0, 1.0])
+    real, fake = [torch.tensor([2.0, 0.0])], [torch.tensor([-2.0, 1.0])]
     assert float(discriminator_hinge(real, fake)) == pytest.approx((0.5 + 1.0) / 2)
     assert float(generator_hinge(fake)) == pytest.approx(0.5)
+    # a map counts as much as a larger one
+    assert float(generator_hinge([torch.ones(100), -torch.ones(2)])) == pytest.approx(0)
     assert [ramp(p, 0.3, 0.1) for p in (0.0, 0.29, 0.35, 0.4, 1.0)] == pytest.approx([0, 0, 0.5, 1, 1])
     assert ramp(0.3, 0.3, 0.0) == 1.0
 
@@ -265,21 +269,25 @@ def test_hinge_and_ramp_are_the_written_ones() -> None:
 @pytest.mark.parametrize("make", [lambda: small_conv(widths=(8, 16, 32)), lambda: small_vit(dim=48, depth=2)])
 def test_encoder_distance_grows_with_damage_and_gives_gradients(make: object) -> None:
     torch.manual_seed(0)
-    distance = EncoderDistance(make(), 32)  # type: ignore[operator]
+    view = EncoderView(make(), 32)  # type: ignore[operator]
     images = torch.rand(4, 3, 32, 32, generator=generator())
     noise = torch.randn(images.shape, generator=generator(1))
-    values = [float(distance(images + s * noise, images)) for s in (0.0, 0.05, 0.2)]
+    features = view(images)
+    assert [layer.shape[1] for layer in features] == view.dims
+    assert features[-1].shape[2:] == (8, 8)
+    torch.testing.assert_close(features[0].norm(dim=1), torch.ones(4, *features[0].shape[2:]))
+    values = [float(feature_distance(view(images + s * noise), features)) for s in (0.0, 0.05, 0.2)]
     assert values[0] == pytest.approx(0, abs=1e-6)
     assert values[0] < values[1] < values[2]
     damaged = (images + 0.1 * noise).requires_grad_()
-    distance(damaged, images).backward()
+    feature_distance(view(damaged), features).backward()
     assert float(damaged.grad.abs().sum()) > 0
-    assert not any(p.requires_grad for p in distance.parameters())
+    assert not any(p.requires_grad for p in view.parameters())
 
 
-def test_encoder_distance_wants_pictures_of_its_size() -> None:
+def test_perceptual_encoder_wants_pictures_of_its_size() -> None:
     with pytest.raises(DigitError, match="images of 32 pixels, the VQGAN's have 64"):
-        EncoderDistance(small_conv(widths=(8, 16, 32)), 64)
+        EncoderView(small_conv(widths=(8, 16, 32)), 64)
 
 
 def test_lpips_without_weights_says_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

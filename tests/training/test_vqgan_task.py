@@ -145,13 +145,17 @@ def test_batches_depend_on_seed_and_step_alone_and_mirror_half(images: ImageData
 def test_the_encoder_may_judge(images: ImageDataset, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small_conv(widths=(8, 16, 32)).save_pretrained(tmp_path / "encoder")
-    task = build(images, perceptual="encoder", perceptual_encoder=str(tmp_path / "encoder"))
+    task = build(images, perceptual="encoder", perceptual_encoder=str(tmp_path / "encoder"), **GAN)
     batch = next(iter(task.batches(Stream(start=0, stop=1, batch_size=8))))
-    (loss,) = task.losses(batch, Step(0, 1))
+    late = list(task.losses(batch, Step(9, 10)))
+    assert [loss.optimizer for loss in late] == ["model", "discriminator"]
+    assert len(task.modules["discriminator"].features) == 4  # one for each block of the encoder
+    assert float(late[1].value) > 0
+    (loss,) = task.losses(batch, Step(0, 10))
     assert float(loss.metrics["perceptual"]) > 0
     expected = loss.metrics["l1"] + loss.metrics["perceptual"] + 0.25 * loss.metrics["commitment"]
     torch.testing.assert_close(loss.value.detach(), expected)
-    assert "perceptual" not in dict(task.modules.named_children())
+    assert "view" not in dict(task.modules.named_children())
 
 
 def test_what_does_not_fit_gets_a_sentence(images: ImageDataset, tmp_path: Path) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
-    """() from logits of any shape: real ones should be above 1, fake ones below -1."""
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+def discriminator_hinge(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """() from maps of logits: real ones should be above 1, fake ones below -1. Every map counts alike, whatever its size."""
+    terms = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
+    return torch.stack(terms).mean() / 2
 
 
-def generator_hinge(fake: Tensor) -> Tensor:
-    """() from logits of any shape: fakes should be judged high."""
-    return -fake.mean()
+def generator_hinge(fake: Sequence[Tensor]) -> Tensor:
+    """() from maps of logits: fakes should be judged high. Every map counts alike."""
+    return -torch.stack([f.mean() for f in fake]).mean()
 
 
 def ramp(progress: float, start: float, warmup: float) -> float:

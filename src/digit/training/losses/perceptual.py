@@ -1,13 +1,14 @@
 """Perceptual distances: how different two batches of pictures look to a network that is not trained here.
 
 "lpips" is Zhang et al. 2018, arXiv 1801.03924, as in the `lpips` package (VGG16; its weights are fetched once by torchvision).
-"encoder" is the same idea without any download: unit-normed features of a frozen encoder of this library, layer by layer where it
-is convolutional, all channels weighted alike. A self-supervised encoder ignores what its augmentations change (colour, a little
+"encoder" is the same idea without any download: unit features of a frozen encoder of this library, layer by layer where it is
+convolutional, all channels weighted alike. A self-supervised encoder ignores what its augmentations change (colour, a little
 blur), so it stands beside a pixel loss and does not replace it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -48,8 +49,8 @@ class LpipsDistance(nn.Module):
         return distance.mean()
 
 
-class EncoderDistance(nn.Module):
-    """Squared distance of unit-normed features of a frozen encoder, the mean over its layers."""
+class EncoderView(nn.Module):
+    """The layers of features that a frozen encoder sees in a picture, to compare and to judge."""
 
     def __init__(self, encoder: ConvEncoder | TransformersEncoder, size: int) -> None:
         """Take an encoder and the side of the pictures.
@@ -63,27 +64,31 @@ class EncoderDistance(nn.Module):
                 f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, the VQGAN's have {size}."
             )
         self.encoder = encoder.eval().requires_grad_(False)
+        self.dims: list[int] = [encoder.dim]
+        if isinstance(encoder, ConvEncoder):
+            self.dims = [width for width, n in zip(encoder.config.widths, encoder.config.blocks, strict=True) for _ in range(n)]
 
     @classmethod
-    def from_pretrained(cls, source: str, size: int) -> EncoderDistance:
+    def from_pretrained(cls, source: str, size: int) -> EncoderView:
         """See :func:`digit.encoders.loading.load_encoder`."""
         return cls(load_encoder(source), size)
 
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Mean distance () of two batches (B, 3, S, S) in 0..1; gradients flow into ``images``."""
-        with torch.no_grad():
-            wanted = self._layers(others)
-        distances = [(a - b).square().sum(-1).mean() for a, b in zip(self._layers(images), wanted, strict=True)]
-        return torch.stack(distances).mean()
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place.
 
-    def _layers(self, images: Tensor) -> list[Tensor]:
-        """Unit features (B, N, D) of every layer; N and D differ between them."""
-        pixels = self.encoder.preprocessing(images)
+        Of a convolutional encoder, what each of its blocks gives; of another, its one layer.
+        """
         if not isinstance(self.encoder, ConvEncoder):
-            return [F.normalize(self.encoder(images).float(), dim=-1)]
-        x = self.encoder.stem(pixels.contiguous(memory_format=torch.channels_last))
+            grid = self.encoder(images).transpose(1, 2).reshape(len(images), -1, *self.encoder.grid)
+            return [F.normalize(grid.float(), dim=1)]
+        x = self.encoder.stem(self.encoder.preprocessing(images).contiguous(memory_format=torch.channels_last))
         layers = []
         for block in self.encoder.blocks:
             x = block(x)
-            layers.append(F.normalize(x.float().flatten(2).transpose(1, 2), dim=-1))  # (B, H * W, C)
+            layers.append(F.normalize(x.float(), dim=1))
         return layers
+
+
+def feature_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """() squared distance of unit features (B, C, h, w), the mean over places and over layers."""
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(features, others, strict=True)]).mean()

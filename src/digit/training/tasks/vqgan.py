@@ -23,13 +23,12 @@ from torch import Tensor, nn
 from digit.config import config, from_dict, to_dict
 from digit.data.dataset import ImageDataset
 from digit.data.images import to_pil
-from digit.errors import DigitError
-from digit.models.discriminator import DiscriminatorConfig, PatchDiscriminator
+from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.models.transformer import Probability
 from digit.tokenizers.vqgan import VQGAN, VQGANConfig
 from digit.training.config import NonNegative, NonNegativeInt, Positive
 from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
-from digit.training.losses.perceptual import EncoderDistance, LpipsDistance
+from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
 from digit.training.losses.quantizer import EmaQuantizer
 from digit.training.task import Batch, Loss, Step, Stream
 from digit.training.tasks.images import image_batches, image_chunks, open_images, some_images
@@ -45,7 +44,8 @@ class VqganObjective:
 
     Attributes:
         l1, l2: weights of the mean absolute and squared error of a pixel.
-        perceptual: "none", "lpips" (fetches VGG16 once) or "encoder" (a frozen encoder of this library).
+        perceptual: "none", "lpips" (fetches VGG16 once) or "encoder" (a frozen encoder of this library, whose features the
+            discriminator then judges too).
         perceptual_encoder: that encoder: a folder or a hub id.
         perceptual_weight: of the perceptual distance.
         commitment: weight of the latents' squared distance from their codes.
@@ -122,10 +122,13 @@ class VqganTask:
         quantizer = EmaQuantizer(self.vqgan.codebook, objective.codebook_decay, objective.dead_below, objective.gradient)
         # the loop may wrap what is trained, so the parts are named one by one; the VQGAN holds the same parts
         self.modules = nn.ModuleDict({"encoder": self.vqgan.encoder, "decoder": self.vqgan.decoder, "quantizer": quantizer})
-        if objective.gan_weight:
-            self.modules["discriminator"] = PatchDiscriminator(objective.discriminator)
         self.quantizer = quantizer
-        self.perceptual = _perceptual(objective, model.resolution)
+        self.lpips = LpipsDistance() if objective.perceptual == "lpips" else None
+        self.view: EncoderView | None = None
+        if objective.perceptual_encoder is not None:
+            self.view = EncoderView.from_pretrained(objective.perceptual_encoder, model.resolution)
+        if objective.gan_weight:
+            self.modules["discriminator"] = Discriminator(objective.discriminator, self.view.dims if self.view else ())
         self.train, self.examples = train, len(train)
         self.held_out = held_out
         self.device = "cpu"
@@ -151,8 +154,9 @@ class VqganTask:
         """Move the networks."""
         self.vqgan.to(device)
         self.modules.to(device)
-        if self.perceptual is not None:
-            self.perceptual.to(device)
+        for frozen in (self.lpips, self.view):
+            if frozen is not None:
+                frozen.to(device)
         self.device = device
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
@@ -169,20 +173,25 @@ class VqganTask:
         images = torch.where(batch["flip"][:, None, None, None], images.flip(3), images)
         codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
         rebuilt = self.modules["decoder"](codes).float()  # (B, 3, S, S)
-        loss, metrics = self._reconstruction(rebuilt, images)
+        with torch.no_grad():
+            wanted = self.view(images) if self.view else []
+        seen = self.view(rebuilt) if self.view else []
+        loss, metrics = self._reconstruction(rebuilt, images, seen, wanted)
         loss = loss + self.objective.commitment * commitment
         metrics |= {"commitment": commitment.detach(), **self.quantizer.statistics()}
         start, weight = self.objective.gan_start, self.objective.gan_weight
         judged = weight > 0 and step.progress >= start
         if judged:
-            judgement = generator_hinge(self.modules["discriminator"](rebuilt).float())
+            judgement = generator_hinge(self.modules["discriminator"](rebuilt, seen))
             loss = loss + weight * ramp(step.progress, start, self.objective.gan_warmup) * judgement
             metrics["judgement"] = judgement.detach()
         yield Loss("model", loss, metrics)
         if judged:
-            logits = self.modules["discriminator"](torch.cat([images, rebuilt.detach()])).float()
-            real, fake = logits.chunk(2)
-            yield Loss("discriminator", discriminator_hinge(real, fake), {"real": real.mean(), "fake": fake.mean()})
+            both = [torch.cat([w, s.detach()]) for w, s in zip(wanted, seen, strict=True)]
+            logits = self.modules["discriminator"](torch.cat([images, rebuilt.detach()]), both)
+            real, fake = zip(*(one.float().chunk(2) for one in logits), strict=True)
+            metrics = {"real": -generator_hinge(real).detach(), "fake": -generator_hinge(fake).detach()}
+            yield Loss("discriminator", discriminator_hinge(real, fake), metrics)
 
     def after_step(self, step: Step) -> None:  # noqa: ARG002
         """Move the codebook."""
@@ -223,13 +232,15 @@ class VqganTask:
 
     # -- parts of the loss -----------------------------------------------------------------------------------------------------
 
-    def _reconstruction(self, rebuilt: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _reconstruction(
+        self, rebuilt: Tensor, images: Tensor, seen: list[Tensor], wanted: list[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         objective = self.objective
         l1, l2 = F.l1_loss(rebuilt, images), F.mse_loss(rebuilt, images)
         loss = objective.l1 * l1 + objective.l2 * l2
         metrics = {"l1": l1.detach(), "psnr": -10 * l2.detach().log10()}
-        if self.perceptual is not None:
-            distance = self.perceptual(rebuilt, images)
+        if objective.perceptual != "none":
+            distance = feature_distance(seen, wanted) if self.lpips is None else self.lpips(rebuilt, images)
             loss = loss + objective.perceptual_weight * distance
             metrics["perceptual"] = distance.detach()
         return loss, metrics
@@ -237,16 +248,6 @@ class VqganTask:
     def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
         tokens = self.vqgan.encode(images)
         return tokens, self.vqgan.decode(tokens).float().clamp(0, 1)
-
-
-def _perceptual(objective: VqganObjective, size: int) -> nn.Module | None:
-    if objective.perceptual == "none":
-        return None
-    if objective.perceptual == "lpips":
-        return LpipsDistance()
-    if objective.perceptual_encoder is None:
-        raise DigitError("perceptual 'encoder' needs objective.perceptual_encoder, a folder or a hub id.")
-    return EncoderDistance.from_pretrained(objective.perceptual_encoder, size)
 
 
 def build(preset: Mapping[str, Any], data: str | Path, where: str) -> VqganTask:
