@@ -166,7 +166,7 @@ class SamplingRun:
     def batches(self, tokens: Tensor | None = None) -> Iterator[Tensor]:
         """The images as (B, 3, S, S) uint8, from fresh tokens or from the prior's ``tokens`` (num, N)."""
         _, later = self.pipe._settings("prior", self.settings)
-        firsts = self.prior() if tokens is None else iter(tokens.split(self.batch_size))
+        firsts = self.prior() if tokens is None else (tokens[span.start : span.stop] for span in self.spans())
         for span, first in zip(self.spans(), firsts, strict=True):
             yield pixels_of(self.pipe, first, span, self.seed, self.decoder, later)
 

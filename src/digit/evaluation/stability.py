@@ -180,8 +180,8 @@ def stability(
 
 def _row(space: str, change: Change, values: Tensor, real: Tensor) -> Row:
     finite = real[torch.isfinite(real)]
-    estimates = [Estimate.of(column) for column in values.double().numpy().T]
-    return Row(space, change, *estimates, realised_snr=float(finite.mean()) if len(finite) else None)
+    changed, features, codes = (Estimate.of(column) for column in values.double().numpy().T)
+    return Row(space, change, changed, features, codes, float(finite.mean()) if len(finite) else None)
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
