@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
+from digit.batching import PROBE, Batcher
 from digit.data.images import save_png, to_pil
 from digit.errors import DigitError
-from digit.files import write_file, write_json
 from digit.pipeline import DigitPipeline, Tokens
 from digit.progress import bar
+from digit.runfolder import RunFolder, weights_digest, write_arrays
+from digit.sampling.acceleration import accelerate, compile_seconds, release
 from digit.visual import picture_grid
 
 GRID_PICTURES = 64
+WRITERS = 4
+DECODED_AT_ONCE = 8
+WORTH_COMPILING = 120.0
+"""Seconds of sampling still to do from which compiling, which takes half a minute, pays for itself."""
 
 
 def generate_folder(
@@ -30,12 +36,16 @@ def generate_folder(
     decoder: str | None = None,
     batch_size: int | None = None,
     save_tokens: bool = False,
+    compile: bool | None = None,
+    quantize: str | None = None,
+    overwrite: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Generate ``num`` pictures into a folder.
 
     Writes ``00000.png`` ..., ``grid.png`` (the first 64), ``generation.json`` and, if asked, ``tokens.npz``. PNG files are compressed by
-    worker threads while the next batch is sampled.
+    worker threads while the next batch is sampled. A run that was killed goes on where it was when it is called again. Under torchrun
+    or accelerate launch every process makes its share of the pictures, and the last one to finish completes the folder.
 
     Args:
         pipe: the model.
@@ -44,78 +54,144 @@ def generate_folder(
         labels: classes that the pictures take in turns; None: every class in turns for a class-conditional model.
         seed: of the run.
         decoder: its kind; None takes the model's default.
-        batch_size: how many at a time; does not change the pictures.
+        batch_size: how many at a time, by default as many as memory holds; does not change the pictures.
         save_tokens: also write the semantic and VQ tokens.
+        compile: compile the sampling steps; None does when enough work is left after the first batch.
+        quantize: "int8" for narrow weights on a CPU; see :func:`digit.sampling.acceleration.accelerate`.
+        overwrite: begin anew where the folder holds another run.
         settings: sampling settings, see :meth:`DigitPipeline.__call__`.
 
     Returns:
-        What ``generation.json`` holds: settings, seconds, images/s and the checksum of all tokens.
+        What ``generation.json`` holds: settings, seconds, images/s and the checksum of all tokens; "finished" is False when other
+        processes are still at work.
+
+    Raises:
+        DigitError: the folder holds pictures of another run.
     """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise DigitError(f"--out {out} is a file; expected a folder.")
     if labels is None and pipe.num_classes:
         labels = range(pipe.num_classes)
     count, classes = pipe.expand_labels(labels if labels is None else list(labels), num)
-    size = min(batch_size or 64, count)
-    started = time.perf_counter()
-    parts: list[Tokens] = []
-    first: list[Image.Image] = []
-    with ThreadPoolExecutor(4) as writers, bar("Generating", count) as progress:
-        writing = []
-        for start in range(0, count, size):
-            images = range(start, min(start + size, count))
-            tokens = pipe.sample_tokens(
-                images, None if classes is None else classes[start : start + size], seed, decoder, **settings
-            )
-            pictures = [to_pil(image) for image in pipe.to_pixels(tokens)]
-            parts.append(tokens)
-            first += pictures[: GRID_PICTURES - len(first)]
-            writing += [writers.submit(save_png, p, out / f"{i:05d}.png") for i, p in zip(images, pictures, strict=True)]
-            progress.advance(len(pictures))
-        for job in writing:
-            job.result()
-    seconds = time.perf_counter() - started
-    tokens = _join(parts)
-    save_png(picture_grid(first), out / "grid.png")
-    if save_tokens:
-        save_tokens_file(out / "tokens.npz", tokens, classes)
-    record = {
+    identity = {
         "model": pipe.name,
+        "weights": weights_digest(pipe),
         "num": count,
         "labels": None if labels is None else list(labels),
         "seed": seed,
         "decoder": None if pipe.space == "vq" else pipe.pick_decoder(decoder),
         "settings": {k: v for k, v in settings.items() if v is not None},
+        "dtype": str(next(pipe._need("prior").parameters()).dtype).removeprefix("torch."),
+        "quantize": quantize,
+    }
+    run = RunFolder(out, identity, overwrite)
+    if run.finished and (run.path / "tokens.npz").is_file() >= save_tokens:
+        return {**run.record(), "made": 0}
+    started = time.perf_counter()
+    todo = _Todo(pipe, run, classes, compile, quantize)
+    with ThreadPoolExecutor(WRITERS) as writers:
+        size = todo.make(batch_size, writers, lambda i, part: pipe.sample_tokens(i, part, seed, decoder, **settings))
+    seconds = time.perf_counter() - started
+    results = {
         "batch_size": size,
         "device": str(pipe.device),
         "threads": torch.get_num_threads(),
+        "processes": run.processes,
+        "made": todo.made,
         "seconds": round(seconds, 3),
-        "images_per_second": round(count / seconds, 3),
-        "tokens_sha256": tokens.sha256(),
+        "compile_seconds": round(sum(compile_seconds(m) for m in todo.models), 3),
+        "images_per_second": round(todo.made / seconds, 3),
     }
-    write_json(out / "generation.json", record)
-    return record
+    return _complete(run, results, classes if save_tokens else None, save_tokens)
 
 
-def _join(parts: Sequence[Tokens]) -> Tokens:
-    semantic = [p.semantic.cpu() for p in parts if p.semantic is not None]
-    vq = [p.vq.cpu() for p in parts if p.vq is not None]
-    return Tokens(torch.cat(semantic) if semantic else None, torch.cat(vq) if vq else None)
+class _Todo:
+    """The pictures that this process still has to make."""
+
+    def __init__(
+        self, pipe: DigitPipeline, run: RunFolder, classes: torch.Tensor | None, compile: bool | None, quantize: str | None
+    ) -> None:
+        self.pipe, self.run, self.classes = pipe, run, classes
+        self.compile, self.quantize = compile, quantize
+        self.models = [m for m in (pipe.prior, *pipe.decoders.values()) if m is not None]
+        self.made = 0
+
+    def make(self, batch_size: int | None, writers: ThreadPoolExecutor, sample: Callable[..., Tokens]) -> int:
+        """Make them; the batch size that was used."""
+        missing = self.run.missing()
+        batcher = Batcher(self.pipe.device, batch_size, self._release)
+        # the batch that is measured has a size of its own, which is not worth compiling for
+        self._accelerate(bool(self.compile) and (batch_size is not None or len(missing) <= PROBE))
+        writing: list[Future[Path]] = []
+
+        def work(images: Sequence[int]) -> None:
+            tokens = sample(images, None if self.classes is None else self.classes[list(images)])
+            pixels = _to_host(_pixels(self.pipe, tokens))
+            self.run.keep(images, tokens)
+            writing.extend(writers.submit(_write, pixels, n, self.run.picture(i)) for n, i in enumerate(images))
+
+        began = time.perf_counter()
+        with bar("Generating", len(missing), show=self.run.rank == 0) as progress:
+            for done in batcher.run(missing, work):
+                if not self.made:  # after the first batch it is known how long the rest takes
+                    left = (time.perf_counter() - began) / done * (len(missing) - done)
+                    self._accelerate(left > WORTH_COMPILING if self.compile is None else self.compile)
+                self.made += done
+                progress.advance(done)
+            for job in writing:
+                job.result()
+        return batcher.size or len(missing)
+
+    def _release(self) -> None:
+        for model in self.models:
+            release(model)
+
+    def _accelerate(self, compile: bool) -> None:
+        for model in self.models:
+            accelerate(model, compile, self.quantize)
+
+
+def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
+    """Decode (B, 3, S, S), always ``DECODED_AT_ONCE`` together: convolutions round differently for other batch sizes."""
+    assert tokens.vq is not None
+    parts = []
+    for vq in tokens.vq.split(DECODED_AT_ONCE):
+        whole = torch.cat([vq, vq[-1:].expand(DECODED_AT_ONCE - len(vq), -1)])
+        parts.append(pipe.to_pixels(Tokens(None, whole))[: len(vq)])
+    return torch.cat(parts)
+
+
+def _to_host(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """Begin copying pictures off the device; the copy, and an event to wait for before it is read."""
+    if pixels.device.type != "cuda":
+        return pixels.cpu(), None
+    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
+    host.copy_(pixels, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return host, event
+
+
+def _write(pixels: tuple[torch.Tensor, Any], place: int, path: Path) -> Path:
+    images, event = pixels
+    if event is not None:
+        event.synchronize()
+    return save_png(to_pil(images[place]), path)
+
+
+def _complete(run: RunFolder, results: dict[str, Any], labels: torch.Tensor | None, save_tokens: bool) -> dict[str, Any]:
+    """Put the run together, if nothing is missing and no other process does."""
+    if not run.claim():
+        return {**run.identity, **results, "finished": False}
+    tokens = run.tokens()
+    first = [Image.open(run.picture(i)) for i in range(min(GRID_PICTURES, run.identity["num"]))]
+    save_png(picture_grid(first), run.path / "grid.png")
+    if save_tokens:
+        save_tokens_file(run.path / "tokens.npz", tokens, labels)
+    return run.finish({**results, "tokens_sha256": tokens.sha256()})
 
 
 def save_tokens_file(path: str | Path, tokens: Tokens, labels: torch.Tensor | None = None) -> Path:
     """Write token grids (and labels) as a compressed ``.npz`` of plain integer arrays: ``semantic``, ``vq``, ``labels``."""
-    import numpy as np
-
-    grids = {"semantic": tokens.semantic, "vq": tokens.vq, "labels": labels}
-    arrays = {name: grid.cpu().numpy().astype(np.int32) for name, grid in grids.items() if grid is not None}
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as handle:
-            np.savez_compressed(handle, **arrays)
-
-    return write_file(path, write)
+    return write_arrays(Path(path), {"semantic": tokens.semantic, "vq": tokens.vq, "labels": labels})
 
 
 def load_tokens_file(path: str | Path) -> Tokens:

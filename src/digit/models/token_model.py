@@ -112,7 +112,8 @@ class TokenModel(nn.Module):
         """Semantic ids (B, P) to vectors (B, P, D) with their positions."""
         if self.prefix_embedding is None or self.prefix_position_embedding is None:
             raise DigitError("This model takes no semantic prefix, but one was given; only decoders do.")
-        return self.prefix_embedding(prefix) * self.config.embedding_scale + self.prefix_position_embedding.weight
+        x: Tensor = self.prefix_embedding(prefix) * self.config.embedding_scale + self.prefix_position_embedding.weight
+        return x
 
     def embed_tokens(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Ids (B, n) to vectors (B, n, D) without positions; where ``mask`` (B, n) is True the mask vector stands."""

@@ -36,8 +36,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         flat = x.reshape(-1, x.shape[-1]).bfloat16()
-        y = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale).to(x.dtype)
-        y = y.view(*x.shape[:-1], -1)
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+        y = product.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 
 

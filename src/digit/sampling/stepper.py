@@ -37,7 +37,7 @@ class State(NamedTuple):
         free: (B, length) bool, True where to sample; other tokens stay.
         uniform: (B, length) float32 in [0, 1).
         scale: (length,) float32, guidance at each token.
-        index: () int64, the token to draw next.
+        place: () int64, the token to draw next.
         temperature, top_p: () float32.
     """
 
@@ -45,13 +45,13 @@ class State(NamedTuple):
     free: Tensor
     uniform: Tensor
     scale: Tensor
-    index: Tensor
+    place: Tensor
     temperature: Tensor
     top_p: Tensor
 
 
 def advance(model: TokenModel, cache: KVCache, state: State, places: Tensor, guided: bool, knobs: Knobs) -> None:
-    """Draw token ``state.index`` and add 1 to it.
+    """Draw token ``state.place`` and add 1 to it.
 
     Args:
         model: the network.
@@ -62,17 +62,17 @@ def advance(model: TokenModel, cache: KVCache, state: State, places: Tensor, gui
         guided: whether both halves run.
         knobs: of the draw.
     """
-    index = state.index.view(1)
+    index = state.place.view(1)
     token = state.tokens.index_select(1, index - 1).squeeze(1)  # (B,)
     token = torch.cat([token, token]) if guided else token
-    logits = model.step(cache, token, state.index - 1, places.shape[0])  # (B or 2B, V)
+    logits = model.step(cache, token, state.place - 1, places.shape[0])  # (B or 2B, V)
     write(state, logits, guided, knobs)
-    state.index.add_(1)
+    state.place.add_(1)
 
 
 def write(state: State, logits: Tensor, guided: bool, knobs: Knobs) -> None:
-    """Draw token ``state.index`` from logits (B, V), or (2B, V) when guided, where it is free."""
-    index = state.index.view(1)
+    """Draw token ``state.place`` from logits (B, V), or (2B, V) when guided, where it is free."""
+    index = state.place.view(1)
     if guided:
         conditional, unconditional = logits.chunk(2)
         logits = guide(conditional, unconditional, state.scale.index_select(0, index))
@@ -105,7 +105,7 @@ class Stepper:
             free=torch.ones(batch, length, dtype=torch.bool, device=device),
             uniform=torch.zeros(batch, length, device=device),
             scale=torch.ones(length, device=device),
-            index=torch.zeros((), dtype=torch.long, device=device),
+            place=torch.zeros((), dtype=torch.long, device=device),
             temperature=torch.ones((), device=device),
             top_p=torch.ones((), device=device),
         )
@@ -123,7 +123,7 @@ class Stepper:
         return (
             self._weights == _version(model)
             and (self.guided or not guided)
-            and (self.batch // 2 < batch <= self.batch if fixed else batch == self.batch)
+            and (batch <= self.batch if fixed else batch == self.batch)
         )
 
     def begin(self, uniform: Tensor, tokens: Tensor, free: Tensor, scale: list[float], settings: SamplingSettings) -> Knobs:
@@ -144,12 +144,12 @@ class Stepper:
     ) -> None:
         """Run what is known through the network and draw token ``known``."""
         b = self.batch
-        self.state.index.fill_(known)
+        self.state.place.fill_(known)
         logits = model.prefill(self.cache.rows(0, b), b, labels, prefix, self.state.tokens[:, :known])  # (B, V)
         if guided:
             logits = torch.cat([logits, self.catch_up(model, known, prefix)])  # (2B, V)
         write(self.state, logits, guided, knobs)
-        self.state.index.add_(1)
+        self.state.place.add_(1)
 
     def catch_up(self, model: TokenModel, known: int, prefix: Tensor | None) -> Tensor:
         """Fill the unguided half of the cache with ``known`` tokens in one pass; its logits (B, V) of the next token.
@@ -159,11 +159,11 @@ class Stepper:
         b, without = self.batch, self.cache.rows(self.batch, 2 * self.batch)
         if prefix is not None:
             without.copy_from(self.cache.rows(0, b), prefix.shape[1])
-        labels = torch.full((b,), NO_LABEL, device=self.state.index.device)
+        labels = torch.full((b,), NO_LABEL, device=self.state.place.device)
         return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=prefix is not None)
 
     def step(self, model: TokenModel, index: int, knobs: Knobs, guided: bool) -> None:
-        """Draw token ``index``, the one that ``state.index`` points to."""
+        """Draw token ``index``, the one that ``state.place`` points to."""
         network = self._narrow or model
         cache = self.cache if guided or not self.guided else self.cache.rows(0, self.batch)
         reach = model.config.prefix_length + index + 1
@@ -199,13 +199,13 @@ class Stepper:
 
     def _record(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
         """Record a step as a CUDA graph. Warm-up steps repeat the same token, so the index is set back after each."""
-        index = self.state.index.clone()
-        side = torch.cuda.Stream()
+        index = self.state.place.clone()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
                 self._first(*arguments)
-                self.state.index.copy_(index)
+                self.state.place.copy_(index)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):  # recorded, not run
