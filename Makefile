@@ -27,10 +27,10 @@ demo: $(STAMP) ## take CIFAR-10 photographs through every stage; pictures in run
 tour: demo ## the same as demo
 
 test: $(STAMP) ## the fast tests
-	$(BIN)/python -m pytest -m "not slow and not network"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not network"
 
 test-all: $(STAMP) ## every test, slow and network ones too
-	$(BIN)/python -m pytest --timeout 3600
+	$(BIN)/python -m pytest -n 2 --timeout 3600
 
 lint: $(STAMP) ## ruff and mypy
 	$(BIN)/ruff check $(SOURCES)

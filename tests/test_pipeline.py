@@ -5,10 +5,10 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 
+import tiny
 from digit import DigitPipeline
 from digit.errors import DigitError
 from digit.files import write_json
