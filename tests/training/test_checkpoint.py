@@ -63,7 +63,7 @@ def replace_fails_for(name: str):
         ("os.replace", replace_fails_for("optimizers.safetensors")),
         ("os.replace", replace_fails_for("state.json")),
         ("os.rename", fail_with(errno.ENOSPC)),
-        ("digit.files.save_file", fail_with(errno.ENOSPC)),
+        ("safetensors.torch.save_file", fail_with(errno.ENOSPC)),
         ("os.fsync", fail_with(errno.EDQUOT)),
     ],
 )
