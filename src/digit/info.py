@@ -20,8 +20,6 @@ from digit.tokenizers.vqgan import VQGANConfig
 if TYPE_CHECKING:
     from digit.pipeline import DigitPipeline
 
-_TRAINING_FIELDS = {"class_dropout": 0.0, "label_smoothing": 0.0}  # no part of what a model is
-
 
 @dataclass(frozen=True)
 class Part:
@@ -126,10 +124,10 @@ def describe(pipe: DigitPipeline) -> str:
 
 @dataclass(frozen=True)
 class Memory:
-    """What sampling needs, in bytes; the encoder takes no part in it.
+    """What sampling needs, in bytes.
 
     Attributes:
-        weights: of prior, decoder and VQGAN.
+        weights: of all parts, as a pipeline loads them.
         caches: keys and values, of the stage that needs most.
         pixels: activations of the VQGAN's decoder at its widest place.
     """
@@ -145,20 +143,18 @@ class Memory:
 
 
 def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
-    """Estimate the memory of sampling with one decoder, the largest.
+    """Estimate the memory of sampling.
 
     Args:
         parts: of a model.
         batch: images at a time.
-        item: bytes of a number in prior and decoder: 4 for float32, 2 for bfloat16. The VQGAN stays in float32.
+        item: bytes of a number in prior and decoders: 4 for float32, 2 for bfloat16. The other parts stay in float32.
     """
-    by_place = {part.place: part for part in parts}
-    decoders = sorted((p for place, p in by_place.items() if place.startswith("decoder/")), key=lambda p: p.parameters)
-    stages = [part for part in (by_place.get("prior"), *decoders[-1:]) if part is not None]
-    models = [model for part in stages if (model := part.token_model()) is not None]
-    vqgan = by_place.get("vqgan")
-    weights = sum(part.parameters for part in stages) * item + (vqgan.parameters * 4 if vqgan else 0)
+    loaded = [part for part in parts if part.type != "LinearProbe"]
+    models = [model for part in loaded if (model := part.token_model()) is not None]
+    weights = sum(part.parameters * (item if part.type == "TokenModel" else 4) for part in loaded)
     caches = max((cache_bytes(model, item) for model in models), default=0)
+    vqgan = next((part for part in loaded if part.type == "VQGAN"), None)
     pixels = decoder_activation_bytes(from_dict(VQGANConfig, vqgan.config, "vqgan")) if vqgan else 0
     return Memory(weights, caches * batch, pixels * batch)
 
@@ -240,7 +236,7 @@ def _add_part(tree: Tree, part: Part) -> None:
 
 def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
     images = "1 image" if batch == 1 else f"{batch} images"
-    branch = tree.add(f"[bold]memory for sampling[/] {images} at a time, about (the encoder takes no part)")
+    branch = tree.add(f"[bold]memory for sampling[/] {images} at a time, beside what PyTorch itself takes, about")
     for name, item in (("float32", 4), ("bfloat16", 2)):
         m = sampling_memory(parts, batch, item)
         terms = [
@@ -273,10 +269,11 @@ def matching_preset(part: Part) -> str | None:
 
 
 def _network(model: TokenModelConfig) -> TokenModelConfig:
+    """The config with the fields of training, which are no part of the network, set to a standard."""
     transformer = dataclasses.replace(
         model.transformer, dropout=0.0, ffn_dim=model.transformer.ffn_dim or 4 * model.transformer.dim
     )
-    return dataclasses.replace(model, transformer=transformer, **_TRAINING_FIELDS)
+    return dataclasses.replace(model, transformer=transformer, class_dropout=0.0, label_smoothing=0.0)
 
 
 def _token_summary(model: TokenModelConfig) -> str:

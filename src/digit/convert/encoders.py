@@ -180,7 +180,9 @@ def default_heads(family: str, dim: int) -> int:
     if (family, dim) in published:
         return published[family, dim]
     if dim % 64:
-        raise DigitError(f"The number of heads of an encoder of width {dim} is not known and not in its tensors; give heads=.")
+        raise DigitError(
+            f"The number of heads of an encoder of width {dim} is not known and not in its tensors; give heads= (--heads)."
+        )
     return dim // 64
 
 

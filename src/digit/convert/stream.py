@@ -105,6 +105,8 @@ def write_parts(path: str | Path, parts: Parts, used: Callable[[int], None] = la
 def _write_tensor(handle: IO[bytes], tensor: Tensor, used: Callable[[int], None]) -> None:
     rows = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
     row_bytes = max(1, rows[:1].numel() * rows.element_size())
-    for piece in rows.split(max(1, _PIECE // row_bytes)):
-        handle.write(memoryview(piece.contiguous().view(torch.uint8).numpy()))
+    step = max(1, _PIECE // row_bytes)
+    for start in range(0, len(rows), step):
+        piece = rows[start : start + step]
+        handle.write(piece.contiguous().view(torch.uint8).numpy().data)
         used(piece.numel() * piece.element_size())

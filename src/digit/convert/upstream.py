@@ -132,7 +132,11 @@ class _Found:
         return Pages(*{part.file for offers in self.offers.values() for part in offers if part.file})
 
     def _encoder(self, keys: Keys, file: Path) -> Component:
-        return dataclasses.replace(encoder_component(keys, self.heads, {}), file=file)
+        try:
+            return dataclasses.replace(encoder_component(keys, self.heads, {}), file=file)
+        except DigitError as error:
+            text = str(error)
+            raise error if str(file) in text else DigitError(f"The encoder in {file}: {text}") from error
 
     def _offer(self, place: str, component: Component | None) -> None:
         if component is not None:
