@@ -35,3 +35,10 @@ def pick_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise DigitError(f"--dtype {name} was given; expected one of {', '.join(DTYPES)}.")
     return DTYPES[name]
+
+
+def bf16_is_fast(device: torch.device) -> bool:
+    """Whether bfloat16 is quicker than float32 there: on GPUs that know it, and on processors with instructions for it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -20,6 +20,7 @@ from digit.config import load_preset
 from digit.data.dataset import ImageDataset, open_dataset, read_description
 from digit.data.images import save_png, to_tensor
 from digit.data.token_cache import Views, build_token_cache
+from digit.devices import bf16_is_fast, pick_device
 from digit.encoders import load_encoder
 from digit.errors import require
 from digit.files import write_file, write_json
@@ -61,13 +62,16 @@ def run_tour(out: str | Path, data: str | Path | None = None, seed: int = 0, ove
             work()
         seconds[name] = round(time.perf_counter() - begun, 1)
 
+    if bf16_is_fast(pick_device(None)):
+        overrides = ["training.precision=bf16", *overrides]
+    given = "".join(f" --set {item}" for item in overrides)
     source = Path(data) if data is not None else out / "cifar10"
     stage("photographs", f"digit data cifar10 --out {source}", source / "dataset.json", lambda: _build_cifar10(source))
     images = open_dataset(source, "train")
 
     def train_part(run: str, component: str, where: str | Path) -> None:
         preset = f"cifar10-tiny-{'prior-cond' if run == 'prior' else run}"
-        command = f"digit train {component} --preset {preset} --data {where} --out {out / run}"
+        command = f"digit train {component} --preset {preset} --data {where} --out {out / run}{given}"
         stage(
             run,
             command,
