@@ -91,7 +91,7 @@ def test_other_weights_are_not_mixed_in(pipe, reference):
 
 def test_foreign_pictures_are_left_alone_and_overwrite_begins_anew(pipe, tmp_path):
     (tmp_path / "00000.png").write_bytes(b"mine")
-    with pytest.raises(DigitError, match="holds pictures and no generation.json"):
+    with pytest.raises(DigitError, match="holds pictures and no generation"):
         generate_folder(pipe, tmp_path, 2)
     assert (tmp_path / "00000.png").read_bytes() == b"mine"
     assert generate_folder(pipe, tmp_path, 2, overwrite=True)["made"] == 2

@@ -18,6 +18,7 @@ from digit.pipeline import DigitPipeline, Tokens
 from digit.progress import bar
 from digit.runfolder import RunFolder, weights_digest, write_arrays
 from digit.sampling.acceleration import accelerate, compile_seconds, release
+from digit.sampling.engine import check_request
 from digit.visual import picture_grid
 
 GRID_PICTURES = 64
@@ -71,6 +72,7 @@ def generate_folder(
     if labels is None and pipe.num_classes:
         labels = range(pipe.num_classes)
     count, classes = pipe.expand_labels(labels if labels is None else list(labels), num)
+    _check(pipe, classes, decoder, settings)
     identity = {
         "model": pipe.name,
         "weights": weights_digest(pipe),
@@ -101,6 +103,15 @@ def generate_folder(
         "images_per_second": round(todo.made / seconds, 3),
     }
     return _complete(run, results, classes if save_tokens else None, save_tokens)
+
+
+def _check(pipe: DigitPipeline, classes: torch.Tensor | None, decoder: str | None, settings: dict[str, Any]) -> None:
+    """Refuse what cannot be sampled before a folder is made for it."""
+    chosen, later = pipe._settings("prior", settings)
+    check_request(pipe._need("prior"), chosen, classes)
+    pipe._need("vqgan")
+    if pipe.space == "semantic":
+        pipe._settings(pipe.pick_decoder(decoder), later)
 
 
 class _Todo:
@@ -153,7 +164,8 @@ def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
     """Decode (B, 3, S, S), always ``DECODED_AT_ONCE`` together: convolutions round differently for other batch sizes."""
     assert tokens.vq is not None
     parts = []
-    for vq in tokens.vq.split(DECODED_AT_ONCE):
+    for start in range(0, len(tokens.vq), DECODED_AT_ONCE):
+        vq = tokens.vq[start : start + DECODED_AT_ONCE]
         whole = torch.cat([vq, vq[-1:].expand(DECODED_AT_ONCE - len(vq), -1)])
         parts.append(pipe.to_pixels(Tokens(None, whole))[: len(vq)])
     return torch.cat(parts)
@@ -165,7 +177,7 @@ def _to_host(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return pixels.cpu(), None
     host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
     host.copy_(pixels, non_blocking=True)
-    event = torch.cuda.Event()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return host, event
 

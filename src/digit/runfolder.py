@@ -28,7 +28,7 @@ RECORD = "generation.json"
 
 
 def share() -> tuple[int, int]:
-    """This process's number and the count of processes, as torchrun and accelerate launch set them."""
+    """The number of this process and the count of processes, as torchrun and accelerate launch set them."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 

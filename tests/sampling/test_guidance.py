@@ -1,5 +1,7 @@
 """Guidance: the shape of every schedule, the interval, and the combination."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ def test_scales_run_between_one_and_the_asked_scale(schedule, scale, count, powe
     assert len(s) == count
     low, high = min(1, scale), max(1, scale)
     assert all(low - 1e-9 <= x <= high + 1e-9 for x in s)
-    steps = [b - a for a, b in zip(s, s[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(s)]
     assert all(x >= -1e-9 for x in steps) or all(x <= 1e-9 for x in steps)  # monotone
     if schedule == "constant":
         assert s == pytest.approx([scale] * count)

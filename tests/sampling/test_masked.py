@@ -1,6 +1,7 @@
 """The masked engine: schedules, partial masks, guidance, and exactness where it can be computed."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def test_every_token_is_drawn_and_kept_ones_stay(tiny, schedule, steps):
     )
     assert len(left) == steps
     assert not left[-1][1].any()
-    for (before, hidden), (after, still) in zip(left, left[1:], strict=False):
+    for (before, hidden), (after, still) in pairwise(left):
         assert torch.equal(before[~hidden], after[~hidden])
         assert not (still & ~hidden).any()
     assert torch.equal(left[-1][0], out)

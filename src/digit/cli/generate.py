@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,7 +26,10 @@ Variant = Annotated[str | None, typer.Option(help="Which model of a Hub reposito
 
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
+    from digit.cli.edit import edit
+
     app.command()(generate)
+    app.command()(edit)
     app.command()(tokenize)
     app.command()(decode)
     app.command()(reconstruct)
@@ -38,6 +42,8 @@ def load(model: str | None, device: str | None = None, dtype: str = "fp32", vari
     from digit.devices import pick_device, pick_dtype
     from digit.pipeline import DigitPipeline
 
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # one device a process, as torchrun numbers them
     where = pick_device(device)
     kind = pick_dtype(dtype)
     return DigitPipeline.from_pretrained(model, variant=variant).to(where, None if kind == torch.float32 else kind)
@@ -61,11 +67,20 @@ def generate(
     decoder_top_p: Annotated[float | None, typer.Option(help="The same, of the decoder.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures at a time; does not change them.")] = None,
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the sampling steps. Default: if there is enough to do."),
+    ] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
     dtype: Dtype = "fp32",
     device: Device = None,
     variant: Variant = None,
 ) -> None:
     """Generate pictures into a folder: 00000.png ..., grid.png, generation.json.
+
+    A run that was stopped goes on when the same command is given again. Under torchrun or accelerate launch, every process makes its
+    share of the pictures.
 
     Examples:
       digit generate --out pictures
@@ -78,12 +93,18 @@ def generate(
 
     pipe = load(model, device, dtype, variant)
     record = generate_folder(
-        pipe, out, num, parse_labels(labels, pipe), seed, decoder, batch_size, save_tokens,
+        pipe, out, num, parse_labels(labels, pipe), seed, decoder, batch_size, save_tokens, compile, quantize, overwrite,
         steps=steps, cfg_scale=cfg_scale, cfg_schedule=cfg_schedule, temperature=temperature, top_k=top_k, top_p=top_p,
         decoder_temperature=decoder_temperature, decoder_top_k=decoder_top_k, decoder_top_p=decoder_top_p,
     )  # fmt: skip
-    typer.echo(f"{record['num']} pictures in {record['seconds']:.1f} s ({record['images_per_second']:.2f} a second): {out}")
-    typer.echo(f"Look at {out / 'grid.png'}")
+    if not record["made"] and record["finished"]:
+        typer.echo(f"All {record['num']} pictures are there already: {out}")
+    else:
+        speed = f"{record['made']} pictures in {record['seconds']:.1f} s ({record['images_per_second']:.2f} a second)"
+        compiling = f", of it {record['compile_seconds']:.0f} s for compiling" if record["compile_seconds"] >= 1 else ""
+        typer.echo(f"{speed}{compiling}: {out}")
+    if record["finished"]:
+        typer.echo(f"Look at {out / 'grid.png'}")
 
 
 def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
@@ -108,7 +129,7 @@ def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
     return numbers
 
 
-def _pictures(paths: list[Path], size: int):  # type: ignore[no-untyped-def]
+def read_pictures(paths: list[Path], size: int):  # type: ignore[no-untyped-def]
     """Paths of images and folders, and the images (B, 3, size, size)."""
     from digit.data.images import EXTENSIONS, load_images
     from digit.errors import DigitError
@@ -142,7 +163,7 @@ def tokenize(
 
     pipe = load(model, device)
     size = pipe.vqgan.config.resolution if pipe.vqgan is not None else pipe.tokenizer.image_size
-    files, pixels = _pictures(images, size)
+    files, pixels = read_pictures(images, size)
     pixels = pixels.to(pipe.device)
     with torch.inference_mode():
         semantic = None if pipe.space == "vq" else pipe.tokenizer.encode(pixels)
@@ -192,7 +213,7 @@ def reconstruct(
     from digit.reconstruction import reconstruction_sheet
 
     pipe = load(model, device)
-    files, pixels = _pictures(images, pipe.image_size)
+    files, pixels = read_pictures(images, pipe.image_size)
     sheet, pictures = reconstruction_sheet(pipe, pixels, seed, decoder)
     for file, picture in zip(files, pictures, strict=True):
         save_png(picture, out / f"{file.stem}.png")
