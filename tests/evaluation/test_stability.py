@@ -7,9 +7,10 @@ from PIL import Image
 
 from digit.data.images import to_tensor
 from digit.errors import DigitError
+from digit.evaluation import paper
 from digit.evaluation.model_source import open_images
 from digit.evaluation.noise import Change, NoiseLaw, add_noise
-from digit.evaluation.stability import NOISE, OTHERS, PAPER_TABLE, SNRS, Estimate, paper_value, stability, stability_record
+from digit.evaluation.stability import NOISE, OTHERS, Estimate, paper_value, stability, stability_record
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_more_noise_changes_more(pipe, images):
     rows = stability(pipe, images, NOISE)
     for space in ("semantic", "vq"):
         mine = [row for row in rows if row.space == space]
-        assert [row.change.level for row in mine] == list(SNRS)
+        assert [row.change.level for row in mine] == list(paper.SNRS)
         changed, cosine = [row.changed.mean for row in mine], [row.cosine_features.mean for row in mine]
         assert 0 < changed[0] < changed[-1] <= 1
         assert cosine[0] > cosine[-1]
@@ -85,7 +86,7 @@ def test_the_papers_table_stands_beside_ours(pipe, images):
     assert found["semantic", 0.01] == 0.721
     assert found["vq", 12] is None
     assert paper_value(rows[0], "cosine_codes") == paper_value(rows[0], "cosine_features") == 0.975
-    assert all(len(line) == 8 for space in PAPER_TABLE.values() for line in space.values())
+    assert all(len(line) == 8 for space in paper.STABILITY.values() for line in space.values())
 
 
 def test_record_says_how_it_was_measured(pipe, images, tmp_path):

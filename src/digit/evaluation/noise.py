@@ -173,6 +173,7 @@ def shift(images: Tensor, pixels: int) -> Tensor:
     return images[..., columns]
 
 
+@torch.no_grad()
 def perturb_tokens(
     features: Tensor, codes: Tensor, share: float, neighbours: int, numbers: Sequence[int], seed: int = 0
 ) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,7 @@ from digit.data.dataset import ImageDataset
 from digit.data.sampling import Batches, OrderedSampler
 from digit.data.transforms import Transform
 from digit.errors import DigitError
+from digit.evaluation import paper
 from digit.evaluation.model_source import describe_data, pipe_size, prior_tokens
 from digit.evaluation.result import OTHER, OURS, PAPER, Record, describe_model, figure
 from digit.files import write_file
@@ -35,8 +36,6 @@ from digit.pipeline import DigitPipeline
 from digit.progress import bar
 from digit.training.neighbours import neighbour_accuracy
 
-PAPER_TABLE = {"DiGIT, 219M": 71.7, "DiGIT, 732M": 80.3}
-"""Table 2 of arXiv 2410.12490: top-1 in percent on ImageNet, the best layer."""
 AUTHORS_LR, AUTHORS_BATCH = 0.4, 1024
 _CHUNK = 4096  # images classified at a time
 
@@ -355,7 +354,7 @@ def probe_record(
         settings={**to_dict(options), "layers": layers, "views": data.views, "seed_views": data.seed},
         model=model,
         data={"train": describe_data(data.train), "test": describe_data(data.test), "classes": classes},
-        paper={"source": "arXiv 2410.12490, Table 2: ImageNet top-1, %", **PAPER_TABLE},
+        paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [asdict(row) for row in paper.PROBE]},
         notes=_notes(options, data),
         plots=["probe.png"],
         seconds=time.monotonic() - began,

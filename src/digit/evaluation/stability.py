@@ -22,6 +22,7 @@ from torch import Tensor
 from digit.config import to_dict
 from digit.data.dataset import ImageDataset
 from digit.errors import DigitError
+from digit.evaluation import paper
 from digit.evaluation.model_source import describe_data, image_batches, pipe_size
 from digit.evaluation.noise import Change, NoiseLaw, apply_change, realised_snr
 from digit.evaluation.result import OTHER, OURS, Record, describe_model, figure
@@ -29,26 +30,13 @@ from digit.pipeline import DigitPipeline
 from digit.progress import bar
 from digit.tokenizers.codebook import nearest
 
-SNRS = (30.0, 25.0, 20.0, 15.0, 10.0, 5.0, 1.0, 0.01)
-NOISE = tuple(Change(kind="noise", level=snr) for snr in SNRS)
+NOISE = tuple(Change(kind="noise", level=snr) for snr in paper.SNRS)
 OTHERS = (
     *(Change(kind="jpeg", level=quality) for quality in (90, 75, 50)),
     *(Change(kind="blur", level=sigma) for sigma in (0.5, 1.0)),
     Change(kind="shift", level=1),
     *(Change(kind="brightness", level=factor) for factor in (0.8, 1.2)),
 )
-
-PAPER_TABLE = {
-    "vq": {
-        "changed": (0.187, 0.317, 0.487, 0.663, 0.805, 0.901, 0.948, 0.956),
-        "cosine": (0.972, 0.949, 0.910, 0.853, 0.777, 0.682, 0.594, 0.571),
-    },
-    "semantic": {
-        "changed": (0.114, 0.178, 0.260, 0.355, 0.457, 0.570, 0.687, 0.721),
-        "cosine": (0.975, 0.960, 0.940, 0.916, 0.888, 0.855, 0.816, 0.803),
-    },
-}
-"""Table 1 of arXiv 2410.12490 at the levels of :data:`SNRS`: ImageNet, MAGE's VQGAN and DINOv2 with k-means."""
 
 MEASURES = ("changed", "cosine_features", "cosine_codes")
 _NAMES = {"semantic": "semantic tokens", "vq": "VQ tokens"}
@@ -207,7 +195,7 @@ def stability_record(
         settings={"noise": to_dict(law), "snr_unit": "dB", "batch_size": batch_size, "codes": sizes},
         model=describe_model(pipe),
         data=describe_data(dataset),
-        paper={"source": "arXiv 2410.12490, Table 1", "snr": SNRS, **PAPER_TABLE},
+        paper={"source": f"{paper.SOURCE}, Table 1", "snr": paper.SNRS, **paper.STABILITY},
         notes=_notes(law, sizes, len(dataset)),
         plots=plots,
         seconds=time.monotonic() - began,
@@ -234,9 +222,9 @@ def _plain(row: Row) -> dict[str, Any]:
 
 def paper_value(row: Row, measure: str) -> float | None:
     """What Table 1 has in the place of a measure of a row; both cosines stand beside its one."""
-    if row.change.kind != "noise" or row.change.level not in SNRS:
+    if row.change.kind != "noise" or row.change.level not in paper.SNRS:
         return None
-    return PAPER_TABLE[row.space][measure.partition("_")[0]][SNRS.index(row.change.level)]
+    return paper.STABILITY[row.space][measure.partition("_")[0]][paper.SNRS.index(row.change.level)]
 
 
 def _plot(rows: Sequence[Row], out: Path) -> list[str]:
@@ -267,7 +255,7 @@ def _plot_noise(rows: Sequence[Row], path: Path) -> None:
                 axes.fill_between(x, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.2, lw=0)
             for axes, key in ((left, "changed"), (right, "cosine")):
                 shade = {"color": color, "alpha": 0.45, "marker": "x", "markersize": 5}
-                axes.plot(SNRS, PAPER_TABLE[space][key], "--", **shade, label=f"{name}, paper (ImageNet)")
+                axes.plot(paper.SNRS, paper.STABILITY[space][key], "--", **shade, label=f"{name}, paper (ImageNet)")
         left.set(title="Tokens that change", ylabel="share of tokens (lower is more stable)", ylim=(0, 1))
         right.set(title="Cosine before and after", ylabel="cosine similarity (higher is more stable)")
         for axes in (left, right):

@@ -1,0 +1,218 @@
+"""``digit evaluate reconstruction``, ``sweep`` and ``prefix``: measurements of the images that a model makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from digit.cli.evaluate import Backend, Weights
+from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers, show
+from digit.cli.generate import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
+
+if TYPE_CHECKING:
+    from digit.evaluation.fidelity import FidelityOptions
+    from digit.evaluation.sweep import Reference
+
+Split = Annotated[str, typer.Option(help="Split of the images.")]
+Metrics = Annotated[str, typer.Option(help="Any of fid, kid, prc (precision, recall), isc (Inception Score); comma separated.")]
+Images = Annotated[int, typer.Option("--num", "-n", min=2, help="Images a point.")]
+RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
+Fixed = Annotated[list[str] | None, typer.Option("--set", help="A setting of sampling, such as top_k=200; may be repeated.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Mount the commands."""
+    for command in (reconstruction, sweep, prefix):
+        app.command()(command)
+
+
+def fidelity_options(metrics: str, batch_size: int) -> FidelityOptions:
+    """Options from comma separated metrics.
+
+    Raises:
+        DigitError: an unknown metric, or none.
+    """
+    from digit.errors import DigitError
+    from digit.evaluation.fidelity import METRICS, FidelityOptions
+
+    chosen = tuple(part.strip() for part in metrics.split(",") if part.strip())
+    if not chosen or not set(chosen) <= set(METRICS):
+        raise DigitError(f"--metrics {metrics} was given; expected some of {', '.join(METRICS)}.")
+    return FidelityOptions(metrics=chosen, batch_size=batch_size)
+
+
+def open_reference(
+    reference: str, split: str | None, options: FidelityOptions, weights: str, backend: str, device: str | None
+) -> Reference:
+    """The real images, measured now."""
+    from digit.devices import pick_device
+    from digit.evaluation.inception import open_extractor
+    from digit.evaluation.sweep import Reference
+
+    return Reference.of(reference, open_extractor(weights, backend, str(pick_device(device))), options, split)
+
+
+def reconstruction(
+    model: RequiredModel,
+    data: Data,
+    split: Split = "test",
+    num: Num = None,
+    rfid: Annotated[bool, typer.Option(help="Measure FID against the originals.")] = True,
+    lpips: Annotated[str, typer.Option(help="Backbone of LPIPS: alex or vgg; none leaves it out.")] = "alex",
+    lpips_weights: Annotated[str, typer.Option(help="Weights of the backbone: auto or a file.")] = "auto",
+    perturb: Annotated[bool, typer.Option("--perturb", help="Also the FID under perturbed tokens (pFID).")] = False,
+    shares: Annotated[str | None, typer.Option(help="For --perturb: shares of replaced tokens, comma separated.")] = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    weights: Weights = "auto",
+    backend: Backend = "auto",
+    out: Out = Path("reconstruction"),
+    device: Device = None,
+    variant: Variant = None,
+) -> None:
+    """How well real images come back (ceilings of tables 3 and 4): through the VQGAN, and through semantic tokens and decoders.
+
+    Example:  digit evaluate reconstruction runs/demo/model --data data/cifar10 --num 2000 --out runs/demo/reconstruction
+    """
+    from digit.evaluation.model_reconstruction import SHARES, reconstruction_record
+    from digit.evaluation.model_source import open_images
+
+    images, pipe = open_images(data, split, num), load(model, device, variant=variant)
+    extractor, distance, reasons = _networks(rfid, lpips, lpips_weights, weights, backend, str(pipe.device))
+    chosen = SHARES if shares is None else numbers(shares, "--shares")
+    record, rows, perturbed = reconstruction_record(
+        pipe, images, out, extractor, distance, reasons, perturb, chosen, seed=seed, batch_size=batch_size
+    )
+    metrics = {"rfid": "rFID", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
+    table = [[row["name"], *(f"{row['values'][m]:.4f}" if m in row["values"] else "-" for m in metrics)] for row in rows]
+    table += [[f"{row['space']} tokens, perturbed: pFID", f"{row['pfid']:.4f}", "", "", ""] for row in perturbed]
+    show(record, ("path", *metrics.values()), table, out)
+    for reason in dict.fromkeys(reason for row in rows for reason in row["not_measured"].values()):
+        Console().print(f"Note: {reason}", highlight=False, markup=False)
+
+
+def _networks(
+    rfid: bool, lpips: str, lpips_weights: str, weights: str, backend: str, device: str
+) -> tuple[Any, Any, dict[str, str]]:
+    """The networks of rFID and LPIPS; where one cannot be had, None and the reason, for the other values are still worth it."""
+    from digit.errors import DigitError
+    from digit.evaluation.inception import open_extractor
+    from digit.evaluation.lpips import load_lpips
+
+    extractor, distance, reasons = None, None, {}
+    if rfid:
+        try:
+            extractor = open_extractor(weights, backend, device)
+        except DigitError as error:
+            reasons["rfid"] = str(error)
+    if lpips != "none":
+        try:
+            distance = load_lpips(lpips, lpips_weights, device)
+        except DigitError as error:
+            reasons["lpips"] = str(error)
+    left_out = {"rfid": "left out by --no-rfid.", "lpips": "left out by --lpips none."}
+    return extractor, distance, {**left_out, **reasons}
+
+
+def sweep(
+    model: RequiredModel,
+    reference: RealImages,
+    vary: Annotated[
+        list[str],
+        typer.Option(help="A setting and its values, such as top_k=0,50,200 or decoder_top_p=0.8,1; may be repeated."),
+    ],
+    num: Images = 1000,
+    grid: Annotated[bool, typer.Option("--grid", help="All combinations; else one setting at a time.")] = False,
+    fixed: Fixed = None,
+    metrics: Metrics = "fid,isc,prc",
+    reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes; all in turns if left out.")] = None,
+    decoder: Decoder = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    weights: Weights = "auto",
+    backend: Backend = "auto",
+    out: Out = Path("sweep"),
+    device: Device = None,
+    variant: Variant = None,
+) -> None:
+    """Fidelity over top-k, top-p, temperature, guidance, steps (figure 6). Repeat an interrupted command to go on.
+
+    Example:  digit evaluate sweep runs/demo/model --reference data/cifar10 --vary top_k=0,20,50 --vary decoder_top_p=0.8,1 --num 1000
+    """
+    from digit.evaluation.model_source import SamplingRun
+    from digit.evaluation.sweep import TITLES, measured, parse_axes, parse_settings, sweep_record
+
+    axes = parse_axes(vary)
+    settings = parse_settings(fixed or [])
+    pipe = load(model, device, variant=variant)
+    run = SamplingRun(pipe, num, seed, parse_labels(labels, pipe), decoder, batch_size, settings)
+    options = fidelity_options(metrics, batch_size)
+    record, points = sweep_record(
+        run, axes, open_reference(reference, reference_split, options, weights, backend, device), out, grid
+    )
+    shown = measured(points)
+    rows = [
+        [
+            ", ".join(f"{k} {v}" for k, v in p["settings"].items()),
+            *(f"{p['values'][m]:.4f}" for m in shown),
+            f"{p['seconds']:.0f}",
+        ]
+        for p in points
+    ]
+    show(record, ("settings", *(TITLES[m] for m in shown), "seconds"), rows, out)
+
+
+def prefix(
+    model: RequiredModel,
+    data: Data,
+    baseline: Annotated[str | None, typer.Option(help="A second model for comparison, such as one over VQ tokens.")] = None,
+    split: Split = "test",
+    num: Num = None,
+    shares: Annotated[
+        str, typer.Option(help="Shares of the tokens that are given, comma separated.")
+    ] = "0,0.125,0.25,0.5,0.75,1",
+    reference: Annotated[str | None, typer.Option(help="Real images or their .npz; those of --data if left out.")] = None,
+    reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
+    fixed: Fixed = None,
+    metrics: Metrics = "fid,isc",
+    decoder: Decoder = None,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    weights: Weights = "auto",
+    backend: Backend = "auto",
+    out: Out = Path("prefix"),
+    device: Device = None,
+) -> None:
+    """Fidelity against the length of a given prefix of real tokens (figure 4b). Repeat an interrupted command to go on.
+
+    Example:  digit evaluate prefix runs/demo/model --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/demo/prefix
+    """
+    from digit.evaluation.model_source import open_images
+    from digit.evaluation.prefix import as_runs, prefix_record
+    from digit.evaluation.sweep import TITLES, measured, parse_settings
+
+    images = open_images(data, split, num)
+    pipes = [load(name, device) for name in (model, baseline) if name]
+    settings = parse_settings(fixed or [])
+    runs = as_runs(pipes, seed=seed, batch_size=batch_size, settings=settings)
+    if decoder:  # the first model's; a baseline has none
+        from dataclasses import replace
+
+        first = next(iter(runs))
+        runs[first] = replace(runs[first], decoder=decoder)
+    options = fidelity_options(metrics, batch_size)
+    real, real_split = (data, split) if reference is None else (reference, reference_split)
+    record, curves = prefix_record(
+        runs, images, open_reference(real, real_split, options, weights, backend, device), out, numbers(shares, "--shares")
+    )
+    shown = measured([point for points in curves.values() for point in points])
+    rows = [
+        [name, f"{point['share']:.1%}", str(point["given"]), *(f"{point['values'][m]:.4f}" for m in shown)]
+        for name, points in curves.items()
+        for point in points
+    ]
+    show(record, ("model", "given", "tokens", *(TITLES[m] for m in shown)), rows, out)

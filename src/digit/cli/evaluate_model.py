@@ -1,0 +1,226 @@
+"""``digit evaluate stability``, ``probe`` and ``screen``: measurements of tokens and of the prior."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from digit.cli.generate import Device, RequiredModel, Seed, Variant, load
+
+if TYPE_CHECKING:
+    from digit.data.dataset import ImageDataset
+    from digit.evaluation.result import Record
+
+Data = Annotated[str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")]
+Split = Annotated[str, typer.Option(help="Split of the images.")]
+Num = Annotated[int | None, typer.Option("--num", "-n", min=2, help="How many images, spread over the set; all if left out.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for result.json, plots and tables.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the values.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Mount the commands."""
+    from digit.cli import evaluate_images  # which shares this module's options
+
+    for command in (stability, probe, screen):
+        app.command()(command)
+    evaluate_images.add_to(app)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Comma separated numbers.
+
+    Raises:
+        DigitError: something else.
+    """
+    from digit.errors import DigitError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DigitError(f"{option} {text} was given; expected numbers separated by commas, such as 0.5,1.") from error
+
+
+def show(record: Record, columns: Sequence[str], rows: Sequence[Sequence[str]], out: Path) -> None:
+    """Print a table, the notes, and where everything is."""
+    table = Table(title=record.title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for note in record.notes:
+        console.print(f"Note: {note}", highlight=False, markup=False)
+    files = ", ".join(["result.json", *record.plots])
+    console.print(f"Written to {out}: {files} ({record.seconds:.0f} s)", highlight=False, markup=False)
+
+
+# ---- tokens ----------------------------------------------------------------------------------------------------------
+
+
+def stability(
+    model: RequiredModel,
+    data: Data,
+    split: Split = "train",
+    num: Num = None,
+    snr: Annotated[str | None, typer.Option(help="Levels in dB, comma separated; the paper's eight if left out.")] = None,
+    signal: Annotated[str, typer.Option(help="Signal power of an image: power (mean square) or variance.")] = "power",
+    clip: Annotated[bool, typer.Option(help="Cut noisy pixels back to 0..1.")] = True,
+    noise_only: Annotated[bool, typer.Option("--noise-only", help="Leave out JPEG, blur, shift and brightness.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    batch_size: BatchSize = 64,
+    out: Out = Path("stability"),
+    device: Device = None,
+    variant: Variant = None,
+) -> None:
+    """How much tokens move when pixels hardly do (Table 1): share of changed tokens and cosine, semantic and VQ.
+
+    Example:  digit evaluate stability runs/demo/model --data data/cifar10 --split test --num 2000 --out runs/demo/stability
+    """
+    from digit.config import from_dict
+    from digit.evaluation import paper
+    from digit.evaluation.model_source import open_images
+    from digit.evaluation.noise import Change, NoiseLaw
+    from digit.evaluation.stability import MEASURES, OTHERS, paper_value, stability_record
+
+    law = from_dict(NoiseLaw, {"signal": signal, "clip": clip, "seed": seed}, "The noise")
+    levels = numbers(snr, "--snr") if snr else paper.SNRS
+    changes = [*(Change(kind="noise", level=level) for level in levels), *([] if noise_only else OTHERS)]
+    images, pipe = open_images(data, split, num), load(model, device, variant=variant)
+    record, rows = stability_record(pipe, images, out, changes, law, batch_size)
+    cells = []
+    for row in rows:
+        theirs = [paper_value(row, measure) for measure in MEASURES[:2]]
+        ours = [str(getattr(row, measure)) for measure in MEASURES]
+        cells.append([row.space, str(row.change), *ours, *("" if value is None else f"{value:.3f}" for value in theirs)])
+    columns = ("tokens", "change", "changed", "cosine of features", "cosine of codes", "paper: changed", "paper: cosine")
+    show(record, columns, cells, out)
+
+
+def probe(
+    model: RequiredModel,
+    data: Data,
+    train_split: Annotated[str, typer.Option(help="Split that the classifiers learn from.")] = "train",
+    test_split: Annotated[str, typer.Option(help="Split that they are judged on.")] = "test",
+    holdout: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Judge on this share of the training split instead; for data without a test split."),
+    ] = 0.0,
+    num: Num = None,
+    layers: Annotated[
+        str, typer.Option(help="paper leaves the last block out, as the authors do; all takes it too.")
+    ] = "paper",
+    encoder: Annotated[bool, typer.Option(help="Also probe the encoder's own features, the ceiling.")] = True,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the kept features.")] = 80,
+    lr: Annotated[str, typer.Option(help="Learning rates at a batch of 1,024, comma separated.")] = "0.4",
+    views: Annotated[int, typer.Option(min=0, help="Random crops of each training image; 0 takes its middle.")] = 0,
+    standardize: Annotated[
+        bool, typer.Option("--standardize", help="Bring features to one scale; not the paper's way.")
+    ] = False,
+    knn: Annotated[int, typer.Option(min=0, help="Neighbours of the k-NN check; 0 leaves it out.")] = 20,
+    seed: Seed = 0,
+    batch_size: BatchSize = 64,
+    out: Out = Path("probe"),
+    device: Device = None,
+    variant: Variant = None,
+) -> None:
+    """What each layer of the prior knows about classes (Table 2, figure 3b), by linear classifiers and k-NN.
+
+    Features are kept in --out: another --lr or --epochs costs minutes.
+
+    Example:  digit evaluate probe runs/demo/model --data data/cifar10 --layers all --lr 0.1,0.4,1.6 --out runs/demo/probe
+    """
+    from digit.config import from_dict
+    from digit.evaluation.model_source import open_images
+    from digit.evaluation.probe import ProbeData, ProbeOptions, probe_record
+
+    given = {"epochs": epochs, "lrs": numbers(lr, "--lr"), "standardize": standardize, "neighbours": knn, "seed": seed}
+    options = from_dict(ProbeOptions, given, "The probe")
+    train, test = train_and_test(open_images(data, train_split, num), data, test_split, holdout)
+    pipe = load(model, device, variant=variant)
+    record, scores, ceiling = probe_record(
+        pipe, ProbeData(train, test, views, seed, batch_size, out), out, options, layers, encoder
+    )
+    rows = [
+        [name, f"{100 * score.best[0]:.2f}", f"{score.best[1]:g}", "" if score.knn is None else f"{100 * score.knn:.2f}"]
+        for name, score in [
+            *((f"state {s.state}" + (" (embedding)" if s.state == 0 else ""), s) for s in scores),
+            *([("encoder", ceiling)] if ceiling else []),
+        ]
+    ]
+    show(record, ("features", "top-1, %", "best lr", "k-NN, %"), rows, out)
+
+
+def train_and_test(train: ImageDataset, data: str, test_split: str, holdout: float) -> tuple[ImageDataset, ImageDataset]:
+    """The images to learn from and those to be judged on."""
+    from digit.errors import DigitError
+    from digit.evaluation.model_source import open_images
+    from digit.evaluation.probe import split_off
+
+    if holdout:
+        return split_off(train, holdout)
+    try:
+        return train, open_images(data, test_split)
+    except DigitError as error:
+        raise DigitError(f"{error} To judge on a part of the training images instead, give --holdout 0.2.") from error
+
+
+# ---- ablations -------------------------------------------------------------------------------------------------------
+
+
+def screen(
+    models: Annotated[list[str], typer.Argument(help="Models with encoder and codebook, or with a VQGAN; prior not needed.")],
+    data: Data,
+    clusters: Annotated[str | None, typer.Option(help="Fit codebooks of these sizes for each encoder, such as 64,256.")] = None,
+    split: Split = "train",
+    test_split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test",
+    holdout: Annotated[float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")] = 0.0,
+    num: Num = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of the short training.")] = 300,
+    dim: Annotated[int, typer.Option(min=8, help="Width of the small prior.")] = 128,
+    depth: Annotated[int, typer.Option(min=1, help="Its blocks.")] = 4,
+    seed: Seed = 0,
+    out: Out = Path("screen"),
+    device: Device = None,
+) -> None:
+    """Rank tokens (codebook sizes, encoders, layers) by a short training of a small prior, before training for days.
+
+    Example:  digit evaluate screen runs/conv/model runs/vit/model --clusters 64,256,1024 --data data/cifar10 --out runs/screen
+    """
+    from digit.config import from_dict
+    from digit.evaluation.ablation import ScreenOptions, candidates, screen_record
+    from digit.evaluation.model_source import open_images
+
+    heads = max(1, dim // 32)
+    given = {"steps": steps, "dim": dim, "depth": depth, "heads": heads if dim % heads == 0 else 1, "seed": seed}
+    options = from_dict(ScreenOptions, given, "The screening")
+    train, test = train_and_test(open_images(data, split, num), data, test_split, holdout)
+    sizes = [int(number) for number in numbers(clusters, "--clusters")] if clusters else []
+    pipes = {name: load(name, device) for name in models}
+    short = {_short(name, models): pipe for name, pipe in pipes.items()}
+    record, lines = screen_record(candidates(short, sizes, train, seed=seed), train, test, out, options, device)
+    rows = [
+        [
+            str(place), line["name"], f"{100 * line['middle']:.2f}", f"{100 * line['best']:.2f} (state {line['best_state']})",
+            f"{line['nats_per_token']:.3f}", f"{line['bits_per_image']:.0f}", f"{100 * line['saved']:.1f}",
+        ]
+        for place, line in enumerate(lines, 1)
+    ]  # fmt: skip
+    columns = ("rank", "tokens", "middle layer, %", "best layer, %", "nats/token", "bits/image", "saved of log K, %")
+    show(record, columns, rows, out)
+
+
+def _short(name: str, models: Sequence[str]) -> str:
+    """As much of a path as tells it from the others: "conv" of runs/conv/model, unless another ends the same way."""
+    parts = [part for part in Path(name).parts if part not in ("model", "/")]
+    others = [[p for p in Path(m).parts if p not in ("model", "/")] for m in models if m != name]
+    for count in range(1, len(parts) + 1):
+        if all(other[-count:] != parts[-count:] for other in others):
+            return "/".join(parts[-count:])
+    return name
