@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from digit.files import write_json
+
+if TYPE_CHECKING:
+    from digit.evaluation.model_source import SamplingRun
 
 app = typer.Typer(no_args_is_help=True, help="Measure generated images, tokens and models.")
 
@@ -35,7 +38,9 @@ def show(title: str, values: dict[str, str], notes: list[str], out: Path | None,
 
 @app.command()
 def fidelity(
-    source: Annotated[str, typer.Argument(help="A folder of images, tar shards, a data set, or a .npz of statistics.")],
+    source: Annotated[
+        str, typer.Argument(help="A folder of images, tar shards, a data set, a .npz of statistics, or a model.")
+    ],
     reference: Annotated[str | None, typer.Option(help="The real images or their .npz; none measures only --isc.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of the source, such as test.")] = None,
     reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
@@ -43,7 +48,10 @@ def fidelity(
     kid: Annotated[bool, typer.Option("--kid", help="Kernel Inception Distance.")] = False,
     prc: Annotated[bool, typer.Option("--prc", help="Precision and recall.")] = False,
     isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
-    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many source images.")] = None,
+    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many images; a model generates as many.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of a model's generation.")] = 0,
+    decoder: Annotated[str | None, typer.Option(help="A model's decoder: ar, masked.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="A model's sampling setting, such as top_k=200.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step; the values do not depend on it.")] = 64,
     kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
     weights: Weights = "auto",
@@ -51,27 +59,60 @@ def fidelity(
     device: Device = "cpu",
     out: Out = None,
 ) -> None:
-    """Compare images with a reference: FID, KID, precision and recall, Inception Score."""
+    """Compare images with a reference: FID, KID, precision and recall, Inception Score.
+
+    A model is measured straight from sampling, all classes in turns, without writing files:
+
+      digit evaluate fidelity runs/demo/model --num 10000 --reference data/cifar10 --set top_k=50
+    """
     from digit.evaluation.features import is_statistics
     from digit.evaluation.fidelity import FidelityOptions
     from digit.evaluation.fidelity import fidelity as measure_fidelity
     from digit.evaluation.inception import open_extractor
+    from digit.evaluation.result import describe_model, hardware, versions
 
     wanted = {"fid": fid and reference is not None, "kid": kid, "prc": prc, "isc": isc}
     options = FidelityOptions(
         metrics=tuple(name for name, on in wanted.items() if on), batch_size=batch_size, kid_subset_size=kid_subset_size
     )
     saved = is_statistics(source) and is_statistics(reference)
+    run = _sampling_run(source, num, seed, decoder, settings or [], batch_size, device)
     result = measure_fidelity(
-        source,
+        run.batches() if run else source,
         reference,
         extractor=None if saved else open_extractor(weights, backend, device),
         options=options,
+        source_name=run.pipe.name if run else None,
         source_split=split,
         reference_split=reference_split,
         total=num,
     )
-    show("Fidelity", result.rows(), result.notes, out, result.to_dict())
+    facts = result.to_dict()
+    if run:
+        facts |= {"model": describe_model(run.pipe), "sampling": run.describe()}
+    show("Fidelity", result.rows(), result.notes, out, {**facts, "hardware": hardware(), "versions": versions()})
+
+
+def _sampling_run(
+    source: str, num: int | None, seed: int, decoder: str | None, settings: list[str], batch_size: int, device: str
+) -> SamplingRun | None:
+    """A run of generation where the source is a model: a folder, or the name of a packaged one."""
+    from digit.errors import DigitError
+    from digit.hub import INDEX, packaged_models
+
+    if not (Path(source) / INDEX).is_file() and source not in packaged_models():
+        if decoder or settings:
+            raise DigitError(f"--decoder and --set are for models, and {source} is none: there is no {INDEX} in it.")
+        return None
+    if num is None:
+        raise DigitError("How many images the model should generate is not said; give --num, such as --num 10000.")
+    from digit.cli.generate import load
+    from digit.evaluation.model_source import SamplingRun
+    from digit.evaluation.sweep import parse_settings
+
+    run = SamplingRun(load(source, device), num, seed, None, decoder, batch_size, parse_settings(settings))
+    run.check()
+    return run
 
 
 @app.command()

@@ -1,0 +1,184 @@
+"""Every command of digit evaluate for models, end to end: the terminal, result.json, plots."""
+
+import json
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from digit.cli import evaluate, evaluate_model
+from digit.data.images import save_png
+from digit.errors import DigitError
+from digit.files import write_tensors
+
+
+@pytest.fixture(scope="module")
+def app():
+    commands = typer.Typer()
+    evaluate_model.add_to(commands)
+    commands.command(name="fidelity")(evaluate.fidelity)
+    return commands
+
+
+@pytest.fixture
+def run(app, monkeypatch):
+    """Run a command; errors for users come out as they are."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*words):
+        result = CliRunner().invoke(app, [str(word) for word in words])
+        if result.exception is not None:
+            raise result.exception
+        return result.stdout
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def weights(random_inception, tmp_path_factory):
+    return write_tensors(tmp_path_factory.mktemp("inception") / "random.safetensors", random_inception.tensors)
+
+
+def read(folder, kind):
+    result = json.loads((folder / "result.json").read_text())
+    assert result["kind"] == kind
+    assert result["hardware"]["cores"] >= 1
+    assert {"digit-ar", "torch", "python"} <= result["versions"].keys()
+    assert result["seconds"] > 0
+    for plot in result["plots"]:
+        assert min(Image.open(folder / plot).size) > 300
+    return result
+
+
+def test_stability(run, model_folder, cifar512, tmp_path):
+    text = run(
+        "stability", model_folder, "--data", cifar512, "--num", 24, "--out", tmp_path, "--signal", "variance", "--no-clip"
+    )
+    result = read(tmp_path, "stability")
+    assert result["settings"]["noise"] == {"signal": "variance", "clip": False, "seed": 0}
+    assert result["data"] | {"fingerprint": ""} == {
+        "name": "cifar512", "path": None, "split": "train", "images": 24, "fingerprint": ""
+    }  # fmt: skip
+    assert result["plots"] == ["stability.png", "changes.png"]
+    assert "noise at 0.01 dB" in text
+    assert "0.721" in text  # the paper's column
+    assert "against the variance of each image's pixels in 0..1; not clipped" in text
+
+
+def test_stability_with_own_levels(run, model_folder, cifar512, tmp_path):
+    run("stability", model_folder, "--data", cifar512, "-n", 8, "--snr", "12,3", "--noise-only", "-o", tmp_path)
+    assert {row["level"] for row in read(tmp_path, "stability")["values"]} == {12, 3}
+    with pytest.raises(DigitError, match="--snr twelve"):
+        run("stability", model_folder, "--data", cifar512, "--snr", "twelve")
+    with pytest.raises(DigitError, match="signal"):
+        run("stability", model_folder, "--data", cifar512, "--signal", "loudness")
+
+
+def test_probe_and_a_second_learning_rate_from_kept_features(run, model_folder, cifar512, tmp_path, monkeypatch):
+    words = ["probe", model_folder, "--data", cifar512, "--holdout", 0.25, "--epochs", 5, "--out", tmp_path]
+    text = run(*words)
+    assert "state 0 (embedding)" in text
+    result = read(tmp_path, "probe")
+    assert [layer["state"] for layer in result["values"]["layers"]] == [0, 1]
+    monkeypatch.setattr("digit.evaluation.probe.collect_features", lambda *_: pytest.fail("features were kept"))
+    run(*words, "--layers", "all", "--lr", "0.1,4", "--no-encoder")
+    result = read(tmp_path, "probe")
+    assert [layer["state"] for layer in result["values"]["layers"]] == [0, 1, 2]
+    assert result["values"]["layers"][0]["by_lr"].keys() == {"0.1", "4.0"}
+    assert result["values"]["encoder"] is None
+
+
+def test_probe_says_what_to_do_without_a_test_split(run, model_folder, cifar512, tmp_path):
+    with pytest.raises(DigitError, match=r"no split 'test'.*give --holdout"):
+        run("probe", model_folder, "--data", cifar512, "--out", tmp_path)
+
+
+def test_reconstruction_without_networks(run, model_folder, cifar512, tmp_path):
+    text = run(
+        "reconstruction", model_folder, "--data", cifar512, "--split", "train", "-n", 12, "--no-rfid", "--lpips", "none",
+        "-o", tmp_path,
+    )  # fmt: skip
+    result = read(tmp_path, "reconstruction")
+    assert [set(row["values"]) for row in result["values"]] == [{"psnr", "ssim"}] * 3
+    assert "semantic tokens, masked decoder" in text
+    assert "not measured: left out by --no-rfid." in text
+
+
+def test_screen(run, model_folder, cifar512, tmp_path):
+    text = run(
+        "screen", model_folder, "--clusters", "3,12", "--data", cifar512, "--holdout", 0.25, "--steps", 20, "--dim", 32,
+        "--depth", 2, "-o", tmp_path, "--device", "cpu",
+    )  # fmt: skip
+    result = read(tmp_path, "screen")
+    assert sorted(line["vocabulary"] for line in result["values"]) == [3, 12]
+    assert "tiny, K = 12" in text
+
+
+def test_sweep_refuses_nonsense_before_it_works(run, model_folder, cifar512):
+    with pytest.raises(DigitError, match="expected the form NAME"):
+        run("sweep", model_folder, "--reference", cifar512, "--vary", "top_k")
+    with pytest.raises(DigitError, match="--metrics fad"):
+        run("sweep", model_folder, "--reference", cifar512, "--vary", "top_k=1", "--metrics", "fad")
+
+
+def test_fidelity_of_a_model_needs_a_number(run, model_folder, cifar512):
+    with pytest.raises(DigitError, match="give --num"):
+        run("fidelity", model_folder, "--reference", cifar512)
+    with pytest.raises(DigitError, match="is none"):
+        run("fidelity", cifar512, "--reference", cifar512, "--set", "top_k=3")
+
+
+# ---- through the real network's layout; minutes, for FID's square root of a 2048 x 2048 matrix ------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_fidelity_straight_from_sampling(run, model_folder, pipe, cifar512, weights, tmp_path):
+    """The same numbers as from the files that digit generate writes."""
+    how = ["--reference", cifar512, "--weights", weights, "--backend", "torch", "--isc"]
+    run("fidelity", model_folder, "--num", 20, "--seed", 3, "--set", "top_k=4", *how, "--out", tmp_path / "a.json")
+    for number, picture in enumerate(pipe(labels=range(10), num=20, seed=3, top_k=4)):
+        save_png(picture, tmp_path / "pictures" / f"{number:05d}.png")
+    run("fidelity", tmp_path / "pictures", *how, "--out", tmp_path / "b.json")
+    direct, files = (json.loads((tmp_path / name).read_text()) for name in ("a.json", "b.json"))
+    assert direct["values"] == pytest.approx(files["values"], rel=1e-5)
+    assert direct["sampling"]["settings"] == {"top_k": 4}
+    assert direct["model"]["parts"]["prior"]["parameters"] > 0
+    assert direct["source"]["name"] == "tiny"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sweep_prefix_and_reconstruction(run, model_folder, vq_pipe, cifar512, weights, tmp_path):
+    folder = tmp_path / "images"
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        save_png(Image.fromarray(pixels), folder / f"{number}.png")
+    network = ["--weights", weights, "--backend", "torch"]
+    out = tmp_path / "sweep"
+    words = ["sweep", model_folder, "--reference", folder, "--num", 8, *network, "--metrics", "fid,prc", "--out", out]
+    text = run(*words, "--vary", "top_k=2,0", "--vary", "decoder_top_p=0.5", "--set", "temperature=0.9")
+    result = read(out, "sweep")
+    assert [p["prior_shared"] for p in result["values"]["points"]] == [False, False, True]
+    assert result["plots"] == ["sweep-top_k.png"]
+    assert "decoder_top_p 0.5" in text
+    assert len((out / "sweep.csv").read_text().splitlines()) == 4
+
+    baseline, out = vq_pipe.save_pretrained(tmp_path / "vq"), tmp_path / "prefix"
+    words = ["prefix", model_folder, "--baseline", baseline, "--data", cifar512, "--split", "train", "-n", 8, *network]
+    run(*words, "--reference", folder, "--metrics", "fid", "--shares", "0,1", "--out", out)
+    result = read(out, "prefix")
+    assert [(c["space"], [p["given"] for p in c["points"]]) for c in result["values"]] == [
+        ("semantic", [0, 16]),
+        ("vq", [0, 16]),
+    ]
+
+    out = tmp_path / "reconstruction"
+    words = ["reconstruction", model_folder, "--data", cifar512, "--split", "train", "-n", 8, *network, "--lpips", "none"]
+    text = run(*words, "--perturb", "--shares", "0.9", "--out", out)
+    result = read(out, "reconstruction")
+    assert all("rfid" in row["values"] for row in result["values"])
+    assert [row["space"] for row in result["settings"]["perturbation"]] == ["vq", "semantic"]
+    assert "vq tokens, perturbed: pFID" in text
