@@ -6,6 +6,7 @@ import torch
 from digit.config import from_dict, load_preset, preset_names
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.training.config import TrainingConfig
+from digit.training.extras import Extras
 from digit.training.tasks.tokens import TokenData
 
 SPECIALS = 5
@@ -36,7 +37,8 @@ def dropped_rows(model: TokenModel) -> int:
 @pytest.mark.parametrize("name", TOKEN_MODELS)
 def test_every_section_is_valid(name):
     preset = load_preset(name)
-    assert set(preset) == {"component", "model", "data", "training"}
+    assert set(preset) == {"component", "model", "data", "objective", "training"}
+    assert from_dict(Extras, preset["objective"], name) == Extras()
     from_dict(TokenModelConfig, preset["model"], name)
     from_dict(TrainingConfig, preset["training"], name)
     from_dict(TokenData, preset["data"], name)

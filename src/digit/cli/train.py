@@ -150,6 +150,17 @@ def train(
     model: Annotated[
         str | None, typer.Option("--model", help="A model whose VQGAN shows samples as pictures (training.sample_every).")
     ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Fine-tune a saved prior or decoder, given it, its training run, or a whole model."),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None,
+        typer.Option(help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head."),
+    ] = None,
+    lora: Annotated[
+        int, typer.Option(min=0, help="With --from, train changes of this rank instead of the weights (LoRA); 0 is off.")
+    ] = 0,
     workers: Annotated[int | None, typer.Option(min=0, help="Data loading threads; default: the preset's.")] = None,
     device: Device = None,
 ) -> None:
@@ -159,20 +170,27 @@ def train(
 
     Example:  digit train decoder --preset cifar10-tiny-masked --set training.steps=2000 --data runs/tokens --out runs/decoder
 
+    Example:  digit train prior --from runs/prior --preset cifar10-tiny-prior-cond --data my-tokens --lora 8 --out runs/mine
+
     On several GPUs:  accelerate launch --num_processes 8 -m digit train prior --preset ... --data ... --out ...
     """
     from digit.config import load_preset
+    from digit.errors import DigitError
     from digit.training.build import build_task
+    from digit.training.finetune import FineTune
     from digit.training.loop import Interrupted
     from digit.training.loop import train as run
 
     changes = [*(settings or []), *([] if workers is None else [f"training.workers={workers}"])]
+    if start is None and (freeze or lora):
+        raise DigitError("--freeze and --lora change how a saved model is trained; give it with --from.")
+    origin = None if start is None else FineTune(source=start, freeze=tuple(freeze or ()), lora=lora)
     vqgan = None
     if model is not None:
         from digit.pipeline import DigitPipeline
 
         vqgan = DigitPipeline.from_pretrained(model).vqgan
-    task, config = build_task(component.value, load_preset(preset, changes), data, preset, vqgan)
+    task, config = build_task(component.value, load_preset(preset, changes), data, preset, vqgan, origin)
     try:
         folder = run(task, config, out, resume=resume, device=device)
     except Interrupted as stop:

@@ -196,6 +196,10 @@ class TokenModel(nn.Module):
         else:
             logits = self(tokens[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
             targets = tokens.flatten()
+        return self.score(logits, targets, z_loss)
+
+    def score(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of logits (m, vocab) for targets (m,), and its parts, as :meth:`loss` returns them."""
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
         if z_loss:

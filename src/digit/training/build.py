@@ -6,13 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from digit.config import from_dict
-from digit.data.token_cache import open_token_cache
+from digit.data.token_cache import TokenCache, open_token_cache
 from digit.errors import DigitError
 from digit.models.token_model import TokenModel
 from digit.tokenizers.vqgan import VQGAN
 from digit.training.config import TrainingConfig
 from digit.training.engine import seed_everything
+from digit.training.extras import Extras, load_centroids, set_embeddings
+from digit.training.finetune import FineTune, start_model
 from digit.training.task import Task
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 
@@ -33,9 +37,14 @@ def training_config(preset: Mapping[str, Any], where: str) -> TrainingConfig:
 
 
 def build_task(
-    component: str, preset: Mapping[str, Any], data: str | Path, where: str, vqgan: VQGAN | None = None
+    component: str,
+    preset: Mapping[str, Any],
+    data: str | Path,
+    where: str,
+    vqgan: VQGAN | None = None,
+    start: FineTune | None = None,
 ) -> tuple[Task, TrainingConfig]:
-    """Everything that :func:`digit.training.loop.train` needs, with fresh weights from the preset's seed.
+    """Everything that :func:`digit.training.loop.train` needs, with fresh weights from the preset's seed, or those of a saved model.
 
     Args:
         component: "encoder", "vqgan", "prior" or "decoder".
@@ -43,6 +52,7 @@ def build_task(
         data: a dataset for an encoder or a VQGAN, a token cache for a prior or a decoder.
         where: the preset's name, for messages.
         vqgan: shows the samples of a token model as pictures.
+        start: the saved prior or decoder to begin with, instead of random weights.
 
     Raises:
         DigitError: the preset is another component's, or a section is wrong.
@@ -53,7 +63,9 @@ def build_task(
     config = training_config(preset, where)
     seed_everything(config.seed)
     if component in ("prior", "decoder"):
-        return _tokens(component, preset, data, where, config, vqgan), config
+        return _tokens(component, preset, data, where, config, vqgan, start), config
+    if start is not None:
+        raise DigitError(f"Only a prior or a decoder can start from a saved model; a new {component} changes what tokens mean.")
     if component == "encoder":
         from digit.training.tasks import encoder
 
@@ -64,9 +76,42 @@ def build_task(
 
 
 def _tokens(
-    component: str, preset: Mapping[str, Any], folder: str | Path, where: str, config: TrainingConfig, vqgan: VQGAN | None
+    component: str,
+    preset: Mapping[str, Any],
+    folder: str | Path,
+    where: str,
+    config: TrainingConfig,
+    vqgan: VQGAN | None,
+    start: FineTune | None,
 ) -> Task:
     cache = open_token_cache(folder)
     data = from_dict(TokenData, preset.get("data") or {}, f"{where}, data")
-    model = TokenModel(token_model_config(preset["model"], cache, data, f"{where}, model"))
-    return TokenTask(model, cache, data, component, config.z_loss, vqgan)
+    extras = from_dict(Extras, preset.get("objective") or {}, f"{where}, objective")
+    origin: dict[str, Any] = {}
+    if start is None:
+        model = TokenModel(token_model_config(preset["model"], cache, data, f"{where}, model"))
+    else:
+        model, origin = start_model(start, preset["model"], cache, data, f"{where}, model")
+    if not extras.chosen:
+        return TokenTask(model, cache, data, component, config.z_loss, vqgan, start=origin)
+    extras.check(model.config)
+    centroids = _centroids(extras, cache, data)
+    if extras.centroid_embeddings:
+        if start is not None:
+            raise DigitError(
+                "objective.centroid_embeddings is for new models; one that starts from another has its own vectors."
+            )
+        set_embeddings(model.token_embedding, centroids[data.target])
+        if model.prefix_embedding is not None:
+            set_embeddings(model.prefix_embedding, centroids["semantic"])
+    return TokenTask(model, cache, data, component, config.z_loss, vqgan, extras, centroids, origin)
+
+
+def _centroids(extras: Extras, cache: TokenCache, data: TokenData) -> dict[str, Tensor]:
+    """Those that the extras need."""
+    kinds: set[str] = set()
+    if extras.alignment or extras.soft_targets or extras.centroid_embeddings:
+        kinds.add(data.target)
+    if data.prefix and (extras.prefix_noise or extras.centroid_embeddings):
+        kinds.add(data.prefix)
+    return load_centroids(str(extras.codebook), kinds, cache) if kinds else {}

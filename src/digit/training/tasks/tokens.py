@@ -33,6 +33,7 @@ from digit.models.component import save_component
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling.engine import sample
 from digit.tokenizers.vqgan import VQGAN
+from digit.training.extras import Extras, ExtrasLoss, neighbours, plain
 from digit.training.task import Batch, Loss, Step, Stream
 from digit.visual import picture_grid, token_picture
 
@@ -40,6 +41,7 @@ _HELD_OUT_SEED = 20241031  # which images are held out never changes, or a resum
 _MASK_SEED = 7  # of the masks that validation hides tokens with
 _VALIDATION_BATCH = 64
 _PICTURES = 16
+_INPUTS = ("tokens", "labels", "prefix", "mask")  # of a batch, for the network
 
 
 @config
@@ -118,6 +120,9 @@ class TokenTask:
         component: "prior" or "decoder", as the user calls it.
         z_loss: see :meth:`TokenModel.loss`.
         vqgan: turns samples of VQ tokens into pictures for the log; without it they are shown as coloured cells.
+        extras: what is trained besides; see :mod:`digit.training.extras`.
+        centroids: (K, D) of the kinds of tokens that ``extras`` need, as :func:`~digit.training.extras.load_centroids` gives them.
+        start: for the run's description, from which weights it begins, if not from random ones.
     """
 
     def __init__(
@@ -128,9 +133,16 @@ class TokenTask:
         component: str = "prior",
         z_loss: float = 0.0,
         vqgan: VQGAN | None = None,
+        extras: Extras | None = None,
+        centroids: Mapping[str, Tensor] | None = None,
+        start: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.cache, self.data, self.vqgan = model, cache, data, vqgan
-        self.modules = nn.ModuleDict({"model": TokenLoss(model, z_loss)})
+        self.extras, known = extras or Extras(), centroids or {}
+        loss = ExtrasLoss(model, self.extras, known.get(data.target), z_loss) if extras else TokenLoss(model, z_loss)
+        self.modules = nn.ModuleDict({"model": loss})
+        near = neighbours(known["semantic"], self.extras.prefix_neighbours)[0] if self.extras.prefix_noise else None
+        self._near = near  # (K, m) of the semantic tokens
         shuffled = np.random.default_rng(_HELD_OUT_SEED).permutation(len(cache))
         held_out = min(data.held_out, len(cache) // 10)
         self._held_out, self._train = np.sort(shuffled[:held_out]), np.sort(shuffled[held_out:])
@@ -141,16 +153,20 @@ class TokenTask:
             "model": to_dict(model.config),
             "data": {**to_dict(data), "cache": cache.fingerprint},
         }
+        # named only where there is something to name, so that a plain run is the same as ever
+        more = {"objective": self.extras.chosen, "start": dict(start or {})}
+        self.description = {**self.description, **{name: value for name, value in more.items() if value}}
 
     # -- the protocol --------------------------------------------------------------------------------------------------------
 
     def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
         """All parameters that learn, in one group: the paper decays norms and biases too."""
-        return {"model": [{"params": [p for p in self.model.parameters() if p.requires_grad]}]}
+        return {"model": [{"params": [p for p in self.modules.parameters() if p.requires_grad]}]}
 
     def to_device(self, device: str) -> None:
         """Move the model, and the VQGAN that shows its samples."""
         self.modules.to(device)
+        self._near = None if self._near is None else self._near.to(device)
         if self.vqgan is not None:
             self.vqgan.to(device)
 
@@ -167,10 +183,10 @@ class TokenTask:
             generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
             yield {name: tensor[stream.rows] for name, tensor in self._batch(images, views, generator).items()}
 
-    def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:  # noqa: ARG002 - nothing changes in the course of a run yet
-        """Cross entropy of the next tokens, or of the masked ones."""
-        inputs = {name: batch.get(name) for name in ("tokens", "labels", "prefix", "mask")}
-        value, metrics = self.modules["model"](**inputs)
+    def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
+        """Cross entropy of the next tokens, or of the masked ones, and what the extras add."""
+        shown = self.extras.disturb(batch, step.progress, self._near)
+        value, metrics = self.modules["model"](**{name: batch.get(name) for name in _INPUTS} | shown)
         if "mask" in batch:
             # the mean is over the masked places of the global batch, of which this part may hold more or less than its share
             value = value * (batch["mask"].sum() / batch["expected"].sum())
@@ -190,10 +206,10 @@ class TokenTask:
         for start in range(0, len(self._held_out), _VALIDATION_BATCH):
             images = self._held_out[start : start + _VALIDATION_BATCH]
             generator = torch.Generator().manual_seed(_MASK_SEED + start)
-            batch = self._batch(images, np.full(len(images), self._views[0]), generator, drop_labels=False)
+            batch = self._batch(images, np.full(len(images), self._views[0]), generator, training=False)
             count = float(batch["mask"].sum()) if "mask" in batch else float(batch["tokens"].numel())
             batch = {name: tensor.to(self.model.start.device) for name, tensor in batch.items()}
-            _, metrics = self.modules["model"](**{name: batch.get(name) for name in ("tokens", "labels", "prefix", "mask")})
+            _, metrics = self.modules["model"](**{name: batch.get(name) for name in _INPUTS})
             sums = {name: total + float(metrics[name]) * count for name, total in sums.items()}
             weight += count
         nll, accuracy = sums["nll"] / weight, sums["accuracy"] / weight
@@ -225,20 +241,22 @@ class TokenTask:
             "class_names": self.cache.classes if self.data.labels else [],
             "source": self.cache.info["source"],
         }
-        save_component(folder, self.model, self.model.config, {**provenance, **more})
+        save_component(folder, plain(self.model), self.model.config, {**provenance, **more})
 
     # -- batches -------------------------------------------------------------------------------------------------------------
 
-    def _batch(self, images: np.ndarray, views: np.ndarray, generator: torch.Generator, drop_labels: bool = True) -> Batch:
+    def _batch(self, images: np.ndarray, views: np.ndarray, generator: torch.Generator, training: bool = True) -> Batch:
         batch = {"index": torch.from_numpy(images), "tokens": self.cache.tokens(self.data.target, images, views)}
         if self.data.prefix:
             batch["prefix"] = self.cache.tokens(self.data.prefix, images, views)
         if self.data.labels:
             labels = torch.from_numpy(self.cache.labels[images])
-            batch["labels"] = self.model.drop_labels(labels, generator) if drop_labels else labels
+            batch["labels"] = self.model.drop_labels(labels, generator) if training else labels
         if self.model.config.role == "masked":
             batch["mask"] = random_masks(len(images), self.model.config.length, generator)
             batch["expected"] = batch["mask"].sum(1).float().mean().expand(len(images))  # (B,) masked places an image
+        if training:
+            batch |= self.extras.draw(batch, self.model.config.vocab_size, generator)
         return batch
 
     @cached_property
