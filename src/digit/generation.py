@@ -161,13 +161,19 @@ class _Todo:
 
 
 def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
-    """Decode (B, 3, S, S), always ``DECODED_AT_ONCE`` together: convolutions round differently for other batch sizes."""
+    """Decode (B, 3, S, S), always ``DECODED_AT_ONCE`` together: convolutions round differently for other batch sizes.
+
+    On a GPU the VQGAN computes in the number format of the prior; its weights stay in float32.
+    """
     assert tokens.vq is not None
+    dtype = next(pipe._need("prior").parameters()).dtype
+    narrow = pipe.device.type == "cuda" and dtype != torch.float32
     parts = []
     for start in range(0, len(tokens.vq), DECODED_AT_ONCE):
         vq = tokens.vq[start : start + DECODED_AT_ONCE]
         whole = torch.cat([vq, vq[-1:].expand(DECODED_AT_ONCE - len(vq), -1)])
-        parts.append(pipe.to_pixels(Tokens(None, whole))[: len(vq)])
+        with torch.autocast(pipe.device.type, dtype, enabled=narrow):
+            parts.append(pipe.to_pixels(Tokens(None, whole))[: len(vq)])
     return torch.cat(parts)
 
 

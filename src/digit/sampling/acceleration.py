@@ -6,7 +6,7 @@ Speed belongs to a loaded model, not to a call: :func:`accelerate` it once, and 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 from weakref import WeakKeyDictionary
 

@@ -93,7 +93,7 @@ class Stepper:
     def __init__(self, model: TokenModel, batch: int, guided: bool, compile: bool, quantize: str | None, graphs: bool) -> None:
         device, length = model.start.device, model.config.length
         self.batch, self.guided, self.quantize = batch, guided, quantize
-        self.compiled = compile
+        self.compiled, self.no_compiler = compile, False
         self.graphs = graphs and device.type == "cuda"
         self.reach = model.config.prefix_length + length
         # one position more than is ever read: a slice that might be the whole would be compiled twice
@@ -113,7 +113,7 @@ class Stepper:
         self._weights = _version(model)
         self._narrow = quantized(model) if quantize else None
         self._places = torch.arange(self.reach, device=device)
-        self._step = _compiled() if compile else advance
+        self._step = _compiled(device) if compile else advance
         self._ready: set[tuple[Any, ...]] = set()
         self._recorded: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
 
@@ -189,7 +189,7 @@ class Stepper:
             if not self.compiled:
                 raise
             _say_once(str(error).strip().split("\n")[0])
-            self.compiled, self._step = False, advance
+            self.compiled, self.no_compiler, self._step = False, True, advance
             self._step(*arguments)
 
     def _replay(self, key: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
@@ -223,10 +223,11 @@ def _say_once(reason: str) -> None:
     log.warning("Sampling runs uncompiled, slower and with the same results: no compiler could be used (%s).", reason)
 
 
-def _compiled() -> Callable[..., None]:
+def _compiled(device: torch.device) -> Callable[..., None]:
     """A compiled :func:`advance` of its own: the compiler limits how many variants one function may have."""
     own = types.FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
-    step: Callable[..., None] = torch.compile(own, fullgraph=True)
+    # on a CPU the weights become constants, packed as its matrix products like them; changed weights get another stepper
+    step: Callable[..., None] = torch.compile(own, fullgraph=True, options={"freezing": device.type == "cpu"})
     return step
 
 

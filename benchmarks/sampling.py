@@ -1,0 +1,333 @@
+"""How fast are tokens sampled, against what else one could run, and against what the machine allows?
+
+    python benchmarks/sampling.py                 small model, batch 1, 8 and 64 on a CPU; the paper's models on a CUDA GPU
+    python benchmarks/sampling.py --quick         a minute: a toy model, to see that it works
+
+Side by side in one process, on the same weights where the code is ours: the engine in its variants, the cached but uncompiled loop, the
+same model without a cache, and Hugging Face ``generate`` on a GPT-2 of the same shape. Contenders take turns round after round,
+so that a busy machine is busy for all of them; speed-ups are medians of the ratios within a round. Compiling is done before and
+reported apart. The last line printed is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from digit.batching import allocated, peak, reset_peak
+from digit.config import from_dict
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.sampling import SamplingSettings, sample
+from digit.sampling.acceleration import accelerate, compile_seconds, release
+
+AUTHORS = 0.81  # seconds an image of the authors' loop at batch 8, on two quiet cores of this kind
+SIZES = {
+    "quick": {"dim": 64, "depth": 2, "length": 32, "vocab": 128},
+    "small": {"dim": 512, "depth": 8, "length": 256, "vocab": 1024},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def small_model(size: str) -> TokenModel:
+    s = SIZES[size]
+    torch.manual_seed(0)
+    values = {
+        "role": "prior",
+        "vocab_size": s["vocab"],
+        "length": s["length"],
+        "transformer": {"dim": s["dim"], "depth": s["depth"], "heads": 8},
+    }
+    return TokenModel(from_dict(TokenModelConfig, values, "benchmark")).eval().requires_grad_(False)
+
+
+@dataclass
+class Contender:
+    """One way to sample a batch: ``run(images)`` returns when the tokens are there."""
+
+    name: str
+    run: Callable[[int], object]
+    bytes_a_weight: float
+    kind: str
+    prepare: Callable[[int], object]
+    compiled: Callable[[], float] = lambda: 0.0
+    free: Callable[[], None] = lambda: None
+    seconds: list[float] = field(default_factory=list)
+    memory: int = 0
+    compile_seconds: float = 0.0
+
+
+def ours(name: str, model: TokenModel, settings: SamplingSettings, dtype: str, device: str, **speed) -> Contender:
+    mine = copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype])
+    accelerate(mine, **speed)
+
+    def run(batch: int) -> None:
+        sample(mine, range(batch), 0, settings)
+        wait(device)
+
+    width = 1 if speed.get("quantize") else torch.finfo(DTYPES[dtype]).bits // 8
+    return Contender(name, run, width, dtype, run, lambda: compile_seconds(mine), lambda: release(mine))
+
+
+def without_cache(model: TokenModel, device: str) -> Contender:
+    """Whole forward passes. Timed at nine lengths and summed by the trapezoidal rule: in full it would take many minutes."""
+    mine, length = copy.deepcopy(model).to(device), model.config.length
+
+    @torch.inference_mode()
+    def run(batch: int) -> float:
+        places = sorted({round(i * (length - 1) / 8) for i in range(9)})
+        took = []
+        for n in places:
+            tokens = torch.zeros(batch, n, dtype=torch.long, device=device)
+            began = time.perf_counter()
+            mine(tokens)
+            wait(device)
+            took.append(time.perf_counter() - began)
+        pairs = zip(zip(places, took, strict=True), list(zip(places, took, strict=True))[1:], strict=False)
+        return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairs)
+
+    return Contender("without a cache", run, 4, "fp32", run)
+
+
+def hugging_face(size: str, top_k: int, dtype: str, device: str) -> Contender:
+    from transformers import GPT2Config, GPT2LMHeadModel, logging
+
+    logging.set_verbosity_error()
+    s = SIZES[size]
+    config = GPT2Config(
+        vocab_size=s["vocab"] + 1, n_positions=s["length"] + 1, n_embd=s["dim"], n_layer=s["depth"], n_head=8,
+        bos_token_id=s["vocab"], eos_token_id=None, pad_token_id=s["vocab"],
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).eval().to(device=device, dtype=DTYPES[dtype])
+
+    @torch.inference_mode()
+    def run(batch: int) -> None:
+        start = torch.full((batch, 1), s["vocab"], device=device)
+        out = model.generate(
+            start, attention_mask=torch.ones_like(start), do_sample=True, top_k=top_k,
+            max_new_tokens=s["length"], min_new_tokens=s["length"],
+        )  # fmt: skip
+        assert out.shape[1] == s["length"] + 1
+        wait(device)
+
+    return Contender(f"HF generate {dtype}", run, torch.finfo(DTYPES[dtype]).bits // 8, dtype, run)
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def machine(device: str) -> dict[str, float]:
+    """What the machine gives now: bytes/s of reading and of copying, and flops/s of square matrix products."""
+    numbers = torch.ones(1 << 26, device=device)  # 256 MB, beyond any cache
+    into = torch.empty_like(numbers)
+
+    def best(work: Callable[[], object], count: int) -> float:
+        times = []
+        for _ in range(count):
+            began = time.perf_counter()
+            work()
+            wait(device)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    read = 4 * len(numbers) / best(numbers.sum, 6)
+    copied = 8 * len(numbers) / best(lambda: into.copy_(numbers), 6)
+    found = {"read": read, "copy": copied, "bandwidth": max(read, copied)}
+    side = 4096 if device == "cuda" else 1024
+    for name, dtype in DTYPES.items():
+        if device == "cpu" and name == "fp16":
+            continue
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        found[f"flops_{name}"] = 2 * side**3 / best(lambda a=a: a @ a, 8)
+    return found
+
+
+def step_weights(model: TokenModel) -> int:
+    """Weights that one step reads: the matrices of all blocks and the head; of the tables a few rows."""
+    return sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n)
+
+
+def measure(contenders: list[Contender], batch: int, rounds: int, device: str) -> list[dict[str, float]]:
+    """Let the contenders take turns; the machine's own speed, measured once a round."""
+    where = torch.device(device)
+    for c in contenders:
+        c.seconds.clear()
+        before = allocated(where)
+        reset_peak(where)
+        c.prepare(batch)
+        c.compile_seconds = c.compiled()
+        c.run(batch)
+        c.memory = peak(where) - before
+        print(f"  ready: {c.name}, {c.compile_seconds:.0f} s of compiling", flush=True)
+    speeds = []
+    for _ in range(rounds):
+        speeds.append(machine(device))
+        for c in contenders:
+            began = time.perf_counter()
+            told = c.run(batch)
+            c.seconds.append(told if isinstance(told, float) else time.perf_counter() - began)
+    for c in contenders:
+        c.free()
+    return speeds
+
+
+def rows(contenders: list[Contender], speeds: list[dict[str, float]], model: TokenModel, batch: int) -> list[dict]:
+    length, weights = model.config.length, step_weights(model)
+    shape = model.config.transformer
+    reference = next((c for c in contenders if c.name == "HF generate fp32"), None)
+    out = []
+    for c in contenders:
+        cache = 2 * shape.depth * shape.dim * batch * (length / 2) * torch.finfo(DTYPES[c.kind]).bits / 8
+        moved = weights * c.bytes_a_weight + (0 if c.name == "without a cache" else cache)
+        took = [s / length for s in c.seconds]  # a step
+        bound = [weights * c.bytes_a_weight / v["bandwidth"] / t for v, t in zip(speeds, took, strict=True)]
+        traffic = [moved / t / v["bandwidth"] for v, t in zip(speeds, took, strict=True)]
+        flops = [2 * weights * batch / t / v[f"flops_{c.kind}"] for v, t in zip(speeds, took, strict=True)]
+        ratio = [a / b for a, b in zip(reference.seconds, c.seconds, strict=True)] if reference else [float("nan")]
+        out.append({
+            "batch": batch,
+            "contender": c.name,
+            "seconds_per_image": statistics.median(c.seconds) / batch,
+            "best_seconds_per_image": min(c.seconds) / batch,
+            "images_per_second": batch / statistics.median(c.seconds),
+            "tokens_per_second": batch * length / statistics.median(c.seconds),
+            "milliseconds_per_step": 1e3 * statistics.median(took),
+            "times_hf_generate": statistics.median(ratio),
+            "weight_bandwidth_share": statistics.median(bound),
+            "bandwidth_share": statistics.median(traffic),
+            "matmul_share": statistics.median(flops),
+            "megabytes_per_step": moved / 1e6,
+            "peak_megabytes": c.memory / 1e6,
+            "compile_seconds": c.compile_seconds,
+        })  # fmt: skip
+    return out
+
+
+def show(table: list[dict]) -> None:
+    heads = ("batch", "contender", "s/image", "tokens/s", "ms/step", "x HF", "MB/step", "of weight bound", "of bandwidth", "of matmul",
+             "peak MB", "compile s")  # fmt: skip
+    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    for r in table:
+        print(
+            f"| {r['batch']} | {r['contender']} | {r['seconds_per_image']:.3f} | {r['tokens_per_second']:,.0f} | "
+            f"{r['milliseconds_per_step']:.2f} | {r['times_hf_generate']:.2f} | {r['megabytes_per_step']:.0f} | "
+            f"{r['weight_bandwidth_share']:.0%} | {r['bandwidth_share']:.0%} | {r['matmul_share']:.0%} | "
+            f"{r['peak_megabytes']:,.0f} | {r['compile_seconds']:.0f} |"
+        )
+
+
+def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None) -> dict:
+    model, top_k = small_model(size), 200 if size == "small" else 20
+    s = SamplingSettings(top_k=top_k)
+    makers = {
+        "compiled int8": lambda: ours("compiled int8", model, s, "fp32", "cpu", compile=True, quantize="int8"),
+        "compiled bf16": lambda: ours("compiled bf16", model, s, "bf16", "cpu", compile=True),
+        "compiled fp32": lambda: ours("compiled fp32", model, s, "fp32", "cpu", compile=True),
+        "plain fp32": lambda: ours("plain fp32", model, s, "fp32", "cpu"),
+        "plain bf16": lambda: ours("plain bf16", model, s, "bf16", "cpu"),
+        "without a cache": lambda: without_cache(model, "cpu"),
+        "HF generate fp32": lambda: hugging_face(size, top_k, "fp32", "cpu"),
+    }
+    table, speeds = [], []
+    for batch in batches:
+        contenders = [make() for name, make in makers.items() if only is None or name in only]
+        print(f"batch {batch}", flush=True)
+        speeds += measure(contenders, batch, rounds if batch < 32 else max(2, rounds // 2), "cpu")
+        table += rows(contenders, speeds[-len(contenders[0].seconds) :], model, batch)
+    show(table)
+    found = {name: statistics.median(v[name] for v in speeds) for name in speeds[0]}
+    print(
+        f"\nread {found['read'] / 1e9:.1f} GB/s, copy {found['copy'] / 1e9:.1f} GB/s (read + write), matmul "
+        f"{found['flops_fp32'] / 1e9:.0f} GFLOP/s fp32, {found['flops_bf16'] / 1e9:.0f} bf16, {torch.get_num_threads()} threads"
+    )
+    return {"size": size, "weights": step_weights(model), "machine": found, "rows": table}
+
+
+def gpu(names: list[str], batches: list[int], rounds: int) -> dict:
+    """The paper's models with AR decoder and VQGAN at 256 px, random weights, bfloat16: images/s of the whole chain."""
+    from digit.config import load_preset
+    from digit.pipeline import DigitPipeline
+    from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+
+    def part(preset: str) -> TokenModel:
+        return TokenModel(from_dict(TokenModelConfig, load_preset(preset)["model"], preset)).eval().requires_grad_(False)
+
+    vqgan = VQGAN(VQGANConfig()).eval().requires_grad_(False).to("cuda", torch.bfloat16)
+    table, speed = [], machine("cuda")
+    for name in names:
+        pipe = DigitPipeline(
+            prior=part(f"imagenet256-{name}"), decoders={"ar": part(f"imagenet256-{name}-ar")}, vqgan=vqgan,
+            settings={"prior": SamplingSettings(top_k=200), "ar": SamplingSettings(top_p=0.8)},
+        ).to("cuda", torch.bfloat16)  # fmt: skip
+        models = [pipe.prior, *pipe.decoders.values()]
+        for batch in batches:
+            for compile in (True, False):
+                torch.cuda.reset_peak_memory_stats()
+                for m in models:
+                    accelerate(m, compile=compile)
+                times = []
+                for index in range(rounds + 1):
+                    began = time.perf_counter()
+                    tokens = pipe.sample_tokens(range(batch))
+                    torch.cuda.synchronize()
+                    sampled = time.perf_counter() - began
+                    pipe.to_pixels(tokens)
+                    torch.cuda.synchronize()
+                    if index:  # the first compiles and records
+                        times.append((time.perf_counter() - began, sampled))
+                whole = statistics.median(t for t, _ in times)
+                steps = sum(m.config.length for m in models)
+                step = statistics.median(s for _, s in times) / steps
+                moved = sum(2 * step_weights(m) * m.config.length for m in models) / steps
+                table.append({
+                    "model": name, "batch": batch, "compiled": compile, "images_per_second": batch / whole,
+                    "milliseconds_per_step": 1e3 * step, "weight_bandwidth_share": moved / step / speed["bandwidth"],
+                    "peak_megabytes": torch.cuda.max_memory_allocated() / 1e6,
+                    "compile_seconds": sum(compile_seconds(m) for m in models),
+                })  # fmt: skip
+                print(json.dumps(table[-1]), flush=True)
+                for m in models:
+                    release(m)
+    return {"device": torch.cuda.get_device_name(), "machine": speed, "rows": table}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--batches", type=int, nargs="+", default=None)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--only", nargs="+", help="names of contenders, such as 'compiled fp32'")
+    parser.add_argument("--out", type=Path, help="also write the JSON here")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    result: dict = {
+        "benchmark": "sampling",
+        "torch": torch.__version__,
+        "cpu": platform.processor(),
+        "threads": torch.get_num_threads(),
+    }
+    result["small"] = cpu(
+        "quick" if args.quick else "small", args.batches or ([1, 4] if args.quick else [1, 8, 64]), 2 if args.quick else args.rounds,
+        args.only,
+    )  # fmt: skip
+    if torch.cuda.is_available() and not args.quick:
+        result["gpu"] = gpu(["base", "large"], [1, 16, 64, 256], 3)
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
