@@ -232,7 +232,7 @@ def _plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         left.set_yticks(places, [line["name"] for line in lines])
         left.invert_yaxis()
         left.set(xlabel="linear probe of the small prior, %", title="What the prior learns about classes")
-        left.legend(fontsize=9, loc="lower right")
+        left.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncol=2)
         right.barh(places, [100 * line["saved"] for line in lines], color=OURS)
         right.set_yticks(places, [""] * len(lines))
         right.invert_yaxis()

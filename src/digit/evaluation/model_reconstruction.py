@@ -202,6 +202,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                     label=f"{neighbours} nearest of {row['codes']:,}",
                 )  # fmt: skip
             name = "semantic" if row["space"] == "semantic" else "VQ"
-            panel.set(title=f"{name} tokens: pFID {row['pfid']:.2f}", xlabel="replaced tokens, %", ylim=(0, None))
+            panel.set(title=f"{name} tokens: pFID {row['pfid']:.2f}", xlabel="replaced tokens, %")
+            panel.margins(y=0.12)
             panel.set(ylabel="FID against the originals (lower is better)")
             panel.legend(fontsize=9)

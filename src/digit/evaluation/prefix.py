@@ -117,7 +117,8 @@ def _plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], spaces: Mapping[str
                     [100 * p["share"] for p in points], [p["values"][metric] for p in points], "o-", color=color, label=label
                 )
             better = "lower" if metric == "fid" else "higher"
-            panel.set(xlabel="given prefix, % of the tokens", ylabel=f"{TITLES[metric]} ({better} is better)", ylim=(0, None))
+            panel.set(xlabel="given prefix, % of the tokens", ylabel=f"{TITLES[metric]} ({better} is better)")
+            panel.margins(y=0.12)
             panel.legend(fontsize=9)
 
 

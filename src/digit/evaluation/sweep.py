@@ -254,6 +254,7 @@ def plot_sweep(axes: Axes, points: Sequence[Mapping[str, Any]], out: Path, grid:
                     panel.plot(range(len(values)), [at[v] for v in values], "o-", color=color, label=label, markersize=4)
                 panel.set_xticks(range(len(values)), [_shown(name, v) for v in values])
                 better = "lower" if metric in _LOWER else "higher"
+                panel.margins(y=0.12)
                 panel.set(xlabel=name.replace("_", " "), ylabel=f"{TITLES[metric]} ({better} is better)")
                 if len(lines) > 1:
                     panel.legend(fontsize=8)
