@@ -23,7 +23,7 @@ FORMAT = 1
 _NAME = re.compile(r"step-(\d{7,})")
 # what may change between two parts of a run without making it another run
 _FREE = {
-    "accumulation", "compile", "fused", "gradient_checkpointing", "workers",
+    "accumulation", "compile", "fused", "gradient_checkpointing", "workers", "shard", "max_spike",
     "log_every", "validate_every", "checkpoint_every", "sample_every", "keep_checkpoints",
 }  # fmt: skip
 

@@ -33,8 +33,11 @@ class TrainingConfig:
         final_lr: where the cosine ends.
         clip_norm: largest norm of the gradient; 0 does not clip.
         ema_decay: of the exponential moving average of the weights, which then is what is validated and exported; 0 is off.
+        max_spike: a loss of the model above this many times the median of the last ones stops the run; 0 never does.
         z_loss: weight of mean(log Z ^ 2), which keeps the logits of token models from drifting (PaLM, arXiv 2204.02311, sec. 5).
         compile: use torch.compile.
+        shard: with several processes, cut weights, gradients and optimizer state over them (FSDP2) instead of keeping all of it in
+            each (DDP). For token models; ``accelerate launch --use_fsdp`` sets it too.
         gradient_checkpointing: recompute activations of transformers in the backward pass: less memory, a third more time.
         seed: of initial weights, data order and every random choice.
         log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never (the end of a run always validates and
@@ -59,8 +62,10 @@ class TrainingConfig:
     final_lr: NonNegative = 0.0
     clip_norm: NonNegative = 1.0
     ema_decay: Probability = 0.0
+    max_spike: NonNegative = 0.0
     z_loss: NonNegative = 0.0
     compile: bool = False
+    shard: bool = False
     gradient_checkpointing: bool = False
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 50

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from digit.training.sharding import like, local
+
 
 class EMA:
     """Averages of named parameters, on their device and in their dtype.
@@ -27,7 +29,8 @@ class EMA:
     def update(self, step: int) -> None:
         """Move the averages towards the parameters as they are after ``step`` (from 0)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.averages.values()), [p.detach() for p in self.parameters.values()], weight)
+        averages, parameters = ([local(t.detach()) for t in each.values()] for each in (self.averages, self.parameters))
+        torch._foreach_lerp_(averages, parameters, weight)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -41,8 +44,13 @@ class EMA:
     def load(self, averages: Mapping[str, Tensor]) -> None:
         """Take averages that were saved."""
         for name, average in self.averages.items():
-            average.copy_(averages[name])
+            average.copy_(like(averages[name], average))
 
+    @torch.no_grad()
     def _swap(self) -> None:
+        # values, not tensors: FSDP2 keeps its own reference to a parameter's memory
         for name, parameter in self.parameters.items():
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
+            weight, average = local(parameter.detach()), local(self.averages[name])
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from digit.devices import pick_device
 from digit.errors import DigitError, require
 from digit.models.transformer import Transformer
+from digit.training import sharding
 from digit.training.config import TrainingConfig
 from digit.training.schedules import learning_rate
 from digit.training.task import Step, Task
@@ -28,6 +29,22 @@ def seed_everything(*key: int) -> None:
     random.seed(int(words[1]))
 
 
+def check_launch() -> None:
+    """See that ``accelerate launch`` started as many processes as it was asked for.
+
+    Raises:
+        DigitError: on CPUs it needs MPI for more than one, and starts only one without a word.
+    """
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+        if not mpi:
+            raise DigitError(
+                "accelerate launch --cpu was asked for several processes and started one process: without MPI it cannot do more. "
+                "Write accelerate launch --multi_gpu --num_processes 2 -m digit train ... --device cpu (despite its name, that "
+                "option serves CPUs too), or torchrun --nproc_per_node 2 -m digit train ... --device cpu."
+            )
+
+
 class Engine:
     """The networks of a task on their device, with their optimizers.
 
@@ -39,6 +56,9 @@ class Engine:
 
     def __init__(self, task: Task, config: TrainingConfig, device: str | None) -> None:
         self.config = config
+        check_launch()
+        # Accelerate's own FSDP2 prepares a model together with its one optimizer; ours shards before there are any
+        self._asked_to_shard = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self._accelerator = _accelerator(config, device)
         self._check_batch()
         task.to_device(str(self.device))
@@ -46,6 +66,7 @@ class Engine:
         for module in self.networks.modules():
             if isinstance(module, Transformer):
                 module.checkpointing = config.gradient_checkpointing
+        self._shard()
         groups = task.parameters_by_optimizer()
         fused = self.device.type == "cuda" if config.fused is None else config.fused
         raw = {name: _adamw(config, parts, fused) for name, parts in groups.items()}
@@ -113,6 +134,8 @@ class Engine:
         with ExitStack() as stack:
             for module in self._wrapped if local else ():
                 stack.enter_context(self._accelerator.no_sync(module))
+            for module in self._sharded:
+                module.set_requires_gradient_sync(not local)
             yield
 
     def zero_gradients(self, name: str) -> None:
@@ -127,7 +150,7 @@ class Engine:
         """Clip the gradients of an optimizer's parameters; their norm () before that."""
         self._accelerator.unscale_gradients(self.optimizers[name])
         limit = self.config.clip_norm or float("inf")
-        return nn.utils.clip_grad_norm_(self.trained[name].values(), limit)
+        return sharding.whole(nn.utils.clip_grad_norm_(self.trained[name].values(), limit))
 
     def step(self, name: str) -> None:
         """Move an optimizer's parameters."""
@@ -135,8 +158,19 @@ class Engine:
 
     # -- state ---------------------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def assembled(self) -> Iterator[None]:
+        """While the block runs, sharded parameters are whole, for reading; all processes must enter together."""
+        with sharding.assembled(self.networks):
+            yield
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU for the main process, nothing for the others; all processes must call this together."""
+        found = ((name, sharding.whole(tensor)) for name, tensor in tensors.items())
+        return {name: tensor.detach().cpu() for name, tensor in found if self.is_main}
+
     def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizers' state as ``OPTIMIZER/PARAMETER/KEY``."""
+        """The optimizers' state as ``OPTIMIZER/PARAMETER/KEY``, sharded as the parameters are."""
         return {
             f"{name}/{parameter}/{key}": torch.as_tensor(value)
             for name, optimizer in self.optimizers.items()
@@ -145,12 +179,13 @@ class Engine:
         }
 
     def load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`optimizer_tensors` gave."""
+        """Take back what :meth:`optimizer_tensors` gave, in whole tensors."""
         for name, optimizer in self.optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
-            for index, parameter in enumerate(self.trained[name]):
+            for index, (parameter, weight) in enumerate(self.trained[name].items()):
                 prefix = f"{name}/{parameter}/"
                 found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+                found = {key: sharding.like(value, weight) if value.dim() else value for key, value in found.items()}
                 if found:
                     state[index] = found
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -170,6 +205,21 @@ class Engine:
                 f"{self.config.accumulation} parts; choose a multiple of {parts}."
             )
 
+    def _shard(self) -> None:
+        self._sharded: list[Any] = []
+        if not (self.world > 1 and (self.config.shard or self._asked_to_shard)):
+            return
+        if len(self.networks) > 1:
+            raise DigitError(
+                "training.shard cuts the weights of one network over the processes, and this component trains "
+                f"{len(self.networks)} ({', '.join(self.networks)}); leave it out, they are small enough for DDP."
+            )
+        if self.config.precision == "fp16":
+            raise DigitError("training.shard goes with precision 'bf16' or 'no': the loss scaling of 'fp16' is for DDP.")
+        for network in self.networks.values():
+            sharding.shard(network, self.device)
+            self._sharded.append(network)
+
     def _wrap(self, task: Task) -> None:
         ours = {id(p) for parameters in self.trained.values() for p in parameters.values()}
         self._wrapped: list[nn.Module] = []
@@ -178,7 +228,7 @@ class Engine:
                 continue
             if self.config.compile:
                 module.compile()
-            if self.world > 1:
+            if self.world > 1 and not self._sharded:
                 task.modules[name] = self._accelerator.prepare(module)
                 self._wrapped.append(task.modules[name])
 

@@ -23,7 +23,7 @@ from digit.config import to_dict
 from digit.errors import DigitError
 from digit.files import write_bytes, write_json
 from digit.progress import bar
-from digit.training import checkpoint
+from digit.training import checkpoint, sharding
 from digit.training.checkpoint import Checkpoint
 from digit.training.config import TrainingConfig
 from digit.training.ema import EMA
@@ -128,10 +128,10 @@ class _Run:
         """Save the last checkpoint and the component."""
         self.save()
         folder = self.out / "model"
-        if self.engine.is_main:
-            with self._averaged():
+        with self._averaged(), self.engine.assembled():
+            if self.engine.is_main:
                 self.task.export(folder, self._provenance())
-            self.log.close()
+                self.log.close()
         self.engine.wait()
         return folder
 
@@ -249,7 +249,7 @@ class _Run:
         began = time.perf_counter()
         seed_everything(self.config.seed, key)
         self.engine.networks.eval()
-        with self._averaged(), torch.no_grad(), self.engine.autocast():
+        with self._averaged(), torch.no_grad(), self.engine.assembled(), self.engine.autocast():
             yield
         self.engine.networks.train()
         # the time is not the training's
@@ -267,11 +267,15 @@ class _Run:
 
     def save(self) -> Path:
         """Write a checkpoint of the steps done so far."""
+        parts = {"modules": self.engine.networks.state_dict(), "optimizers": self.engine.optimizer_tensors()}
+        if self.ema:
+            parts["ema"] = self.ema.averages
+        tensors = {name: self.engine.whole(part) for name, part in parts.items()}
+        sums = self.averages.state()
+        totals = self.engine.mean({name: total for name, (total, _) in sums.items()})
+        averages = {name: [totals[name], count] for name, (_, count) in sums.items()}
         if self.engine.is_main:
-            tensors = {"modules": self.engine.networks.state_dict(), "optimizers": self.engine.optimizer_tensors()}
-            if self.ema:
-                tensors["ema"] = self.ema.averages
-            numbers = {"averages": self.averages.state(), "validated": self.validated}
+            numbers = {"averages": averages, "validated": self.validated}
             if self.engine.scaler is not None:
                 numbers["scaler"] = self.engine.scaler.state_dict()
             state = Checkpoint(self.done, tensors, self.description, numbers)
@@ -310,6 +314,6 @@ def _split(batch: Batch, parts: int, device: torch.device) -> list[Batch]:
 def _fill(networks: torch.nn.Module, tensors: Mapping[str, Tensor], where: Path) -> None:
     """Copy saved values into the parameters that the optimizers hold."""
     try:
-        networks.load_state_dict(dict(tensors))
+        sharding.load(networks, tensors)
     except RuntimeError as error:
         raise DigitError(f"The tensors of {where} do not fit this model: {error}") from error
