@@ -50,7 +50,8 @@ def show(record: Record, columns: Sequence[str], rows: Sequence[Sequence[str]], 
     """Print a table, the notes, and where everything is."""
     table = Table(title=record.title, title_justify="left")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+        words = any(row[index][:1].isalpha() for row in rows)
+        table.add_column(column, justify="left" if words else "right")
     for row in rows:
         table.add_row(*row)
     console = Console()

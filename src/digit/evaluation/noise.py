@@ -34,7 +34,7 @@ _LABELS = {
     "jpeg": "JPEG quality {:g}",
     "blur": "blur of {:g} px",
     "shift": "shift by {:g} px",
-    "brightness": "{:g} times as bright",
+    "brightness": "brightness by {:g}",
 }
 
 

@@ -365,9 +365,10 @@ def probe_record(
 
 def _notes(options: ProbeOptions, data: ProbeData) -> list[str]:
     how = f"{data.views} random resized crops with flips" if data.views else "one view, the middle"
+    size = min(options.batch_size, len(data.train) * max(data.views, 1))
     notes = [
         f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images, {options.epochs} epochs of SGD in "
-        f"batches of {options.batch_size}; learning rates are given for a batch of {AUTHORS_BATCH}.",
+        f"batches of {size}; learning rates are given for a batch of {AUTHORS_BATCH}.",
         "The authors draw new crops in each of 80 epochs; kept features have a fixed set of views.",
     ]
     if len(options.lrs) > 1:

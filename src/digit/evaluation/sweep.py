@@ -243,16 +243,16 @@ def plot_sweep(axes: Axes, points: Sequence[Mapping[str, Any]], out: Path, grid:
             continue
         lines: dict[str, list[Mapping[str, Any]]] = {}
         for point in mine:
-            others = ", ".join(f"{key} {_shown(key, v)}" for key, v in point["settings"].items() if key != name)
+            others = ", ".join(f"{key} {setting_text(key, v)}" for key, v in point["settings"].items() if key != name)
             lines.setdefault(others, []).append(point)
-        values = _in_order(name, axes[name])
+        values = in_order(name, axes[name])
         with figure(out / f"sweep-{name}.png", len(metrics), (4.4, 3.8)) as panels:
             for panel, metric in zip(panels, metrics, strict=True):
                 for index, (label, part) in enumerate(lines.items()):
                     at = {point["settings"][name]: point["values"][metric] for point in part}
                     color = (OURS, OTHER)[index] if len(lines) <= 2 else None
                     panel.plot(range(len(values)), [at[v] for v in values], "o-", color=color, label=label, markersize=4)
-                panel.set_xticks(range(len(values)), [_shown(name, v) for v in values])
+                panel.set_xticks(range(len(values)), [setting_text(name, v) for v in values])
                 better = "lower" if metric in _LOWER else "higher"
                 panel.margins(y=0.12)
                 panel.set(xlabel=name.replace("_", " "), ylabel=f"{TITLES[metric]} ({better} is better)")
@@ -262,12 +262,13 @@ def plot_sweep(axes: Axes, points: Sequence[Mapping[str, Any]], out: Path, grid:
     return plots
 
 
-def _in_order(name: str, values: Sequence[Any]) -> list[Any]:
-    """From narrow to wide; a top-k of 0 keeps all and stands last. Words stay as given."""
+def in_order(name: str, values: Sequence[Any]) -> list[Any]:
+    """Values of a setting from narrow to wide; a top-k of 0 keeps all and stands last. Words stay as given."""
     if not all(isinstance(v, (int, float)) for v in values):
         return list(values)
     return sorted(values, key=lambda v: float("inf") if name.endswith("top_k") and v == 0 else v)
 
 
-def _shown(name: str, value: Any) -> str:
+def setting_text(name: str, value: Any) -> str:
+    """A value of a setting as people read it."""
     return "all" if name.endswith("top_k") and value == 0 else f"{value:g}" if isinstance(value, float) else str(value)
