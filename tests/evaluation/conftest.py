@@ -38,7 +38,7 @@ class PoolingExtractor:
         return features, features @ self.weights.tensors["fc.weight"].T if self.weights.has_head else None
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pooling():
     return PoolingExtractor()
 

@@ -49,9 +49,10 @@ def points(lines: Iterable[Mapping[str, Any]], most: int = POINTS) -> dict[str, 
             if name == "step" or isinstance(value, bool):
                 continue
             try:
-                found.setdefault(name, []).append((line["step"], float(value)))
+                point = line["step"], float(value)
             except (TypeError, ValueError):
                 continue  # not a number
+            found.setdefault(name, []).append(point)
     return {name: _thin(values, most) for name, values in found.items()}
 
 

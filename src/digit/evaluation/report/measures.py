@@ -173,7 +173,7 @@ def _noise_table(rows: Sequence[Mapping[str, Any]]) -> Html:
     groups: dict[str, list[list[Child]]] = {}
     for space in _spaces(rows):
         by_level = {row["level"]: row for row in rows if row["space"] == space}
-        ours = [[name, *(_estimate(by_level[v][key]) for v in levels)] for key, name in _MEASURES.items()]
+        ours: list[list[Child]] = [[name, *(_estimate(by_level[v][key]) for v in levels)] for key, name in _MEASURES.items()]
         groups[f"*{_SPACES[space]}, measured here"] = ours
         table_1 = [dict(zip(paper.SNRS, paper.STABILITY[space][key], strict=True)) for key in ("changed", "cosine")]
         names = (_MEASURES["changed"], "Cosine similarity ↑")
@@ -192,7 +192,7 @@ def _changes_table(rows: Sequence[Mapping[str, Any]]) -> Html:
         [_change(*change), *(_estimate(at[(space, *change)][key]) for space in spaces for key in _MEASURES)]
         for change in changes
     ]
-    return table(head, lines)  # type: ignore[arg-type]
+    return table(head, lines)
 
 
 def _change(kind: str, level: float) -> str:

@@ -92,7 +92,7 @@ def _settings(data: Mapping[str, Any]) -> Html | None:
     names = {
         "settings": "Settings",
         "options": "Options",
-        "run": "Sampling",
+        "sampling": "Sampling",
         "model": "Model",
         "data": "Data",
         "reference": "Reference",

@@ -12,7 +12,7 @@ from digit.evaluation.report.html import Child, Html, bullets, details, number, 
 from digit.evaluation.report.parts import Context, card, grid, section
 from digit.evaluation.report.svg import Series, line_chart
 
-_SIDE = ("gradient_norm", "lr", "examples_per_second")  # how it went, not how well
+_SIDE = ("gradient_norm", "lr", "examples_per_second", "tokens_per_second", "mfu", "memory_gib")  # how it went, not how well
 
 
 def samples(context: Context) -> Html | None:

@@ -47,7 +47,8 @@ tbody th { font-weight: 500; }
 tbody th[scope=row], thead th:first-child { position: sticky; left: 0; background: var(--here); }
 tbody th.group { color: var(--soft); font-weight: 600; padding-top: .8rem; max-width: none; }
 .group span { position: sticky; left: .6rem; }
-.ours tr > * { background: var(--ours); }
+.ours { --here: var(--ours); }
+.ours tr > * { background: var(--here); }
 td small { color: var(--soft); }
 dl { display: grid; grid-template-columns: minmax(7rem, 15rem) 1fr; gap: .1rem 1rem; margin: .4rem 0; }
 dt { color: var(--soft); }

@@ -9,9 +9,7 @@ from digit.evaluation.report.collect import Found
 from digit.evaluation.report.html import DASH, Html, details, number, table
 from digit.evaluation.report.parts import Context, card, grid, section
 from digit.evaluation.report.svg import Series, line_chart
-from digit.evaluation.sweep import SHOWN, TITLES, measured
-from digit.evaluation.sweep import _in_order as in_order
-from digit.evaluation.sweep import _shown as setting_text
+from digit.evaluation.sweep import SHOWN, TITLES, in_order, measured, setting_text
 
 _LOWER = ("fid", "kid_mean")
 _SPACES = {"semantic": "semantic tokens", "vq": "VQ tokens"}
