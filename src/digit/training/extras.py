@@ -18,9 +18,9 @@ distance to the right token's centroid; [2] arXiv 2509.12474 (RobusTok); [3] Yu 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -292,13 +292,15 @@ class TargetPositions(nn.Module):
 
 
 def plain(model: TokenModel) -> TokenModel:
-    """The model with what training adds to its weights (target positions, low-rank changes) merged into them; a copy if need be."""
+    """The model with what training adds to its weights (target positions, low-rank changes) merged into them; a new one if need be."""
     if not any(parametrize.is_parametrized(module) for module in model.modules()):
         return model
-    merged = copy.deepcopy(model)
-    for module in list(merged.modules()):
-        if parametrize.is_parametrized(module):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    with torch.device("meta"):
+        merged = TokenModel(model.config)
+    # a parametrized weight, read as an attribute, is the merged one
+    tensors = {name: attrgetter(name)(model).detach().clone() for name in merged.state_dict()}
+    merged.load_state_dict(tensors, assign=True)
+    merged.train(model.training)
     return merged
 
 

@@ -12,6 +12,7 @@ are a parametrization of the weights, not the ``peft`` package: this needs no ot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -34,6 +35,7 @@ from digit.training.tasks.tokens import TokenData, token_model_config
 _TRAINING_FIELDS = ("class_dropout", "label_smoothing")
 _EMBEDDINGS = ("token_embedding", "position_embedding", "mask_vector", "prefix_embedding", "prefix_position_embedding")
 _CLASSES = ("class_embedding", "start")
+_HEAD = ("transformer.norm", "head")
 
 
 @config
@@ -43,7 +45,7 @@ class FineTune:
     Attributes:
         source: a saved prior or decoder, the run that made it, or a whole model.
         freeze: parts that stay as they are: "embeddings" (tokens and positions), "classes" (and the start vector), "blocks",
-            "blocks:N" (the first N), "head".
+            "blocks:N" (the first N), "head" (with the norm before it).
         lora: rank of the changes of the blocks' matrices; all else but the classes then stays as it is. 0 trains the weights.
     """
 
@@ -166,8 +168,8 @@ def freeze(model: TokenModel, parts: Sequence[str]) -> None:
         if name == "blocks" and (not number or (number.isdecimal() and 0 < int(number) <= len(blocks))):
             frozen: list[nn.Module | nn.Parameter | None] = [*blocks[: int(number) if number else None]]
         elif name in ("embeddings", "classes", "head") and not number:
-            chosen = {"embeddings": _EMBEDDINGS, "classes": _CLASSES, "head": ("head",)}[name]
-            frozen = [getattr(model, attribute) for attribute in chosen]
+            chosen = {"embeddings": _EMBEDDINGS, "classes": _CLASSES, "head": _HEAD}[name]
+            frozen = [attrgetter(attribute)(model) for attribute in chosen]
         else:
             raise DigitError(
                 f"'{part}' cannot be frozen; the parts are embeddings, classes, head, blocks, and blocks:N for the first N of "
