@@ -34,7 +34,7 @@ from digit.visual import picture_grid
 
 CLUSTERS = 256  # K, small enough for a prior that sees few images
 CODEBOOK_IMAGES = 1024  # 64 vectors each: as many as k-means of 256 clusters uses (256 * K)
-CACHE_IMAGES = 20_000  # whose tokens prior and decoders learn
+CACHE_IMAGES = 10_000  # whose tokens prior and decoders learn
 ROWS, COLUMNS = 8, 8
 RUNS = ("encoder", "vqgan", "prior", "ar", "masked")
 
