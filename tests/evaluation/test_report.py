@@ -1,17 +1,20 @@
 """The report, over real results of tiny models; in a browser where there is one."""
 
 import copy
+import itertools
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from digit.cli.app import app
-from digit.config import load_preset
+from digit.config import load_preset, preset_names
 from digit.data.token_cache import build_token_cache
 from digit.errors import DigitError
 from digit.evaluation import paper
@@ -23,7 +26,7 @@ from digit.evaluation.prefix import prefix_record
 from digit.evaluation.probe import ProbeData, ProbeOptions, probe_record, split_off
 from digit.evaluation.report import write_report
 from digit.evaluation.report.collect import Found, collect
-from digit.evaluation.report.curves import points, save_curve, save_only_run
+from digit.evaluation.report.curves import Curve, differences, matching, points, save_curve, save_only_run
 from digit.evaluation.report.html import Html, join, millions, number, table, tag
 from digit.evaluation.report.measures import fidelity_warnings
 from digit.evaluation.report.svg import Axis, Circle, Series, bubble_chart, line_chart
@@ -252,6 +255,15 @@ def test_a_reference_run_is_recognised_by_what_it_trains(run, pipe, cifar512, tm
     assert "Reference small" not in text_of([tmp_path / "wider"], tmp_path / "c.html", curves=[tmp_path / "curves"])
 
 
+def test_an_option_that_the_reference_is_too_old_for_is_a_difference():
+    old = Curve("old", {"component": "prior", "model": {"dim": 8}, "training": {"lr": 1, "workers": 2}}, {}, {}, {})
+    new = {"component": "prior", "model": {"dim": 8, "novelty": 3}, "training": {"lr": 1, "workers": 4}}
+    assert matching(new, [old]) == [old]
+    assert differences(new, old.config) == ["model.novelty: not known, here 3"]
+    assert matching({**new, "model": {"dim": 16}}, [old]) == []
+    assert matching({}, [old]) == []
+
+
 def test_only_a_finished_run_can_be_a_reference(copied, tmp_path):
     shutil.rmtree(copied / "prior" / "model")
     with pytest.raises(DigitError, match="not a finished training run"):
@@ -355,6 +367,43 @@ def test_the_command(run, tmp_path):
     done = CliRunner().invoke(app, ["report", str(run), "--save-curve", str(curve)])
     assert done.exit_code == 0
     assert curve.exists()
+
+
+# ---- the map of the paper --------------------------------------------------------------------------------------------
+
+MAP = Path(__file__).parents[2] / "docs" / "paper.md"
+
+
+def _commands() -> list[list[str]]:
+    text = MAP.read_text(encoding="utf-8")
+    found = re.findall(r"^(digit .*)$", text, re.MULTILINE) + re.findall(r"`(digit [^`]+)`", text)
+    return [shlex.split(command.split("#")[0])[1:] for command in found]
+
+
+@pytest.mark.parametrize("words", _commands(), ids=" ".join)
+def test_the_commands_of_the_map_exist(words):
+    """Each subcommand is there and knows the options and presets that docs/paper.md gives it."""
+    command = get_command(app)
+    while hasattr(command, "commands"):
+        command = command.commands[words.pop(0)]
+    known = {option for parameter in command.params for option in parameter.opts + parameter.secondary_opts}
+    assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
+    for option, value in itertools.pairwise(words):
+        assert option != "--preset" or value in preset_names()
+
+
+def test_the_map_has_every_table_and_figure():
+    text = MAP.read_text(encoding="utf-8")
+    for part in (
+        "Table 1",
+        "Table 2",
+        "Tables 3 and 4",
+        *(f"Figure {n}" for n in ("1", "2", "3a", "3b", "4a", "4b", "5", "6")),
+    ):
+        assert f"### {part}: " in text
+    assert set(re.findall(r"`((?:imagenet256|cifar10)-(?:base|large|tiny|linear|encoder|vqgan)[\w-]*)`", text)) <= set(
+        preset_names()
+    )
 
 
 # ---- in a browser ----------------------------------------------------------------------------------------------------

@@ -14,11 +14,14 @@ from typing import Any
 
 from digit.errors import DigitError
 from digit.evaluation.report.collect import TRAINING, Found, collect
+from digit.evaluation.report.html import flatten
 from digit.files import read_json, write_json
 
 POINTS = 200
 _INCIDENTAL = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "validate_every", "workers", "compile"}
 _INCIDENTAL |= {"fused", "gradient_checkpointing"}
+
+_WHAT = ("component", "model", "objective")
 
 Points = list[tuple[int, float]]
 
@@ -112,17 +115,24 @@ def _read(path: Path) -> Curve:
 
 
 def matching(config: Mapping[str, Any], curves: Iterable[Curve]) -> list[Curve]:
-    """The curves of runs that trained the same thing."""
-    parts = ("component", "model", "objective")
-    return [curve for curve in curves if config and all(curve.config.get(p) == config.get(p) for p in parts)]
+    """The curves of runs that trained the same thing; options that only one side knows, being newer, may differ."""
+    return [curve for curve in curves if config and all(_agree(curve.config.get(p), config.get(p)) for p in _WHAT)]
+
+
+def _agree(theirs: Any, ours: Any) -> bool:
+    if isinstance(theirs, Mapping) and isinstance(ours, Mapping):
+        return all(_agree(theirs[name], ours[name]) for name in theirs.keys() & ours.keys())
+    return bool(theirs == ours)
 
 
 def differences(config: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
-    """In what the data and the training of a run differ from a reference's, as "name: theirs, here ours"."""
-    found = []
-    for section in ("data", "training"):
-        ours, theirs = (c.get(section) or {} for c in (config, reference))
-        for name in sorted({*ours, *theirs} - _INCIDENTAL):
-            if ours.get(name) != theirs.get(name):
-                found.append(f"{section}.{name}: {theirs.get(name)}, here {ours.get(name)}")
-    return found
+    """In what a run differs from a reference, as "name: theirs, here ours"."""
+    sections = (*_WHAT, "data", "training")
+    ours, theirs = (dict(flatten({name: c.get(name) for name in sections})) for c in (config, reference))
+    names = [name for name in dict.fromkeys((*theirs, *ours)) if name.rpartition(".")[2] not in _INCIDENTAL]
+    missing = "not known"
+    return [
+        f"{name}: {theirs.get(name, missing)}, here {ours.get(name, missing)}"
+        for name in names
+        if theirs.get(name) != ours.get(name)
+    ]
