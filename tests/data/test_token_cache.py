@@ -123,6 +123,15 @@ def test_processes_share_the_shards(model: DigitPipeline, images: ImageDataset, 
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
+def test_a_process_leaves_alone_what_another_is_writing(model: DigitPipeline, images: ImageDataset, tmp_path: Path) -> None:
+    theirs, ours = tmp_path / ".shard-00000.12345678.tmp", tmp_path / ".shard-00001.12345678.tmp"
+    theirs.mkdir()
+    ours.mkdir()
+    build(model, images, tmp_path, rank=1, world=2)
+    assert theirs.is_dir()
+    assert not ours.exists()
+
+
 @pytest.mark.parametrize("what", ["dataset", "model", "views", "shard size"])
 def test_caches_are_not_mixed(model: DigitPipeline, images: ImageDataset, tmp_path: Path, what: str) -> None:
     build(model, images, tmp_path)

@@ -17,6 +17,7 @@ from digit.errors import DigitError
 from digit.files import read_json, read_tensors
 from digit.training import checkpoint
 from digit.training.config import TrainingConfig
+from digit.training.health import SPEED
 from digit.training.logs import Averages, read_metrics
 from digit.training.loop import Interrupted, train
 from digit.training.task import Batch, Loss, Step, Stream
@@ -98,8 +99,8 @@ def weights(task: Regression) -> torch.Tensor:
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
-    """The metrics without the one that is a matter of time."""
-    return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in read_metrics(out)]
+    """The metrics without those that are a matter of time."""
+    return [{k: v for k, v in line.items() if k not in SPEED} for line in read_metrics(out)]
 
 
 def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
@@ -275,6 +276,24 @@ def test_nan_stops_before_the_weights_are_spoilt(tmp_path: Path) -> None:
     assert weights(task).isfinite().all()
     assert checkpoint.latest(tmp_path).name == "step-0000010"
     assert read_json(tmp_path / "diverged.json")["images"] == list(range(1700, 1716))
+
+
+def test_a_spike_stops_before_the_weights_are_spoilt(tmp_path: Path) -> None:
+    """And so it does in a run that was resumed just before, for the losses so far are in the checkpoint."""
+
+    class Jump(Regression):
+        def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
+            for loss in super().losses(batch, step):
+                yield loss._replace(value=loss.value + (1000 if step.index == 33 else 0))
+
+    for resume in (False, True):
+        task = Jump()
+        with pytest.raises(DigitError, match=r"jumped to .*max_spike=9 .*at step 33, on the images 3300, 3301.*step-0000030"):
+            run(tmp_path, task, resume=resume, max_spike=9)
+        assert task.steps == list(range(30 if resume else 0, 33))
+    kept = checkpoint.load(checkpoint.latest(tmp_path)).numbers["recent"]
+    assert len(kept) == 30
+    assert run(tmp_path, Jump(), resume=True, max_spike=0).steps == list(range(30, 40))
 
 
 def test_an_infinite_gradient_stops_too(tmp_path: Path) -> None:

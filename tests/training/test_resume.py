@@ -11,6 +11,7 @@ import pytest
 
 from digit.data.token_cache import TokenCache
 from digit.files import read_tensors
+from digit.training.health import SPEED
 from digit.training.logs import read_metrics
 
 # the command alone: other commands import more than training needs
@@ -32,7 +33,7 @@ def command(component: str, preset: str, cache: TokenCache, out: Path, *more: st
 
 
 def lines(out: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name != "examples_per_second"} for line in read_metrics(out)]
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in read_metrics(out)]
 
 
 @pytest.mark.parametrize(("component", "preset", "signum", "code"), CASES)

@@ -253,7 +253,7 @@ def build_token_cache(
     """
     out, views = Path(out), views or Views()
     info = _describe(model, dataset, views, shard_size)
-    _claim(out, info)
+    _claim(out, info, rank, world)
     shards = [i for i in range(-(-len(dataset) // shard_size)) if not _shard_folder(out, i).is_dir()]
     todo = [range(i * shard_size, min((i + 1) * shard_size, len(dataset))) for i in shards if i % world == rank]
     with (
@@ -303,7 +303,7 @@ def _describe(model: DigitPipeline, dataset: ImageDataset, views: Views, shard_s
     }
 
 
-def _claim(out: Path, info: dict[str, Any]) -> None:
+def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
     """Begin a cache, or see that the one in ``out`` is the same."""
     if not (out / "index.json").is_file():
         write_json(out / "index.json", info)
@@ -319,7 +319,9 @@ def _claim(out: Path, info: dict[str, Any]) -> None:
             "Choose another --out, or give what it was begun with."
         )
     for aside in out.glob(".shard-*.tmp"):
-        shutil.rmtree(aside)
+        # another process may be writing its own right now
+        if int(aside.name.split(".")[1].removeprefix("shard-")) % world == rank:
+            shutil.rmtree(aside)
 
 
 def _cut_batches(

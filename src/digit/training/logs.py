@@ -1,9 +1,12 @@
-"""What a run writes down: ``metrics.jsonl``, TensorBoard events where that is installed, and sample pictures."""
+"""What a run writes down: ``metrics.jsonl``, sample pictures, TensorBoard events where that is installed, and Weights & Biases too
+where that is installed and the environment variable ``WANDB_PROJECT`` names a project.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +21,20 @@ from digit.files import write_bytes
 
 
 class Log:
-    """The log of the run in ``out``, from ``step`` on: later lines, of a part that is now done again, are dropped."""
+    """The log of the run in ``out``, from ``step`` on: later lines, of a part that is now done again, are dropped.
 
-    def __init__(self, out: Path, step: int) -> None:
+    Args:
+        out: the run folder.
+        step: how many steps are done.
+        run: what is trained and how, for Weights & Biases.
+    """
+
+    def __init__(self, out: Path, step: int, run: Mapping[str, Any]) -> None:
         self.out, self.path = out, out / "metrics.jsonl"
         kept = [line for line in read_metrics(out) if line["step"] <= step]
         write_bytes(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._board = _tensorboard(out / "tensorboard", step)
+        self._wandb = _wandb(out, run)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line ``{"step": step, NAME: value, ...}``."""
@@ -37,17 +47,24 @@ class Log:
         if self._board is not None:
             for name, value in metrics.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(metrics), step=step)
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Save a picture as ``samples/step-0000100.png``."""
         save_png(image, self.out / "samples" / f"step-{step:07d}.png")
         if self._board is not None:
             self._board.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+        if self._wandb is not None:
+            wandb = require("wandb", "train", "writing to Weights & Biases")
+            self._wandb.log({"samples": wandb.Image(image)}, step=step)
 
     def close(self) -> None:
         """Flush."""
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
 
 class Averages:
@@ -95,3 +112,17 @@ def _tensorboard(folder: Path, step: int) -> Any:
     except DigitError:
         return None
     return module.SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _wandb(out: Path, run: Mapping[str, Any]) -> Any:
+    """A run of the project that ``WANDB_PROJECT`` names, or None; one that is resumed goes on under the same id."""
+    if not os.environ.get("WANDB_PROJECT"):
+        return None
+    try:
+        wandb = require("wandb", "train", "writing to Weights & Biases")
+    except DigitError:
+        return None
+    path = out / "wandb_id.txt"
+    if not path.is_file():
+        write_bytes(path, wandb.util.generate_id().encode())
+    return wandb.init(dir=str(out), id=path.read_text(), resume="allow", name=out.name, config=dict(run))

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from digit.config import to_dict
 from digit.errors import DigitError
-from digit.files import write_bytes, write_json
+from digit.files import write_bytes
 from digit.progress import bar
 from digit.training import checkpoint, sharding
 from digit.training.checkpoint import Checkpoint
 from digit.training.config import TrainingConfig
 from digit.training.ema import EMA
 from digit.training.engine import Engine, seed_everything
+from digit.training.health import Guard, Meter
 from digit.training.logs import Averages, Log
 from digit.training.signals import Interrupted, caught_signals
 from digit.training.task import Batch, Loss, Step, Stream, Task
@@ -63,8 +64,8 @@ def train(
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
-        DigitError: ``out`` holds a run and ``resume`` is False, or it is another run's; the loss is no longer finite; a file
-            cannot be written.
+        DigitError: ``out`` holds a run and ``resume`` is False, or it is another run's; the loss is no longer finite, or jumped;
+            a file cannot be written.
     """
     run = _Run(task, config, Path(out), device)
     run.begin(resume)
@@ -102,6 +103,8 @@ class _Run:
         # through JSON, so that it compares equal to what a checkpoint holds
         self.description = json.loads(json.dumps({**task.description, "training": to_dict(config)}))
         self.averages = Averages()
+        self.guard = Guard(out, config.max_spike, self.engine.scaler is not None)
+        self.meter = Meter(self.engine.networks, self.engine.device, config.precision, self.engine.world)
         self.validated: dict[str, float] = {}
         self._since = (0, time.perf_counter())
 
@@ -119,7 +122,7 @@ class _Run:
             checkpoint.remove_unfinished(self.out)
             text = yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True)
             write_bytes(self.out / "config.yaml", text.encode())
-            self.log = Log(self.out, self.done)
+            self.log = Log(self.out, self.done, self.description)
         self.engine.wait()
         self.engine.networks.train()
         self._since = (self.done, time.perf_counter())
@@ -194,27 +197,10 @@ class _Run:
             return None
         norm = self.engine.clip(name)
         mean, length = torch.stack([torch.stack(values).float().mean(), norm.float()]).tolist()
-        self._check_finite(mean, length, batch, step)
+        self.guard.check(mean, length, batch, step, name)
         self.averages.add({_metric(name, "gradient_norm"): norm})
         self.engine.step(name)
         return float(mean)
-
-    def _check_finite(self, loss: float, norm: float, batch: Batch, step: Step) -> None:
-        # the scaler of fp16 looks for overflowing gradients itself and skips their step
-        wrong = "loss" if not abs(loss) < float("inf") else "gradient"
-        if wrong == "gradient" and (abs(norm) < float("inf") or self.engine.scaler is not None):
-            return
-        indices = batch["index"].tolist()
-        write_json(
-            self.out / "diverged.json", {"step": step.index, "loss": str(loss), "gradient_norm": str(norm), "images": indices}
-        )
-        last = checkpoint.latest(self.out)
-        raise DigitError(
-            f"The {wrong} became {loss if wrong == 'loss' else norm} at step {step.index}, on the images "
-            f"{', '.join(map(str, indices[:16]))}{', ...' if len(indices) > 16 else ''} (all of them are in {self.out}/diverged.json). "
-            + (f"The last checkpoint is {last}. " if last else "No checkpoint was saved before it. ")
-            + "Look at those images; a lower training.lr, a longer warm-up or precision bf16 usually cures the rest."
-        )
 
     def _due(self, every: int) -> bool:
         return self.done == self.total or (every > 0 and self.done % every == 0)
@@ -225,7 +211,7 @@ class _Run:
         metrics = self.engine.mean(self.averages.take())
         since, began = self._since
         seconds = time.perf_counter() - began
-        metrics |= {"lr": rate, "examples_per_second": (self.done - since) * self.config.batch_size / seconds}
+        metrics |= {"lr": rate, **self.meter.read((self.done - since) * self.config.batch_size / seconds)}
         self._since = (self.done, time.perf_counter())
         if self.engine.is_main:
             self.log.write(self.done, metrics)
@@ -275,7 +261,7 @@ class _Run:
         totals = self.engine.mean({name: total for name, (total, _) in sums.items()})
         averages = {name: [totals[name], count] for name, (_, count) in sums.items()}
         if self.engine.is_main:
-            numbers = {"averages": averages, "validated": self.validated}
+            numbers = {"averages": averages, "validated": self.validated, "recent": list(self.guard.recent)}
             if self.engine.scaler is not None:
                 numbers["scaler"] = self.engine.scaler.state_dict()
             state = Checkpoint(self.done, tensors, self.description, numbers)
@@ -297,6 +283,7 @@ class _Run:
             self.engine.scaler.load_state_dict(saved.numbers["scaler"])
         self.averages = Averages(saved.numbers["averages"])
         self.validated = saved.numbers["validated"]
+        self.guard.recent.extend(saved.numbers.get("recent", ()))
         self.done = saved.step
 
 

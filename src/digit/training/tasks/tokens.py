@@ -34,12 +34,14 @@ from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling.engine import sample
 from digit.tokenizers.vqgan import VQGAN
 from digit.training.extras import Extras, ExtrasLoss, neighbours, plain
+from digit.training.health import Counts
 from digit.training.task import Batch, Loss, Step, Stream
 from digit.visual import picture_grid, token_picture
 
 _HELD_OUT_SEED = 20241031  # which images are held out never changes, or a resumed or repeated run would learn its own test
 _MASK_SEED = 7  # of the masks that validation hides tokens with
 _VALIDATION_BATCH = 64
+_COUNTED = 50_000  # images whose tokens are counted for the baselines of validation
 _PICTURES = 16
 _INPUTS = ("tokens", "labels", "prefix", "mask")  # of a batch, for the network
 
@@ -196,7 +198,7 @@ class TokenTask:
         """Nothing to do."""
 
     def validate(self) -> dict[str, float]:
-        """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of the tokens' frequencies.
+        """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of counting tokens and pairs of them.
 
         Held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens.
         """
@@ -217,7 +219,7 @@ class TokenTask:
             "nll": nll,
             "accuracy": accuracy,
             "perplexity": _exp(nll),
-            "unigram_perplexity": _exp(self._unigram_nll),
+            **self._baselines,
         }
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002 - the picture does not depend on it
@@ -260,21 +262,20 @@ class TokenTask:
         return batch
 
     @cached_property
-    def _unigram_nll(self) -> float:
-        """Of the held-out tokens under the frequencies of the training tokens (one added to every count)."""
-        vocab, view = self.model.config.vocab_size, int(self._views[0])
+    def _baselines(self) -> dict[str, float]:
+        """What counting the training tokens makes of the held-out ones, and the share of the vocabulary that occurs."""
+        view = int(self._views[0])
 
-        def counts(images: np.ndarray) -> Tensor:
-            parts = (images[i : i + 4096] for i in range(0, len(images), 4096))
-            return sum(
-                (torch.bincount(self.cache.tokens(self.data.target, part, view).flatten(), minlength=vocab) for part in parts),
-                start=torch.zeros(vocab, dtype=torch.long),
-            )
+        def parts(images: np.ndarray) -> Iterator[Tensor]:
+            return (self.cache.tokens(self.data.target, images[i : i + 4096], view) for i in range(0, len(images), 4096))
 
-        frequencies = (counts(self._train).double() + 1).log()
-        log_p = frequencies - frequencies.logsumexp(0)
-        held_out = counts(self._held_out).double()
-        return float(-(held_out * log_p).sum() / held_out.sum())
+        counts = Counts(parts(self._train[:: math.ceil(len(self._train) / _COUNTED)]), self.model.config.vocab_size)
+        held_out = torch.cat(list(parts(self._held_out)))
+        return {
+            "unigram_perplexity": _exp(counts.unigram_nll(held_out)),
+            "bigram_perplexity": _exp(counts.bigram_nll(held_out)),
+            "codebook_use": counts.use,
+        }
 
 
 def random_masks(batch: int, length: int, generator: torch.Generator) -> Tensor:
