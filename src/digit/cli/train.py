@@ -27,6 +27,28 @@ class Component(str, Enum):
     decoder = "decoder"
 
 
+class Backend(str, Enum):
+    """Who computes k-means."""
+
+    faiss = "faiss"
+    torch = "torch"
+
+
+class FitMode(str, Enum):
+    """What k-means runs over."""
+
+    sample = "sample"
+    whole = "whole"
+    mini_batch = "mini-batch"
+
+
+class FitStart(str, Enum):
+    """Where k-means begins."""
+
+    plus = "k-means++"
+    random = "random"
+
+
 class Crop(str, Enum):
     """How random cuts are made."""
 
@@ -54,7 +76,20 @@ def fit_codebook(
     ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Of k-means; the paper: 20.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of images and vectors, and of the first centroids.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; does not change the result.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; changes the result of mini-batches only.")] = 64,
+    backend: Annotated[
+        Backend, typer.Option(help="faiss: on the CPU. torch: on the device, and on several with torchrun.")
+    ] = Backend.faiss,
+    mode: Annotated[
+        FitMode,
+        typer.Option(
+            help="sample: of 256 vectors a token. With torch also whole: each iteration reads all images again; "
+            "mini-batch: so it does, and the centroids move after every batch."
+        ),
+    ] = FitMode.sample,
+    start: Annotated[
+        FitStart, typer.Option(help="First centroids, with torch; faiss starts at random vectors.")
+    ] = FitStart.plus,
     workers: Workers = 2,
     device: Device = None,
 ) -> None:
@@ -63,6 +98,8 @@ def fit_codebook(
     Example:  digit fit-codebook --encoder runs/encoder --data data/cifar10 --clusters 256 --out runs/codebook
 
     Example:  digit fit-codebook --encoder facebook/dinov2-with-registers-base --data data/photos -k 8192 --out codebook
+
+    On several GPUs:  torchrun --nproc_per_node 8 -m digit fit-codebook --backend torch --mode whole --encoder ... --out codebook
     """
     import numpy as np
 
@@ -72,6 +109,7 @@ def fit_codebook(
     from digit.data.transforms import Transform
     from digit.devices import pick_device
     from digit.encoders import load_encoder
+    from digit.errors import DigitError
     from digit.tokenizers.kmeans import fit_codebook as fit
 
     where = pick_device(device)
@@ -80,11 +118,27 @@ def fit_codebook(
         dataset = dataset.subset(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:images]))
     network: Any = load_encoder(part_folder(encoder) if Path(encoder, "model").is_dir() else encoder)
     transform = Transform(size=network.preprocessing.image_size, crop="random" if random_crops else "center", flip=random_crops)
-    batches = Batches(dataset, OrderedSampler(len(dataset), batch_size), transform, seed=seed, workers=workers)
     facts = {"data": {"name": dataset.name, "split": split, "images": len(dataset), "fingerprint": dataset.fingerprint}}
-    codebook = fit(
-        network, batches, clusters, seed=seed, iterations=iterations, device=where, total=len(dataset), provenance=facts
-    )
+    common: dict[str, Any] = {"seed": seed, "iterations": iterations, "total": len(dataset), "provenance": facts}
+    if backend is Backend.faiss:
+        if mode is not FitMode.sample:
+            raise DigitError(f"--mode {mode.value} needs --backend torch; faiss fits to a sample.")
+        batches = Batches(dataset, OrderedSampler(len(dataset), batch_size), transform, seed=seed, workers=workers)
+        codebook = fit(network, batches, clusters, device=where, **common)
+    else:
+        from digit.tokenizers import kmeans_torch, streams
+
+        with streams.process_group(where) as (rank, world, place):
+
+            def passes(number: int) -> Batches:
+                sampler = streams.PassSampler(len(dataset), batch_size, seed, number, rank, world)
+                return Batches(dataset, sampler, transform, seed=seed, workers=workers)
+
+            codebook = kmeans_torch.fit_codebook(
+                network, passes, clusters, mode=mode.value, start=start.value, device=place, show=rank == 0, **common
+            )
+        if rank:
+            return
     codebook.save_pretrained(out)
     typer.echo(f"A codebook of {clusters:,} tokens from {len(dataset):,} images: {out}")
 

@@ -117,7 +117,7 @@ def fit_codebook(
         )
     centroids = torch.from_numpy(_kmeans(sample, clusters, iterations, seed, max_points_per_centroid, show))
     facts = {
-        "encoder": _describe(encoder),
+        "encoder": describe_encoder(encoder),
         "preprocessing": to_dict(encoder.preprocessing),
         "seed": seed,
         "iterations": iterations,
@@ -195,7 +195,8 @@ def quality(features: Tensor, centroids: Tensor) -> dict[str, Any]:
     }
 
 
-def _describe(encoder: Encoder) -> dict[str, Any]:
+def describe_encoder(encoder: Encoder) -> dict[str, Any]:
+    """What a codebook must remember of the encoder whose features it was fitted to."""
     facts: dict[str, Any] = {"type": type(encoder).__name__, "dim": encoder.dim, "grid": list(encoder.grid)}
     if isinstance(encoder, nn.Module):
         facts["checksum"] = weights_checksum(encoder)
