@@ -42,6 +42,8 @@ class Workshop:
     def stepper_for(self, model: TokenModel, batch: int, guided: bool) -> Stepper:
         """A stepper with room for the batch: the one at hand if it fits, else a new one in its place."""
         if self.stepper is None or not self.stepper.fits(model, batch, guided):
+            if self.stepper is not None and self.stepper.no_compiler:  # do not try again
+                self.options = replace(self.options, compile=False)
             self.stepper = None  # the memory of the old one first
             self.stepper = Stepper(model, batch, guided, self.options.compile, self.options.quantize, self.options.cuda_graphs)
         return self.stepper

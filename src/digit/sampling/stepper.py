@@ -113,7 +113,7 @@ class Stepper:
         self._weights = _version(model)
         self._narrow = quantized(model) if quantize else None
         self._places = torch.arange(self.reach, device=device)
-        self._step = _compiled(device) if compile else advance
+        self._step = _compiled() if compile else advance
         self._ready: set[tuple[Any, ...]] = set()
         self._recorded: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
 
@@ -183,8 +183,11 @@ class Stepper:
 
     def _first(self, *arguments: Any) -> None:
         """A first step, which compiles; where that fails, the plain step does the same work from now on."""
+        # on a CPU the weights become constants, packed as its matrix products like them; changed weights get another stepper
+        freeze = self.compiled and self.state.place.device.type == "cpu"
         try:
-            self._step(*arguments)
+            with torch._inductor.config.patch(freezing=freeze, size_asserts=False, alignment_asserts=False):
+                self._step(*arguments)
         except Exception as error:
             if not self.compiled:
                 raise
@@ -223,11 +226,10 @@ def _say_once(reason: str) -> None:
     log.warning("Sampling runs uncompiled, slower and with the same results: no compiler could be used (%s).", reason)
 
 
-def _compiled(device: torch.device) -> Callable[..., None]:
+def _compiled() -> Callable[..., None]:
     """A compiled :func:`advance` of its own: the compiler limits how many variants one function may have."""
     own = types.FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
-    # on a CPU the weights become constants, packed as its matrix products like them; changed weights get another stepper
-    step: Callable[..., None] = torch.compile(own, fullgraph=True, options={"freezing": device.type == "cpu"})
+    step: Callable[..., None] = torch.compile(own, fullgraph=True)
     return step
 
 
