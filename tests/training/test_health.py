@@ -1,13 +1,17 @@
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import tiny
+from digit.config import load_preset
+from digit.data.token_cache import TokenCache
 from digit.errors import DigitError
 from digit.files import read_json
+from digit.training.build import build_task
 from digit.training.flops import forward_flops, peak_flops
 from digit.training.health import Counts, Guard, Meter
 from digit.training.task import Step
@@ -95,3 +99,14 @@ def test_bigrams_tell_a_chain_that_unigrams_cannot() -> None:
 def test_sequences_of_one_token() -> None:
     counts = Counts([torch.tensor([[0], [1], [1]])], vocab_size=2)
     assert counts.bigram_nll(torch.tensor([[1]])) == counts.unigram_nll(torch.tensor([[1]])) == pytest.approx(-math.log(3 / 5))
+
+
+def test_a_flipped_bit_in_the_cache_stops_before_training(token_cache: TokenCache, tmp_path: Path) -> None:
+    shutil.copytree(token_cache.folder, tmp_path / "cache")
+    file = tmp_path / "cache" / "shard-00001" / "semantic.npy"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    preset = load_preset("cifar10-tiny-prior")
+    with pytest.raises(DigitError, match=r"shard-00001/semantic\.npy is damaged: remove the folder"):
+        build_task("prior", preset, tmp_path / "cache", "test")

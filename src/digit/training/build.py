@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,8 @@ def _tokens(
     start: FineTune | None,
 ) -> Task:
     cache = open_token_cache(folder)
+    if os.environ.get("RANK", "0") == "0":
+        cache.verify()  # seconds a gigabyte, once; a flipped bit would be learnt without a word
     data = from_dict(TokenData, preset.get("data") or {}, f"{where}, data")
     extras = from_dict(Extras, preset.get("objective") or {}, f"{where}, objective")
     origin: dict[str, Any] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -124,5 +125,5 @@ def _wandb(out: Path, run: Mapping[str, Any]) -> Any:
         return None
     path = out / "wandb_id.txt"
     if not path.is_file():
-        write_bytes(path, wandb.util.generate_id().encode())
+        write_bytes(path, uuid.uuid4().hex[:8].encode())
     return wandb.init(dir=str(out), id=path.read_text(), resume="allow", name=out.name, config=dict(run))
