@@ -459,6 +459,8 @@ def test_the_page_prints(browser, run, tmp_path):
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.evaluate("document.querySelector('details dl').getBoundingClientRect().height") > 20
+    tab.set_viewport_size({"width": 720, "height": 1000})  # about A4 without margins
+    assert tab.evaluate("document.documentElement.scrollWidth") == 720  # nothing is cut off
     tab.pdf(path=str(tmp_path / "report.pdf"), format="A4")
     assert (tmp_path / "report.pdf").stat().st_size > 20_000
     window.close()

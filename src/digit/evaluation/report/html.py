@@ -109,8 +109,15 @@ def flatten(values: Any, prefix: str = "") -> list[tuple[str, str]]:
         return [pair for key, value in values.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(values, (list, tuple)):
         plain = all(not isinstance(v, (Mapping, list, tuple)) for v in values)
-        return [(prefix, ", ".join(number(v) for v in values) if plain else json.dumps(values, ensure_ascii=False))]
-    return [(prefix, number(values, 6))]
+        return [(prefix, ", ".join(_exactly(v) for v in values) if plain else json.dumps(values, ensure_ascii=False))]
+    return [(prefix, _exactly(values))]
+
+
+def _exactly(value: Any) -> str:
+    """A setting as it was given: no separators, no added zeros."""
+    if value is None:
+        return DASH
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def pairs(values: Any) -> Html:

@@ -89,7 +89,7 @@ footer { margin: 3rem 0 1rem; color: var(--soft); font-size: .875rem; border-top
   .scroll, .picture { overflow: visible; }
   img.wide { min-width: 0; }
   table { font-size: 7.5pt; }
-  th, td { padding: .15rem .3rem; white-space: normal; }
+  th, td, th:first-child, td.text { padding: .15rem .3rem; white-space: normal; min-width: 0; overflow-wrap: anywhere; }
   details::details-content { content-visibility: visible; display: block; height: auto; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
