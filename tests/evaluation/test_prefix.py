@@ -54,6 +54,7 @@ def test_record_of_model_and_baseline(pipe, vq_pipe, images, reference, tmp_path
         ("semantic", [0.25, 1]),
         ("vq", [0.25, 1]),
     ]
+    assert {run["num"] for run in result["settings"]["runs"].values()} == {24}
     assert Image.open(tmp_path / "prefix.png").width > 1000
 
 

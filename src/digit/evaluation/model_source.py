@@ -19,6 +19,8 @@ from digit.errors import DigitError
 from digit.pipeline import DigitPipeline, Tokens
 from digit.sampling.engine import check_request, sample
 
+_LABELS_SHOWN = 100
+
 # ---- data sets -------------------------------------------------------------------------------------------------------
 
 
@@ -138,11 +140,12 @@ class SamplingRun:
 
     def describe(self) -> dict[str, Any]:
         """What a result says about this run."""
-        pipe = self.pipe
+        pipe, labels = self.pipe, self.labels
+        shown = f"{len(labels):,}, one an image" if labels and len(labels) > _LABELS_SHOWN else labels and list(labels)
         return {
             "num": self.num,
             "seed": self.seed,
-            "labels": "none" if self.classes is None else "all in turns" if self.labels is None else list(self.labels),
+            "labels": "none" if self.classes is None else shown or "all in turns",
             "decoder": None if pipe.space == "vq" else pipe.pick_decoder(self.decoder),
             "settings": dict(self.settings),
             "batch_size": self.batch_size,

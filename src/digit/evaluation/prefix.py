@@ -47,8 +47,7 @@ def prefix_fidelity(
     """
     if not shares or not all(0 <= share <= 1 for share in shares):
         raise DigitError(f"The shares {', '.join(map(str, shares))} were given; expected numbers from 0 to 1.")
-    labels = dataset.labels.tolist() if run.pipe.num_classes else None
-    run = replace(run, num=len(dataset), labels=labels)
+    run = _over(run, dataset)
     run.check()
     common = {"model": describe_model(run.pipe)["parts"], "reference": reference.describe(), "images": dataset.fingerprint}
     identity = {**run.describe(), **common}
@@ -94,7 +93,7 @@ def prefix_record(
         settings={
             "shares": sorted(shares),
             "reference": reference.describe(),
-            "runs": {n: r.describe() for n, r in runs.items()},
+            "runs": {n: _over(r, dataset).describe() for n, r in runs.items()},
         },
         model={name: describe_model(run.pipe) for name, run in runs.items()},
         data=describe_data(dataset),
@@ -104,6 +103,11 @@ def prefix_record(
     )
     record.write(out)
     return record, curves
+
+
+def _over(run: SamplingRun, dataset: ImageDataset) -> SamplingRun:
+    """The run that completes every image of a data set, each under its own class."""
+    return replace(run, num=len(dataset), labels=dataset.labels.tolist() if run.pipe.num_classes else None)
 
 
 def _plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], spaces: Mapping[str, str], path: Path) -> None:
