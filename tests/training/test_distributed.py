@@ -111,24 +111,22 @@ def test_one_process_where_two_were_asked_for_gets_a_sentence(monkeypatch: pytes
         check_launch()
 
 
+ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+LAUNCHERS = {
+    "accelerate, DDP": [*ACCELERATE, "--mixed_precision", "no", "--multi_gpu"],
+    "accelerate, FSDP2": [*ACCELERATE, "--mixed_precision", "no", "--use_fsdp", "--fsdp_version", "2"],
+    "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--standalone"],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]], ids=["ddp", "fsdp2"])
-def test_accelerate_launch(token_cache: TokenCache, whole: Path, tmp_path: Path, launcher: list[str]) -> None:
-    """The command of docs/training.md."""
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=LAUNCHERS)
+def test_the_launchers_of_the_manual(token_cache: TokenCache, whole: Path, tmp_path: Path, launcher: list[str]) -> None:
+    """The commands of docs/training.md."""
     out, preset, data, changes, _ = run(token_cache, tmp_path / "run")
     settings = [part for change in changes for part in ("--set", change)]
     ours = ["digit", "train", "prior", "--preset", preset, "--data", data, "--out", out, "--device", "cpu", *settings]
-    launch = [
-        "accelerate.commands.launch",
-        *launcher,
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--main_process_port",
-        "0",
-    ]
-    command = [sys.executable, "-m", *launch, "--mixed_precision", "no", "-m", *ours]
+    command = [sys.executable, "-m", *launcher, "-m", *ours]
     done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Trained:") == 1

@@ -66,8 +66,8 @@ def assembled(network: nn.Module) -> Iterator[None]:
     if not cut:
         yield
         return
-    for module in cut:
-        module.reshard()
+    for part in cut:
+        part.reshard()
     before = [(module, dict(module._parameters)) for module in network.modules()]
     # these hooks would gather and cut the parameters around every forward pass
     hooks = [(m, m._forward_pre_hooks.copy(), m._forward_hooks.copy()) for m in cut if isinstance(m, nn.Module)]
