@@ -21,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch
 
 from digit.batching import allocated, peak, reset_peak
@@ -157,8 +158,34 @@ def step_weights(model: TokenModel) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embedding" not in n)
 
 
-def measure(contenders: list[Contender], batch: int, rounds: int, device: str) -> list[dict[str, float]]:
-    """Let the contenders take turns; the machine's own speed, measured once a round."""
+class Others:
+    """How much of the processors other programs use."""
+
+    def __init__(self) -> None:
+        self.system, self.own = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        return sum(times) - times.idle - times.iowait, own.user + own.system
+
+    def share(self, seconds: float) -> float:
+        """Of all cores, since the object was made."""
+        system, own = self._now()
+        return max(0.0, (system - self.system) - (own - self.own)) / (seconds * psutil.cpu_count())
+
+
+def wait_for_quiet(longest: float) -> None:
+    """Wait until other programs use less than a twentieth of the processors for three seconds, but not for ever."""
+    end = time.monotonic() + longest
+    while time.monotonic() < end:
+        others = Others()
+        time.sleep(3)
+        if others.share(3) < 0.05:
+            return
+
+
+def measure(contenders: list[Contender], batch: int, rounds: int, device: str, patience: float) -> list[dict[str, float]]:
+    """Let the contenders take turns; the machine's own speed and what others took of it, round by round."""
     where = torch.device(device)
     for c in contenders:
         c.seconds.clear()
@@ -171,11 +198,14 @@ def measure(contenders: list[Contender], batch: int, rounds: int, device: str) -
         print(f"  ready: {c.name}, {c.compile_seconds:.0f} s of compiling", flush=True)
     speeds = []
     for _ in range(rounds):
+        wait_for_quiet(patience)
         speeds.append(machine(device))
+        others, started = Others(), time.perf_counter()
         for c in contenders:
             began = time.perf_counter()
             told = c.run(batch)
             c.seconds.append(told if isinstance(told, float) else time.perf_counter() - began)
+        speeds[-1]["others"] = others.share(time.perf_counter() - started)
     for c in contenders:
         c.free()
     return speeds
@@ -226,7 +256,7 @@ def show(table: list[dict]) -> None:
         )
 
 
-def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None) -> dict:
+def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None, patience: float) -> dict:
     model, top_k = small_model(size), 200 if size == "small" else 20
     s = SamplingSettings(top_k=top_k)
     makers = {
@@ -242,63 +272,105 @@ def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None) -> d
     for batch in batches:
         contenders = [make() for name, make in makers.items() if only is None or name in only]
         print(f"batch {batch}", flush=True)
-        speeds += measure(contenders, batch, rounds if batch < 32 else max(2, rounds // 2), "cpu")
-        table += rows(contenders, speeds[-len(contenders[0].seconds) :], model, batch)
+        speeds += (now := measure(contenders, batch, rounds if batch < 32 else max(2, rounds // 2), "cpu", patience))
+        table += rows(contenders, now, model, batch)
     show(table)
     found = {name: statistics.median(v[name] for v in speeds) for name in speeds[0]}
     print(
         f"\nread {found['read'] / 1e9:.1f} GB/s, copy {found['copy'] / 1e9:.1f} GB/s (read + write), matmul "
-        f"{found['flops_fp32'] / 1e9:.0f} GFLOP/s fp32, {found['flops_bf16'] / 1e9:.0f} bf16, {torch.get_num_threads()} threads"
+        f"{found['flops_fp32'] / 1e9:.0f} GFLOP/s fp32, {found['flops_bf16'] / 1e9:.0f} bf16, {torch.get_num_threads()} threads; "
+        f"other programs took {found['others']:.0%} of the processors"
     )
     return {"size": size, "weights": step_weights(model), "machine": found, "rows": table}
 
 
-def gpu(names: list[str], batches: list[int], rounds: int) -> dict:
-    """The paper's models with AR decoder and VQGAN at 256 px, random weights, bfloat16: images/s of the whole chain."""
+def paper_pipeline(name: str, guided: bool):
+    """The paper's model with AR decoder and VQGAN at 256 px, random weights, bfloat16, on the GPU."""
     from digit.config import load_preset
     from digit.pipeline import DigitPipeline
     from digit.tokenizers.vqgan import VQGAN, VQGANConfig
 
-    def part(preset: str) -> TokenModel:
-        return TokenModel(from_dict(TokenModelConfig, load_preset(preset)["model"], preset)).eval().requires_grad_(False)
+    def part(preset: str, **changes) -> TokenModel:
+        values = {**load_preset(preset)["model"], **changes}
+        return TokenModel(from_dict(TokenModelConfig, values, preset)).eval().requires_grad_(False)
 
-    vqgan = VQGAN(VQGANConfig()).eval().requires_grad_(False).to("cuda", torch.bfloat16)
+    pipe = DigitPipeline(
+        prior=part(f"imagenet256-{name}-cond", class_dropout=0.1) if guided else part(f"imagenet256-{name}"),
+        decoders={"ar": part(f"imagenet256-{name}-ar")},
+        vqgan=VQGAN(VQGANConfig()).eval().requires_grad_(False).bfloat16(),
+        settings={"prior": SamplingSettings(top_k=200, cfg_scale=2.0 if guided else 1.0), "ar": SamplingSettings(top_p=0.8)},
+    )
+    return pipe.to("cuda", torch.bfloat16)
+
+
+def chain(pipe, batch: int, rounds: int, compile: bool, bandwidth: float) -> dict:
+    """Images a second from labels to pixels, and the time of an average step against reading the weights once."""
+    models = [pipe.prior, *pipe.decoders.values()]
+    torch.cuda.reset_peak_memory_stats()
+    for m in models:
+        accelerate(m, compile=compile)
+    labels = torch.zeros(batch, dtype=torch.long) if pipe.num_classes else None
+    times = []
+    for index in range(rounds + 1):
+        began = time.perf_counter()
+        tokens = pipe.sample_tokens(range(batch), labels)
+        torch.cuda.synchronize()
+        sampled = time.perf_counter() - began
+        pipe.to_pixels(tokens)
+        torch.cuda.synchronize()
+        if index:  # the first compiles and records
+            times.append((time.perf_counter() - began, sampled))
+    whole = statistics.median(t for t, _ in times)
+    steps = sum(m.config.length for m in models)
+    step = statistics.median(s for _, s in times) / steps
+    moved = sum(2 * step_weights(m) * m.config.length for m in models) / steps
+    result = {
+        "batch": batch,
+        "compiled": compile,
+        "images_per_second": batch / whole,
+        "milliseconds_per_step": 1e3 * step,
+        "weight_bandwidth_share": moved / step / bandwidth,
+        "peak_megabytes": torch.cuda.max_memory_allocated() / 1e6,
+        "compile_seconds": sum(compile_seconds(m) for m in models),
+    }
+    for m in models:
+        release(m)
+    return result
+
+
+def gpu(names: list[str], batches: list[int], rounds: int) -> dict:
     table, speed = [], machine("cuda")
     for name in names:
-        pipe = DigitPipeline(
-            prior=part(f"imagenet256-{name}"), decoders={"ar": part(f"imagenet256-{name}-ar")}, vqgan=vqgan,
-            settings={"prior": SamplingSettings(top_k=200), "ar": SamplingSettings(top_p=0.8)},
-        ).to("cuda", torch.bfloat16)  # fmt: skip
-        models = [pipe.prior, *pipe.decoders.values()]
-        for batch in batches:
-            for compile in (True, False):
-                torch.cuda.reset_peak_memory_stats()
-                for m in models:
-                    accelerate(m, compile=compile)
-                times = []
-                for index in range(rounds + 1):
-                    began = time.perf_counter()
-                    tokens = pipe.sample_tokens(range(batch))
-                    torch.cuda.synchronize()
-                    sampled = time.perf_counter() - began
-                    pipe.to_pixels(tokens)
-                    torch.cuda.synchronize()
-                    if index:  # the first compiles and records
-                        times.append((time.perf_counter() - began, sampled))
-                whole = statistics.median(t for t, _ in times)
-                steps = sum(m.config.length for m in models)
-                step = statistics.median(s for _, s in times) / steps
-                moved = sum(2 * step_weights(m) * m.config.length for m in models) / steps
-                table.append({
-                    "model": name, "batch": batch, "compiled": compile, "images_per_second": batch / whole,
-                    "milliseconds_per_step": 1e3 * step, "weight_bandwidth_share": moved / step / speed["bandwidth"],
-                    "peak_megabytes": torch.cuda.max_memory_allocated() / 1e6,
-                    "compile_seconds": sum(compile_seconds(m) for m in models),
-                })  # fmt: skip
-                print(json.dumps(table[-1]), flush=True)
-                for m in models:
-                    release(m)
+        for guided in (False, True):
+            pipe = paper_pipeline(name, guided)
+            for batch in batches:
+                for compile in (True, False):
+                    found = chain(pipe, batch, rounds, compile, speed["bandwidth"])
+                    table.append({"model": name, "guided": guided, **found})
+                    print(json.dumps(table[-1]), flush=True)
     return {"device": torch.cuda.get_device_name(), "machine": speed, "rows": table}
+
+
+def plot(table: list[dict], path: Path) -> None:
+    """Images a second against the batch size, one line a contender."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    names = list(dict.fromkeys(r["contender"] for r in table))
+    for place, name in enumerate(names):
+        points = sorted((r["batch"], r["images_per_second"]) for r in table if r["contender"] == name)
+        style = "-" if name.startswith("compiled") else "--" if name.startswith("plain") else ":"
+        axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{place}", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images a second")
+    axes.set_xticks(sorted({r["batch"] for r in table}), [str(b) for b in sorted({r["batch"] for r in table})])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -307,7 +379,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait before each round for a quiet machine")
     parser.add_argument("--only", nargs="+", help="names of contenders, such as 'compiled fp32'")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG file")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     if args.threads:
@@ -320,10 +394,12 @@ def main() -> None:
     }
     result["small"] = cpu(
         "quick" if args.quick else "small", args.batches or ([1, 4] if args.quick else [1, 8, 64]), 2 if args.quick else args.rounds,
-        args.only,
+        args.only, args.patience,
     )  # fmt: skip
     if torch.cuda.is_available() and not args.quick:
         result["gpu"] = gpu(["base", "large"], [1, 16, 64, 256], 3)
+    if args.plot:
+        plot(result["small"]["rows"], args.plot)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

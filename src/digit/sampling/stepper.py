@@ -11,11 +11,13 @@ import logging
 import time
 import types
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from digit.batching import is_out_of_memory
 from digit.models.token_model import NO_LABEL, TokenModel
 from digit.models.transformer import KVCache
 from digit.sampling.filters import Knobs, draw
@@ -100,6 +102,7 @@ class Stepper:
         self.cache = KVCache(
             model.config.transformer, 2 * batch if guided else batch, self.reach + 1, device, model.start.dtype
         )
+        self._with_labels = self.cache.rows(0, batch)
         self.state = State(
             tokens=torch.zeros(batch, length, dtype=torch.long, device=device),
             free=torch.ones(batch, length, dtype=torch.bool, device=device),
@@ -116,6 +119,8 @@ class Stepper:
         self._step = _compiled() if compile else advance
         self._ready: set[tuple[Any, ...]] = set()
         self._recorded: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
+        # recordings run one after the other and leave nothing but the buffers, so they may share their scratch memory
+        self._pool = torch.cuda.graph_pool_handle() if self.graphs else None
 
     def fits(self, model: TokenModel, batch: int, guided: bool) -> bool:
         """Whether this stepper can take such a batch of such a model."""
@@ -145,7 +150,7 @@ class Stepper:
         """Run what is known through the network and draw token ``known``."""
         b = self.batch
         self.state.place.fill_(known)
-        logits = model.prefill(self.cache.rows(0, b), b, labels, prefix, self.state.tokens[:, :known])  # (B, V)
+        logits = model.prefill(self._with_labels, b, labels, prefix, self.state.tokens[:, :known])  # (B, V)
         if guided:
             logits = torch.cat([logits, self.catch_up(model, known, prefix)])  # (2B, V)
         write(self.state, logits, guided, knobs)
@@ -158,14 +163,14 @@ class Stepper:
         """
         b, without = self.batch, self.cache.rows(self.batch, 2 * self.batch)
         if prefix is not None:
-            without.copy_from(self.cache.rows(0, b), prefix.shape[1])
+            without.copy_from(self._with_labels, prefix.shape[1])
         labels = torch.full((b,), NO_LABEL, device=self.state.place.device)
         return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=prefix is not None)
 
     def step(self, model: TokenModel, index: int, knobs: Knobs, guided: bool) -> None:
         """Draw token ``index``, the one that ``state.place`` points to."""
         network = self._narrow or model
-        cache = self.cache if guided or not self.guided else self.cache.rows(0, self.batch)
+        cache = self.cache if guided else self._with_labels
         reach = model.config.prefix_length + index + 1
         if self.graphs:
             reach = min(self.reach, -(-reach // GRAPH_STRIDE) * GRAPH_STRIDE)
@@ -175,7 +180,6 @@ class Stepper:
         if self.graphs:
             self._replay((reach, *variant), arguments)
         elif self.compiled and variant not in self._ready:
-            torch._dynamo.maybe_mark_dynamic(places, 0)
             self._timed(lambda: self._first(*arguments))
             self._ready.add(variant)
         else:
@@ -183,13 +187,13 @@ class Stepper:
 
     def _first(self, *arguments: Any) -> None:
         """A first step, which compiles; where that fails, the plain step does the same work from now on."""
-        # on a CPU the weights become constants, packed as its matrix products like them; changed weights get another stepper
-        freeze = self.compiled and self.state.place.device.type == "cpu"
+        if self.compiled:
+            torch._dynamo.maybe_mark_dynamic(arguments[3], 0)  # one compilation for every reach
         try:
-            with torch._inductor.config.patch(freezing=freeze, size_asserts=False, alignment_asserts=False):
+            with _compiler_options(self.state.place.device):
                 self._step(*arguments)
         except Exception as error:
-            if not self.compiled:
+            if not self.compiled or is_out_of_memory(error):
                 raise
             _say_once(str(error).strip().split("\n")[0])
             self.compiled, self.no_compiler, self._step = False, True, advance
@@ -211,7 +215,7 @@ class Stepper:
                 self.state.place.copy_(index)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # recorded, not run
+        with torch.cuda.graph(graph, pool=self._pool):  # recorded, not run
             self._step(*arguments)
         self._recorded[key] = graph
 
@@ -231,6 +235,14 @@ def _compiled() -> Callable[..., None]:
     own = types.FunctionType(advance.__code__.replace(), advance.__globals__, "advance")
     step: Callable[..., None] = torch.compile(own, fullgraph=True)
     return step
+
+
+def _compiler_options(device: torch.device) -> AbstractContextManager[Any]:
+    """On a CPU the weights become constants, packed as its matrix products like them; changed weights get another stepper."""
+    wanted = {"freezing": device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
+    known = {name: value for name, value in wanted.items() if hasattr(torch._inductor.config, name)}
+    context: AbstractContextManager[Any] = torch._inductor.config.patch(known)
+    return context
 
 
 def _version(model: TokenModel) -> tuple[Any, ...]:
