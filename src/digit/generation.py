@@ -14,6 +14,7 @@ from PIL import Image
 from digit.batching import PROBE, Batcher
 from digit.data.images import save_png, to_pil
 from digit.errors import DigitError
+from digit.evaluation.result import hardware
 from digit.pipeline import DigitPipeline, Tokens
 from digit.progress import bar
 from digit.runfolder import RunFolder, weights_digest, write_arrays
@@ -96,6 +97,7 @@ def generate_folder(
         "batch_size": size,
         "device": str(pipe.device),
         "threads": torch.get_num_threads(),
+        "hardware": hardware(),
         "processes": run.processes,
         "made": todo.made,
         "seconds": round(seconds, 3),

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from digit.config import to_dict
 from digit.errors import DigitError
+from digit.evaluation.result import hardware
 from digit.files import write_bytes
 from digit.progress import bar
 from digit.training import checkpoint, sharding
@@ -144,6 +145,7 @@ class _Run:
             "steps": self.done,
             "examples_seen": self.done * self.config.batch_size,
             "metrics": self.validated,
+            "hardware": hardware(),
             "software": {
                 "digit-ar": metadata.version("digit-ar"),
                 "torch": torch.__version__,
