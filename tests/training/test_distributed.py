@@ -8,13 +8,16 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from digit.data.token_cache import TokenCache
 from digit.errors import DigitError
 from digit.files import read_tensors
-from digit.training.engine import check_launch
+from digit.training.config import TrainingConfig
+from digit.training.engine import Engine, check_launch
 from digit.training.logs import read_metrics
 
 # Sums of gradients are rounded in another order, and AdamW's first steps pass that on; 12 steps of float32 leave this much.
@@ -109,6 +112,19 @@ def test_one_process_where_two_were_asked_for_gets_a_sentence(monkeypatch: pytes
         monkeypatch.setenv(name, value)
     with pytest.raises(DigitError, match=r"started one process.*accelerate launch --multi_gpu.*torchrun"):
         check_launch()
+
+
+@pytest.mark.parametrize(
+    ("names", "precision", "words"),
+    [(["model", "discriminator"], "no", r"trains 2 \(model, discriminator\)"), (["model"], "fp16", "'bf16' or 'no'")],
+)
+def test_what_cannot_be_sharded_gets_a_sentence(names: list[str], precision: str, words: str) -> None:
+    engine = object.__new__(Engine)  # as far as it is when it decides; two processes cannot be had in a test of one
+    engine.config = TrainingConfig(steps=1, batch_size=2, shard=True, precision=precision)
+    engine.networks = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
+    engine._asked_to_shard, engine._accelerator = False, SimpleNamespace(num_processes=2)
+    with pytest.raises(DigitError, match=words):
+        engine._shard()
 
 
 ACCELERATE = ["accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
