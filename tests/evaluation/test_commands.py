@@ -158,7 +158,7 @@ def test_sweep_prefix_and_reconstruction(run, model_folder, vq_pipe, cifar512, w
         save_png(Image.fromarray(pixels), folder / f"{number}.png")
     network = ["--weights", weights, "--backend", "torch"]
     out = tmp_path / "sweep"
-    words = ["sweep", model_folder, "--reference", folder, "--num", 8, *network, "--metrics", "fid,prc", "--out", out]
+    words = ["sweep", model_folder, "--reference", folder, "--num", 10, *network, "--metrics", "isc,prc", "--out", out]
     text = run(*words, "--vary", "top_k=2,0", "--vary", "decoder_top_p=0.5", "--set", "temperature=0.9")
     result = read(out, "sweep")
     assert [p["prior_shared"] for p in result["values"]["points"]] == [False, False, True]
@@ -168,7 +168,7 @@ def test_sweep_prefix_and_reconstruction(run, model_folder, vq_pipe, cifar512, w
 
     baseline, out = vq_pipe.save_pretrained(tmp_path / "vq"), tmp_path / "prefix"
     words = ["prefix", model_folder, "--baseline", baseline, "--data", cifar512, "--split", "train", "-n", 8, *network]
-    run(*words, "--reference", folder, "--metrics", "fid", "--shares", "0,1", "--out", out)
+    run(*words, "--reference", folder, "--metrics", "prc", "--shares", "0,1", "--out", out)
     result = read(out, "prefix")
     assert [(c["space"], [p["given"] for p in c["points"]]) for c in result["values"]] == [
         ("semantic", [0, 16]),
