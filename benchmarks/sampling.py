@@ -62,6 +62,7 @@ class Contender:
     compiled: Callable[[], float] = lambda: 0.0
     free: Callable[[], None] = lambda: None
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     memory: int = 0
     compile_seconds: float = 0.0
 
@@ -189,6 +190,7 @@ def measure(contenders: list[Contender], batch: int, rounds: int, device: str, p
     where = torch.device(device)
     for c in contenders:
         c.seconds.clear()
+        c.cpu_seconds.clear()
         before = allocated(where)
         reset_peak(where)
         c.prepare(batch)
@@ -202,9 +204,12 @@ def measure(contenders: list[Contender], batch: int, rounds: int, device: str, p
         speeds.append(machine(device))
         others, started = Others(), time.perf_counter()
         for c in contenders:
-            began = time.perf_counter()
+            began, spent = time.perf_counter(), time.process_time()
             told = c.run(batch)
-            c.seconds.append(told if isinstance(told, float) else time.perf_counter() - began)
+            elapsed, spent = time.perf_counter() - began, time.process_time() - spent
+            seconds = told if isinstance(told, float) else elapsed
+            c.seconds.append(seconds)
+            c.cpu_seconds.append(spent * seconds / elapsed)
         speeds[-1]["others"] = others.share(time.perf_counter() - started)
     for c in contenders:
         c.free()
@@ -229,6 +234,7 @@ def rows(contenders: list[Contender], speeds: list[dict[str, float]], model: Tok
             "contender": c.name,
             "seconds_per_image": statistics.median(c.seconds) / batch,
             "best_seconds_per_image": min(c.seconds) / batch,
+            "cpu_seconds_per_image": statistics.median(c.cpu_seconds) / batch,
             "images_per_second": batch / statistics.median(c.seconds),
             "tokens_per_second": batch * length / statistics.median(c.seconds),
             "milliseconds_per_step": 1e3 * statistics.median(took),
