@@ -121,6 +121,10 @@ def test_sweep_refuses_nonsense_before_it_works(run, model_folder, cifar512):
         run("sweep", model_folder, "--reference", cifar512, "--vary", "top_k")
     with pytest.raises(DigitError, match="--metrics fad"):
         run("sweep", model_folder, "--reference", cifar512, "--vary", "top_k=1", "--metrics", "fad")
+    with pytest.raises(DigitError, match="top_p"):
+        run("sweep", model_folder, "--reference", cifar512, "--vary", "top_p=0.5,7", "--weights", "/none.pth")
+    with pytest.raises(DigitError, match="top_p"):
+        run("prefix", model_folder, "--data", cifar512, "--split", "train", "--set", "top_p=7", "--weights", "/none.pth")
 
 
 def test_fidelity_of_a_model_needs_a_number(run, model_folder, cifar512):

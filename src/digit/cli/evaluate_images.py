@@ -144,12 +144,13 @@ def sweep(
     Example:  digit evaluate sweep runs/demo/model --reference data/cifar10 --vary top_k=0,20,50 --vary decoder_top_p=0.8,1 --num 1000
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.sweep import TITLES, measured, parse_axes, parse_settings, sweep_record
+    from digit.evaluation.sweep import TITLES, measured, parse_axes, parse_settings, planned_runs, sweep_record
 
     axes = parse_axes(vary)
     settings = parse_settings(fixed or [])
     pipe = load(model, device, variant=variant)
     run = SamplingRun(pipe, num, seed, parse_labels(labels, pipe), decoder, batch_size, settings)
+    planned_runs(run, axes, grid)  # now, and not after the reference was measured
     options = fidelity_options(metrics, batch_size)
     record, points = sweep_record(
         run, axes, open_reference(reference, reference_split, options, weights, backend, device), out, grid
@@ -204,10 +205,12 @@ def prefix(
 
         first = next(iter(runs))
         runs[first] = replace(runs[first], decoder=decoder)
-    options = fidelity_options(metrics, batch_size)
+    options, given = fidelity_options(metrics, batch_size), numbers(shares, "--shares")
+    for run in runs.values():
+        run.check()  # now, and not after the reference was measured
     real, real_split = (data, split) if reference is None else (reference, reference_split)
     record, curves = prefix_record(
-        runs, images, open_reference(real, real_split, options, weights, backend, device), out, numbers(shares, "--shares")
+        runs, images, open_reference(real, real_split, options, weights, backend, device), out, given
     )
     shown = measured([point for points in curves.values() for point in points])
     rows = [

@@ -77,6 +77,18 @@ def plan(axes: Axes, grid: bool = False) -> list[dict[str, Any]]:
     return [{name: value} for name, values in axes.items() for value in values]
 
 
+def planned_runs(run: SamplingRun, axes: Axes, grid: bool = False) -> list[SamplingRun]:
+    """The run of every point of :func:`plan`, tried without sampling.
+
+    Raises:
+        DigitError: a setting that does not exist, or that the model cannot do.
+    """
+    runs = [replace(run, settings={**run.settings, **point}) for point in plan(axes, grid)]
+    for each in runs:
+        each.check()
+    return runs
+
+
 @dataclass
 class Reference:
     """What generated images are compared with, measured once, and how."""
@@ -132,10 +144,7 @@ def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, g
         DigitError: a setting that does not exist or that the model cannot do, before anything is sampled; or ``out`` holds another
             sweep.
     """
-    points = plan(axes, grid)
-    runs = [replace(run, settings={**run.settings, **point}) for point in points]
-    for each in runs:
-        each.check()
+    points, runs = plan(axes, grid), planned_runs(run, axes, grid)
     store = Points(Path(out) / "points", _identity(run, reference))
     found = []
     with bar("Sweep", len(points), "points") as progress:
