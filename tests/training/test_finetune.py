@@ -10,7 +10,7 @@ from digit.config import load_preset
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache, open_token_cache
 from digit.errors import DigitError
-from digit.files import read_tensors
+from digit.files import read_tensors, sha256_of, write_json
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.training.build import build_task
@@ -50,7 +50,9 @@ def four_classes(cifar512: Path, tmp_path_factory: pytest.TempPathFactory) -> To
     index["classes"] = [names[9], names[3], "somebody's dog", names[5]]
     (folder / "index.json").write_text(json.dumps(index))
     labels = np.load(folder / "shard-00000" / "labels.npy")
-    np.save(folder / "shard-00000" / "labels.npy", np.vectorize({9: 0, 3: 1, 0: 2, 5: 3}.get)(labels))
+    shard = folder / "shard-00000"
+    np.save(shard / "labels.npy", np.vectorize({9: 0, 3: 1, 0: 2, 5: 3}.get)(labels))
+    write_json(shard / "checksums.json", {path.name: sha256_of(path) for path in shard.glob("*.npy")})
     return open_token_cache(folder)
 
 
