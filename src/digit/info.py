@@ -231,7 +231,16 @@ def _add_part(tree: Tree, part: Part) -> None:
     for key in ("source", "updates", "steps", "data"):
         if key in facts:
             checksum = f" (sha256 {facts['sha256'][:12]}…)" if key == "source" and "sha256" in facts else ""
-            branch.add(_fact(key, f"{facts[key]}{checksum}"))
+            if text := _origin(facts[key]):
+                branch.add(_fact(key, f"{text}{checksum}"))
+
+
+def _origin(value: object) -> str:
+    """A fact of the provenance in a few words: a data set by name, a long checksum by its beginning."""
+    if isinstance(value, Mapping):
+        return " ".join(str(value[key]) for key in ("name", "split") if key in value)
+    text = str(value)
+    return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text
 
 
 def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
