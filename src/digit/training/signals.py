@@ -26,7 +26,7 @@ class Interrupted(DigitError):
         name = signal.Signals(signum).name
         super().__init__(
             f"Stopped by {name} after step {step} of {total}; the checkpoint is {checkpoint}. "
-            "To go on, give the same command with --resume."
+            "To go on, give the same command again; digit train wants --resume with it."
         )
 
 
