@@ -190,10 +190,7 @@ class Transformer(nn.Module):
             visible = torch.arange(reach or cache.length, device=x.device) <= position[:, None]  # (T, S)
             slots = [Slot(k, v, position, visible) for k, v in zip(cache.keys, cache.values, strict=True)]
         for block, slot in zip(self.blocks, slots, strict=True):
-            if self.checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x, slot)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x, slot)
         out: Tensor = self.norm(x)
         return out
 
