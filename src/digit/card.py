@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from digit.pipeline import DigitPipeline
+
+
+def count_parameters(part: Any) -> int:
+    """Numbers in a network."""
+    return sum(p.numel() for p in part.parameters())
 
 
 def model_card(pipe: DigitPipeline) -> str:
@@ -31,7 +36,7 @@ def model_card(pipe: DigitPipeline) -> str:
     parts = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior, "vqgan": pipe.vqgan}
     for name, part in {**parts, **{f"decoder/{k}": d for k, d in pipe.decoders.items()}}.items():
         if part is not None:
-            lines.append(f"| {name} | {sum(p.numel() for p in part.parameters()):,} |")  # type: ignore[union-attr]
+            lines.append(f"| {name} | {count_parameters(part):,} |")
     if pipe.class_names:
         lines += ["", "Classes: " + ", ".join(f"{i} {name}" for i, name in enumerate(pipe.class_names[:20])) + "."]
     if pipe.provenance:

@@ -40,6 +40,6 @@ def pick_dtype(name: str) -> torch.dtype:
 def bf16_is_fast(device: torch.device) -> bool:
     """Whether bfloat16 is quicker than float32 there: on GPUs that know it, and on processors with instructions for it."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return bool(torch.cuda.is_bf16_supported())
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private names, which may go
     return device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)

@@ -193,7 +193,8 @@ class DigitPipeline:
         vqgan = self._need("vqgan")
         assert tokens.vq is not None
         vq = self._checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ")
-        return vqgan.decode(vq).float().clamp(0, 1)
+        pixels: Tensor = vqgan.decode(vq).float().clamp(0, 1)
+        return pixels
 
     def reconstruct(self, images: Tensor | Sequence[Image.Image], seed: int = 0, decoder: str | None = None) -> Tensor:
         """Images through the whole path: semantic tokens, VQ tokens, pixels (B, 3, S, S) in 0..1."""

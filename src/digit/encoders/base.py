@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +69,11 @@ class Encoder(Protocol):
         """Rows and columns of the features of one image."""
         ...
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, /) -> Tensor:
         """Images (B, 3, S, S) in 0..1, S = ``preprocessing.image_size``, to features (B, N, D)."""
         ...
 
-    def to(self, *args: object, **kwargs: object) -> Encoder:
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move to a device or dtype, as :meth:`torch.nn.Module.to`."""
         ...
 

@@ -11,7 +11,7 @@ features where the width changes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ class VQGANConfig:
     @property
     def factor(self) -> int:
         """Pixels a token spans along a side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 1 << (len(self.multipliers) - 1)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,7 +88,8 @@ class ResidualBlock(nn.Module):
         h: Tensor = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
         if self.shortcut is None:
             return x + h
-        return h + self.shortcut(x if self.shortcut_input else h)
+        short: Tensor = self.shortcut(x if self.shortcut_input else h)
+        return h + short
 
 
 class Encoder(nn.Module):
@@ -114,7 +115,7 @@ class Encoder(nn.Module):
         for index, level in enumerate(self.levels):
             if index:
                 x = F.avg_pool2d(x, 2)  # (B, C, H / 2, W / 2)
-            for block in level:  # type: ignore[union-attr]
+            for block in cast(nn.ModuleList, level):
                 x = block(x)
         for block in self.middle:
             x = block(x)
@@ -148,7 +149,7 @@ class Decoder(nn.Module):
         for block in self.middle:
             x = block(x)
         for index, level in enumerate(self.levels):
-            for block in level:  # type: ignore[union-attr]
+            for block in cast(nn.ModuleList, level):
                 x = block(x)
             if index < len(self.upsample):
                 x = self.upsample[index](F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2 H, 2 W)
@@ -180,7 +181,8 @@ class VQGAN(nn.Module):
         size = self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise DigitError(f"The VQGAN takes images (B, 3, {size}, {size}); {tuple(images.shape)} was given.")
-        return self.encoder(images).flatten(2).transpose(1, 2)  # (B, M, code_dim)
+        latents: Tensor = self.encoder(images).flatten(2).transpose(1, 2)  # (B, M, code_dim)
+        return latents
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in 0..1 to VQ tokens (B, M) int64: the nearest code, the lowest id on ties."""
@@ -189,7 +191,8 @@ class VQGAN(nn.Module):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents (B, M, code_dim) to images (B, 3, S, S), nominally 0..1, not clamped."""
         rows, columns = self.config.grid
-        return self.decoder(latents.transpose(1, 2).unflatten(2, (rows, columns)))  # type: ignore[no-any-return]
+        images: Tensor = self.decoder(latents.transpose(1, 2).reshape(len(latents), -1, rows, columns))
+        return images
 
     def decode(self, tokens: Tensor) -> Tensor:
         """VQ tokens (B, M) to images (B, 3, S, S), nominally 0..1, not clamped.
