@@ -2,7 +2,8 @@
 
 A config class is a frozen pydantic dataclass made with :func:`config`; it is the single description of a component and is
 saved as ``config.json`` beside its weights. A preset is a YAML file in ``digit/presets`` (or any path) with the sections
-``component`` (encoder, vqgan, prior or decoder), ``model``, ``data`` and ``training``.
+``component`` (encoder, vqgan, prior or decoder), ``model``, ``data`` and ``training``; those in ``digit/presets/ablations`` say
+what is compared with what, see :mod:`digit.evaluation.ablation_run`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +29,8 @@ T = TypeVar("T")
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass that refuses unknown fields and wrong types."""
-    decorate: Callable[[type[T]], type[T]] = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
-    return decorate(cls)
+    decorated: type[T] = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[assignment]
+    return decorated
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -50,7 +51,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 
 
 def _explain(error: ValidationError, cls: type) -> str:
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(cls)]
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
@@ -72,23 +73,24 @@ def to_dict(value: Any) -> dict[str, Any]:
     return plain
 
 
-def preset_names() -> list[str]:
-    """The names of the packaged presets, sorted."""
-    folder = resources.files("digit") / "presets"
+def preset_names(group: str = "") -> list[str]:
+    """The names of the packaged presets, sorted: of trainings, or of the group "ablations"."""
+    folder = resources.files("digit") / "presets" / group
     return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
 
 
-def load_preset(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> dict[str, Any]:
     """Read a preset by name or path and apply ``a.b=c`` overrides.
 
     Args:
         name: a packaged preset's name, or the path of a YAML file.
         overrides: items ``dotted.path=value``; the value is YAML, so ``3e-4``, ``true`` and ``[1, 2]`` mean what they say.
+        group: "" for trainings, or "ablations".
 
     Raises:
         DigitError: unknown preset, broken YAML, or an override whose path is not in the preset.
     """
-    text = _preset_text(name)
+    text = _preset_text(name, group)
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -100,17 +102,18 @@ def load_preset(name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
     return values
 
 
-def _preset_text(name: str) -> str:
+def _preset_text(name: str, group: str) -> str:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
             raise DigitError(f"There is no preset file {path}.")
         return path.read_text(encoding="utf-8")
-    if name not in preset_names():
-        near = difflib.get_close_matches(name, preset_names(), n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(preset_names())}."
+    known = preset_names(group)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}."
         raise DigitError(f"There is no preset '{name}'; {hint}")
-    return (resources.files("digit") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return (resources.files("digit") / "presets" / group / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def _override(values: dict[str, Any], item: str, preset: str) -> None:
