@@ -5,7 +5,6 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-import tiny
 from digit.cli.app import app
 from digit.config import load_preset, preset_names
 from digit.errors import DigitError
@@ -27,10 +26,10 @@ SMALL = ["model.transformer.dim=16", "model.transformer.depth=1", "model.transfo
 
 
 @pytest.fixture
-def parts(tmp_path):
-    """An encoder and a VQGAN of random weights, as folders."""
-    tiny.encoder().save_pretrained(tmp_path / "encoder")
-    tiny.vqgan().save_pretrained(tmp_path / "vqgan")
+def parts(pipe, tmp_path):
+    """An encoder and a VQGAN of random weights, with codes from real features, as folders."""
+    pipe.encoder.save_pretrained(tmp_path / "encoder")
+    pipe.vqgan.save_pretrained(tmp_path / "vqgan")
     return tmp_path
 
 
@@ -104,6 +103,7 @@ def test_two_codebooks_end_to_end_and_again(values, parts, cifar512, pooling, mo
         assert len(line["probe"]) == 2
         assert 0 < line["nats_per_token"] < 4
         assert line["not_measured"] == {}
+    assert lines[0]["fid"] != lines[1]["fid"]
     assert lines[1]["paper"] == {"fid": 16.81, "inception": 57.88, "probe": 61.10}
     result = json.loads((out / "result.json").read_text())
     assert result["kind"] == "ablation"

@@ -361,6 +361,7 @@ def _plot(what: str, lines: Sequence[Mapping[str, Any]], path: Path) -> None:
                     [100 * value for value in line.get("probe", [])], "o-", color=shade, label=line["name"], markersize=4
                 )
             axes[-1].set(xlabel="state of the prior (0: embedding)", ylabel="linear probe, %", title="Layer by layer")
+            axes[-1].set_xticks(range(max(len(line.get("probe", [])) for line in lines)))
             axes[-1].legend(fontsize=9)
 
 
