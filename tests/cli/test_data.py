@@ -1,26 +1,17 @@
 import shutil
-import sys
 
 import pytest
 from PIL import Image
 
-from digit.cli.app import main
 from digit.data.dataset import open_dataset
-
-
-def _run(monkeypatch, *arguments):
-    """Run the command as the shell would; gives its exit code."""
-    monkeypatch.setattr(sys, "argv", ["digit", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    return left.value.code or 0
+from terminal import run
 
 
 def test_folder(tmp_path, monkeypatch, capsys):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (30, 20), "red").save(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "b.txt").write_text("hello")
-    assert _run(monkeypatch, "data", "folder", tmp_path / "photos", "--size", 16, "--out", tmp_path / "out") == 0
+    assert run(monkeypatch, "data", "folder", tmp_path / "photos", "--size", 16, "--out", tmp_path / "out") == 0
     assert "2 files: 1 used, 1 skipped" in capsys.readouterr().out
     assert open_dataset(tmp_path / "out")[0].image.size == (16, 16)
 
@@ -32,7 +23,7 @@ def test_useless_folder_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, c
         source.mkdir()
     if content == "text":
         (source / "b.txt").write_text("hello")
-    assert _run(monkeypatch, "data", "folder", source, "--out", tmp_path / "out") == 2
+    assert run(monkeypatch, "data", "folder", source, "--out", tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert error.startswith("Error: ")
     assert str(source) in error
@@ -42,5 +33,5 @@ def test_useless_folder_is_one_sentence_and_exit_code_2(tmp_path, monkeypatch, c
 
 def test_cifar10_from_a_folder_that_is_something_else(cifar512, tmp_path, monkeypatch, capsys):
     shutil.copytree(cifar512, tmp_path / "source")
-    assert _run(monkeypatch, "data", "cifar10", "--source", tmp_path / "source", "--out", tmp_path / "out") == 2
+    assert run(monkeypatch, "data", "cifar10", "--source", tmp_path / "source", "--out", tmp_path / "out") == 2
     assert "does not hold CIFAR-10; expected" in capsys.readouterr().err

@@ -1,34 +1,11 @@
 """``digit edit`` as a user meets it."""
 
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
 
 import tiny
-from digit.cli.app import main
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny.pipeline().save_pretrained(tmp_path_factory.mktemp("cli") / "model")
-
-
-@pytest.fixture
-def photo(tmp_path):
-    path = tmp_path / "photo.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(path)
-    return path
-
-
-def run(monkeypatch, *words) -> int:
-    monkeypatch.setattr(sys, "argv", ["digit", *map(str, words)])
-    try:
-        main()
-    except SystemExit as stop:
-        return stop.code or 0
-    return 0
+from terminal import run
 
 
 def test_each_way_leaves_pictures_and_a_sheet(model, photo, tmp_path, monkeypatch, capsys):

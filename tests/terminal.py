@@ -1,0 +1,17 @@
+"""The command line, in this process."""
+
+from __future__ import annotations
+
+import sys
+
+from digit.cli.app import main
+
+
+def run(monkeypatch, *words) -> int:
+    """Run ``digit`` with these words; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["digit", *map(str, words)])
+    try:
+        main()
+    except SystemExit as stop:
+        return stop.code or 0
+    return 0
