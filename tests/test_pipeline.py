@@ -81,6 +81,17 @@ def test_labels_seed_and_decoder_matter(pipe):
     )
 
 
+def test_a_default_of_guidance_is_for_pictures_with_a_class(pipe):
+    guided = pipe.with_parts(settings={"prior": SamplingSettings(cfg_scale=3.0)})
+    plain = pipe.with_parts(settings={})
+    one, other = (p.sample_tokens(range(4), None, seed=1).sha256() for p in (guided, plain))
+    assert one == other
+    labels = torch.zeros(4, dtype=torch.long)
+    assert guided.sample_tokens(range(4), labels).sha256() != plain.sample_tokens(range(4), labels).sha256()
+    with pytest.raises(DigitError, match="needs class labels"):
+        guided(num=1, cfg_scale=2.0)
+
+
 def test_calling_gives_pictures(pipe):
     pictures = pipe(labels=[0, 2], num=5, seed=1)
     assert [p.size for p in pictures] == [(tiny.SIZE, tiny.SIZE)] * 5

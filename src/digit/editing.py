@@ -120,7 +120,7 @@ def edit_tokens(
     images = images.to(pipe.device)
     before = pipe._need("vqgan").encode(images)  # (B, M)
     prior = pipe._need("prior")
-    chosen, later = pipe._settings("prior", settings)
+    chosen, later = pipe._settings("prior", settings, labels is not None)
     if semantic is None:
         return Tokens(None, sample(prior, numbers, seed, chosen, labels, given=before, mask=vq))
     meaning = sample(prior, numbers, seed, chosen, labels, given=pipe.tokenizer.encode(images), mask=semantic)  # (B, N)

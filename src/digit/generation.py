@@ -109,7 +109,7 @@ def generate_folder(
 
 def _check(pipe: DigitPipeline, classes: torch.Tensor | None, decoder: str | None, settings: dict[str, Any]) -> None:
     """Refuse what cannot be sampled before a folder is made for it."""
-    chosen, later = pipe._settings("prior", settings)
+    chosen, later = pipe._settings("prior", settings, classes is not None)
     check_request(pipe._need("prior"), chosen, classes)
     pipe._need("vqgan")
     if pipe.space == "semantic":

@@ -159,7 +159,7 @@ class DigitPipeline:
             settings: see :meth:`__call__`.
         """
         prior = self._need("prior")
-        chosen, own = self._settings("prior", settings)
+        chosen, own = self._settings("prior", settings, labels is not None)
         first = sample(prior, images, seed, chosen, labels, callback=_named("prior", callback))
         if self.space == "vq":
             return Tokens(None, first)
@@ -259,14 +259,16 @@ class DigitPipeline:
             raise DigitError(f"The model '{self.name}' has no {part}, which this needs.")
         return value
 
-    def _settings(self, stage: str, given: Mapping[str, Any]) -> tuple[SamplingSettings, dict[str, Any]]:
+    def _settings(self, stage: str, given: Mapping[str, Any], labelled: bool = True) -> tuple[SamplingSettings, dict[str, Any]]:
         """The stage's settings, and what of ``given`` belongs to the decoder: ``steps`` and every name ``decoder_*``."""
         base = self.settings.get(stage, SamplingSettings())
         mine = {k: v for k, v in given.items() if v is not None}
         later = {k.removeprefix("decoder_"): mine.pop(k) for k in list(mine) if k.startswith("decoder_")}
         if stage == "prior" and self.space == "semantic":
             later |= {k: mine.pop(k) for k in ("steps", "mask_schedule", "choice_temperature") if k in mine}
-        return from_dict(SamplingSettings, {**to_dict(base), **mine}, "The sampling settings"), later
+        # a default of guidance is for pictures with a class; without one there is nothing to guide to
+        defaults = to_dict(base) if labelled else {**to_dict(base), "cfg_scale": 1.0}
+        return from_dict(SamplingSettings, {**defaults, **mine}, "The sampling settings"), later
 
     def _checked(self, tokens: Tensor, length: int, vocab: int, kind: str) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] != length:
