@@ -37,7 +37,7 @@ def edit_region(pipe: DigitPipeline, images: Tensor, region: Tensor, **options: 
     if not bool(region.any()):
         raise DigitError("The mask marks nothing to sample anew; expected some white pixels.")
     semantic = None if pipe.space == "vq" else cells(region, pipe.tokenizer.grid)
-    return edit_tokens(pipe, images, semantic, cells(region, pipe._need("vqgan").config.grid), **options)
+    return edit_tokens(pipe, images, semantic, cells(region, pipe.part("vqgan").config.grid), **options)
 
 
 def continue_rows(pipe: DigitPipeline, images: Tensor, rows: int, keep_pixels: bool = False, **options: Any) -> Tokens:
@@ -50,7 +50,7 @@ def continue_rows(pipe: DigitPipeline, images: Tensor, rows: int, keep_pixels: b
         keep_pixels: keep the VQ tokens of the same part too; otherwise the decoder draws all of them from the semantic tokens.
         options: see :func:`edit_tokens`.
     """
-    vqgan_grid = pipe._need("vqgan").config.grid
+    vqgan_grid = pipe.part("vqgan").config.grid
     grid = vqgan_grid if pipe.space == "vq" else pipe.tokenizer.grid
     if not 0 <= rows < grid[0]:
         raise DigitError(
@@ -81,7 +81,7 @@ def vary(
     if not 0 < fraction <= 1:
         raise DigitError(f"A fraction of {fraction} was given to vary; expected a number above 0 and up to 1.")
     numbers = range(len(images)) if numbers is None else numbers
-    vqgan = pipe._need("vqgan")
+    vqgan = pipe.part("vqgan")
     count = vqgan.num_tokens if pipe.space == "vq" else pipe.tokenizer.num_tokens
     rank = uniforms(seed, numbers, "vary", (count,)).argsort(1).argsort(1)  # (B, N)
     free = (rank < max(1, round(fraction * count))).to(pipe.device)
@@ -118,14 +118,14 @@ def edit_tokens(
     """
     numbers = range(len(images)) if numbers is None else numbers
     images = images.to(pipe.device)
-    before = pipe._need("vqgan").encode(images)  # (B, M)
-    prior = pipe._need("prior")
-    chosen, later = pipe._settings("prior", settings, labels is not None)
+    before = pipe.part("vqgan").encode(images)  # (B, M)
+    prior = pipe.part("prior")
+    chosen, later = pipe.settings_for("prior", settings, labels is not None)
     if semantic is None:
         return Tokens(None, sample(prior, numbers, seed, chosen, labels, given=before, mask=vq))
     meaning = sample(prior, numbers, seed, chosen, labels, given=pipe.tokenizer.encode(images), mask=semantic)  # (B, N)
     kind = pipe.pick_decoder(decoder)
-    chosen, _ = pipe._settings(kind, later)
+    chosen, _ = pipe.settings_for(kind, later)
     return Tokens(meaning, sample(pipe.decoders[kind], numbers, seed, chosen, prefix=meaning, given=before, mask=vq))
 
 

@@ -82,7 +82,7 @@ def generate_folder(
         "seed": seed,
         "decoder": None if pipe.space == "vq" else pipe.pick_decoder(decoder),
         "settings": {k: v for k, v in settings.items() if v is not None},
-        "dtype": str(next(pipe._need("prior").parameters()).dtype).removeprefix("torch."),
+        "dtype": str(next(pipe.part("prior").parameters()).dtype).removeprefix("torch."),
         "quantize": quantize,
     }
     run = RunFolder(out, identity, overwrite)
@@ -109,11 +109,11 @@ def generate_folder(
 
 def _check(pipe: DigitPipeline, classes: torch.Tensor | None, decoder: str | None, settings: dict[str, Any]) -> None:
     """Refuse what cannot be sampled before a folder is made for it."""
-    chosen, later = pipe._settings("prior", settings, classes is not None)
-    check_request(pipe._need("prior"), chosen, classes)
-    pipe._need("vqgan")
+    chosen, later = pipe.settings_for("prior", settings, classes is not None)
+    check_request(pipe.part("prior"), chosen, classes)
+    pipe.part("vqgan")
     if pipe.space == "semantic":
-        pipe._settings(pipe.pick_decoder(decoder), later)
+        pipe.settings_for(pipe.pick_decoder(decoder), later)
 
 
 class _Todo:
@@ -168,7 +168,7 @@ def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
     On a GPU the VQGAN computes in the number format of the prior; its weights stay in float32.
     """
     assert tokens.vq is not None
-    dtype = next(pipe._need("prior").parameters()).dtype
+    dtype = next(pipe.part("prior").parameters()).dtype
     narrow = pipe.device.type == "cuda" and dtype != torch.float32
     parts = []
     for start in range(0, len(tokens.vq), DECODED_AT_ONCE):

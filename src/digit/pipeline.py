@@ -158,8 +158,8 @@ class DigitPipeline:
             callback: called with (stage, tokens done, tokens (B, length)) while sampling.
             settings: see :meth:`__call__`.
         """
-        prior = self._need("prior")
-        chosen, own = self._settings("prior", settings, labels is not None)
+        prior = self.part("prior")
+        chosen, own = self.settings_for("prior", settings, labels is not None)
         first = sample(prior, images, seed, chosen, labels, callback=_named("prior", callback))
         if self.space == "vq":
             return Tokens(None, first)
@@ -179,7 +179,7 @@ class DigitPipeline:
         kind = self.pick_decoder(decoder)
         model = self.decoders[kind]
         semantic = self._checked(semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
-        chosen, _ = self._settings(kind, settings)
+        chosen, _ = self.settings_for(kind, settings)
         numbers = range(len(semantic)) if images is None else images
         return sample(model, numbers, seed, chosen, prefix=semantic, callback=_named(kind, callback))
 
@@ -190,7 +190,7 @@ class DigitPipeline:
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Tensor:
         """VQ tokens to images (B, 3, S, S) in 0..1."""
-        vqgan = self._need("vqgan")
+        vqgan = self.part("vqgan")
         assert tokens.vq is not None
         vq = self._checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ")
         pixels: Tensor = vqgan.decode(vq).float().clamp(0, 1)
@@ -199,7 +199,7 @@ class DigitPipeline:
     def reconstruct(self, images: Tensor | Sequence[Image.Image], seed: int = 0, decoder: str | None = None) -> Tensor:
         """Images through the whole path: semantic tokens, VQ tokens, pixels (B, 3, S, S) in 0..1."""
         if self.space == "vq":
-            vqgan = self._need("vqgan")
+            vqgan = self.part("vqgan")
             ready = prepare(images, vqgan.config.resolution).to(self.device)
             with torch.inference_mode():
                 return self.to_pixels(Tokens(None, vqgan.encode(ready)))
@@ -214,7 +214,7 @@ class DigitPipeline:
         Raises:
             DigitError: this model lacks one of them.
         """
-        return SemanticTokenizer(self._need("encoder"), self._need("codebook"))
+        return SemanticTokenizer(self.part("encoder"), self.part("codebook"))
 
     @property
     def device(self) -> torch.device:
@@ -232,7 +232,7 @@ class DigitPipeline:
     @property
     def image_size(self) -> int:
         """Side of the images, in pixels."""
-        return int(self._need("vqgan").config.resolution)
+        return int(self.part("vqgan").config.resolution)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DigitPipeline:
         """Move every part to a device; ``dtype`` is for prior and decoders only, tokenizing stays in float32."""
@@ -253,20 +253,37 @@ class DigitPipeline:
             raise DigitError(f"The model '{self.name}' has no decoder '{chosen}'; it has: {', '.join(self.decoders)}.")
         return chosen
 
-    def _need(self, part: str) -> Any:
-        value = getattr(self, part)
+    def part(self, name: str) -> Any:
+        """One of "encoder", "codebook", "prior", "vqgan".
+
+        Raises:
+            DigitError: this model lacks it.
+        """
+        value = getattr(self, name)
         if value is None:
-            raise DigitError(f"The model '{self.name}' has no {part}, which this needs.")
+            raise DigitError(f"The model '{self.name}' has no {name}, which this needs.")
         return value
 
-    def _settings(self, stage: str, given: Mapping[str, Any], labelled: bool = True) -> tuple[SamplingSettings, dict[str, Any]]:
-        """The stage's settings, and what of ``given`` belongs to the decoder: ``steps`` and every name ``decoder_*``."""
+    def settings_for(
+        self, stage: str, given: Mapping[str, Any], labelled: bool = True
+    ) -> tuple[SamplingSettings, dict[str, Any]]:
+        """The settings that a stage samples with, and what of ``given`` is left for the decoder.
+
+        Args:
+            stage: "prior", or a decoder's kind.
+            given: what was asked for; it goes before the model's defaults. The prior leaves ``steps`` and every name
+                ``decoder_*`` to the decoder, the latter without that beginning.
+            labelled: whether the pictures have a class. A *default* of guidance is for those alone: without a class there is
+                nothing to guide to.
+
+        Raises:
+            DigitError: unknown settings, or values out of range.
+        """
         base = self.settings.get(stage, SamplingSettings())
         mine = {k: v for k, v in given.items() if v is not None}
         later = {k.removeprefix("decoder_"): mine.pop(k) for k in list(mine) if k.startswith("decoder_")}
         if stage == "prior" and self.space == "semantic":
             later |= {k: mine.pop(k) for k in ("steps", "mask_schedule", "choice_temperature") if k in mine}
-        # a default of guidance is for pictures with a class; without one there is nothing to guide to
         defaults = to_dict(base) if labelled else {**to_dict(base), "cfg_scale": 1.0}
         return from_dict(SamplingSettings, {**defaults, **mine}, "The sampling settings"), later
 

@@ -32,7 +32,7 @@ def reconstruction_sheet(
         tokens = pipe.tokenizer.encode(images)  # (B, N)
         grid, vocab = pipe.tokenizer.grid, pipe.tokenizer.vocab_size
         columns.append([token_picture(row, grid, vocab, size) for row in tokens])
-    vqgan = pipe._need("vqgan")
+    vqgan = pipe.part("vqgan")
     columns.append([to_pil(image) for image in pipe.to_pixels(Tokens(None, vqgan.encode(images)))])
     if pipe.space == "semantic":
         columns.append([to_pil(image) for image in pipe.decode(tokens, seed, decoder)])

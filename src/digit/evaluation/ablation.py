@@ -91,7 +91,7 @@ def candidates(
     found = []
     for name, pipe in models.items():
         if clusters:
-            encoder: Any = pipe._need("encoder")
+            encoder: Any = pipe.part("encoder")
             cut = Transform(size=encoder.preprocessing.image_size)
             for count in clusters:
                 batches = Batches(dataset, OrderedSampler(len(dataset), batch_size), cut)

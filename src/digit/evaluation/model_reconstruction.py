@@ -47,7 +47,7 @@ def paths(pipe: DigitPipeline, seed: int = 0) -> dict[str, Way]:
     Raises:
         DigitError: the model has no VQGAN.
     """
-    vqgan = pipe._need("vqgan")
+    vqgan = pipe.part("vqgan")
     found: dict[str, Way] = {VQGAN_ALONE: lambda images, _: as_uint8(pipe.to_pixels(Tokens(None, vqgan.encode(images))))}
     if pipe.space == "semantic" and pipe.encoder is not None and pipe.codebook is not None:
         for kind in pipe.decoders:

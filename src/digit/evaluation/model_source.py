@@ -67,7 +67,7 @@ def encode_all(pipe: DigitPipeline, dataset: ImageDataset, batch_size: int) -> T
 def prior_tokens(pipe: DigitPipeline, images: Tensor) -> Tensor:
     """Images (B, 3, S, S) to tokens (B, N) of the space that the prior works in."""
     if pipe.space == "vq":
-        return pipe._need("vqgan").encode(images.to(pipe.device))  # type: ignore[no-any-return]
+        return pipe.part("vqgan").encode(images.to(pipe.device))  # type: ignore[no-any-return]
     return pipe.tokenizer.encode(images)
 
 
@@ -129,12 +129,12 @@ class SamplingRun:
             DigitError: unknown settings or labels, guidance that the model cannot do, or a part that it lacks.
         """
         pipe = self.pipe
-        prior, _ = pipe._need("prior"), pipe._need("vqgan")
-        chosen, later = pipe._settings("prior", self.settings)
+        prior, _ = pipe.part("prior"), pipe.part("vqgan")
+        chosen, later = pipe.settings_for("prior", self.settings, self.classes is not None)
         check_request(prior, chosen, self.classes)
         if pipe.space == "semantic":
             kind = pipe.pick_decoder(self.decoder)
-            check_request(pipe.decoders[kind], pipe._settings(kind, later)[0], None)
+            check_request(pipe.decoders[kind], pipe.settings_for(kind, later)[0], None)
         elif later or self.decoder:
             raise DigitError(f"The model '{pipe.name}' predicts VQ tokens itself; it has no decoder to choose or to set.")
 
@@ -158,17 +158,17 @@ class SamplingRun:
 
     def prior(self, given: Tensor | None = None) -> Iterator[Tensor]:
         """Stage 1 batch by batch: tokens (B, N), continuing ``given`` (num, n) where there is any."""
-        chosen, _ = self.pipe._settings("prior", self.settings)
+        chosen, _ = self.pipe.settings_for("prior", self.settings, self.classes is not None)
         classes = self.classes
         for span in self.spans():
             part = slice(span.start, span.stop)
             labels = None if classes is None else classes[part]
             first = None if given is None else given[part]
-            yield sample(self.pipe._need("prior"), span, self.seed, chosen, labels, given=first)
+            yield sample(self.pipe.part("prior"), span, self.seed, chosen, labels, given=first)
 
     def batches(self, tokens: Tensor | None = None) -> Iterator[Tensor]:
         """The images as (B, 3, S, S) uint8, from fresh tokens or from the prior's ``tokens`` (num, N)."""
-        _, later = self.pipe._settings("prior", self.settings)
+        _, later = self.pipe.settings_for("prior", self.settings, self.classes is not None)
         firsts = self.prior() if tokens is None else (tokens[span.start : span.stop] for span in self.spans())
         for span, first in zip(self.spans(), firsts, strict=True):
             yield pixels_of(self.pipe, first, span, self.seed, self.decoder, later)

@@ -56,7 +56,7 @@ def prefix_fidelity(
     tokens, found = None, []
     with bar(f"Prefixes of {_SPACE[run.pipe.space]}", len(shares), "lengths") as progress:
         for share in shares:
-            given = round(share * run.pipe._need("prior").config.length)
+            given = round(share * run.pipe.part("prior").config.length)
             value = store.get({"given": given})
             if value is None:
                 if tokens is None:

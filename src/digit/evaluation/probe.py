@@ -104,7 +104,7 @@ class Features:
 
 def prior_features(pipe: DigitPipeline, images: Tensor) -> Tensor:
     """Mean states (L + 1, B, D) of the prior over images (B, 3, S, S): all positions, the start included, without a label."""
-    prior = pipe._need("prior")
+    prior = pipe.part("prior")
     return mean_states(prior.states(prior_tokens(pipe, images)))
 
 
@@ -340,7 +340,7 @@ def probe_record(
     lr = options.lrs[0]
     probes[lr].provenance = {"lr": lr, "model": model, "data": data.train.fingerprint}
     probes[lr].cpu().save_pretrained(out / "probe")
-    depth = pipe._need("prior").config.transformer.depth
+    depth = pipe.part("prior").config.transformer.depth
     _plot(scores, ceiling, depth, classes, out / "probe.png")
     record = Record(
         kind="probe",

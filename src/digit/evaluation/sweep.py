@@ -168,10 +168,10 @@ def _identity(run: SamplingRun, reference: Reference) -> dict[str, Any]:
 
 def _resolved(run: SamplingRun) -> dict[str, Any]:
     """The settings of both stages with every default filled in: points that agree here are one."""
-    prior, later = run.pipe._settings("prior", run.settings)
+    prior, later = run.pipe.settings_for("prior", run.settings, run.classes is not None)
     stages = {"prior": to_dict(prior)}
     if run.pipe.space == "semantic":
-        stages["decoder"] = to_dict(run.pipe._settings(run.pipe.pick_decoder(run.decoder), later)[0])
+        stages["decoder"] = to_dict(run.pipe.settings_for(run.pipe.pick_decoder(run.decoder), later)[0])
     return stages
 
 
