@@ -8,7 +8,7 @@ those above and to the left.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from digit.errors import DigitError
-from digit.pipeline import DigitPipeline, Tokens
+from digit.pipeline import DigitPipeline, Tokens, for_stage
 from digit.sampling.engine import sample
 from digit.sampling.seeding import uniforms
 
@@ -101,6 +101,7 @@ def edit_tokens(
     seed: int = 0,
     labels: Tensor | None = None,
     decoder: str | None = None,
+    callback: Callable[[str, int, Tensor], None] | None = None,
     **settings: Any,
 ) -> Tokens:
     """Tokenize pictures and sample some of the tokens anew.
@@ -114,6 +115,7 @@ def edit_tokens(
         seed: of the run.
         labels: (B,) classes or -1.
         decoder: its kind; None takes the default.
+        callback: see :meth:`DigitPipeline.sample_tokens`.
         settings: sampling settings, see :meth:`DigitPipeline.__call__`.
     """
     numbers = range(len(images)) if numbers is None else numbers
@@ -121,12 +123,16 @@ def edit_tokens(
     before = pipe.part("vqgan").encode(images)  # (B, M)
     prior = pipe.part("prior")
     chosen, later = pipe.settings_for("prior", settings, labels is not None)
+    on_prior = for_stage("prior", callback)
     if semantic is None:
-        return Tokens(None, sample(prior, numbers, seed, chosen, labels, given=before, mask=vq))
-    meaning = sample(prior, numbers, seed, chosen, labels, given=pipe.tokenizer.encode(images), mask=semantic)  # (B, N)
+        return Tokens(None, sample(prior, numbers, seed, chosen, labels, given=before, mask=vq, callback=on_prior))
+    given = pipe.tokenizer.encode(images)
+    meaning = sample(prior, numbers, seed, chosen, labels, given=given, mask=semantic, callback=on_prior)  # (B, N)
     kind = pipe.pick_decoder(decoder)
     chosen, _ = pipe.settings_for(kind, later)
-    return Tokens(meaning, sample(pipe.decoders[kind], numbers, seed, chosen, prefix=meaning, given=before, mask=vq))
+    on_step = for_stage(kind, callback)
+    decoding = pipe.decoders[kind]
+    return Tokens(meaning, sample(decoding, numbers, seed, chosen, prefix=meaning, given=before, mask=vq, callback=on_step))
 
 
 def cells(region: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -127,6 +127,19 @@ class DigitPipeline:
             pictures += [to_pil(image) for image in self.to_pixels(tokens)]
         return pictures
 
+    def class_number(self, name: int | str) -> int:
+        """A class by its number, or by its name where the model's classes have names.
+
+        Raises:
+            DigitError: neither.
+        """
+        if isinstance(name, int) or name.lstrip("-").isdecimal():
+            return int(name)
+        if name in self.class_names:
+            return self.class_names.index(name)
+        known = f"its classes: {', '.join(self.class_names[:20])}" if self.class_names else "its classes have no names"
+        raise DigitError(f"The label '{name}' is neither a number nor a class of this model; {known}.")
+
     def expand_labels(self, labels: Sequence[int] | int | None, num: int | None) -> tuple[int, Tensor | None]:
         """How many pictures, and the label (num,) of each: the given labels in turns."""
         if num is not None and num < 1:
@@ -155,12 +168,13 @@ class DigitPipeline:
             labels: (B,) classes or -1; None for unconditional.
             seed: of the run.
             decoder: its kind; None takes the default.
-            callback: called with (stage, tokens done, tokens (B, length)) while sampling.
+            callback: called with (stage, done, tokens (B, length)) while sampling, stage being "prior" or the decoder's kind: after
+                each token, or after each iteration of a masked decoder, whose open tokens are -1. It may raise to stop.
             settings: see :meth:`__call__`.
         """
         prior = self.part("prior")
         chosen, own = self.settings_for("prior", settings, labels is not None)
-        first = sample(prior, images, seed, chosen, labels, callback=_named("prior", callback))
+        first = sample(prior, images, seed, chosen, labels, callback=for_stage("prior", callback))
         if self.space == "vq":
             return Tokens(None, first)
         kind = self.pick_decoder(decoder)
@@ -181,7 +195,7 @@ class DigitPipeline:
         semantic = self._checked(semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
         chosen, _ = self.settings_for(kind, settings)
         numbers = range(len(semantic)) if images is None else images
-        return sample(model, numbers, seed, chosen, prefix=semantic, callback=_named(kind, callback))
+        return sample(model, numbers, seed, chosen, prefix=semantic, callback=for_stage(kind, callback))
 
     def decode(self, semantic: Tensor, seed: int = 0, decoder: str | None = None, **settings: Any) -> Tensor:
         """Semantic tokens (B, N) to images (B, 3, S, S) in 0..1."""
@@ -424,8 +438,14 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     return index
 
 
-def _named(stage: str, callback: Callable[[str, int, Tensor], None] | None) -> Callable[..., None] | None:
-    return None if callback is None else lambda done, tokens, *_: callback(stage, done, tokens)
+def for_stage(stage: str, callback: Callable[[str, int, Tensor], None] | None) -> Callable[..., None] | None:
+    """An engine's callback that tells ``callback`` the stage too, see :meth:`DigitPipeline.sample_tokens`."""
+
+    def tell(done: int, tokens: Tensor, masked: Tensor | None = None) -> None:
+        assert callback is not None
+        callback(stage, done, tokens if masked is None else tokens.masked_fill(masked, -1))
+
+    return None if callback is None else tell
 
 
 def _check_fit(pipe: DigitPipeline) -> None:

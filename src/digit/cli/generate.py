@@ -113,20 +113,7 @@ def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
     Raises:
         DigitError: a name that is not a class.
     """
-    from digit.errors import DigitError
-
-    if text is None:
-        return None
-    numbers = []
-    for word in (part.strip() for part in text.split(",")):
-        if word.lstrip("-").isdigit():
-            numbers.append(int(word))
-        elif word in pipe.class_names:
-            numbers.append(pipe.class_names.index(word))
-        else:
-            known = f"its classes: {', '.join(pipe.class_names[:20])}" if pipe.class_names else "its classes have no names"
-            raise DigitError(f"The label '{word}' is neither a number nor a class of this model; {known}.")
-    return numbers
+    return None if text is None else [pipe.class_number(word.strip()) for word in text.split(",")]
 
 
 def read_pictures(paths: list[Path], size: int):  # type: ignore[no-untyped-def]

@@ -49,7 +49,9 @@ class Decoded(NamedTuple):
     """Pillow's name of the file format, such as "JPEG"."""
 
 
-def decode(source: str | Path | bytes, name: object = None, max_pixels: int = MAX_PIXELS) -> Decoded:
+def decode(
+    source: str | Path | bytes, name: object = None, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Decoded:
     """Read any picture Pillow knows as upright 8-bit RGB.
 
     Palettes, CMYK, grey and 16 bits are converted; transparency is laid on white; the EXIF orientation is applied; of an
@@ -59,25 +61,26 @@ def decode(source: str | Path | bytes, name: object = None, max_pixels: int = MA
         source: a path, or the bytes of a file.
         name: how to call it in an error, anything with a ``str``; by default its path.
         max_pixels: refuse anything with more pixels.
+        formats: Pillow's names of the file formats that are accepted; None accepts all.
 
     Raises:
         DigitError: names the file: missing, unreadable, not an image, truncated or damaged, or too large.
     """
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), name or f"the image of {len(source):,} bytes", max_pixels)
+        return _decode(io.BytesIO(source), name or f"the image of {len(source):,} bytes", max_pixels, formats)
     path = Path(source)
     if not path.is_file():
         raise DigitError(f"There is no image file {path}." if not path.exists() else f"{path} is not a file but a folder.")
     try:
         with open(path, "rb") as handle:
-            return _decode(handle, name or str(path), max_pixels)
+            return _decode(handle, name or str(path), max_pixels, formats)
     except OSError as error:
         raise DigitError(f"Cannot read {path}: {error.strerror or error}.") from error
 
 
-def _decode(handle: BinaryIO, name: object, max_pixels: int) -> Decoded:
+def _decode(handle: BinaryIO, name: object, max_pixels: int, formats: Sequence[str] | None) -> Decoded:
     try:
-        image = Image.open(handle)
+        image = Image.open(handle, formats=formats)
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError
         notes = _frames(image)
@@ -94,7 +97,8 @@ def _decode(handle: BinaryIO, name: object, max_pixels: int) -> Decoded:
             f"{name} has more than {max_pixels:,} pixels, which is refused as a safeguard; scale it down first."
         ) from error
     except UnidentifiedImageError as error:
-        raise DigitError(f"{name} is not an image in any format that Pillow can read.") from error
+        known = "any format that Pillow can read" if formats is None else f"one of the formats {', '.join(formats)}"
+        raise DigitError(f"{name} is not an image in {known}.") from error
     except Exception as error:  # the decoders raise a dozen different types on damaged files
         raise DigitError(f"{name} is damaged or truncated and cannot be decoded ({error}).") from error
 
