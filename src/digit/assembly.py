@@ -40,7 +40,7 @@ def assemble(
 ) -> DigitPipeline:
     """Load parts and put them into one pipeline; what ``base`` has and is not given is taken over.
 
-    A prior that fits the VQGAN and not the codebook, and comes without decoders, makes a baseline in VQ space.
+    A prior that was trained on VQ tokens makes a baseline in VQ space.
     """
     parts: dict[str, Any] = {}
     if encoder is not None:

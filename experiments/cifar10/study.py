@@ -1,0 +1,264 @@
+"""The CIFAR-10 study: every command of it, in order, each run once and recorded.
+
+    python experiments/cifar10/study.py --list                  what there is, and what is done
+    python experiments/cifar10/study.py core headline           the steps of these groups that are not done yet
+    python experiments/cifar10/study.py core --profile gpu --extra --device=cuda      larger and longer, on a GPU
+
+A step is one command of `digit`. Its command, commit, machine and seconds go to OUT/records/STEP.json, from which results.py makes
+RESULTS.md; a step with a record of success is not run again, an interrupted one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from digit.evaluation.result import hardware, versions
+from digit.files import read_json, write_json
+
+SEEDS = (0, 1, 2)
+CLUSTERS = (256, 1024, 4096)
+K = 1024  # of the headline, as many as the VQGAN has codes
+
+# what a GPU trains instead; the presets' own values are for two CPU cores
+LARGER = "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6"
+GPU = {
+    "vqgan": "model.channels=64 model.blocks=2 training.epochs=100",
+    "prior": f"{LARGER} model.transformer.dropout=0.1 training.epochs=200 training.batch_size=256",
+    "decoder": f"{LARGER} training.epochs=100 training.batch_size=256",
+    "onepass": "training.epochs=100 training.batch_size=256",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Attributes:
+        group: which of them one asks for together.
+        name: of its record.
+        command: what is typed, without `digit`.
+    """
+
+    group: str
+    name: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Study:
+    """Where things are and how large they are.
+
+    Attributes:
+        out: of every run and result.
+        data: CIFAR-10, made by `digit data cifar10`.
+        reference: Inception statistics of its training images; made here if the file does not exist.
+        images: how many are generated for a fidelity.
+        profile: "cpu" or "gpu".
+    """
+
+    out: Path
+    data: Path
+    reference: Path
+    images: int
+    profile: str
+
+    def steps(self) -> Iterator[Step]:
+        """All of the study, in an order in which every step finds what it needs."""
+        yield from self._tokenizers()
+        yield from self._core()
+        yield from self._headline()
+        yield from self._sizes()
+        yield from self._vocabularies()
+        yield from self._curves()
+
+    # -- training ----------------------------------------------------------------------------------------------------------
+
+    def _train(self, group: str, name: str, component: str, preset: str, data: Path, *changes: str) -> Step:
+        kind = preset.removeprefix("cifar10-")
+        larger = GPU.get(kind, GPU["decoder"] if component == "decoder" else "").split() if self.profile == "gpu" else []
+        given = "".join(f" --set {change}" for change in (*larger, *changes))
+        command = f"train {component} --preset {preset} --data {data} --out {self.out / name} --resume{given}"
+        return Step(group, name, command)
+
+    def _prior(self, group: str, name: str, clusters: int, *changes: str) -> Step:
+        return self._train(group, name, "prior", "cifar10-prior", self.out / f"tokens-{clusters}", *changes)
+
+    def _decoder(self, group: str, kind: str, clusters: int, *changes: str) -> Step:
+        name = kind if clusters == K else f"{kind}-{clusters}"
+        return self._train(group, name, "decoder", f"cifar10-{kind}", self.out / f"tokens-{clusters}", *changes)
+
+    def _assemble(self, group: str, name: str, **parts: str) -> Step:
+        given = "".join(
+            f" --{part.split('_')[0]} {self.out / folder if '=' not in folder else folder}" for part, folder in parts.items()
+        )
+        command = f"assemble --name {name}{given} --out {self.out / 'models' / name}"
+        return Step(group, f"assemble-{name}", command)
+
+    def _tokenizers(self) -> Iterator[Step]:
+        out, group = self.out, "tokenizers"
+        vit = "-vit" if self.profile == "gpu" else ""
+        yield self._train(group, "encoder", "encoder", f"cifar10-encoder{vit}", self.data)
+        judge = f"objective.perceptual_encoder={out / 'encoder' / 'model'}"
+        yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, "objective.perceptual=encoder", judge)
+        yield from self._vocabulary(group, K)
+
+    def _vocabulary(self, group: str, clusters: int) -> Iterator[Step]:
+        """Codebook, tokenizers and the tokens of the training images."""
+        out, book = self.out, f"codebook-{clusters}"
+        command = f"fit-codebook --encoder {out / 'encoder'} --data {self.data} --clusters {clusters} --images 20000"
+        yield Step(group, book, f"{command} --out {out / book}")
+        parts = {"encoder": "encoder", "codebook": book, "vqgan": "vqgan"}
+        yield self._assemble(group, f"tokenizers-{clusters}", **parts)
+        tokens = out / f"tokens-{clusters}"
+        command = f"cache-tokens --model {out / 'models' / f'tokenizers-{clusters}'} --data {self.data} --out {tokens}"
+        yield Step(group, f"tokens-{clusters}", command)
+
+    # -- what is compared --------------------------------------------------------------------------------------------------
+
+    def _core(self) -> Iterator[Step]:
+        """The parts of the model that is shipped, and its measurements."""
+        group, out = "core", self.out
+        yield self._prior(group, "prior-cond", K, "data.labels=true", "training.epochs=6")
+        for kind in ("ar", "masked"):
+            yield self._decoder(group, kind, K)
+        yield self._assemble(
+            group, "cond", base=f"models/tokenizers-{K}", prior="prior-cond", decoder_1="ar", decoder_2="masked"
+        )
+        model = out / "models" / "cond"
+        yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
+        yield self._evaluate(
+            group,
+            "reconstruction",
+            f"reconstruction {model} --data {self.data} --split test --num {min(self.images, 10000)} --lpips none",
+        )
+        for kind in ("ar", "masked"):
+            yield self._fidelity(group, f"cond-{kind}", "cond", f"--decoder {kind}")
+
+    def _headline(self) -> Iterator[Step]:
+        """Unconditional: a prior over semantic tokens with each decoder against the same prior over VQ tokens."""
+        group = "headline"
+        for seed in SEEDS:
+            own = () if seed == 0 else (f"training.seed={seed}",)
+            yield self._prior(group, f"prior-s{seed}", K, *own)
+            yield self._prior(group, f"vq-prior-s{seed}", K, "data.target=vq", *own)
+            base = f"models/tokenizers-{K}"
+            yield self._assemble(
+                group, f"semantic-s{seed}", base=base, prior=f"prior-s{seed}", decoder_1="ar", decoder_2="masked"
+            )
+            yield self._assemble(group, f"vq-s{seed}", base=base, prior=f"vq-prior-s{seed}")
+            yield self._fidelity(group, f"vq-s{seed}", f"vq-s{seed}")
+            yield self._fidelity(group, f"semantic-s{seed}-ar", f"semantic-s{seed}", "--decoder ar")
+        yield self._fidelity(group, "semantic-s0-masked", "semantic-s0", "--decoder masked")
+
+    def _sizes(self) -> Iterator[Step]:
+        """A VQ prior as large as semantic prior and decoder together, one with a class, and larger priors of both kinds."""
+        group, base = "sizes", f"models/tokenizers-{K}"
+        trials = {
+            "vq-whole": ("data.target=vq", "model.transformer.depth=9"),
+            "vq-cond": ("data.target=vq", "data.labels=true", "training.epochs=6"),
+            "vq-large": ("data.target=vq", "model.transformer.dim=192"),
+            "semantic-large": ("model.transformer.dim=192",),
+        }
+        for name, changes in trials.items():
+            yield self._prior(group, f"prior-{name}", K, *changes)
+            decoder = {"decoder": "ar"} if name.startswith("semantic") else {}
+            yield self._assemble(group, name, base=base, prior=f"prior-{name}", **decoder)
+            yield self._fidelity(group, name, name)
+
+    def _vocabularies(self) -> Iterator[Step]:
+        """Other numbers of semantic tokens."""
+        group = "vocabularies"
+        for clusters in (size for size in CLUSTERS if size != K):
+            yield from self._vocabulary(group, clusters)
+            yield self._prior(group, f"prior-{clusters}", clusters)
+            yield self._decoder(group, "ar", clusters)
+            parts = {"base": f"models/tokenizers-{clusters}", "prior": f"prior-{clusters}", "decoder": f"ar-{clusters}"}
+            yield self._assemble(group, f"semantic-{clusters}", **parts)
+            yield self._fidelity(group, f"semantic-{clusters}", f"semantic-{clusters}")
+
+    def _curves(self) -> Iterator[Step]:
+        """Figures over settings, layers and prefixes."""
+        group, model = "curves", self.out / "models" / "cond"
+        few = f"--num {min(self.images, 2000)}"
+        axes = "--vary top_k=0,50,200 --vary top_p=0.8,0.9,0.95 --vary cfg_scale=1,1.5,2,3 --vary decoder_top_p=0.8,0.9,1"
+        yield self._evaluate(
+            group, "sweep", f"sweep {model} --reference {self.reference} {axes} --decoder ar --metrics fid {few}"
+        )
+        yield self._evaluate(group, "probe", f"probe {model} --data {self.data} --num 10000 --layers all --epochs 20")
+        pair = self.out / "models"
+        command = f"prefix {pair / 'semantic-s0'} --baseline {pair / 'vq-s0'} --data {self.data} --reference {self.reference}"
+        yield self._evaluate(group, "prefix", f"{command} --shares 0,0.25,0.5,0.75 --decoder ar --metrics fid {few}")
+
+    # -- measuring ---------------------------------------------------------------------------------------------------------
+
+    def _evaluate(self, group: str, name: str, command: str) -> Step:
+        return Step(group, f"evaluate-{name}", f"evaluate {command} --out {self.out / 'results' / name}")
+
+    def _fidelity(self, group: str, name: str, model: str, options: str = "") -> Step:
+        path = self.out / "results" / f"fidelity-{name}.json"
+        command = f"evaluate fidelity {self.out / 'models' / model} --num {self.images} --reference {self.reference}"
+        return Step(group, f"fidelity-{name}", f"{command} --batch-size 250 {options} --out {path}".replace("  ", " "))
+
+
+def run(step: Step, out: Path, extra: list[str]) -> None:
+    """Run a step and keep its record; the study stops where one fails."""
+    record = out / "records" / f"{step.name}.json"
+    earlier = read_json(record)["seconds"] if record.exists() else 0.0
+    command = ["digit", *shlex.split(step.command), *extra]
+    print(f"\n== {step.name}\n{shlex.join(command)}", flush=True)
+    began = time.perf_counter()
+    code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
+    values = {
+        "name": step.name,
+        "group": step.group,
+        "command": shlex.join(command),
+        "finished": code == 0,
+        "seconds": round(earlier + time.perf_counter() - began, 1),  # of all attempts
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip(),
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "hardware": hardware() | {"threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))},
+        "versions": versions(),
+    }
+    write_json(record, values)
+    if code:
+        sys.exit(f"{step.name} ended with exit code {code}; the same command goes on from here.")
+
+
+def is_done(step: Step, out: Path) -> bool:
+    """Whether its record says so."""
+    record = out / "records" / f"{step.name}.json"
+    return record.exists() and bool(read_json(record)["finished"])
+
+
+def main() -> None:
+    """Run the groups that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("groups", nargs="*", help="tokenizers, core, headline, sizes, vocabularies, curves; or names of steps")
+    parser.add_argument("--list", action="store_true", help="show the steps and which are done")
+    parser.add_argument("--out", type=Path, default=Path("runs/study"))
+    parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
+    parser.add_argument("--reference", type=Path, default=Path("runs/study/train-statistics.npz"))
+    parser.add_argument("--images", type=int, default=10_000, help="generated for each fidelity")
+    parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--extra", action="append", default=[], help="given to every training, such as --extra=--device=cuda")
+    options = parser.parse_args()
+    study = Study(options.out, options.data, options.reference, options.images, options.profile)
+    for step in study.steps():
+        if options.list:
+            print(f"{'done' if is_done(step, options.out) else '    '}  {step.group:13} {step.name}")
+        elif {step.group, step.name} & set(options.groups) and not is_done(step, options.out):
+            run(step, options.out, options.extra if step.command.startswith("train") else [])
+
+
+if __name__ == "__main__":
+    main()
