@@ -37,9 +37,11 @@ def test_agrees_with_counting_by_hand(pipe, cifar512):
                 return (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
 
             found[name].append([(old != new).mean(), cosine(a, b).mean(), cosine(c[old], c[new]).mean()])
+            c = c - c.mean(0)
+            found[name][-1].append(cosine(c[old], c[new]).mean())
     for name, row in rows.items():
         values = np.array(found[name])
-        for column, estimate in enumerate((row.changed, row.cosine_features, row.cosine_codes)):
+        for column, estimate in enumerate((row.changed, row.cosine_features, row.cosine_codes, row.cosine_centred)):
             half = 1.96 * values[:, column].std(ddof=1) / math.sqrt(8)
             assert estimate.mean == pytest.approx(values[:, column].mean(), abs=1e-5)
             assert estimate.high - estimate.mean == pytest.approx(half, abs=1e-5)
@@ -52,6 +54,7 @@ def test_nothing_done_changes_nothing(pipe, images):
         assert row.changed == Estimate(0, 0, 0)
         assert row.cosine_features.mean == pytest.approx(1, abs=1e-6)
         assert row.cosine_codes.mean == pytest.approx(1, abs=1e-6)
+        assert row.cosine_centred.mean == pytest.approx(1, abs=1e-6)
         assert row.realised_snr is None
 
 

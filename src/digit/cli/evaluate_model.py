@@ -100,7 +100,8 @@ def stability(
         theirs = [paper_value(row, measure) for measure in MEASURES[:2]]
         ours = [str(getattr(row, measure)) for measure in MEASURES]
         cells.append([row.space, str(row.change), *ours, *("" if value is None else f"{value:.3f}" for value in theirs)])
-    columns = ("tokens", "change", "changed", "cosine of features", "cosine of codes", "paper: changed", "paper: cosine")
+    cosines = ("cosine of features", "of codes", "of centred codes")
+    columns = ("tokens", "change", "changed", *cosines, "paper: changed", "paper: cosine")
     show(record, columns, cells, out)
 
 

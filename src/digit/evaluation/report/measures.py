@@ -122,7 +122,12 @@ def _how(item: Found) -> tuple[str, ...]:
 
 # ---- stability -------------------------------------------------------------------------------------------------------
 
-_MEASURES = {"changed": "Tokens that change ↓", "cosine_features": "Cosine of features ↑", "cosine_codes": "Cosine of codes ↑"}
+_MEASURES = {
+    "changed": "Tokens that change ↓",
+    "cosine_features": "Cosine of features ↑",
+    "cosine_codes": "Cosine of codes ↑",
+    "cosine_centred": "Cosine of centred codes ↑",
+}
 
 
 def stability(context: Context) -> Html | None:

@@ -1,0 +1,264 @@
+"""From the records of study.py to RESULTS.md and the README's table.
+
+python experiments/cifar10/results.py --collect runs/study     copy records, metrics and results into results/, then write
+python experiments/cifar10/results.py                          write RESULTS.md and the table again from results/ alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from digit.files import read_json, write_bytes, write_json
+from digit.training.logs import read_metrics
+
+HERE = Path(__file__).parent
+KEPT = HERE / "results"
+README = HERE.parents[1] / "README.md"
+MARKS = ("<!-- results -->", "<!-- /results -->")
+SNRS = (30.0, 20.0, 10.0, 5.0, 0.01)
+
+Json = dict[str, Any]
+FIDELITIES = {
+    "vq-s{}": "VQ prior (baseline)",
+    "semantic-s{}-ar": "semantic prior + AR decoder",
+    "semantic-s{}-masked": "semantic prior + masked decoder",
+    "semantic-s{}-onepass": "semantic prior + one-pass decoder",
+    "vq-whole": "VQ prior as large as prior and decoder together",
+    "vq-large": "VQ prior, width 192",
+    "semantic-large": "semantic prior, width 192, + AR decoder",
+    "semantic-256": "semantic prior + AR decoder, K = 256",
+    "semantic-4096": "semantic prior + AR decoder, K = 4,096",
+    "vq-cond": "VQ prior, with a class",
+    "cond-ar": "semantic prior + AR decoder, with a class",
+    "cond-masked": "semantic prior + masked decoder, with a class",
+    "cond-onepass": "semantic prior + one-pass decoder, with a class",
+}
+
+
+# -- collecting ------------------------------------------------------------------------------------------------------------
+
+
+def collect(study: Path) -> None:
+    """Copy what the page needs out of a study's folder: a file a step, a few kilobytes each."""
+    for path in sorted((study / "records").glob("*.json")):
+        record = read_json(path)
+        if not record["finished"]:
+            continue
+        name = record["name"]
+        run, result = study / name, study / "results"
+        if (run / "metrics.jsonl").exists():
+            record["metrics"] = _last_metrics(run)
+            record["parameters"] = _parameters(run / "model")
+        for place in (result / f"{name}.json", result / name.removeprefix("evaluate-") / "result.json"):
+            if place.exists():
+                found = read_json(place)
+                record["result"] = {
+                    key: found[key] for key in ("values", "settings", "data", "source", "reference") if key in found
+                }
+        write_json(KEPT / f"{name}.json", record)
+
+
+def _last_metrics(run: Path) -> Json:
+    last: Json = {}
+    for line in read_metrics(run):
+        last.update(line)
+    return last
+
+
+def _parameters(model: Path) -> int:
+    from safetensors import safe_open
+
+    with safe_open(model / "model.safetensors", "pt") as file:
+        sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 # it is no dictionary
+    total = 0
+    for shape in sizes:
+        count = 1
+        for side in shape:
+            count *= side
+        total += count
+    return total
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------------
+
+
+class Results:
+    """The collected files, by the name of their step."""
+
+    def __init__(self, folder: Path = KEPT) -> None:
+        self.steps: dict[str, Json] = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+
+    def fid(self, name: str) -> float | None:
+        """Of a step ``fidelity-NAME``, or None where it has not run."""
+        step = self.steps.get(f"fidelity-{name}")
+        return None if step is None else float(step["result"]["values"]["fid"])
+
+    def fids(self, pattern: str) -> list[float]:
+        """Of every seed that has run."""
+        found = [self.fid(pattern.format(seed)) for seed in range(3)]
+        return [value for value in found if value is not None]
+
+    def metric(self, name: str, key: str) -> float | None:
+        """The last value of a training's metric."""
+        value = self.steps.get(name, {}).get("metrics", {}).get(key)
+        return None if value is None else float(value)
+
+    # sections
+
+    def headline(self) -> str:
+        """FID of every pair, over seeds where there are several."""
+        rows = []
+        for pattern, title in FIDELITIES.items():
+            values = self.fids(pattern) if "{}" in pattern else [v for v in [self.fid(pattern)] if v is not None]
+            if values:
+                rows.append([title, _spread(values), len(values), f"{self._images(pattern.format(0)):,}"])
+        text = table(["model", "FID", "seeds", "images"], rows)
+        vq, semantic = self.fids("vq-s{}"), self.fids("semantic-s{}-ar")
+        if vq and semantic:
+            ratio = statistics.mean(vq) / statistics.mean(semantic)
+            text += f"\nFID(VQ prior) / FID(semantic prior + AR decoder) = **{ratio:.2f}** (the paper, ImageNet: 24.38 / 9.66 = 2.52).\n"
+        return text
+
+    def _images(self, name: str) -> int:
+        return int(self.steps[f"fidelity-{name}"]["result"]["source"]["images"])
+
+    def parts(self) -> str:
+        """What was trained, how large it is and how well it does."""
+        rows = []
+        for name, step in self.steps.items():
+            if "metrics" in step:
+                metrics = step["metrics"]
+                shown = [f"{label} {metrics[key]:.4g}" for key, label in SHOWN.items() if key in metrics]
+                rows.append(
+                    [
+                        f"`{name}`",
+                        f"{step['parameters']:,}",
+                        f"{metrics['step']:,}",
+                        f"{step['seconds'] / 60:.0f}",
+                        ", ".join(shown),
+                    ]
+                )
+        return table(["run", "parameters", "steps", "minutes", "on held-out images"], rows)
+
+    def stability(self) -> str:
+        """Share of changed tokens, as the paper's Table 1."""
+        step = self.steps.get("evaluate-stability")
+        if step is None:
+            return "Not measured yet.\n"
+        values = [v for v in step["result"]["values"] if v["kind"] == "noise"]
+        rows = []
+        for space, title in (("vq", "VQ tokens"), ("semantic", "semantic tokens")):
+            for key, label in (
+                ("changed", "changed"),
+                ("cosine_features", "cosine of features"),
+                ("cosine_codes", "cosine of codes"),
+            ):
+                row = [v[key]["mean"] for snr in SNRS for v in values if v["space"] == space and v["level"] == snr]
+                rows.append([f"{title}, {label}", *(f"{value:.3f}" for value in row)])
+        return table(["SNR in dB", *(f"{snr:g}" for snr in SNRS)], rows)
+
+    def ceilings(self) -> str:
+        """What the decoders could reach at best: real tokens decoded."""
+        step = self.steps.get("evaluate-reconstruction")
+        if step is None:
+            return "Not measured yet.\n"
+        rows = [[row["name"], *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))] for row in step["result"]["values"]]
+        return table(["path", "rFID", "PSNR, dB", "SSIM"], rows)
+
+    def commands(self) -> str:
+        """Every step, its command and what it took."""
+        rows = [
+            [f"`{name}`", f"`{step['command']}`", step["commit"], f"{step['seconds']:.0f}"]
+            for name, step in sorted(self.steps.items(), key=lambda item: item[1]["made"])
+        ]
+        return table(["step", "command", "commit", "seconds"], rows)
+
+    def machine(self) -> str:
+        """On what it ran."""
+        found = {
+            (s["hardware"]["processor"], s["hardware"]["threads"], ", ".join(s["hardware"]["gpus"]) or "no GPU")
+            for s in self.steps.values()
+        }
+        return "; ".join(f"{processor}, {threads} threads, {gpus}" for processor, threads, gpus in sorted(found))
+
+
+SHOWN = {
+    "validation/neighbour_accuracy": "20-NN accuracy",
+    "validation/psnr": "PSNR",
+    "validation/codebook_use": "codebook use",
+    "validation/perplexity": "perplexity",
+    "validation/bigram_perplexity": "of bigrams",
+    "validation/accuracy": "accuracy",
+}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table in Markdown."""
+    lines = [list(head), ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def _spread(values: Sequence[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def page(results: Results) -> str:
+    """RESULTS.md."""
+    notes = (HERE / "NOTES.md").read_text() if (HERE / "NOTES.md").exists() else ""
+    return f"""# Results of the CIFAR-10 study
+
+Made by `python experiments/cifar10/results.py` from the files in `results/`; do not edit it here. Machine: {results.machine()}.
+
+## Generation
+FID against the 50,000 training images; equal parameters, epochs and sampling for each pair.
+
+{results.headline()}
+{notes}
+## Ceilings
+Real test images through the tokenizers and back.
+
+{results.ceilings()}
+## Stability
+Share of tokens that change under noise, 2,000 test images; the paper's Table 1 has .187 and .114 at 30 dB, .805 and .457 at 10 dB.
+
+{results.stability()}
+## What was trained
+
+{results.parts()}
+## Commands
+
+{results.commands()}"""
+
+
+def write(results: Results) -> None:
+    """RESULTS.md, and the table between the marks of the README."""
+    write_bytes(HERE / "RESULTS.md", page(results).encode())
+    text = README.read_text()
+    if all(mark in text for mark in MARKS):
+        before, rest = text.split(MARKS[0])
+        after = rest.split(MARKS[1])[1]
+        write_bytes(README, f"{before}{MARKS[0]}\n{results.headline()}{MARKS[1]}{after}".encode())
+
+
+def main() -> None:
+    """Collect where asked, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--collect", type=Path, help="the folder of a study")
+    options = parser.parse_args()
+    if options.collect is not None:
+        collect(options.collect)
+    write(Results())
+
+
+if __name__ == "__main__":
+    main()
