@@ -1,23 +1,30 @@
-"""From the name of a model to its folder: a local folder, a packaged model, the cache, or the Hub.
+"""From the name of a model to its folder: a local folder, a packaged model, the cache, or the Hub. And back to the Hub.
 
 The DiGIT authors' checkpoints are on the Hub in their own layout; they are downloaded, converted once, and kept in the cache.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub import errors
+
 from digit.data.dataset import cache_folder
-from digit.encoders.hub import looks_like_repository, unreachable
+from digit.encoders.hub import looks_like_repository, offline, unreachable
 from digit.errors import DigitError
-from digit.files import read_json
 
 AUTHORS = "DAMO-NLP-SG/DiGIT"
 VQGAN_NAME = "vqgan_jax_strongaug.ckpt"
 VQGAN_LINK = "https://drive.google.com/file/d/13S_unB87n6KKuuMdyMnyExW0G1kplTbP/view"
 INDEX = "model_index.json"
+PARTS = ("encoder", "codebook", "prior", "decoder", "vqgan")
+"""The folders of a model."""
+_LOGIN = "A private model, and publishing, need a token: hf auth login, or the variable HF_TOKEN."
 
 
 @dataclass(frozen=True)
@@ -117,52 +124,147 @@ def _authors_model(variant: str | None, revision: str | None, token: str | bool 
 
 
 def _published_model(name: str, variant: str | None, revision: str | None, token: str | bool | None) -> Path:
-    """A model in our format on the Hub; a variant is a folder of the repository."""
+    """A model in our format on the Hub, all of one commit; a variant is a folder of the repository.
+
+    A branch is asked for its newest commit; where the Hub cannot be asked, the one in the cache serves.
+    """
     inside = f"{variant}/" if variant else ""
     tried = f"'{name}' is neither a local folder nor a packaged model"
-    index = read_json(_file(name, f"{inside}{INDEX}", revision, token, tried))
-    places = [*index.get("parts", []), *(f"decoder/{kind}" for kind in index.get("decoders", []))]
-    for place in places:
-        for file in ("config.json", "model.safetensors"):
-            _file(name, f"{inside}{place}/{file}", revision, token, tried)
-    return _file(name, f"{inside}{INDEX}", revision, token, tried).parent
+
+    def download(local: bool) -> Path:
+        wanted = [f"{inside}{place}" for place in (INDEX, "README.md", *(f"{part}/*" for part in PARTS))]
+        root = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, token=token, endpoint=endpoint(), allow_patterns=wanted, local_files_only=local
+            )
+        )
+        if not (root / inside / INDEX).is_file():
+            raise errors.EntryNotFoundError(f"{inside}{INDEX}")
+        return root / inside
+
+    return _fetch(name, f"{inside}{INDEX}", tried, download, newest=True)
 
 
 def _file(repository: str, name: str, revision: str | None, token: str | bool | None, tried: str) -> Path:
     """A file of a Hub repository on this machine: from the mirror, the Hub's own cache, or the network."""
+
+    def download(local: bool) -> Path:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, name, revision=revision, token=token, endpoint=endpoint(), local_files_only=local
+            )
+        )
+
+    return _fetch(repository, name, tried, download, newest=False)
+
+
+def _fetch(repository: str, name: str, tried: str, download: Callable[[bool], Path], newest: bool) -> Path:
+    """Run a download of the Hub's client.
+
+    Args:
+        repository, name: what is fetched, for the messages and the mirror.
+        tried: how the message begins.
+        download: told whether to look into the client's cache alone.
+        newest: ask the Hub first; else the cache.
+    """
     mirror = os.environ.get("DIGIT_HUB_DIR")
     if mirror:
         path = Path(mirror) / repository / name
         if not path.is_file():
             raise DigitError(f"{tried}, and the mirror in DIGIT_HUB_DIR has no {path}.")
-        return path
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    endpoint = os.environ.get("HF_ENDPOINT") or huggingface_hub.constants.ENDPOINT
-
-    def download(local: bool) -> Path:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repository, name, revision=revision, token=token, endpoint=endpoint, local_files_only=local
-            )
-        )
-
-    try:
-        return download(local=True)
-    except errors.LocalEntryNotFoundError:
-        pass
+        return path.parent if newest else path
     where = f"{name} is not in the Hub's cache ({huggingface_hub.constants.HF_HUB_CACHE})"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise DigitError(f"{tried}; {where}, and the Hub was not asked because HF_HUB_OFFLINE is set.")
-    reason = unreachable(endpoint)
-    if reason:
-        raise DigitError(f"{tried}; {where}, and the Hub ({endpoint}) is out of reach: {reason}. Give a local folder instead.")
+    barrier = out_of_reach() if newest else ""
+    if not newest or barrier:
+        with contextlib.suppress(errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
+            return download(True)
+        barrier = barrier or out_of_reach()
+        if barrier:
+            raise DigitError(f"{tried}; {where}, and {barrier}. Give a local folder instead.")
     try:
-        return download(local=False)
+        return download(False)
+    except errors.LocalEntryNotFoundError as error:
+        raise DigitError(f"{tried}; the download of {name} failed: {error.__cause__ or error}") from error
     except errors.EntryNotFoundError as error:
         raise DigitError(f"{tried}; the Hub's {repository} has no file {name}.") from error
+    except errors.RevisionNotFoundError as error:
+        raise DigitError(f"{tried}; the Hub's {repository} has no branch, tag or commit of that name.") from error
     except errors.RepositoryNotFoundError as error:
-        raise DigitError(f"{tried}; the Hub has no repository {repository} that may be read.") from error
+        raise DigitError(f"{tried}; the Hub has no repository {repository} that may be read. {_LOGIN}") from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise DigitError(f"{tried}; the download of {name} failed: {str(error).strip().splitlines()[0]}") from error
+
+
+def endpoint() -> str:
+    """The address of the Hub."""
+    return os.environ.get("HF_ENDPOINT") or str(huggingface_hub.constants.ENDPOINT)
+
+
+def out_of_reach() -> str:
+    """Why the Hub cannot be asked, as a clause, or ""."""
+    if offline():
+        return "the Hub was not asked because HF_HUB_OFFLINE is set"
+    reason = unreachable(endpoint())
+    return f"the Hub ({endpoint()}) is out of reach: {reason}" if reason else ""
+
+
+# -- publishing --------------------------------------------------------------------------------------------------------
+
+
+def push_folder(
+    folder: str | Path,
+    repository: str,
+    private: bool = False,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Publish a saved model on the Hub. Other files of the repository stay; parts that the model no longer has go.
+
+    Args:
+        folder: the model.
+        repository: ``owner/name``; made if it does not exist.
+        private: make it readable by its owner alone. One that exists stays as it is.
+        token: see huggingface_hub; None: what ``hf auth login`` or ``$HF_TOKEN`` has left.
+        revision: the branch to write to, made if it does not exist; None: main.
+        variant: a folder of the repository, for one that holds several models.
+        message: of the commit.
+        create_pr: propose the change as a pull request.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        DigitError: not a model, no such place, or the Hub refuses.
+    """
+    from digit.pipeline import read_index
+
+    index = read_index(folder)
+    if not looks_like_repository(repository):
+        raise DigitError(f"The repository '{repository}' was given; expected owner/name, such as somebody/my-model.")
+    if barrier := out_of_reach():
+        raise DigitError(f"The model was not published: {barrier}.")
+    api = huggingface_hub.HfApi(endpoint=endpoint(), token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            path_in_repo=variant,
+            revision=None if create_pr else revision,
+            create_pr=create_pr,
+            commit_message=message or f"{index['name']}, saved by digit {index['digit_version']}",
+            delete_patterns=[f"{part}/*" for part in PARTS],
+        )
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else None
+        login = f" {_LOGIN}" if code in (401, 403, 404) else ""
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise DigitError(f"The Hub did not take the model for {repository}: {reason}.{login}") from error
+    except (errors.LocalTokenNotFoundError, OSError) as error:
+        raise DigitError(f"The model was not published: {str(error).strip().splitlines()[0].rstrip('.')}. {_LOGIN}") from error
+    return str(commit.pr_url or commit.commit_url)

@@ -13,6 +13,7 @@ no decoder.
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from digit.card import model_card
+from digit.card import CardFacts, model_card
 from digit.config import from_dict, to_dict
 from digit.encoders.base import Encoder
 from digit.errors import DigitError
@@ -73,6 +74,7 @@ class DigitPipeline:
         settings: default sampling settings by stage: "prior" and each decoder's kind.
         default_decoder: the kind used when none is asked for; by default the first.
         provenance: where it comes from; kept in the index.
+        card: what its card says beside that: licence, data, results; see :func:`digit.card.with_facts`.
     """
 
     encoder: Encoder | None = None
@@ -85,6 +87,7 @@ class DigitPipeline:
     settings: dict[str, SamplingSettings] = field(default_factory=dict)
     default_decoder: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    card: CardFacts = field(default_factory=CardFacts)
     name: str = "digit"
 
     def __post_init__(self) -> None:
@@ -351,7 +354,39 @@ class DigitPipeline:
             "class_names": self.class_names,
             "settings": {stage: to_dict(settings) for stage, settings in self.settings.items()},
             "provenance": self.provenance,
+            "card": to_dict(self.card),
         }
+
+    def push_to_hub(
+        self,
+        repository: str,
+        private: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> str:
+        """Publish the model on the Hub, with its card.
+
+        Args:
+            repository: ``owner/name``; made if it does not exist.
+            private: make it readable by its owner alone.
+            token: see huggingface_hub; None: what ``hf auth login`` or ``$HF_TOKEN`` has left.
+            revision: the branch to write to, made if it does not exist; None: main.
+            dtype: as for :meth:`save_pretrained`.
+            options: ``variant=``, ``message=``, ``create_pr=``; see :func:`digit.hub.push_folder`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            DigitError: no such place, or the Hub refuses.
+        """
+        from digit.hub import push_folder
+
+        with tempfile.TemporaryDirectory() as aside:
+            folder = self.save_pretrained(Path(aside) / "model", dtype)
+            return push_folder(folder, repository, private, token, revision, **options)
 
     @classmethod
     def from_pretrained(
@@ -397,6 +432,7 @@ class DigitPipeline:
             },
             default_decoder=index["default_decoder"],
             provenance=index["provenance"],
+            card=from_dict(CardFacts, index.get("card", {}), f"{folder / INDEX}, card"),
             name=index["name"],
         )
 

@@ -1,21 +1,18 @@
 """From a name to a folder: local, packaged, cached, or from a Hub, which here is a folder or a small web server."""
 
-import hashlib
-import os
-import subprocess
-import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
+import hub_server
 from digit import hub
 from digit.convert.upstream import convert_upstream
 from digit.errors import DigitError
 from digit.hub import AUTHORS, VARIANTS, resolve_model
 from digit.pipeline import DigitPipeline
+from hub_server import ask
 
 
 @pytest.fixture
@@ -109,6 +106,7 @@ def test_what_is_nowhere(monkeypatch):
 
 
 def test_a_hub_out_of_reach_is_said_at_once(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # as read when the client was imported
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     begin = time.perf_counter()
     with pytest.raises(DigitError, match=r"127\.0\.0\.1:9\) is out of reach"):
@@ -116,101 +114,42 @@ def test_a_hub_out_of_reach_is_said_at_once(monkeypatch):
     assert time.perf_counter() - begin < 10
 
 
-class Files(BaseHTTPRequestHandler):
-    """As much of the Hub as its client needs: /OWNER/NAME/resolve/REVISION/FILE."""
-
-    root: Path
-    asked: list[str]
-
-    def do_HEAD(self):
-        self._answer(body=False)
-
-    def do_GET(self):
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        owner, name, _, _, file = [*self.path.lstrip("/").split("/", 4), "", "", "", ""][:5]
-        path = self.root / owner / name / file
-        if self.path in ("/", ""):
-            self.send_response(200)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if not path.is_file():
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if (self.root / owner / name).is_dir() else "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        data = path.read_bytes()
-        if body:
-            self.asked.append(file)
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture
 def server(published):
-    handler = type("Handler", (Files,), {"root": published, "asked": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as http:
-        thread = threading.Thread(target=http.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}", handler
-        http.shutdown()
-        thread.join()
-
-
-def run(code: str, endpoint: str, tmp_path: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    """The Hub's client reads its settings when it is imported, so it gets a process of its own."""
-    own = {
-        "HF_ENDPOINT": endpoint,
-        "HF_HOME": str(tmp_path / "hf"),
-        "DIGIT_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": "1",
-    }
-    env = {k: v for k, v in os.environ.items() if k.upper() not in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_HUB_OFFLINE")}
-    return subprocess.run([sys.executable, "-c", code], env={**env, **own, **more}, capture_output=True, text=True, check=False)
+    with hub_server.serve() as hub:
+        hub.add(AUTHORS, published / AUTHORS)
+        yield hub
 
 
 def test_the_real_client_downloads_only_what_is_needed(server, tmp_path):
-    endpoint, handler = server
     code = "from digit import hub; print(hub.resolve_model('DAMO-NLP-SG/DiGIT', 'base-cond'))"
-    result = run(code, endpoint, tmp_path)
+    result = ask(code, server.url, tmp_path)
     assert result.returncode == 0, result.stderr
-    assert sorted(handler.asked) == sorted([VARIANTS["base-cond"].stage1, VARIANTS["base-cond"].stage2])
+    assert sorted(server.asked) == sorted([VARIANTS["base-cond"].stage1, VARIANTS["base-cond"].stage2])
     folder = Path(result.stdout.strip().splitlines()[-1])
     assert DigitPipeline.from_folder(folder).num_classes == 1000
     # offline, another cache for converted models: the downloaded files are still there
-    again = run(code, "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1", DIGIT_CACHE=str(tmp_path / "second"))
+    again = ask(code, "http://127.0.0.1:9", tmp_path, HF_HUB_OFFLINE="1", DIGIT_CACHE=str(tmp_path / "second"))
     assert again.returncode == 0, again.stderr
-    assert len(handler.asked) == 2
+    assert len(server.asked) == 2
 
 
-def test_a_model_of_ours_on_the_hub(server, published, upstream, tmp_path):
-    endpoint, _ = server
-    convert_upstream(published / "someone" / "birds", upstream.save(tmp_path / "c.pt"), upstream.save(tmp_path / "d.pt", "ar"))
-    result = run("from digit.hub import resolve_model; print(resolve_model('someone/birds'))", endpoint, tmp_path)
+def test_a_model_of_ours_on_the_hub(server, upstream, tmp_path):
+    birds = convert_upstream(tmp_path / "birds", upstream.save(tmp_path / "c.pt"), upstream.save(tmp_path / "d.pt", "ar"))
+    server.add("someone/birds", birds)
+    result = ask("from digit.hub import resolve_model; print(resolve_model('someone/birds'))", server.url, tmp_path)
     assert result.returncode == 0, result.stderr
     pipe = DigitPipeline.from_folder(result.stdout.strip().splitlines()[-1])
     assert sorted(pipe.decoders) == ["ar"]
 
 
 def test_missing_files_and_repositories_on_the_hub(server, tmp_path):
-    endpoint, handler = server
-    (handler.root / AUTHORS / VARIANTS["large"].stage2).unlink()
+    del server.repositories[AUTHORS].at("main")[1][VARIANTS["large"].stage2]
     code = (
         "from digit.hub import resolve_model\n"
         "from digit.errors import DigitError\n"
         "try: resolve_model(*{!r})\n"
         "except DigitError as error: print(error)"
     )
-    assert "has no file outputs/large_16k_stage2" in run(code.format((AUTHORS, "large")), endpoint, tmp_path).stdout
-    assert "no repository some/thing" in run(code.format(("some/thing",)), endpoint, tmp_path).stdout
+    assert "has no file outputs/large_16k_stage2" in ask(code.format((AUTHORS, "large")), server.url, tmp_path).stdout
+    assert "no repository some/thing" in ask(code.format(("some/thing",)), server.url, tmp_path).stdout

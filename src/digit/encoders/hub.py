@@ -36,7 +36,7 @@ def repository_folder(name: str, weights: str = "*.safetensors", fallback: str |
     if cached is not None and _holds(cached, patterns):
         return cached
     tried = f"'{name}': there is no such local folder, and it is not in the cache ({constants.HF_HUB_CACHE})"
-    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if offline():
         raise DigitError(f"{tried}; the hub was not asked because HF_HUB_OFFLINE is set. Download it, or give a local folder.")
     reason = unreachable()
     if reason:
@@ -59,6 +59,11 @@ def _snapshot(name: str, patterns: Sequence[str], local: bool) -> Path | None:
 
 def _holds(folder: Path, patterns: Sequence[str]) -> bool:
     return (folder / "config.json").is_file() and any(next(folder.glob(pattern), None) for pattern in patterns)
+
+
+def offline() -> bool:
+    """Whether the user has switched the hub off, before its client was imported or after."""
+    return constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
 
 
 def unreachable(endpoint: str = constants.ENDPOINT, seconds: float = 5.0) -> str:
