@@ -96,20 +96,26 @@ def _folder_part(folder: Path, place: str) -> Part:
 
 def pipeline_parts(pipe: DigitPipeline) -> list[Part]:
     """The components of a loaded model."""
-    from digit.config import to_dict
-
-    found: list[Part] = []
     modules = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior}
     modules |= {f"decoder/{kind}": decoder for kind, decoder in pipe.decoders.items()}
-    for place, module in {**modules, "vqgan": pipe.vqgan}.items():
-        if module is not None:
-            tensors: list[Any] = list(module.state_dict().values())  # type: ignore[union-attr]
-            size = sum(t.numel() * t.element_size() for t in tensors)
-            dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
-            count = sum(t.numel() for t in tensors)
-            config = to_dict(module.config)  # type: ignore[union-attr]
-            found.append(Part(place, type(module).__name__, config, count, size, dtypes, getattr(module, "provenance", {})))
-    return found
+    return [module_part(place, module) for place, module in {**modules, "vqgan": pipe.vqgan}.items() if module is not None]
+
+
+def module_part(place: str, module: Any) -> Part:
+    """A loaded component."""
+    from digit.config import to_dict
+
+    tensors: list[Any] = list(module.state_dict().values())
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+    count = sum(t.numel() for t in tensors)
+    return Part(place, type(module).__name__, to_dict(module.config), count, size, dtypes, getattr(module, "provenance", {}))
+
+
+def one_line(module: Any) -> str:
+    """A loaded component as its ``repr`` shows it, instead of torch's list of every layer."""
+    part = module_part("", module)
+    return f"{part.type}({part.summary()}; {_millions(part.parameters)} parameters)"
 
 
 def describe(pipe: DigitPipeline) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from digit.cli.generate import Model, Variant
+
 converters = typer.Typer(no_args_is_help=True)
 
 Given = Path | None
@@ -108,8 +110,8 @@ def encoder(
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="A model folder, a Hub id, or the name of a packaged model.")],
-    variant: Annotated[str | None, typer.Option(help="Which of the models of a Hub repository.")] = None,
+    model: Model = None,
+    variant: Variant = None,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory estimate.")] = 1,
 ) -> None:
     """Show the parts of a model: sizes, presets, where they come from, and the memory that sampling needs.

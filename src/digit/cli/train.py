@@ -56,6 +56,13 @@ class Crop(str, Enum):
     random_resized = "random-resized"
 
 
+def _presets(begun: str) -> list[str]:
+    """For the shell's completion."""
+    from digit.config import preset_names
+
+    return [name for name in preset_names() if name.startswith(begun)]
+
+
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
     app.command(name="fit-codebook")(fit_codebook)
@@ -193,7 +200,7 @@ def cache_tokens(
 
 def train(
     component: Annotated[Component, typer.Argument(help="What to train.")],
-    preset: Annotated[str, typer.Option("--preset", "-p", help="Name of a preset, or a YAML file.")],
+    preset: Annotated[str, typer.Option("--preset", "-p", autocompletion=_presets, help="Name of a preset, or a YAML file.")],
     data: Annotated[str, typer.Option("--data", help="Encoder and VQGAN: a dataset. Prior and decoder: a token cache.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: config, checkpoints, metrics, and the model.")],
     settings: Annotated[

@@ -104,6 +104,11 @@ class Codebook(nn.Module):
         """Ids (...) to centroids (..., D)."""
         return self.centroids[tokens]
 
+    def __repr__(self) -> str:
+        from digit.info import one_line
+
+        return one_line(self)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
         save_component(folder, self, self.config, getattr(self, "provenance", None))

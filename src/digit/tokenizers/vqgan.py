@@ -204,6 +204,11 @@ class VQGAN(nn.Module):
             raise DigitError(f"The VQGAN decodes (B, {self.num_tokens}) tokens; {tuple(tokens.shape)} was given.")
         return self.decode_latents(F.embedding(tokens, self.codebook))
 
+    def __repr__(self) -> str:
+        from digit.info import one_line
+
+        return one_line(self)
+
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
         save_component(folder, self, self.config, getattr(self, "provenance", None), dtype)
