@@ -1,0 +1,78 @@
+"""The CIFAR-10 study: its commands are ones that the command line takes, and its page follows from its records."""
+
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from digit.cli.app import app
+from digit.config import load_preset
+
+HERE = Path(__file__).parents[1] / "experiments" / "cifar10"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+study, results = load("study"), load("results")
+command_line = typer.main.get_command(app)
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_every_step_is_a_command_that_parses(profile):
+    steps = list(study.Study(Path("out"), Path("data"), Path("missing.npz"), 10_000, profile).steps())
+    assert len({step.name for step in steps}) == len(steps) > 50
+    for step in steps:
+        words = shlex.split(step.command)
+        parse(words)
+        if words[0] == "train":
+            changes = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            assert load_preset(words[words.index("--preset") + 1], changes)["component"] == words[1]
+
+
+def parse(words):
+    """Parse as click does, without running: an unknown option or a wrong value raises."""
+    command, rest = command_line, list(words)
+    context = command.make_context("digit", rest)
+    while hasattr(command, "resolve_command"):
+        rest = [*context._protected_args, *context.args]
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+
+
+def test_a_step_finds_what_it_needs_made_before():
+    seen = set()
+    for step in study.Study(Path("out"), Path("data"), Path("missing.npz"), 10_000, "cpu").steps():
+        words = shlex.split(step.command)
+        made = words[words.index("--out") + 1] if "--out" in words else ""
+        for word in words:
+            path = word.partition("=")[2] if "=" in word else word
+            if path.startswith("out/") and path != made:
+                assert any(path == earlier or path.startswith(f"{earlier}/") for earlier in seen), (step.name, path)
+        seen.add(made)
+
+
+def test_the_page_is_made_from_the_records():
+    if not any(results.KEPT.glob("*.json")):
+        pytest.skip("the study has not run yet")
+    assert (HERE / "RESULTS.md").read_text() == results.page(results.Results())
+
+
+def test_spread_and_ratio():
+    kept = results.Results.__new__(results.Results)
+    kept.steps = {
+        f"fidelity-{name}": {"result": {"values": {"fid": fid}, "source": {"images": 100}}}
+        for name, fid in {"vq-s0": 40.0, "vq-s1": 44.0, "semantic-s0-ar": 20.0, "semantic-s1-ar": 22.0, "cond-ar": 12.5}.items()
+    }
+    text = kept.headline()
+    assert "| VQ prior (baseline) | 42.00 ± 2.83 | 2 | 100 |" in text
+    assert "= **2.00**" in text
+    assert "| semantic prior + AR decoder, with a class | 12.50 | 1 | 100 |" in text
