@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from digit import __version__
-from digit.cli import convert, data, doctor, evaluate, evaluate_model, generate, hub, model, report, toy, train
+from digit.cli import convert, data, doctor, evaluate, evaluate_model, generate, hub, model, report, serve, toy, train
 from digit.errors import DigitError
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ model.add_to(app)
 train.add_to(app)
 convert.add_to(app)
 report.add_to(app)
+serve.add_to(app)
 hub.add_to(app)
 doctor.add_to(app)
 evaluate_model.add_to(evaluate.app)

@@ -1,0 +1,99 @@
+"""``serve`` and ``atlas``: the model as a page and a JSON API, and the patches that the page shows of each cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from digit.cli.generate import Device, Dtype, Model, RequiredModel, Variant
+
+
+def add_to(app: typer.Typer) -> None:
+    """Mount the commands."""
+    app.command()(serve)
+    app.command()(atlas)
+
+
+def serve(
+    model: Model = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
+    auth: Annotated[
+        str | None, typer.Option(envvar="DIGIT_AUTH", help="USER:PASSWORD that visitors must give. Default: nobody is asked.")
+    ] = None,
+    share: Annotated[bool, typer.Option("--share", help="Also get a public address, through Gradio's tunnel; needs --auth.")] = False,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told that the server is busy.")] = 64,
+    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures a request may ask for.")] = 16,
+    max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds a request may be worked on.")] = 120.0,
+    max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded picture.")] = 10,
+    dtype: Dtype = "fp32",
+    device: Device = None,
+    variant: Variant = None,
+) -> None:
+    """Serve a model as a page (generate, look inside the tokens, edit) and as a JSON API, see docs/serving.md.
+
+    Only this machine can reach it unless --host or --share say otherwise. Uploaded pictures are never kept.
+
+    Examples:
+      digit serve runs/demo/model
+
+      DIGIT_AUTH=me:secret digit serve runs/demo/model --host 0.0.0.0
+    """
+    from digit.cli.generate import load
+    from digit.config import from_dict
+    from digit.errors import DigitError
+    from digit.hub import resolve_model
+    from digit.web.limits import Limits
+    from digit.web.server import LOCAL, make_app, open_atlas
+    from digit.web.server import serve as run
+    from digit.web.service import Service
+
+    if auth is not None and not all(auth.partition(":")[::2]):
+        raise DigitError("--auth needs the form USER:PASSWORD, with something on both sides.")
+    if share and auth is None:
+        raise DigitError("--share makes the server reachable for everybody, so it needs --auth USER:PASSWORD.")
+    limits = from_dict(
+        Limits,
+        {"waiting": waiting, "pictures": max_pictures, "seconds": max_seconds, "upload_mb": max_upload},
+        "The options of digit serve",
+    )
+    folder = resolve_model(model, variant=variant)
+    pipe = load(str(folder), device, dtype)
+    service = Service(pipe, limits, open_atlas(folder, pipe))
+    user, _, password = (auth or "").partition(":")
+    hosts = None if share or host not in LOCAL else LOCAL
+    run(make_app(service, (user, password) if auth else None, hosts), host, port, share)
+
+
+def atlas(
+    model: RequiredModel,
+    data: Annotated[str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")],
+    split: Annotated[str, typer.Option(help="Split of the images.")] = "train",
+    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many images to look through, spread over the set.")] = 5000,
+    each: Annotated[int, typer.Option(min=1, help="Patches a cluster.")] = 8,
+    device: Device = None,
+) -> None:
+    """Find what each cluster looks like: the patches of real pictures nearest to its centroid. The page of digit serve shows them.
+
+    Writes codebook/patches.safetensors into the model's folder.
+
+    Example:  digit atlas runs/demo/model --data runs/demo/cifar10
+    """
+    from digit.cli.generate import load
+    from digit.evaluation.model_source import image_batches, open_images
+    from digit.hub import resolve_model
+    from digit.progress import track
+    from digit.tokenizers.atlas import FILE, build_atlas
+
+    folder = resolve_model(model)
+    tokenizer = load(str(folder), device).tokenizer
+    images = open_images(data, split)
+    images = open_images(data, split, min(num, len(images)))
+    batches = image_batches(images, tokenizer.image_size, 64)
+    shown = track((batch.images for batch in batches), "Looking for patches", -(-len(images) // 64), "batches")
+    path = folder / "codebook" / FILE
+    counts = build_atlas(tokenizer, shown, path, each, f"{images.name} ({images.split})")
+    used = int((counts > 0).sum())
+    typer.echo(f"Patches of {used} of {len(counts)} clusters, from {len(images):,} images: {path}")
