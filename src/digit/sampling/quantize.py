@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.models.token_model import TokenModel
@@ -36,7 +37,10 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         flat = x.reshape(-1, x.shape[-1]).bfloat16()
-        product: Tensor = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+        if any(side % 32 for side in self.weight.shape):  # PyTorch's kernel reads beyond the end of other shapes
+            product: Tensor = F.linear(flat, self.weight.bfloat16()) * self.scale
+        else:
+            product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
         y = product.to(x.dtype).view(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias
 

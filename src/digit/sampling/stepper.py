@@ -22,6 +22,7 @@ from digit.models.token_model import NO_LABEL, TokenModel
 from digit.models.transformer import KVCache
 from digit.sampling.filters import Knobs, draw
 from digit.sampling.guidance import guide
+from digit.sampling.native import NativeStep
 from digit.sampling.quantize import quantized
 from digit.sampling.settings import SamplingSettings
 
@@ -52,11 +53,11 @@ class State(NamedTuple):
     top_p: Tensor
 
 
-def advance(model: TokenModel, cache: KVCache, state: State, places: Tensor, guided: bool, knobs: Knobs) -> None:
+def advance(model: TokenModel | NativeStep, cache: KVCache, state: State, places: Tensor, guided: bool, knobs: Knobs) -> None:
     """Draw token ``state.place`` and add 1 to it.
 
     Args:
-        model: the network.
+        model: the network, or its C++ step.
         cache: of B sequences, or of 2B when guided: with labels first, without after them.
         state: see there.
         places: any tensor (S,): how far into the cache the step reads. A tensor, because compilers take sizes as unknowns more
@@ -89,13 +90,23 @@ class Stepper:
     Attributes:
         state: the buffers; a batch smaller than them leaves the last rows idle.
         cache: of 2 * batch sequences when guidance is prepared, else of batch.
+        native: the C++ step, where that runs.
         compile_seconds: spent on compiling and recording so far.
     """
 
-    def __init__(self, model: TokenModel, batch: int, guided: bool, compile: bool, quantize: str | None, graphs: bool) -> None:
+    def __init__(
+        self,
+        model: TokenModel,
+        batch: int,
+        guided: bool,
+        compile: bool = False,
+        quantize: str | None = None,
+        graphs: bool = False,
+        native: NativeStep | None = None,
+    ) -> None:
         device, length = model.start.device, model.config.length
-        self.batch, self.guided, self.quantize = batch, guided, quantize
-        self.compiled, self.no_compiler = compile, False
+        self.batch, self.guided = batch, guided
+        self.native, self.compiled, self.no_compiler = native, compile and native is None, False
         self.graphs = graphs and device.type == "cuda"
         self.reach = model.config.prefix_length + length
         # one position more than is ever read: a slice that might be the whole would be compiled twice
@@ -113,10 +124,10 @@ class Stepper:
             top_p=torch.ones((), device=device),
         )
         self.compile_seconds = 0.0
-        self._weights = _version(model)
-        self._narrow = quantized(model) if quantize else None
+        self._weights = version(model)
+        self._network = native or (quantized(model) if quantize else None)
         self._places = torch.arange(self.reach, device=device)
-        self._step = _compiled() if compile else advance
+        self._step = _compiled() if self.compiled else advance
         self._ready: set[tuple[Any, ...]] = set()
         self._recorded: dict[tuple[Any, ...], torch.cuda.CUDAGraph] = {}
         # recordings run one after the other and leave nothing but the buffers, so they may share their scratch memory
@@ -126,7 +137,7 @@ class Stepper:
         """Whether this stepper can take such a batch of such a model."""
         fixed = self.compiled or self.graphs  # made for one batch size: fill it up, rather than make another
         return (
-            self._weights == _version(model)
+            self._weights == version(model)
             and (self.guided or not guided)
             and (batch <= self.batch if fixed else batch == self.batch)
         )
@@ -169,7 +180,7 @@ class Stepper:
 
     def step(self, model: TokenModel, index: int, knobs: Knobs, guided: bool) -> None:
         """Draw token ``index``, the one that ``state.place`` points to."""
-        network = self._narrow or model
+        network = self._network or model
         cache = self.cache if guided else self._with_labels
         reach = model.config.prefix_length + index + 1
         if self.graphs:
@@ -245,8 +256,8 @@ def _compiler_options(device: torch.device) -> AbstractContextManager[Any]:
     return context
 
 
-def _version(model: TokenModel) -> tuple[Any, ...]:
-    """Changes when the weights move, change their format or are written to."""
+def version(model: TokenModel) -> tuple[Any, ...]:
+    """Changes when the weights move, change their format or are written to, and between training and use."""
     parameters = list(model.parameters())
-    first = parameters[0]
-    return first.device, first.dtype, first.data_ptr(), sum(0 if p.is_inference() else p._version for p in parameters)
+    first, writes = parameters[0], sum(0 if p.is_inference() else p._version for p in parameters)
+    return first.device, first.dtype, first.data_ptr(), writes, model.training

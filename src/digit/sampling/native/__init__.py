@@ -1,0 +1,201 @@
+"""One token step on a CPU in C++ (``step.cpp``): all layers in one call, built with the user's compiler at first use.
+
+What it is for: at small batches a step should cost no more than reading the weights once. It does what :meth:`TokenModel.step` does,
+which stays the definition and runs wherever this cannot: on other devices, in float16, in training mode, without a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import weakref
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digit.errors import DigitError
+from digit.files import write_file
+from digit.models.token_model import TokenModel
+from digit.models.transformer import KVCache
+from digit.sampling.quantize import Int8Linear, quantized
+
+SOURCE = Path(__file__).with_name("step.cpp")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+LANES, TILES = 16, 4  # as in the source
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class NoCompiler(Exception):
+    """Why the C++ step could not be built here, in one line."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("scale", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64))
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (("qkv", _Matrix), ("out", _Matrix), ("ffn_in", _Matrix), ("ffn_out", _Matrix))
+
+
+class _Network(ctypes.Structure):
+    _fields_ = (
+        ("layers", POINTER(_Layer)),
+        ("norms", POINTER(_Norm)),
+        ("head", _Matrix),
+        *((name, c_int64) for name in ("depth", "width", "heads", "hidden", "post_norm", "weights", "half_cache")),
+        ("epsilon", c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("row", c_int64), ("head", c_int64))
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The built ``step.cpp``; from the user's cache folder where this source, compiler and processor were seen before.
+
+    Raises:
+        NoCompiler: there is none, or it cannot build the source.
+    """
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
+    if compiler is None:
+        raise NoCompiler("no C++ compiler was found")
+    # the macros of -march=native name the compiler's version and everything that the processor can do
+    macros = _run(compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
+    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
+    built = _folder() / f"step-{key}.so"
+    try:
+        if not built.exists():
+            write_file(built, lambda path: _run(compiler, *FLAGS, "-x", "c++", str(SOURCE), "-o", str(path)))
+        loaded = ctypes.CDLL(str(built))
+    except (DigitError, OSError) as error:  # a folder where nothing may be written or run
+        raise NoCompiler(f"{error} (XDG_CACHE_HOME names another folder)") from error
+    loaded.digit_room.restype = c_int64
+    loaded.digit_room.argtypes = [POINTER(_Network), c_int64, c_int64, c_int64]
+    loaded.digit_step.restype = None
+    loaded.digit_step.argtypes = [POINTER(_Network), POINTER(_Cache), c_int, c_int, c_int64, c_void_p, c_void_p, c_void_p]
+    return loaded
+
+
+def _folder() -> Path:
+    """Where the user's programs keep what they can make again."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return Path(given or Path("~/.cache").expanduser()) / "digit"
+
+
+def _run(*command: str) -> bytes:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, timeout=300).stdout
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
+        raise NoCompiler(f"{command[0]}: {said[0]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoCompiler(str(error)) from error
+
+
+def suits(model: TokenModel) -> bool:
+    """Whether the C++ step covers this model.
+
+    It does on the CPU, in float32 or bfloat16, for one token after the other, where the widths of a head and of the feed-forward layers
+    are multiples of 16, and not in training mode, for it knows no dropout.
+    """
+    config = model.config.transformer
+    widths = (config.head_dim, config.ffn_dim or 4 * config.dim)
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    return (
+        config.causal
+        and not model.training
+        and not any(width % LANES for width in widths)
+        and kinds in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)})
+    )
+
+
+class NativeStep:
+    """The packed weights of one model, and its step. Weights that change later are not seen: make another.
+
+    Args:
+        model: one that :func:`suits`; it is not kept alive.
+        quantize: "int8" for the matrices of :func:`digit.sampling.quantize.quantized`.
+
+    Raises:
+        NoCompiler: see :func:`library`.
+    """
+
+    def __init__(self, model: TokenModel, quantize: str | None = None) -> None:
+        self._library = library()
+        self._model: TokenModel = weakref.proxy(model)
+        self._kept: list[Tensor] = []  # what the structures below point to
+        self._room = torch.empty(0, dtype=torch.uint8)
+        source = quantized(model) if quantize else model
+        config, blocks = model.config.transformer, source.transformer.blocks
+        layers = [_Layer(*(self._matrix(m) for m in (b.attention.qkv, b.attention.out, b.ffn_in, b.ffn_out))) for b in blocks]
+        inside = [self._norm(norm) for b in blocks for norm in (b.attention_norm, b.ffn_norm)]
+        # pre: before each half of a block, and a last one; post: after each half, which is before the next
+        norms = [*inside, self._norm(source.transformer.norm)] if config.norm == "pre" else [_Norm(), *inside]
+        self._network = _Network(
+            layers=(_Layer * len(layers))(*layers),
+            norms=(_Norm * len(norms))(*norms),
+            head=self._matrix(source.head),
+            depth=config.depth,
+            width=config.dim,
+            heads=config.heads,
+            hidden=config.ffn_dim or 4 * config.dim,
+            post_norm=config.norm == "post",
+            weights=FORMATS[source.head.weight.dtype],
+            half_cache=model.start.dtype == torch.bfloat16,
+            epsilon=config.norm_eps,
+        )
+
+    def step(self, cache: KVCache, token: Tensor, index: Tensor, reach: int | None = None) -> Tensor:
+        """As :meth:`TokenModel.step`: feed token number ``index``, ids (B,); float32 logits (B, vocab) of the next."""
+        del reach  # it reads what is filled
+        model, place = self._model, int(index) + 1
+        x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
+        x, rows, threads = x.float().contiguous(), len(x), torch.get_num_threads()
+        logits = torch.empty(rows, self._network.head.outputs)
+        needed = self._library.digit_room(self._network, rows, threads, cache.length)
+        if len(self._room) < needed:
+            self._room = torch.empty(needed, dtype=torch.uint8)
+        pointers = c_void_p * len(cache.keys)
+        keys, values = (pointers(*(t.data_ptr() for t in part)) for part in (cache.keys, cache.values))
+        where = _Cache(keys, values, *cache.keys[0].stride()[:2])
+        last = model.config.prefix_length + place
+        self._library.digit_step(
+            self._network, where, threads, rows, last, x.data_ptr(), self._room.data_ptr(), logits.data_ptr()
+        )
+        return logits[:, : model.config.vocab_size]
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _norm(self, norm: nn.LayerNorm) -> _Norm:
+        return _Norm(self._keep(norm.weight.float()), self._keep(norm.bias.float()))
+
+    def _matrix(self, linear: nn.Linear | Int8Linear) -> _Matrix:
+        panels = pack(linear.weight)
+        outputs = panels.shape[0] * LANES * TILES
+        extra = outputs - len(linear.weight)
+        bias = torch.zeros(outputs) if linear.bias is None else F.pad(linear.bias.float(), (0, extra))
+        scale = F.pad(linear.scale.float(), (0, extra)) if isinstance(linear, Int8Linear) else bias  # read by int8 only
+        return _Matrix(self._keep(panels), self._keep(scale), self._keep(bias), linear.weight.shape[1], outputs)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Matrix (out, in) to panels (out / 64, in / g, 4, 16, g), filled up with zeros; g = 1 for float32, else 2."""
+    group = 1 if weight.dtype == torch.float32 else 2
+    out, count = weight.shape
+    filled = F.pad(weight, (0, -count % group, 0, -out % (LANES * TILES)))
+    return filled.view(-1, TILES, LANES, filled.shape[1] // group, group).permute(0, 3, 1, 2, 4).contiguous()

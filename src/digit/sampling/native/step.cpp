@@ -1,0 +1,399 @@
+// One token step of a causal transformer on a CPU, all layers in one go: norms, matrix products, attention over the key-value cache.
+//
+// Why: at a batch of 1 a step does little but read the weights, half a millisecond to a few; a general compiler's calls, copies
+// and fork-joins between some sixty small operations cost more than that. Here one parallel region does the whole step.
+//
+// Matrices come packed (see __init__.py): panels of 64 outputs; within a panel the inputs follow one another, so a thread reads its
+// panels from first byte to last. A vector lane is an output, so every output is one sum in the order of the inputs: the result does
+// not depend on the batch, on the threads, or on how wide the processor's vectors are.
+//
+// Three formats of weights, all summed in 32 bits:
+//   float     products in float32
+//   bfloat    products of bfloat16, inputs rounded to it, sums in float32
+//   narrow    int8 weights with a scale an output; inputs rounded to 13 bits or so with a scale a row; sums are exact integers
+//
+// Vectors are those of GCC and Clang, which make the best of any processor; two instructions of AVX-512 are used where present.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+
+#include <omp.h>
+
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float floats __attribute__((vector_size(64)));    // 16 lanes
+typedef int32_t ints __attribute__((vector_size(64)));    // 16 lanes
+typedef int16_t shorts __attribute__((vector_size(64)));  // 32 lanes
+typedef uint16_t halves __attribute__((vector_size(32)));  // 16 lanes
+typedef int8_t bytes __attribute__((vector_size(32)));    // 32 lanes
+
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
+#endif
+
+constexpr int LANES = 16, TILES = 4, PANEL = LANES * TILES;  // outputs of a vector, vectors of a panel
+constexpr int ROWS = 6;                                      // rows that share a reading of a panel: 6 x TILES sums fit the registers
+constexpr int64_t AHEAD = 4096;
+
+template <class V>
+inline V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+template <class V>
+inline void store(void* to, V v) {
+    std::memcpy(to, &v, sizeof v);
+}
+
+inline float widen(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
+inline floats widened(const float* x) { return load<floats>(x); }
+inline floats widened(const uint16_t* x) { return (floats)(__builtin_convertvector(load<halves>(x), ints) << 16); }
+inline void narrow(float x, float& to) { to = x; }
+inline void narrow(float x, uint16_t& to) {  // to the nearest bfloat16, ties to even
+    uint32_t bits = __builtin_bit_cast(uint32_t, x);
+    to = uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// ---- formats of weights ---------------------------------------------------------------------------------------------------------
+
+struct Float {
+    using Input = float;
+    using Sum = floats;
+    using Weight = floats;
+    static constexpr int GROUP = 1, BYTES = 64;  // inputs that are multiplied at once; bytes of their weights for 16 outputs
+    static Weight read(const char* at) { return load<floats>(at); }
+    static Sum add(Sum sum, Weight w, const Input* x) { return sum + w * x[0]; }
+    static floats value(Sum sum, float, const float*) { return sum; }
+    static float prepare(const float* row, Input* to, int64_t count) {
+        std::copy(row, row + count, to);
+        return 1;
+    }
+};
+
+struct BFloat {
+    using Input = uint16_t;
+    using Sum = floats;
+    using Weight = ints;  // a pair of neighbouring inputs in each lane
+    static constexpr int GROUP = 2, BYTES = 64;
+    static Weight read(const char* at) { return load<ints>(at); }
+    static Sum add(Sum sum, Weight w, const Input* x) {
+#ifdef __AVX512BF16__
+        return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(load<int32_t>(x)));
+#else
+        return sum + (floats)(w << 16) * widen(x[0]) + (floats)(w & ~0xffff) * widen(x[1]);
+#endif
+    }
+    static floats value(Sum sum, float, const float*) { return sum; }
+    static float prepare(const float* row, Input* to, int64_t count) {
+        for (int64_t i = 0; i < count; i++) narrow(row[i], to[i]);
+        return 1;
+    }
+};
+
+struct Narrow {
+    using Input = int16_t;
+    using Sum = ints;
+    using Weight = shorts;  // pairs again
+    static constexpr int GROUP = 2, BYTES = 32;
+    static Weight read(const char* at) { return __builtin_convertvector(load<bytes>(at), shorts); }
+    static Sum add(Sum sum, Weight w, const Input* x) {
+#ifdef __AVX512VNNI__
+        return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(load<int32_t>(x)));
+#else
+        return sum + (((ints)w << 16) >> 16) * x[0] + ((ints)w >> 16) * x[1];
+#endif
+    }
+    static floats value(Sum sum, float row_scale, const float* scale) {
+        return __builtin_convertvector(sum, floats) * load<floats>(scale) * row_scale;
+    }
+    static float prepare(const float* row, Input* to, int64_t count) {
+        float most = 1e-30f;
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < count; i++) most = std::max(most, std::fabs(row[i]));
+        const float limit = std::min(32767.0f, std::floor(2147483647.0f / 127 / float(count)));  // no sum can overflow
+        const float unit = limit / most;
+        for (int64_t i = 0; i < count; i++) to[i] = int16_t(row[i] * unit + (row[i] < 0 ? -0.5f : 0.5f));
+        return most / limit;
+    }
+};
+
+// ---- functions of vectors -------------------------------------------------------------------------------------------------------
+
+// e^x: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (the Cephes library's coefficients); 0 below float32's range.
+inline floats exponential(floats x) {
+    x = x < -87.0f ? floats{} - 87.0f : x;
+    const floats t = x * 1.44269504f;
+    const ints n = __builtin_convertvector(t + (t < 0.0f ? floats{} - 0.5f : floats{} + 0.5f), ints);
+    const floats whole = __builtin_convertvector(n, floats);
+    const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return (p * r * r + r + 1.0f) * (floats)((n + 127) << 23);
+}
+
+// Lane i of the result is the sum over the lanes of v[i]. Each round adds neighbours and halves the number of vectors.
+inline floats totals(floats (&v)[LANES]) {
+    for (int count = LANES / 2; count; count /= 2)
+        for (int i = 0; i < count; i++) v[i] = SHUFFLE(v[2 * i], v[2 * i + 1], EVEN) + SHUFFLE(v[2 * i], v[2 * i + 1], ODD);
+    return v[0];
+}
+
+// x Phi(x), with the error function of Abramowitz & Stegun 7.1.26: 1.5e-7 at most from the exact one.
+inline floats gelu(floats x) {
+    const floats z = (x < 0.0f ? -x : x) * 0.70710678f;
+    const floats t = 1.0f / (z * 0.3275911f + 1.0f);
+    floats p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const floats tail = p * t * exponential(-z * z);  // 1 - erf(z)
+    return x * 0.5f * (x < 0.0f ? tail : 2.0f - tail);
+}
+
+}  // namespace
+
+// ---- what Python hands over (mirrored in __init__.py) ---------------------------------------------------------------------------
+
+extern "C" {
+
+struct Matrix {
+    const char* weight;
+    const float *scale, *bias;  // of the padded outputs; scale of int8 only
+    int64_t inputs, outputs;    // outputs padded to whole panels
+};
+
+struct Norm {
+    const float *weight, *bias;  // null where nothing is normalised
+};
+
+struct Layer {
+    Matrix qkv, out, ffn_in, ffn_out;
+};
+
+struct Network {
+    const Layer* layers;
+    const Norm* norms;  // before each half of a layer and before the head: 2 x depth + 1
+    Matrix head;
+    int64_t depth, width, heads, hidden;
+    int64_t post_norm;  // the residual stream itself is normalised, not a copy of it
+    int64_t weights;    // 0 float32, 1 bfloat16, 2 int8
+    int64_t half_cache;  // keys and values in bfloat16
+    float epsilon;
+};
+
+struct Cache {
+    void* const* keys;  // of each layer (rows, heads, positions, head width)
+    void* const* values;
+    int64_t row, head;  // strides in numbers; positions follow one another
+};
+}
+
+namespace {
+
+int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
+
+// Where the numbers of a step lie, in one piece of memory that Python keeps.
+struct Room {
+    char* end;
+    int64_t stride, wide, deep, reach;  // numbers a row of inputs, qkv and inner, and a thread of scores
+    char* inputs;                       // of the next product, in the format of the weights
+    float *scales, *qkv, *mixed, *inner, *normed, *scores;
+
+    Room(const Network& net, int64_t rows, int64_t threads, int64_t positions, char* start) : end(start) {
+        stride = padded(std::max(net.width, net.hidden), PANEL), wide = padded(3 * net.width, PANEL);
+        deep = padded(net.hidden, PANEL), reach = padded(positions, LANES);
+        inputs = reinterpret_cast<char*>(take(rows * stride));
+        scales = take(rows), qkv = take(rows * wide), mixed = take(rows * net.width), inner = take(rows * deep);
+        normed = take(threads * net.width), scores = take(threads * reach);
+    }
+
+    float* take(int64_t count) {
+        char* here = end;
+        end += padded(count * 4, 64);
+        return reinterpret_cast<float*>(here);
+    }
+};
+
+// M rows times one panel. What is read ``ahead`` bytes from here is fetched meanwhile: processors alone do not look across pages.
+template <class T, int M>
+void block(const Matrix& a, int64_t panel, const typename T::Input* x, int64_t stride, const float* scales, int64_t ahead,
+           floats (*y)[TILES]) {
+    const int64_t steps = a.inputs / T::GROUP;
+    const char* at = a.weight + panel * steps * T::BYTES * TILES;
+    typename T::Sum sum[M][TILES] = {};
+    for (int64_t k = 0; k < steps; k++, at += T::BYTES * TILES) {
+        typename T::Weight w[TILES];
+        for (int i = 0; i < T::BYTES * TILES; i += 64) __builtin_prefetch(at + ahead + i, 0, 2);
+        for (int r = 0; r < TILES; r++) w[r] = T::read(at + r * T::BYTES);
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < TILES; r++) sum[m][r] = T::add(sum[m][r], w[r], x + m * stride + k * T::GROUP);
+    }
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < TILES; r++) {
+            const int64_t n = panel * PANEL + r * LANES;
+            y[m][r] = T::value(sum[m][r], scales[m], a.scale + n) + load<floats>(a.bias + n);
+        }
+}
+
+// The share of thread ``me`` of x (rows, inputs) times a matrix; done(row, first output, 16 results) takes it.
+template <class T, class Done>
+void multiply(const Matrix& a, const typename T::Input* x, int64_t stride, const float* scales, int rows, int me, int all, Done done) {
+    constexpr decltype(&block<T, 1>) blocks[] = {block<T, 1>, block<T, 2>, block<T, 3>, block<T, 4>, block<T, 5>, block<T, 6>};
+    const int64_t panels = a.outputs / PANEL, size = a.inputs / T::GROUP * T::BYTES * TILES;
+    const int parts = (rows + ROWS - 1) / ROWS;
+    for (int64_t panel = panels * me / all; panel < panels * (me + 1) / all; panel++)
+        for (int part = 0; part < parts; part++) {
+            const int first = rows * part / parts, count = rows * (part + 1) / parts - first;
+            floats y[ROWS][TILES];
+            blocks[count - 1](a, panel, x + first * stride, stride, scales + first,
+                              parts == 1 ? AHEAD : part == parts - 1 ? size : 0, y);
+            for (int m = 0; m < count; m++)
+                for (int r = 0; r < TILES; r++) done(first + m, panel * PANEL + r * LANES, y[m][r]);
+        }
+}
+
+void normalise(const float* x, const Norm& norm, float epsilon, int64_t width, float* to) {
+    float sum = 0, square = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < width; i++) sum += x[i];
+    const float mean = sum / float(width);
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < width; i++) square += (x[i] - mean) * (x[i] - mean);
+    const float unit = 1 / std::sqrt(square / float(width) + epsilon);
+    for (int64_t i = 0; i < width; i++) to[i] = (x[i] - mean) * unit * norm.weight[i] + norm.bias[i];
+}
+
+// N vectors of values at each position, weighted by p and divided by their sum.
+template <int N, class C>
+inline void mix(const float* p, const C* values, int64_t d, int64_t count, float whole, float* out) {
+    floats sum[N] = {};
+    for (int64_t t = 0; t < count; t++)
+        for (int n = 0; n < N; n++) sum[n] += p[t] * widened(values + t * d + n * LANES);
+    for (int n = 0; n < N; n++) store(out + n * LANES, sum[n] / whole);
+}
+
+// Write one head's key and value (d) at ``position`` and attend with q (d) to everything up to it.
+template <class C>
+void attend(const float* q, const float* k, const float* v, C* keys, C* values, int64_t d, int64_t position, float* p, float* out) {
+    for (int64_t i = 0; i < d; i++) narrow(k[i], keys[position * d + i]);
+    for (int64_t i = 0; i < d; i++) narrow(v[i], values[position * d + i]);
+    const float unit = 1 / std::sqrt(float(d));
+    const int64_t count = position + 1;
+    floats most = floats{} - INFINITY, sum = {};
+    for (int64_t t = 0; t < count; t += LANES) {
+        floats part[LANES] = {};
+        const int64_t here = std::min<int64_t>(LANES, count - t);
+        for (int64_t j = 0; j < here; j++)
+            for (int64_t i = 0; i < d; i += LANES) part[j] += load<floats>(q + i) * widened(keys + (t + j) * d + i);
+        floats score = totals(part) * unit;
+        for (int64_t j = here; j < LANES; j++) score[j] = -INFINITY;
+        store(p + t, score);
+        most = most < score ? score : most;
+    }
+    most = floats{} + *std::max_element(reinterpret_cast<float*>(&most), reinterpret_cast<float*>(&most) + LANES);
+    for (int64_t t = 0; t < count; t += LANES) {
+        const floats weight = exponential(load<floats>(p + t) - most);
+        store(p + t, weight);
+        sum += weight;
+    }
+    const float whole = std::accumulate(reinterpret_cast<float*>(&sum), reinterpret_cast<float*>(&sum) + LANES, 0.0f);
+    int64_t i = 0;
+    for (; i + 4 * LANES <= d; i += 4 * LANES) mix<4>(p, values + i, d, count, whole, out + i);
+    for (; i < d; i += LANES) mix<1>(p, values + i, d, count, whole, out + i);
+}
+
+template <class T>
+void step(const Network& net, const Cache& cache, int threads, int rows, int64_t position, float* x, char* start, float* logits) {
+    const Room room(net, rows, threads, position + 1, start);
+    const int64_t width = net.width, d = width / net.heads;
+    auto* inputs = reinterpret_cast<typename T::Input*>(room.inputs);
+
+#pragma omp parallel num_threads(threads)
+    {
+        const int me = omp_get_thread_num(), all = omp_get_num_threads();
+        const auto prepare = [&](const float* from, int64_t row, int64_t count) {
+            room.scales[row] = T::prepare(from, inputs + row * room.stride, count);
+        };
+        const auto enter = [&](const Norm& norm, int64_t row) {
+            float* from = x + row * width;
+            float* to = net.post_norm ? from : room.normed + me * width;
+            if (norm.weight) normalise(from, norm, net.epsilon, width, to);
+            prepare(norm.weight ? to : from, row, width);
+        };
+        const auto product = [&](const Matrix& a, auto done) { multiply<T>(a, inputs, room.stride, room.scales, rows, me, all, done); };
+        const auto residual = [&](int64_t row, int64_t n, floats y) {
+            float* to = x + row * width + n;
+            if (n < width) store(to, load<floats>(to) + y);  // not where a panel is filled up
+        };
+        const auto head = [&](int64_t l, int64_t task) {  // of a row
+            const int64_t row = task / net.heads, h = task % net.heads, place = row * cache.row + h * cache.head;
+            const float* q = room.qkv + row * room.wide + h * d;
+            float *p = room.scores + me * room.reach, *out = room.mixed + row * width + h * d;
+            const auto run = [&](auto* keys, auto* values) {
+                attend(q, q + width, q + 2 * width, keys + place, values + place, d, position, p, out);
+            };
+            if (net.half_cache)
+                run((uint16_t*)cache.keys[l], (uint16_t*)cache.values[l]);
+            else
+                run((float*)cache.keys[l], (float*)cache.values[l]);
+        };
+
+        for (int64_t l = 0; l < net.depth; l++) {
+            const Layer& layer = net.layers[l];
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) enter(net.norms[2 * l], row);
+            product(layer.qkv, [&](int64_t row, int64_t n, floats y) { store(room.qkv + row * room.wide + n, y); });
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < rows * net.heads; task++) head(l, task);
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) prepare(room.mixed + row * width, row, width);
+            product(layer.out, residual);
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) enter(net.norms[2 * l + 1], row);
+            product(layer.ffn_in, [&](int64_t row, int64_t n, floats y) { store(room.inner + row * room.deep + n, gelu(y)); });
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (int64_t row = 0; row < rows; row++) prepare(room.inner + row * room.deep, row, net.hidden);
+            product(layer.ffn_out, residual);
+#pragma omp barrier
+        }
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; row++) enter(net.norms[2 * net.depth], row);
+        product(net.head, [&](int64_t row, int64_t n, floats y) { store(logits + row * net.head.outputs + n, y); });
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes that a step needs besides its inputs and outputs.
+int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t positions) {
+    return Room(*net, rows, threads, positions, nullptr).end - (char*)nullptr;
+}
+
+// Run x (rows, width), the embeddings of the token at ``position`` of the cache, through the network: logits (rows, padded outputs).
+// x is overwritten.
+void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* room, float* logits) {
+    const auto run = net->weights == 0 ? step<Float> : net->weights == 1 ? step<BFloat> : step<Narrow>;
+    run(*net, *cache, threads, rows, position, x, room, logits);
+}
+}
