@@ -201,7 +201,7 @@ def cache_tokens(
 def train(
     component: Annotated[Component, typer.Argument(help="What to train.")],
     preset: Annotated[str, typer.Option("--preset", "-p", autocompletion=_presets, help="Name of a preset, or a YAML file.")],
-    data: Annotated[str, typer.Option("--data", help="Encoder and VQGAN: a dataset. Prior and decoder: a token cache.")],
+    data: Annotated[str, typer.Option("--data", help="Encoder, VQGAN, one-pass decoder: a dataset. Others: a token cache.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: config, checkpoints, metrics, and the model.")],
     settings: Annotated[
         list[str] | None,
@@ -209,7 +209,8 @@ def train(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
     model: Annotated[
-        str | None, typer.Option("--model", help="A model whose VQGAN shows samples as pictures (training.sample_every).")
+        str | None,
+        typer.Option("--model", help="A model whose VQGAN shows samples; a one-pass decoder is trained on its tokens."),
     ] = None,
     start: Annotated[
         str | None,
@@ -231,6 +232,8 @@ def train(
 
     Example:  digit train decoder --preset cifar10-tiny-masked --set training.steps=2000 --data runs/tokens --out runs/decoder
 
+    Example:  digit train decoder --preset cifar10-onepass --data data/cifar10 --model runs/tokenizers --out runs/onepass
+
     Example:  digit train prior --from runs/prior --preset cifar10-tiny-prior-cond --data my-tokens --lora 8 --out runs/mine
 
     On several GPUs:  accelerate launch --num_processes 8 -m digit train prior --preset ... --data ... --out ...
@@ -246,12 +249,13 @@ def train(
     if start is None and (freeze or lora):
         raise DigitError("--freeze and --lora change how a saved model is trained; give it with --from.")
     origin = None if start is None else FineTune(source=start, freeze=tuple(freeze or ()), lora=lora)
-    vqgan = None
+    parts = vqgan = None
     if model is not None:
         from digit.pipeline import DigitPipeline
 
-        vqgan = DigitPipeline.from_pretrained(model).vqgan
-    task, config = build_task(component.value, load_preset(preset, changes), data, preset, vqgan, origin)
+        parts = DigitPipeline.from_pretrained(model)
+        vqgan = parts.vqgan
+    task, config = build_task(component.value, load_preset(preset, changes), data, preset, vqgan, origin, parts)
     try:
         folder = run(task, config, out, resume=resume, device=device)
     except Interrupted as stop:

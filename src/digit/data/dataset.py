@@ -105,6 +105,11 @@ class ImageDataset:
         return ImageDataset(SubsetSource(self.source, chosen), self.name, self.split, self.classes, self.image_size)
 
     @property
+    def numbers(self) -> NDArray[np.int64]:
+        """(n,) where its images stand in the whole dataset, of which it may be a subset."""
+        return self.source.numbers if isinstance(self.source, SubsetSource) else np.arange(len(self))
+
+    @property
     def in_memory(self) -> bool:
         """Whether :meth:`arrays` is known to work and to stay under 2 GiB."""
         return self.image_size is not None and len(self) * self.image_size[0] * self.image_size[1] * 3 <= _MEMORY_BYTES

@@ -142,10 +142,11 @@ class HubSource:
 
 
 class SubsetSource:
-    """Some images of another source."""
+    """Some images of another source; ``numbers`` says which, of the source that is no subset itself."""
 
     def __init__(self, source: Source, indices: NDArray[np.int64]) -> None:
         self._source, self._indices, self.labels = source, indices, source.labels[indices]
+        self.numbers: NDArray[np.int64] = source.numbers[indices] if isinstance(source, SubsetSource) else indices
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -70,14 +70,14 @@ class VQGANConfig:
 
 
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, 3x3 convolution, twice, and a shortcut."""
+    """Norm, SiLU, 3x3 convolution, twice, and a shortcut; ``shortcut`` is that of :class:`VQGANConfig`."""
 
-    def __init__(self, width_in: int, width: int, config: VQGANConfig) -> None:
+    def __init__(self, width_in: int, width: int, groups: int, shortcut: str = "input") -> None:
         super().__init__()
-        self.shortcut_input = config.shortcut == "input"
-        self.norm1 = nn.GroupNorm(config.groups, width_in, eps=1e-6)
+        self.shortcut_input = shortcut == "input"
+        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(config.groups, width, eps=1e-6)
+        self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.shortcut = None
         if width_in != width:
@@ -103,9 +103,9 @@ class Encoder(nn.Module):
         before = config.channels
         for width in widths:
             inputs = [before] + [width] * (config.blocks - 1)
-            self.levels.append(nn.ModuleList(ResidualBlock(w, width, config) for w in inputs))
+            self.levels.append(nn.ModuleList(ResidualBlock(w, width, config.groups, config.shortcut) for w in inputs))
             before = width
-        self.middle = nn.ModuleList(ResidualBlock(before, before, config) for _ in range(2))
+        self.middle = nn.ModuleList(ResidualBlock(before, before, config.groups, config.shortcut) for _ in range(2))
         self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, config.code_dim, 1)
 
@@ -131,12 +131,12 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in config.multipliers]
         before = widths[-1]
         self.conv_in = nn.Conv2d(config.code_dim, before, 3, padding=1)
-        self.middle = nn.ModuleList(ResidualBlock(before, before, config) for _ in range(2))
+        self.middle = nn.ModuleList(ResidualBlock(before, before, config.groups, config.shortcut) for _ in range(2))
         self.levels = nn.ModuleList()  # coarsest first
         self.upsample = nn.ModuleList()  # upsample[i] follows levels[i]
         for width in reversed(widths):
             inputs = [before] + [width] * (config.blocks - 1)
-            self.levels.append(nn.ModuleList(ResidualBlock(w, width, config) for w in inputs))
+            self.levels.append(nn.ModuleList(ResidualBlock(w, width, config.groups, config.shortcut) for w in inputs))
             before = width
             if len(self.upsample) < len(widths) - 1:
                 self.upsample.append(nn.Conv2d(width, width, 3, padding=1))

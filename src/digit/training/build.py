@@ -13,6 +13,7 @@ from digit.config import from_dict
 from digit.data.token_cache import TokenCache, open_token_cache
 from digit.errors import DigitError
 from digit.models.token_model import TokenModel
+from digit.pipeline import DigitPipeline
 from digit.tokenizers.vqgan import VQGAN
 from digit.training.config import TrainingConfig
 from digit.training.engine import seed_everything
@@ -44,16 +45,18 @@ def build_task(
     where: str,
     vqgan: VQGAN | None = None,
     start: FineTune | None = None,
+    parts: DigitPipeline | None = None,
 ) -> tuple[Task, TrainingConfig]:
     """Everything that :func:`digit.training.loop.train` needs, with fresh weights from the preset's seed, or those of a saved model.
 
     Args:
         component: "encoder", "vqgan", "prior" or "decoder".
         preset: its sections; see :func:`digit.config.load_preset`.
-        data: a dataset for an encoder or a VQGAN, a token cache for a prior or a decoder.
+        data: a dataset for an encoder, a VQGAN or a one-pass decoder, a token cache for a prior or another decoder.
         where: the preset's name, for messages.
         vqgan: shows the samples of a token model as pictures.
         start: the saved prior or decoder to begin with, instead of random weights.
+        parts: a model, whose encoder, codebook and VQGAN a one-pass decoder is trained with.
 
     Raises:
         DigitError: the preset is another component's, or a section is wrong.
@@ -63,6 +66,10 @@ def build_task(
         raise DigitError(f"The {where} is for the component '{preset.get('component')}', but '{component}' is to be trained.")
     config = training_config(preset, where)
     seed_everything(config.seed)
+    if component == "decoder" and preset["model"].get("role") == "onepass":
+        from digit.training.tasks import onepass
+
+        return onepass.build(preset, data, where, parts, start), config
     if component in ("prior", "decoder"):
         return _tokens(component, preset, data, where, config, vqgan, start), config
     if start is not None:

@@ -68,6 +68,27 @@ class Start(NamedTuple):
     space: str | None
 
 
+def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
+    """The folder of a saved prior or decoder, and the class names that a whole model says.
+
+    Args:
+        source: see :class:`FineTune`.
+        role: "prior", or a decoder's kind.
+
+    Raises:
+        DigitError: nothing there, or a model without such a part.
+    """
+    path = Path(source)
+    if any((folder / "config.json").is_file() for folder in (path, path / "model")):
+        return part_folder(path), []
+    whole = resolve_model(source)
+    index = read_index(whole)
+    folder = whole / ("prior" if role == "prior" else f"decoder/{role}")
+    if not folder.is_dir():
+        raise DigitError(f"The model {source} has no {role if role == 'prior' else f'decoder {role!r}'} to start from.")
+    return folder, list(index["class_names"])
+
+
 def open_start(source: str, role: str) -> Start:
     """The saved model of a role.
 
@@ -78,17 +99,7 @@ def open_start(source: str, role: str) -> Start:
     Raises:
         DigitError: nothing there, or it is of another role.
     """
-    path = Path(source)
-    names: list[str] = []
-    if any((folder / "config.json").is_file() for folder in (path, path / "model")):
-        folder = part_folder(path)
-    else:
-        whole = resolve_model(source)
-        index = read_index(whole)
-        folder = whole / ("prior" if role == "prior" else f"decoder/{role}")
-        if not folder.is_dir():
-            raise DigitError(f"The model {source} has no {role if role == 'prior' else f'decoder {role!r}'} to start from.")
-        names = list(index["class_names"])
+    folder, names = start_folder(source, role)
     model = load_component(folder, TokenModel, TokenModelConfig)
     if model.config.role != role:
         raise DigitError(f"{source} is a model of role '{model.config.role}'; the preset trains one of role '{role}'.")

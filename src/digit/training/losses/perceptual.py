@@ -61,7 +61,7 @@ class EncoderView(nn.Module):
         super().__init__()
         if encoder.preprocessing.image_size != size:
             raise DigitError(
-                f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, the VQGAN's have {size}."
+                f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, the pictures to be made have {size}."
             )
         self.encoder = encoder.eval().requires_grad_(False)
         self.dims: list[int] = [encoder.dim]
