@@ -166,7 +166,10 @@ class Results:
         step = self.steps.get("evaluate-reconstruction")
         if step is None:
             return "Not measured yet.\n"
-        rows = [[row["name"], *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))] for row in step["result"]["values"]]
+        rows = [
+            [row["name"], *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))]
+            for row in step["result"]["values"]
+        ]
         return table(["path", "rFID", "PSNR, dB", "SSIM"], rows)
 
     def commands(self) -> str:

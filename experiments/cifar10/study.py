@@ -2,7 +2,8 @@
 
     python experiments/cifar10/study.py --list                  what there is, and what is done
     python experiments/cifar10/study.py core headline           the steps of these groups that are not done yet
-    python experiments/cifar10/study.py core --profile gpu --extra --device=cuda      larger and longer, on a GPU
+    python experiments/cifar10/study.py core --processes 2      trainings divided among two processes: faster than two threads
+    python experiments/cifar10/study.py core --profile gpu --extra=--device=cuda      larger and longer, on a GPU
 
 A step is one command of `digit`. Its command, commit, machine and seconds go to OUT/records/STEP.json, from which results.py makes
 RESULTS.md; a step with a record of success is not run again, an interrupted one goes on where it was.
@@ -30,7 +31,7 @@ K = 1024  # of the headline, as many as the VQGAN has codes
 # what a GPU trains instead; the presets' own values are for two CPU cores
 LARGER = "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6"
 GPU = {
-    "vqgan": "model.channels=64 model.blocks=2 training.epochs=100",
+    "vqgan": "model.channels=32 model.blocks=2 training.epochs=100",
     "prior": f"{LARGER} model.transformer.dropout=0.1 training.epochs=200 training.batch_size=256",
     "decoder": f"{LARGER} training.epochs=100 training.batch_size=256",
     "onepass": "training.epochs=100 training.batch_size=256",
@@ -208,18 +209,22 @@ class Study:
         return Step(group, f"fidelity-{name}", f"{command} --batch-size 250 {options} --out {path}".replace("  ", " "))
 
 
-def run(step: Step, out: Path, extra: list[str]) -> None:
+def run(step: Step, out: Path, extra: list[str], processes: int) -> None:
     """Run a step and keep its record; the study stops where one fails."""
     record = out / "records" / f"{step.name}.json"
     earlier = read_json(record)["seconds"] if record.exists() else 0.0
-    command = ["digit", *shlex.split(step.command), *extra]
+    command = ["digit", *shlex.split(step.command)]
+    if command[1] == "train":
+        command += extra
+        if processes > 1:
+            command = ["torch.distributed.run", "--nproc_per_node", str(processes), "-m", *command]
     print(f"\n== {step.name}\n{shlex.join(command)}", flush=True)
     began = time.perf_counter()
     code = subprocess.run([sys.executable, "-m", *command], check=False).returncode
     values = {
         "name": step.name,
         "group": step.group,
-        "command": shlex.join(command),
+        "command": shlex.join(command).replace("torch.distributed.run", "torchrun"),
         "finished": code == 0,
         "seconds": round(earlier + time.perf_counter() - began, 1),  # of all attempts
         "commit": subprocess.run(
@@ -251,13 +256,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="generated for each fidelity")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--extra", action="append", default=[], help="given to every training, such as --extra=--device=cuda")
+    parser.add_argument("--processes", type=int, default=1, help="that share every training, each with OMP_NUM_THREADS threads")
     options = parser.parse_args()
     study = Study(options.out, options.data, options.reference, options.images, options.profile)
     for step in study.steps():
         if options.list:
             print(f"{'done' if is_done(step, options.out) else '    '}  {step.group:13} {step.name}")
         elif {step.group, step.name} & set(options.groups) and not is_done(step, options.out):
-            run(step, options.out, options.extra if step.command.startswith("train") else [])
+            run(step, options.out, options.extra, options.processes)
 
 
 if __name__ == "__main__":
