@@ -6,9 +6,11 @@ which stays the definition and runs wherever this cannot: on other devices, in f
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
+import mmap
 import os
 import shutil
 import subprocess
@@ -23,12 +25,12 @@ from torch import Tensor, nn
 from digit.errors import DigitError
 from digit.files import write_file
 from digit.models.token_model import TokenModel
-from digit.models.transformer import KVCache
+from digit.models.transformer import Block, KVCache
 from digit.sampling.quantize import Int8Linear, quantized
 
 SOURCE = Path(__file__).with_name("step.cpp")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
-LANES, TILES = 16, 4  # as in the source
+LANES, PANEL = 16, 64  # as in the source
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -75,12 +77,12 @@ def library() -> ctypes.CDLL:
     # the macros of -march=native name the compiler's version and everything that the processor can do
     macros = _run(compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
-    built = _folder() / f"step-{key}.so"
     try:
+        built = _folder() / f"step-{key}.so"
         if not built.exists():
             write_file(built, lambda path: _run(compiler, *FLAGS, "-x", "c++", str(SOURCE), "-o", str(path)))
         loaded = ctypes.CDLL(str(built))
-    except (DigitError, OSError) as error:  # a folder where nothing may be written or run
+    except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
         raise NoCompiler(f"{error} (XDG_CACHE_HOME names another folder)") from error
     loaded.digit_room.restype = c_int64
     loaded.digit_room.argtypes = [POINTER(_Network), c_int64, c_int64, c_int64]
@@ -135,15 +137,19 @@ class NativeStep:
 
     def __init__(self, model: TokenModel, quantize: str | None = None) -> None:
         self._library = library()
-        self._model: TokenModel = weakref.proxy(model)
+        self._model = weakref.proxy(model)
         self._kept: list[Tensor] = []  # what the structures below point to
         self._room = torch.empty(0, dtype=torch.uint8)
         source = quantized(model) if quantize else model
-        config, blocks = model.config.transformer, source.transformer.blocks
-        layers = [_Layer(*(self._matrix(m) for m in (b.attention.qkv, b.attention.out, b.ffn_in, b.ffn_out))) for b in blocks]
+        config, last = model.config.transformer, source.transformer.norm
+        blocks = [b for b in source.transformer.blocks if isinstance(b, Block)]
+        linears = [m for b in blocks for m in (b.attention.qkv, b.attention.out, b.ffn_in, b.ffn_out)]
+        self._free = _memory(sum(_size(m.weight) for m in (*linears, source.head)))
+        matrices = [self._matrix(m) for m in linears]
+        layers = [_Layer(*matrices[i : i + 4]) for i in range(0, len(matrices), 4)]
         inside = [self._norm(norm) for b in blocks for norm in (b.attention_norm, b.ffn_norm)]
         # pre: before each half of a block, and a last one; post: after each half, which is before the next
-        norms = [*inside, self._norm(source.transformer.norm)] if config.norm == "pre" else [_Norm(), *inside]
+        norms = [*inside, self._norm(last)] if isinstance(last, nn.LayerNorm) else [_Norm(), *inside]
         self._network = _Network(
             layers=(_Layer * len(layers))(*layers),
             norms=(_Norm * len(norms))(*norms),
@@ -185,17 +191,31 @@ class NativeStep:
         return _Norm(self._keep(norm.weight.float()), self._keep(norm.bias.float()))
 
     def _matrix(self, linear: nn.Linear | Int8Linear) -> _Matrix:
-        panels = pack(linear.weight)
-        outputs = panels.shape[0] * LANES * TILES
+        panels, size = pack(linear.weight), _size(linear.weight)
+        place, self._free = self._free[:size], self._free[size:]
+        place.view(panels.dtype).view(panels.shape).copy_(panels)
+        outputs = panels.shape[0] * PANEL
         extra = outputs - len(linear.weight)
         bias = torch.zeros(outputs) if linear.bias is None else F.pad(linear.bias.float(), (0, extra))
         scale = F.pad(linear.scale.float(), (0, extra)) if isinstance(linear, Int8Linear) else bias  # read by int8 only
-        return _Matrix(self._keep(panels), self._keep(scale), self._keep(bias), linear.weight.shape[1], outputs)
+        return _Matrix(self._keep(place), self._keep(scale), self._keep(bias), linear.weight.shape[1], outputs)
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes in large pages where the system has them: else a step looks up thousands of pages within a millisecond."""
+    area = mmap.mmap(-1, size)
+    with contextlib.suppress(AttributeError, OSError):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)
+
+
+def _size(weight: Tensor) -> int:
+    """Bytes of a matrix in panels."""
+    return -(-len(weight) // PANEL) * PANEL * weight.shape[1] * weight.element_size()
 
 
 def pack(weight: Tensor) -> Tensor:
     """Matrix (out, in) to panels (out / 64, in / g, 4, 16, g), filled up with zeros; g = 1 for float32, else 2."""
     group = 1 if weight.dtype == torch.float32 else 2
-    out, count = weight.shape
-    filled = F.pad(weight, (0, -count % group, 0, -out % (LANES * TILES)))
-    return filled.view(-1, TILES, LANES, filled.shape[1] // group, group).permute(0, 3, 1, 2, 4).contiguous()
+    filled = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return filled.view(-1, PANEL // LANES, LANES, weight.shape[1] // group, group).permute(0, 3, 1, 2, 4).contiguous()

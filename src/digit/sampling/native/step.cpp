@@ -18,7 +18,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 
 #include <omp.h>
 
@@ -44,7 +43,7 @@ typedef int8_t bytes __attribute__((vector_size(32)));    // 32 lanes
 
 constexpr int LANES = 16, TILES = 4, PANEL = LANES * TILES;  // outputs of a vector, vectors of a panel
 constexpr int ROWS = 6;                                      // rows that share a reading of a panel: 6 x TILES sums fit the registers
-constexpr int64_t AHEAD = 4096;
+constexpr int64_t AHEAD = 4096;                              // bytes: a page
 
 template <class V>
 inline V load(const void* from) {
@@ -306,13 +305,14 @@ void attend(const float* q, const float* k, const float* v, C* keys, C* values, 
         store(p + t, score);
         most = most < score ? score : most;
     }
-    most = floats{} + *std::max_element(reinterpret_cast<float*>(&most), reinterpret_cast<float*>(&most) + LANES);
+    float top = most[0], whole = 0;
+    for (int i = 1; i < LANES; i++) top = std::max(top, most[i]);
     for (int64_t t = 0; t < count; t += LANES) {
-        const floats weight = exponential(load<floats>(p + t) - most);
+        const floats weight = exponential(load<floats>(p + t) - top);
         store(p + t, weight);
         sum += weight;
     }
-    const float whole = std::accumulate(reinterpret_cast<float*>(&sum), reinterpret_cast<float*>(&sum) + LANES, 0.0f);
+    for (int i = 0; i < LANES; i++) whole += sum[i];
     int64_t i = 0;
     for (; i + 4 * LANES <= d; i += 4 * LANES) mix<4>(p, values + i, d, count, whole, out + i);
     for (; i < d; i += LANES) mix<1>(p, values + i, d, count, whole, out + i);
