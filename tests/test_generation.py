@@ -12,7 +12,7 @@ import tiny
 from digit import generation
 from digit.errors import DigitError
 from digit.generation import generate_folder, load_tokens_file
-from digit.sampling.acceleration import workshop
+from digit.sampling.acceleration import engine, workshop
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +139,18 @@ def test_compiling_is_decided_by_the_work_that_is_left(pipe, tmp_path, monkeypat
     assert not workshop(pipe.prior).options.compile
     monkeypatch.setattr(generation, "WORTH_COMPILING", 0.0)
     chosen = []
-    monkeypatch.setattr(generation, "accelerate", lambda model, compile, quantize: chosen.append(compile))
+    monkeypatch.setattr(generation, "accelerate", lambda model, compile, quantize, native: chosen.append(compile))
     generate_folder(pipe, tmp_path / "long", 6, batch_size=2)
     models = 1 + len(pipe.decoders)
     assert chosen == [False] * models + [True] * models
+
+
+def test_the_record_says_which_step_sampled(pipe, tmp_path, monkeypatch):
+    assert generate_folder(pipe, tmp_path / "plain", 2, batch_size=2, compile=False)["engine"] == "plain"
+    assert not workshop(pipe.prior).options.native
+    record = generate_folder(pipe, tmp_path / "default", 2, batch_size=2)
+    assert workshop(pipe.prior).options.native
+    assert record["engine"] == ", ".join(dict.fromkeys(engine(m) for m in (pipe.prior, *pipe.decoders.values()) if engine(m)))
 
 
 def test_token_files_are_checked(tmp_path):

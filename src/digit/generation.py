@@ -18,7 +18,7 @@ from digit.evaluation.result import hardware
 from digit.pipeline import DigitPipeline, Tokens
 from digit.progress import bar
 from digit.runfolder import RunFolder, weights_digest, write_arrays
-from digit.sampling.acceleration import accelerate, compile_seconds, release
+from digit.sampling.acceleration import accelerate, compile_seconds, engine, release
 from digit.sampling.engine import check_request
 from digit.visual import picture_grid
 
@@ -58,7 +58,8 @@ def generate_folder(
         decoder: its kind; None takes the model's default.
         batch_size: how many at a time, by default as many as memory holds; does not change the pictures.
         save_tokens: also write the semantic and VQ tokens.
-        compile: compile the sampling steps; None does when enough work is left after the first batch.
+        compile: True compiles the sampling steps, False runs them in plain PyTorch. None takes the C++ step on a CPU, and compiles
+            where that does not run and enough work is left after the first batch.
         quantize: "int8" for narrow weights on a CPU; see :func:`digit.sampling.acceleration.accelerate`.
         overwrite: begin anew where the folder holds another run.
         settings: sampling settings, see :meth:`DigitPipeline.__call__`.
@@ -101,6 +102,7 @@ def generate_folder(
         "processes": run.processes,
         "made": todo.made,
         "seconds": round(seconds, 3),
+        "engine": todo.engine(),
         "compile_seconds": round(sum(compile_seconds(m) for m in todo.models), 3),
         "images_per_second": round(todo.made / seconds, 3),
     }
@@ -159,7 +161,11 @@ class _Todo:
 
     def _accelerate(self, compile: bool) -> None:
         for model in self.models:
-            accelerate(model, compile, self.quantize)
+            accelerate(model, compile, self.quantize, native=self.compile is not False)
+
+    def engine(self) -> str:
+        """Which step sampled; of several models, of each in turn where they differ."""
+        return ", ".join(dict.fromkeys(filter(None, map(engine, self.models))))
 
 
 def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:

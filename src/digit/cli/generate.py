@@ -69,7 +69,10 @@ def generate(
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compile the sampling steps. Default: if there is enough to do."),
+        typer.Option(
+            "--compile/--no-compile",
+            help="Compile the sampling steps, or run plain PyTorch. Default: on a CPU a step in C++; else compile if there is much to do.",
+        ),
     ] = None,
     quantize: Annotated[str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
@@ -102,7 +105,8 @@ def generate(
     else:
         speed = f"{record['made']} pictures in {record['seconds']:.1f} s ({record['images_per_second']:.2f} a second)"
         compiling = f", of it {record['compile_seconds']:.0f} s for compiling" if record["compile_seconds"] >= 1 else ""
-        typer.echo(f"{speed}{compiling}: {out}")
+        step = f", sampled by the {record['engine']} step" if record["engine"] else ""
+        typer.echo(f"{speed}{compiling}{step}: {out}")
     if record["finished"]:
         typer.echo(f"Look at {out / 'grid.png'}")
 
