@@ -178,9 +178,9 @@ def flips(shaken: Shaken, service: Service) -> str:
         count, total = len(changed), len(found.before)
         figures.append(
             f'<figure data-space="{space}" data-flips="{count}"><img class="dg-pixels dg-open" src="{data_url(picture)}" '
-            f'alt="places of the changed {SPACES[space]}"><figcaption><b>{count} of {total} {SPACES[space]} change</b>'
+            f'alt="places of the changed {SPACES[space]}"><figcaption><b>{count} of {total}</b>'
             f'<meter max="{total}" value="{count}" aria-label="changed {SPACES[space]}"></meter>'
-            f"<span>{found.share:.0%}</span></figcaption></figure>"
+            f"<span>{SPACES[space]} change: {found.share:.0%}</span></figcaption></figure>"
         )
     return f'<section class="dg-flips" aria-live="polite"><div class="dg-pictures">{"".join(figures)}</div></section>'
 

@@ -2,6 +2,7 @@
 "use strict";
 window.digit = (() => {
   const HISTORY = 48;
+  const wells = {}, sent = {};
   const TYPES = "image/png,image/jpeg,image/webp,image/gif,image/bmp";
   const make = (tag, properties = {}, ...children) => {
     const made = Object.assign(document.createElement(tag), properties);
@@ -51,11 +52,12 @@ window.digit = (() => {
     document.addEventListener("paste", (event) => {
       if (root.offsetParent && event.clipboardData.files.length) take(event.clipboardData.files[0]);
     });
-    window.addEventListener("digit-send", (event) => {
-      if (event.detail.to === root.dataset.well) send(event.detail.url);
-    });
+    wells[root.dataset.well] = send;
+    follow("dg-edited");
     watch("value", show);
     show();
+    if (sent[root.dataset.well]) send(sent[root.dataset.well]);
+    delete sent[root.dataset.well];
   }
 
   // ---- painting cells on a picture
@@ -160,8 +162,22 @@ window.digit = (() => {
     if (!send) return;
     const url = event.target.closest("figure").querySelector("img").src;
     document.getElementById(`dg-tab-${send}-button`).click();
-    window.dispatchEvent(new CustomEvent("digit-send", { detail: { to: send, url } }));
+    if (wells[send]) wells[send](url);
+    else sent[send] = url; // its tab was never open: the well takes it when it is made
   });
+
+  // ---- on a narrow screen the results are below the form: go there when they begin
+  function follow(id) {
+    const place = document.getElementById(id);
+    if (!place || place.dataset.followed) return;
+    place.dataset.followed = "yes";
+    let busy = false;
+    new MutationObserver(() => {
+      const now = Boolean(place.querySelector("progress"));
+      if (now && !busy && place.getBoundingClientRect().top > window.innerHeight * 0.7) place.scrollIntoView();
+      busy = now;
+    }).observe(place, { childList: true, subtree: true });
+  }
 
   // ---- the history: finished pictures stay until the page is closed
   function history(element) {
@@ -170,6 +186,7 @@ window.digit = (() => {
     const forget = make("button", { type: "button", textContent: "Forget" });
     const part = make("section", { hidden: true }, make("h2", { textContent: "Before" }), list, make("div", { className: "dg-links" }, forget));
     root.append(part);
+    follow("dg-stage");
     forget.addEventListener("click", () => { list.replaceChildren(); part.hidden = true; });
     let last = [];
     new MutationObserver(() => {

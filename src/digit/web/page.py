@@ -23,6 +23,7 @@ from digit.web.uploads import read_picture
 
 NO_CLASS, ALL_CLASSES = -1, -2
 DEFAULT_SNR = 25
+PLAIN: dict[str, Any] = {"js_on_load": None, "apply_default_css": False}
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
 """Of every event: the desk does the queueing, and the page shows its own progress."""
 
@@ -34,14 +35,14 @@ def build_page(service: Service, desk: Desk) -> Any:
         MissingPackageError: Gradio is not installed.
     """
     gr = require("gradio", "web", "The page of digit serve")
-    with gr.Blocks(analytics_enabled=False, title=f"digit: {service.pipe.name}") as page:
-        gr.HTML(_heading(service), js_on_load=None)
+    with gr.Blocks(analytics_enabled=False, fill_width=True, title=f"digit: {service.pipe.name}") as page:
+        gr.HTML(_heading(service), **PLAIN)
         with gr.Tabs():
             with gr.Tab("Generate", elem_id="dg-tab-generate"):
                 _generate_tab(gr, service, desk)
-            with gr.Tab("Tokens", elem_id="dg-tab-tokens", render_children=True):
+            with gr.Tab("Tokens", elem_id="dg-tab-tokens"):
                 _tokens_tab(gr, service, desk)
-            with gr.Tab("Edit", elem_id="dg-tab-edit", render_children=True):
+            with gr.Tab("Edit", elem_id="dg-tab-edit"):
                 _edit_tab(gr, service, desk)
     page.queue(max_size=desk.limits.waiting + 1, api_open=False)
     return page
@@ -50,7 +51,7 @@ def build_page(service: Service, desk: Desk) -> Any:
 def look_of_page() -> dict[str, Any]:
     """Theme, styles and script, as ``gradio.mount_gradio_app`` takes them; fonts are those of the visitor's system."""
     gr = require("gradio", "web", "The page of digit serve")
-    theme = gr.themes.Soft(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     files = resources.files("digit") / "web"
     script, style = ((files / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     return {"theme": theme, "css": style, "head": f"<script>{script}</script>", "footer_links": []}
@@ -100,7 +101,7 @@ async def pictures(service: Service, desk: Desk, work: Callable[[Visit], Picture
 
 def _generate_tab(gr: Any, service: Service, desk: Desk) -> None:
     if not service.can_generate:
-        gr.HTML(markup.notice("This model has no prior, decoder or VQGAN, so it cannot generate pictures."), js_on_load=None)
+        gr.HTML(markup.notice("This model has no prior, decoder or VQGAN, so it cannot generate pictures."), **PLAIN)
         return
     defaults, most = service.defaults("prior"), service.limits.pictures
     with gr.Row(elem_classes="dg-row"):
@@ -111,9 +112,9 @@ def _generate_tab(gr: Any, service: Service, desk: Desk) -> None:
                 count = gr.Slider(1, most, min(4, most), step=1, label="Pictures", min_width=150)
             go = gr.Button("Generate", variant="primary", elem_id="dg-go")
             with gr.Row():
-                fresh = gr.Button("New seed", size="sm", min_width=90)
-                other = gr.Button("Same seed, other class", size="sm", min_width=160, visible=service.pipe.num_classes > 1)
-                stop = gr.Button("Stop", size="sm", min_width=60)
+                fresh = gr.Button("New seed", size="sm", min_width=70)
+                other = gr.Button("Same seed, other class", size="sm", min_width=140, visible=service.pipe.num_classes > 1)
+                stop = gr.Button("Stop", size="sm", min_width=50)
             guidance = gr.Slider(
                 1, 10, defaults.cfg_scale, step=0.1, label="Guidance", info="1 is none", visible=service.can_guide
             )
@@ -128,8 +129,8 @@ def _generate_tab(gr: Any, service: Service, desk: Desk) -> None:
                     0, 2, defaults.temperature, step=0.05, label="Temperature", info="0 takes the likeliest token"
                 )
         with gr.Column(scale=3, min_width=300):
-            stage = gr.HTML(markup.notice("Choose a class and press Generate."), js_on_load=None, elem_id="dg-stage")
-            gr.HTML('<div id="dg-history"></div>', js_on_load="window.digit.history(element)")
+            stage = gr.HTML(markup.notice("Choose a class and press Generate."), **PLAIN, elem_id="dg-stage")
+            gr.HTML('<div id="dg-history"></div>', js_on_load="window.digit.history(element)", apply_default_css=False)
 
     async def generate(
         label: int, seed: float, count: int, cfg: float, decoder: str, steps: int, k: int, p: float, warmth: float
@@ -200,11 +201,11 @@ def _tokens_tab(gr: Any, service: Service, desk: Desk) -> None:
                 info="lower is noisier",
                 elem_id="dg-noise",
             )
-            flips = gr.HTML("", js_on_load=None, elem_id="dg-flips")
+            flips = gr.HTML("", **PLAIN, elem_id="dg-flips")
         with gr.Column(scale=3, min_width=300):
             seen = gr.HTML(
                 markup.notice("Drop a picture to see its tokens, and move the noise to see which of them flip."),
-                js_on_load=None,
+                **PLAIN,
                 elem_id="dg-seen",
             )
 
@@ -254,6 +255,7 @@ def _well(gr: Any, service: Service, name: str, grid: tuple[int, int] | None = N
         {},
         html_template=f'<div class="dg-well-root" data-well="{name}"></div>',
         js_on_load="window.digit.well(element, trigger, props, watch)",
+        apply_default_css=False,
         elem_id=f"dg-well-{name}",
         rows=grid[0] if grid else 0,
         columns=grid[1] if grid else 0,
@@ -266,7 +268,7 @@ def _well(gr: Any, service: Service, name: str, grid: tuple[int, int] | None = N
 
 def _edit_tab(gr: Any, service: Service, desk: Desk) -> None:
     if not service.can_edit:
-        gr.HTML(markup.notice("Editing needs a model with all its parts; this one lacks some."), js_on_load=None)
+        gr.HTML(markup.notice("Editing needs a model with all its parts; this one lacks some."), **PLAIN)
         return
     rows, columns = service.grids[service.pipe.space]
     with gr.Row(elem_classes="dg-row"):
@@ -289,7 +291,7 @@ def _edit_tab(gr: Any, service: Service, desk: Desk) -> None:
                 markup.notice(
                     "Drop a picture and paint the cells to sample anew, with the pointer or with arrow keys and space."
                 ),
-                js_on_load=None,
+                **PLAIN,
                 elem_id="dg-edited",
             )
 

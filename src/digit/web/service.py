@@ -238,7 +238,9 @@ class Service:
     def can_generate(self) -> bool:
         """Whether the model has all parts from a class to pixels."""
         pipe = self.pipe
-        return pipe.prior is not None and pipe.vqgan is not None and (pipe.space == "vq" or bool(pipe.decoders))
+        if pipe.prior is None or (pipe.space == "semantic" and not pipe.decoders):
+            return False
+        return pipe.vqgan is not None or pipe.paints()
 
     @property
     def can_edit(self) -> bool:
@@ -302,10 +304,10 @@ class Service:
         vq = None if pipe.vqgan is None else pipe.vqgan.encode(images)
         alone = None if vq is None else to_pil(pipe.to_pixels(Tokens(None, vq))[0])
         full = None
-        if semantic is not None and pipe.vqgan is not None and pipe.decoders:
+        if semantic is not None and pipe.decoders and (pipe.vqgan is not None or pipe.paints(wish.decoder)):
             watch = self._watch(visit, Sampling(seed=wish.seed, decoder=wish.decoder))
-            tokens = pipe.decode_tokens(semantic, None, wish.seed, wish.decoder, watch)
-            full = to_pil(pipe.to_pixels(Tokens(semantic, tokens))[0])
+            tokens = pipe.complete(semantic, None, wish.seed, wish.decoder, callback=watch)
+            full = to_pil(pipe.to_pixels(tokens)[0])
         return Inside(None if semantic is None else semantic[0].cpu(), None if vq is None else vq[0].cpu(), alone, full)
 
     @torch.inference_mode()
