@@ -7,6 +7,7 @@ import torch
 from digit.config import from_dict
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
+from digit.models.onepass import OnePassConfig, OnePassDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline import DigitPipeline
 from digit.tokenizers.codebook import Codebook
@@ -30,6 +31,20 @@ def token_model(role: str = "prior", seed: int = 0, **changes) -> TokenModel:
     model = TokenModel(from_dict(TokenModelConfig, {**values, **changes}, "tiny")).eval()
     # untrained logits are nearly flat; spread them, so that different inputs give different tokens
     torch.nn.init.normal_(model.head.weight, std=1.0)
+    return model
+
+
+def onepass(head: str = "pixels", seed: int = 3, **changes) -> OnePassDecoder:
+    """A one-pass decoder of 4 x 4 semantic tokens, to 32 px or to VQ tokens."""
+    values = {"prefix_vocab_size": CLUSTERS, "grid": (4, 4), "head": head, "noise_dim": 6}
+    values |= {"pixels": {"widths": (16, 8, 8), "patch": 2}} if head == "pixels" else {"vocab_size": CODES}
+    values["transformer"] = {**TRANSFORMER, "causal": False}
+    torch.manual_seed(seed)
+    model = OnePassDecoder(from_dict(OnePassConfig, {**values, **changes}, "tiny")).eval()
+    for table in (model.token_embedding, model.noise_embedding):  # tell the inputs apart, untrained as it is
+        torch.nn.init.normal_(table.weight, std=1.0)
+    if head == "vq":
+        torch.nn.init.normal_(model.head.weight, std=1.0)
     return model
 
 

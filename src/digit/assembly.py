@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from digit.config import from_dict, to_dict
 from digit.encoders import load_encoder
 from digit.errors import DigitError
 from digit.models.component import load_component
+from digit.models.onepass import load_decoder
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline import DigitPipeline
+from digit.sampling.settings import SamplingSettings
 from digit.tokenizers.codebook import Codebook
 from digit.tokenizers.vqgan import VQGAN
 
@@ -55,7 +60,7 @@ def assemble(
         parts["class_names"] = list(provenance.get("class_names", []))
         parts["space"] = provenance.get("space", "semantic")
     if decoders:
-        models = [load_component(part_folder(d), TokenModel, TokenModelConfig) for d in decoders]
+        models = [load_decoder(part_folder(d)) for d in decoders]
         parts["decoders"] = {m.config.role: m for m in models}
     if class_names is not None:
         parts["class_names"] = class_names
@@ -67,3 +72,29 @@ def assemble(
     if "decoders" in parts:
         parts["decoders"] = {**start.decoders, **parts["decoders"]}
     return start.with_parts(**parts)
+
+
+def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str | None = None) -> DigitPipeline:
+    """A copy of a model that samples differently when nothing is asked for.
+
+    Args:
+        pipe: the model.
+        items: ``STAGE.NAME=VALUE``, such as "prior.cfg_scale=1.5" or "ar.top_p=0.9"; the others stay as they were.
+        decoder: the kind that is used by default; None leaves it.
+
+    Raises:
+        DigitError: not of that form, a stage that the model lacks, or an unknown setting.
+    """
+    settings = {stage: to_dict(chosen) for stage, chosen in pipe.settings.items()}
+    stages = ["prior", *pipe.decoders]
+    for item in items:
+        place, separator, value = item.partition("=")
+        stage, dot, name = place.partition(".")
+        if not (separator and dot and name) or stage not in stages:
+            raise DigitError(
+                f"--default {item} was given; expected STAGE.NAME=VALUE, such as prior.cfg_scale=1.5; the stages of this model are: "
+                f"{', '.join(stages)}."
+            )
+        settings.setdefault(stage, {})[name] = yaml.safe_load(value)
+    chosen = {stage: from_dict(SamplingSettings, values, f"The defaults of {stage}") for stage, values in settings.items()}
+    return pipe.with_parts(settings=chosen, default_decoder=pipe.pick_decoder(decoder) if decoder else pipe.default_decoder)

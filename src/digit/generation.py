@@ -15,6 +15,7 @@ from digit.batching import PROBE, Batcher
 from digit.data.images import save_png, to_pil
 from digit.errors import DigitError
 from digit.evaluation.result import hardware
+from digit.models.token_model import TokenModel
 from digit.pipeline import DigitPipeline, Tokens
 from digit.progress import bar
 from digit.runfolder import RunFolder, weights_digest, write_arrays
@@ -113,9 +114,10 @@ def _check(pipe: DigitPipeline, classes: torch.Tensor | None, decoder: str | Non
     """Refuse what cannot be sampled before a folder is made for it."""
     chosen, later = pipe.settings_for("prior", settings, classes is not None)
     check_request(pipe.part("prior"), chosen, classes)
-    pipe.part("vqgan")
+    pipe.check_pixels(decoder)
     if pipe.space == "semantic":
-        pipe.settings_for(pipe.pick_decoder(decoder), later)
+        kind = pipe.pick_decoder(decoder)
+        check_request(pipe.decoders[kind], pipe.settings_for(kind, later)[0], None)
 
 
 class _Todo:
@@ -126,7 +128,7 @@ class _Todo:
     ) -> None:
         self.pipe, self.run, self.classes = pipe, run, classes
         self.compile, self.quantize = compile, quantize
-        self.models = [m for m in (pipe.prior, *pipe.decoders.values()) if m is not None]
+        self.models = [m for m in (pipe.prior, *pipe.decoders.values()) if isinstance(m, TokenModel)]
         self.made = 0
 
     def make(self, batch_size: int | None, writers: ThreadPoolExecutor, sample: Callable[..., Tokens]) -> int:
@@ -173,15 +175,13 @@ def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
 
     On a GPU the VQGAN computes in the number format of the prior; its weights stay in float32.
     """
-    assert tokens.vq is not None
     dtype = next(pipe.part("prior").parameters()).dtype
     narrow = pipe.device.type == "cuda" and dtype != torch.float32
     parts = []
-    for start in range(0, len(tokens.vq), DECODED_AT_ONCE):
-        vq = tokens.vq[start : start + DECODED_AT_ONCE]
-        whole = torch.cat([vq, vq[-1:].expand(DECODED_AT_ONCE - len(vq), -1)])
+    for start in range(0, len(tokens), DECODED_AT_ONCE):
+        rows = torch.arange(start, start + DECODED_AT_ONCE).clamp(max=len(tokens) - 1)
         with torch.autocast(pipe.device.type, dtype, enabled=narrow):
-            parts.append(pipe.to_pixels(Tokens(None, whole))[: len(vq)])
+            parts.append(pipe.to_pixels(tokens.take(rows))[: len(tokens) - start])
     return torch.cat(parts)
 
 

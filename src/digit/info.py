@@ -14,6 +14,7 @@ from rich.tree import Tree
 from digit.config import from_dict, load_preset, preset_names
 from digit.errors import DigitError
 from digit.files import read_json
+from digit.models.onepass import OnePassConfig, PixelHeadConfig
 from digit.models.token_model import TokenModelConfig
 from digit.tokenizers.vqgan import VQGANConfig
 
@@ -44,8 +45,12 @@ class Part:
     provenance: Mapping[str, Any]
 
     def token_model(self) -> TokenModelConfig | None:
-        """Its config, for priors and decoders."""
+        """Its config, for priors and decoders that sample token by token or step by step."""
         return from_dict(TokenModelConfig, self.config, self.place) if self.type == "TokenModel" else None
+
+    def onepass(self) -> OnePassConfig | None:
+        """Its config, for one-pass decoders."""
+        return from_dict(OnePassConfig, self.config, self.place) if self.type == "OnePassDecoder" else None
 
     def summary(self) -> str:
         """Its shape in a line."""
@@ -53,6 +58,8 @@ class Part:
         model = self.token_model()
         if model is not None:
             return _token_summary(model)
+        if (decoder := self.onepass()) is not None:
+            return _onepass_summary(decoder)
         if self.type == "Codebook":
             half = ", assigned in half precision" if c.get("half_precision") else ""
             return f"{c['clusters']:,} clusters of width {c['dim']}{half}"
@@ -96,7 +103,7 @@ def _folder_part(folder: Path, place: str) -> Part:
 
 def pipeline_parts(pipe: DigitPipeline) -> list[Part]:
     """The components of a loaded model."""
-    modules = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior}
+    modules: dict[str, Any] = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior}
     modules |= {f"decoder/{kind}": decoder for kind, decoder in pipe.decoders.items()}
     return [module_part(place, module) for place, module in {**modules, "vqgan": pipe.vqgan}.items() if module is not None]
 
@@ -135,7 +142,7 @@ class Memory:
     Attributes:
         weights: of all parts, as a pipeline loads them.
         caches: keys and values, of the stage that needs most.
-        pixels: activations of the VQGAN's decoder at its widest place.
+        pixels: activations where pixels are made, of the VQGAN's decoder or of a one-pass decoder's head, at the widest place.
     """
 
     weights: int
@@ -158,10 +165,12 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
     """
     loaded = [part for part in parts if part.type != "LinearProbe"]
     models = [model for part in loaded if (model := part.token_model()) is not None]
-    weights = sum(part.parameters * (item if part.type == "TokenModel" else 4) for part in loaded)
+    weights = sum(part.parameters * (item if part.type in ("TokenModel", "OnePassDecoder") else 4) for part in loaded)
     caches = max((cache_bytes(model, item) for model in models), default=0)
     vqgan = next((part for part in loaded if part.type == "VQGAN"), None)
     pixels = decoder_activation_bytes(from_dict(VQGANConfig, vqgan.config, "vqgan")) if vqgan else 0
+    heads = [one.pixels for part in loaded if (one := part.onepass()) is not None and one.pixels is not None]
+    pixels = max([pixels, *(head_activation_bytes(head, item) for head in heads)])
     return Memory(weights, caches * batch, pixels * batch)
 
 
@@ -186,6 +195,18 @@ def decoder_activation_bytes(config: VQGANConfig) -> int:
         channels = 3 * width if before == width else max(3 * before, before + 3 * width)
         peaks.append(channels * (config.resolution >> level) ** 2)
     return 4 * max(peaks)
+
+
+def head_activation_bytes(config: PixelHeadConfig, item: int) -> int:
+    """Activations of a one-pass decoder's head for one image, in bytes, where they are largest; as
+    :func:`decoder_activation_bytes`, with ``item`` bytes a number.
+    """
+    peaks = []
+    for level, width in enumerate(config.widths):
+        before = config.widths[max(level - 1, 0)]
+        channels = 3 * width if before == width else max(3 * before, before + 3 * width)
+        peaks.append(channels * (config.resolution // config.factor << level) ** 2)
+    return item * max(peaks)
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------------
@@ -256,7 +277,7 @@ def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
         m = sampling_memory(parts, batch, item)
         terms = [
             f"{what} {_size(count)}"
-            for what, count in (("key-value cache", m.caches), ("VQGAN activations", m.pixels))
+            for what, count in (("key-value cache", m.caches), ("activations of pixels", m.pixels))
             if count
         ]
         larger = f" + the larger of {' and '.join(terms)}" if len(terms) > 1 else "".join(f" + {term}" for term in terms)
@@ -267,7 +288,7 @@ def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
 
 def matching_preset(part: Part) -> str | None:
     """The packaged preset that describes the same network, training aside."""
-    model = part.token_model()
+    model: TokenModelConfig | OnePassConfig | None = part.token_model() or part.onepass()
     if model is None:
         return None
     for name in preset_names():
@@ -275,19 +296,21 @@ def matching_preset(part: Part) -> str | None:
         if values.get("component") not in ("prior", "decoder"):
             continue
         try:
-            other = from_dict(TokenModelConfig, values["model"], name)
+            other: TokenModelConfig | OnePassConfig = from_dict(type(model), values["model"], name)
         except DigitError:
-            continue  # its vocabulary comes from a cache
+            continue  # another kind of model, or its vocabulary comes from a cache
         if _network(other) == _network(model):
             return name
     return None
 
 
-def _network(model: TokenModelConfig) -> TokenModelConfig:
+def _network(model: TokenModelConfig | OnePassConfig) -> TokenModelConfig | OnePassConfig:
     """The config with the fields of training, which are no part of the network, set to a standard."""
     transformer = dataclasses.replace(
         model.transformer, dropout=0.0, ffn_dim=model.transformer.ffn_dim or 4 * model.transformer.dim
     )
+    if isinstance(model, OnePassConfig):
+        return dataclasses.replace(model, transformer=transformer, class_dropout=0.0)
     return dataclasses.replace(model, transformer=transformer, class_dropout=0.0, label_smoothing=0.0)
 
 
@@ -299,6 +322,18 @@ def _token_summary(model: TokenModelConfig) -> str:
     return (
         f"{t.depth} blocks of width {t.dim}, {t.heads} heads, {t.norm}-norm; "
         f"{model.length} tokens of {model.vocab_size:,}{prefix}{classes}{guidance}"
+    )
+
+
+def _onepass_summary(model: OnePassConfig) -> str:
+    t, p = model.transformer, model.pixels
+    made = f"{model.length} VQ tokens of {model.vocab_size:,}"
+    if p is not None:
+        made = f"{p.resolution} px through widths {list(p.widths)}" + (f" and patches of {p.patch}" if p.patch > 1 else "")
+    classes = f"; {model.num_classes:,} classes" if model.num_classes else ""
+    return (
+        f"in one pass, {t.depth} blocks of width {t.dim}, {t.heads} heads; {made} from {model.prefix_length} of "
+        f"{model.prefix_vocab_size:,}, noise of {model.noise_dim}{classes}"
     )
 
 

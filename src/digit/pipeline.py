@@ -3,6 +3,7 @@
     prior     labels                     -> semantic tokens (B, N)        stage 1
     decoder   semantic tokens            -> VQ tokens (B, M)              stage 2: ar | masked
     vqgan     VQ tokens                  -> images (B, 3, S, S)
+    decoder   semantic tokens            -> images                        stage 2, both at once: onepass
     tokenizer images                     -> semantic tokens               encoder + codebook
 
 A model is a folder: ``model_index.json``, ``encoder/``, ``codebook/``, ``prior/``, ``decoder/<kind>/``, ``vqgan/``, ``README.md``.
@@ -28,36 +29,22 @@ from digit.config import from_dict, to_dict
 from digit.encoders.base import Encoder
 from digit.errors import DigitError
 from digit.files import read_json, write_bytes, write_folder, write_json
+from digit.fit import check_fit
 from digit.models.component import load_component, save_component
+from digit.models.onepass import OnePassDecoder, StageTwo, load_decoder
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.sampling.engine import sample
+from digit.sampling.engine import check_request, sample
+from digit.sampling.onepass import noise
 from digit.sampling.settings import SamplingSettings
 from digit.tokenizers.codebook import Codebook
 from digit.tokenizers.semantic import SemanticTokenizer, prepare
 from digit.tokenizers.vqgan import VQGAN
+from digit.tokens import Paint, Tokens
+
+__all__ = ["DigitPipeline", "Tokens", "for_stage", "read_index"]
 
 INDEX = "model_index.json"
 FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """What is sampled before pixels: integer grids are all that crosses a stage boundary.
-
-    Attributes:
-        semantic: (B, N) int64, or None for a baseline in VQ space.
-        vq: (B, M) int64, or None where only the prior ran.
-    """
-
-    semantic: Tensor | None
-    vq: Tensor | None
-
-    def sha256(self) -> str:
-        """A checksum of both grids: equal tokens, equal checksum, on any machine."""
-        digest = hashlib.sha256()
-        for grid in (self.semantic, self.vq):
-            digest.update(b"-" if grid is None else grid.cpu().to(torch.int32).contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
 
 @dataclass
@@ -67,7 +54,7 @@ class DigitPipeline:
     Attributes:
         encoder, codebook: the semantic tokenizer's parts.
         prior: stage 1.
-        decoders: stage 2 by kind: "ar", "masked".
+        decoders: stage 2 by kind: "ar", "masked", "onepass".
         vqgan: VQ tokens to images.
         space: what the prior predicts, "semantic" or (baseline) "vq".
         class_names: of the labels 0..C-1; may be empty.
@@ -80,7 +67,7 @@ class DigitPipeline:
     encoder: Encoder | None = None
     codebook: Codebook | None = None
     prior: TokenModel | None = None
-    decoders: dict[str, TokenModel] = field(default_factory=dict)
+    decoders: Mapping[str, StageTwo] = field(default_factory=dict)
     vqgan: VQGAN | None = None
     space: Literal["semantic", "vq"] = "semantic"
     class_names: list[str] = field(default_factory=list)
@@ -91,7 +78,7 @@ class DigitPipeline:
     name: str = "digit"
 
     def __post_init__(self) -> None:
-        _check_fit(self)
+        check_fit(self)
 
     # -- generation --------------------------------------------------------------------------------------------------------
 
@@ -110,7 +97,7 @@ class DigitPipeline:
             labels: a class per picture, or classes to take turns; None for unconditional.
             num: how many; by default one a label.
             seed: picture ``i`` of a seed is always the same picture.
-            decoder: "ar" or "masked"; see :attr:`decoders`.
+            decoder: "ar", "masked" or "onepass"; see :attr:`decoders`.
             batch_size: how many at a time; has no influence on the pictures.
             settings: ``temperature=``, ``top_k=``, ``top_p=``, ``cfg_scale=`` ... of the prior, and ``steps=`` of a masked decoder;
                 see :class:`SamplingSettings`.
@@ -180,8 +167,45 @@ class DigitPipeline:
         first = sample(prior, images, seed, chosen, labels, callback=for_stage("prior", callback))
         if self.space == "vq":
             return Tokens(None, first)
+        return self.complete(first, images, seed, decoder, labels, callback, **own)
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        semantic: Tensor,
+        images: Sequence[int] | None = None,
+        seed: int = 0,
+        decoder: str | None = None,
+        labels: Tensor | None = None,
+        callback: Callable[[str, int, Tensor], None] | None = None,
+        **settings: Any,
+    ) -> Tokens:
+        """Stage 2: semantic tokens (B, N) to all that pixels are made of.
+
+        A decoder that goes straight to pixels does its work in :meth:`to_pixels`; here it only gets the noise of each picture,
+        whose standard deviation is the decoder's ``temperature``.
+
+        Args:
+            semantic: as the prior or the tokenizer gives them.
+            images: (B,) numbers of the pictures within the run; 0, 1, ... if left out.
+            seed: of the run.
+            decoder: its kind; None takes the default.
+            labels: (B,) classes or -1, for decoders that know classes.
+            callback: see :meth:`sample_tokens`; a decoder that goes straight to pixels never calls it.
+            settings: of the decoder; see :class:`SamplingSettings`.
+        """
         kind = self.pick_decoder(decoder)
-        return Tokens(first, self.decode_tokens(first, images, seed, kind, callback, **own))
+        model = self.decoders[kind]
+        semantic = self._checked(semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
+        chosen, _ = self.settings_for(kind, settings)
+        numbers = range(len(semantic)) if images is None else images
+        known = labels if model.config.num_classes else None
+        if isinstance(model, OnePassDecoder) and model.config.head == "pixels":
+            check_request(model, chosen, known)
+            own = noise(model.config, numbers, seed, chosen.temperature)
+            return Tokens(semantic, None, Paint(kind, own, known))
+        on_step = for_stage(kind, callback)
+        return Tokens(semantic, sample(model, numbers, seed, chosen, known, prefix=semantic, callback=on_step))
 
     def decode_tokens(
         self,
@@ -192,29 +216,42 @@ class DigitPipeline:
         callback: Callable[[str, int, Tensor], None] | None = None,
         **settings: Any,
     ) -> Tensor:
-        """Stage 2: semantic tokens (B, N) to VQ tokens (B, M)."""
-        kind = self.pick_decoder(decoder)
-        model = self.decoders[kind]
-        semantic = self._checked(semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
-        chosen, _ = self.settings_for(kind, settings)
-        numbers = range(len(semantic)) if images is None else images
-        return sample(model, numbers, seed, chosen, prefix=semantic, callback=for_stage(kind, callback))
+        """Stage 2: semantic tokens (B, N) to VQ tokens (B, M).
+
+        Raises:
+            DigitError: the decoder goes straight to pixels.
+        """
+        if self.paints(decoder):
+            raise DigitError(
+                f"The {self.pick_decoder(decoder)} decoder of '{self.name}' goes from semantic tokens straight to pixels; there are "
+                "no VQ tokens in between. Decode to pixels, or choose another decoder."
+            )
+        vq = self.complete(semantic, images, seed, decoder, None, callback, **settings).vq
+        assert vq is not None
+        return vq
 
     def decode(self, semantic: Tensor, seed: int = 0, decoder: str | None = None, **settings: Any) -> Tensor:
         """Semantic tokens (B, N) to images (B, 3, S, S) in 0..1."""
-        return self.to_pixels(Tokens(semantic, self.decode_tokens(semantic, None, seed, decoder, **settings)))
+        return self.to_pixels(self.complete(semantic, None, seed, decoder, **settings))
 
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Tensor:
-        """VQ tokens to images (B, 3, S, S) in 0..1."""
+        """Finished tokens to images (B, 3, S, S) in 0..1: VQ tokens through the VQGAN, others through the decoder that paints.
+
+        Raises:
+            DigitError: there are semantic tokens alone; :meth:`complete` finishes them.
+        """
+        if tokens.paint is not None:
+            return self._painted(tokens, tokens.paint)
+        if tokens.vq is None:
+            raise DigitError("Semantic tokens alone say no pixels; let a decoder finish them: pipe.decode(semantic).")
         vqgan = self.part("vqgan")
-        assert tokens.vq is not None
         vq = self._checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ")
         pixels: Tensor = vqgan.decode(vq).float().clamp(0, 1)
         return pixels
 
     def reconstruct(self, images: Tensor | Sequence[Image.Image], seed: int = 0, decoder: str | None = None) -> Tensor:
-        """Images through the whole path: semantic tokens, VQ tokens, pixels (B, 3, S, S) in 0..1."""
+        """Images through the whole path: semantic tokens, decoder, pixels (B, 3, S, S) in 0..1."""
         if self.space == "vq":
             vqgan = self.part("vqgan")
             ready = prepare(images, vqgan.config.resolution).to(self.device)
@@ -248,8 +285,12 @@ class DigitPipeline:
 
     @property
     def image_size(self) -> int:
-        """Side of the images, in pixels."""
-        return int(self.part("vqgan").config.resolution)
+        """Side of the images that it takes, in pixels; those it makes have the same, unless a one-pass decoder enlarges them."""
+        return (
+            self.tokenizer.image_size
+            if self.vqgan is None and self.encoder is not None
+            else int(self.part("vqgan").config.resolution)
+        )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DigitPipeline:
         """Move every part to a device; ``dtype`` is for prior and decoders only, tokenizing stays in float32."""
@@ -269,6 +310,22 @@ class DigitPipeline:
         if chosen not in self.decoders:
             raise DigitError(f"The model '{self.name}' has no decoder '{chosen}'; it has: {', '.join(self.decoders)}.")
         return chosen
+
+    def paints(self, kind: str | None = None) -> bool:
+        """Whether a decoder (None: the default one) goes straight to pixels, without VQ tokens and a VQGAN."""
+        if self.space == "vq":
+            return False
+        config = self.decoders[self.pick_decoder(kind)].config
+        return config.role == "onepass" and config.head == "pixels"
+
+    def check_pixels(self, decoder: str | None = None) -> None:
+        """See that there is a way from the prior's tokens to pixels.
+
+        Raises:
+            DigitError: the decoder or the VQGAN is missing.
+        """
+        if not self.paints(decoder):
+            self.part("vqgan")
 
     def part(self, name: str) -> Any:
         """One of "encoder", "codebook", "prior", "vqgan".
@@ -303,6 +360,16 @@ class DigitPipeline:
             later |= {k: mine.pop(k) for k in ("steps", "mask_schedule", "choice_temperature") if k in mine}
         defaults = to_dict(base) if labelled else {**to_dict(base), "cfg_scale": 1.0}
         return from_dict(SamplingSettings, {**defaults, **mine}, "The sampling settings"), later
+
+    def _painted(self, tokens: Tokens, paint: Paint) -> Tensor:
+        model = self.decoders[self.pick_decoder(paint.decoder)]
+        assert tokens.semantic is not None
+        labels = None if paint.labels is None else paint.labels.to(self.device)
+        semantic = self._checked(tokens.semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
+        pixels: Tensor = model(semantic, paint.noise.to(model.start), labels).float().clamp(0, 1)
+        if paint.kept is not None and paint.anew is not None:
+            pixels = torch.where(paint.anew.to(self.device), pixels, paint.kept.to(self.device))
+        return pixels
 
     def _checked(self, tokens: Tensor, length: int, vocab: int, kind: str) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] != length:
@@ -423,7 +490,7 @@ class DigitPipeline:
             encoder=load_encoder(folder / "encoder") if "encoder" in parts else None,
             codebook=Codebook.from_pretrained(folder / "codebook") if "codebook" in parts else None,
             prior=load_component(folder / "prior", TokenModel, TokenModelConfig) if "prior" in parts else None,
-            decoders={k: load_component(folder / "decoder" / k, TokenModel, TokenModelConfig) for k in index["decoders"]},
+            decoders={k: load_decoder(folder / "decoder" / k) for k in index["decoders"]},
             vqgan=VQGAN.from_pretrained(folder / "vqgan") if "vqgan" in parts else None,
             space=index["space"],
             class_names=list(index["class_names"]),
@@ -482,33 +549,3 @@ def for_stage(stage: str, callback: Callable[[str, int, Tensor], None] | None) -
         callback(stage, done, tokens if masked is None else tokens.masked_fill(masked, -1))
 
     return None if callback is None else tell
-
-
-def _check_fit(pipe: DigitPipeline) -> None:
-    """Neighbouring parts must agree on vocabularies and lengths, or the first user would find out in a stack trace."""
-
-    def agree(what: str, a: tuple[str, object], b: tuple[str, object]) -> None:
-        if a[1] != b[1]:
-            raise DigitError(f"The parts do not fit: {what} is {a[1]} in the {a[0]} and {b[1]} in the {b[0]}.")
-
-    if pipe.encoder is not None and pipe.codebook is not None:
-        agree("the feature width", ("encoder", pipe.encoder.dim), ("codebook", pipe.codebook.config.dim))
-    prior, vqgan, codebook = pipe.prior, pipe.vqgan, pipe.codebook
-    if prior is not None and prior.config.prefix_length:
-        raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
-    if prior is not None and codebook is not None and pipe.space == "semantic":
-        agree("the number of semantic tokens K", ("codebook", codebook.config.clusters), ("prior", prior.config.vocab_size))
-    if prior is not None and vqgan is not None and pipe.space == "vq":
-        agree("the number of VQ codes V", ("vqgan", vqgan.config.codes), ("prior", prior.config.vocab_size))
-    for kind, decoder in pipe.decoders.items():
-        c = decoder.config
-        if vqgan is not None:
-            agree("the number of VQ codes V", ("vqgan", vqgan.config.codes), (f"{kind} decoder", c.vocab_size))
-            agree("VQ tokens an image M", ("vqgan", vqgan.num_tokens), (f"{kind} decoder", c.length))
-        if prior is not None:
-            agree(
-                "the number of semantic tokens K", ("prior", prior.config.vocab_size), (f"{kind} decoder", c.prefix_vocab_size)
-            )
-            agree("semantic tokens an image N", ("prior", prior.config.length), (f"{kind} decoder", c.prefix_length))
-    if pipe.class_names and pipe.num_classes and len(pipe.class_names) != pipe.num_classes:
-        raise DigitError(f"{len(pipe.class_names)} class names were given for a prior of {pipe.num_classes} classes.")

@@ -18,7 +18,7 @@ RequiredModel = Annotated[str, typer.Argument(help="A model folder, a Hub id, or
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 Seed = Annotated[int, typer.Option(min=0, help="Picture i of a seed is always the same picture.")]
-Decoder = Annotated[str | None, typer.Option(help="Kind of decoder: ar, masked. Default: the model's.")]
+Decoder = Annotated[str | None, typer.Option(help="Kind of decoder: ar, masked, onepass. Default: the model's.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help="Numbers that prior and decoder compute in: fp32, bf16, fp16.")]
 Variant = Annotated[str | None, typer.Option(help="Which model of a Hub repository with several.")]

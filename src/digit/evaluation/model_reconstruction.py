@@ -45,10 +45,12 @@ def paths(pipe: DigitPipeline, seed: int = 0) -> dict[str, Way]:
     """The ways from an image through a model and back: by name, the VQGAN first.
 
     Raises:
-        DigitError: the model has no VQGAN.
+        DigitError: the model has no VQGAN, and no decoder that does without.
     """
-    vqgan = pipe.part("vqgan")
-    found: dict[str, Way] = {VQGAN_ALONE: lambda images, _: as_uint8(pipe.to_pixels(Tokens(None, vqgan.encode(images))))}
+    found: dict[str, Way] = {}
+    if pipe.vqgan is not None or not pipe.paints():
+        vqgan = pipe.part("vqgan")
+        found[VQGAN_ALONE] = lambda images, _: as_uint8(pipe.to_pixels(Tokens(None, vqgan.encode(images))))
     if pipe.space == "semantic" and pipe.encoder is not None and pipe.codebook is not None:
         for kind in pipe.decoders:
             found[f"semantic tokens, {kind} decoder"] = partial(_through, pipe, kind, seed)

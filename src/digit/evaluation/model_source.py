@@ -129,7 +129,8 @@ class SamplingRun:
             DigitError: unknown settings or labels, guidance that the model cannot do, or a part that it lacks.
         """
         pipe = self.pipe
-        prior, _ = pipe.part("prior"), pipe.part("vqgan")
+        prior = pipe.part("prior")
+        pipe.check_pixels(self.decoder)
         chosen, later = pipe.settings_for("prior", self.settings, self.classes is not None)
         check_request(prior, chosen, self.classes)
         if pipe.space == "semantic":
@@ -171,7 +172,8 @@ class SamplingRun:
         _, later = self.pipe.settings_for("prior", self.settings, self.classes is not None)
         firsts = self.prior() if tokens is None else (tokens[span.start : span.stop] for span in self.spans())
         for span, first in zip(self.spans(), firsts, strict=True):
-            yield pixels_of(self.pipe, first, span, self.seed, self.decoder, later)
+            labels = None if self.classes is None else self.classes[span.start : span.stop]
+            yield pixels_of(self.pipe, first, span, self.seed, self.decoder, later, labels)
 
 
 def pixels_of(
@@ -181,10 +183,12 @@ def pixels_of(
     seed: int = 0,
     decoder: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """The prior's tokens (B, N) to images (B, 3, S, S) uint8; through the decoder unless they are VQ tokens already."""
-    vq = tokens if pipe.space == "vq" else pipe.decode_tokens(tokens, images, seed, decoder, **(settings or {}))
-    return as_uint8(pipe.to_pixels(Tokens(None, vq)))
+    if pipe.space == "vq":
+        return as_uint8(pipe.to_pixels(Tokens(None, tokens)))
+    return as_uint8(pipe.to_pixels(pipe.complete(tokens, images, seed, decoder, labels, **(settings or {}))))
 
 
 def as_uint8(images: Tensor) -> Tensor:

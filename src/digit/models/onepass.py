@@ -17,7 +17,8 @@ arXiv 1711.11586 (BicycleGAN: a noise vector that means something); this project
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 
 from digit.config import config
 from digit.errors import DigitError
-from digit.models.token_model import NO_LABEL
+from digit.files import read_json
+from digit.models.component import load_component
+from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.models.transformer import PositiveInt, Probability, Transformer, TransformerConfig, init_weights
 from digit.tokenizers.vqgan import ResidualBlock
 
@@ -218,3 +221,20 @@ class OnePassDecoder(nn.Module):
             everywhere = everywhere + self.noise_embedding(noise)
         x: Tensor = self.token_embedding(tokens) + self.position_embedding.weight + everywhere[:, None]
         return x
+
+
+StageTwo: TypeAlias = TokenModel | OnePassDecoder
+"""A decoder of any kind."""
+
+
+def load_decoder(folder: str | Path) -> StageTwo:
+    """Read a saved decoder of any kind.
+
+    Raises:
+        DigitError: it is no decoder, or damaged.
+    """
+    path = Path(folder) / "config.json"
+    kind = read_json(path).get("type") if path.is_file() else None
+    if kind == OnePassDecoder.__name__:
+        return load_component(folder, OnePassDecoder, OnePassConfig)
+    return load_component(folder, TokenModel, TokenModelConfig)

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError
-from digit.models.token_model import TokenModel
+from digit.models.onepass import OnePassDecoder, StageTwo
 from digit.sampling.autoregressive import sample_autoregressive
 from digit.sampling.masked import sample_masked
+from digit.sampling.onepass import noise, sample_onepass
 from digit.sampling.seeding import uniforms
 from digit.sampling.settings import SamplingSettings
 
 
 @torch.inference_mode()
 def sample(
-    model: TokenModel,
+    model: StageTwo,
     images: Sequence[int],
     seed: int = 0,
     settings: SamplingSettings | None = None,
@@ -31,7 +32,7 @@ def sample(
     """Sample the tokens of some images of a run.
 
     Args:
-        model: any token model; its role decides how.
+        model: any token model, or a one-pass decoder that gives VQ tokens; its role decides how.
         images: (B,) numbers of the images within the run; with ``seed`` they determine the random numbers.
         seed: of the run.
         settings: see :class:`SamplingSettings`.
@@ -51,6 +52,18 @@ def sample(
     config, device = model.config, model.start.device
     check_request(model, settings, labels)
     labels, prefix, given, mask = (None if t is None else t.to(device) for t in (labels, prefix, given, mask))
+    if isinstance(model, OnePassDecoder):
+        if prefix is None or model.config.head != "vq":
+            raise DigitError(
+                "Only a one-pass decoder with the head 'vq' gives tokens, and it needs semantic tokens to start from."
+            )
+        # the noise takes the numbers of the stage; the draw of the tokens has its own
+        uniform = uniforms(seed, images, "onepass-tokens", (config.length,)).to(device)
+        own = noise(model.config, images, seed)
+        tokens = sample_onepass(model, uniform, own, settings, prefix, labels, given, mask)
+        if callback is not None:
+            callback(config.length, tokens)
+        return tokens
     if config.role == "masked":
         shape: tuple[int, ...] = (settings.steps, 2, config.length)
         uniform = uniforms(seed, images, config.role, shape).to(device)
@@ -59,7 +72,7 @@ def sample(
     return sample_autoregressive(model, uniform, settings, labels, prefix, given, mask, callback)
 
 
-def check_request(model: TokenModel, settings: SamplingSettings, labels: Tensor | None) -> None:
+def check_request(model: StageTwo, settings: SamplingSettings, labels: Tensor | None) -> None:
     """Refuse labels that the model does not know and guidance that it was not trained for, before anything is sampled."""
     config = model.config
     if labels is not None and bool(((labels >= config.num_classes) | (labels < -1)).any()):

@@ -13,7 +13,9 @@ from digit.sampling.seeding import uniforms
 from digit.sampling.settings import SamplingSettings
 
 
-def noise(config: OnePassConfig, images: Sequence[int], seed: int = 0, temperature: float = 1.0) -> Tensor:
+def noise(
+    config: OnePassConfig, images: Sequence[int], seed: int = 0, temperature: float = 1.0, stage: str = "onepass"
+) -> Tensor:
     """The noise of some images of a run.
 
     Args:
@@ -21,13 +23,15 @@ def noise(config: OnePassConfig, images: Sequence[int], seed: int = 0, temperatu
         images: (B,) numbers of the images within the run; picture ``i`` of a seed has the same noise in any batch.
         seed: of the run.
         temperature: the noise's standard deviation; 0 gives the middle of all pictures that the tokens allow.
+        stage: noise of different stages is independent.
 
     Returns:
         (B, noise_dim) float32 on the CPU.
     """
-    u = uniforms(seed, images, config.role, (config.noise_dim,))
+    u = uniforms(seed, images, stage, (config.noise_dim,))
     # in float64 on the host, so that it is the same number on every machine
-    return (temperature * torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))).float()
+    normal: Tensor = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+    return (temperature * normal).float()
 
 
 def sample_onepass(

@@ -354,12 +354,13 @@ class OnePassTask:
         with torch.autocast(images.device.type, enabled=False):
             if images.shape[-1] != size:
                 images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-            return self.tokenizer.codebook.assign(self.tokenizer.encoder(images))
+            tokens: Tensor = self.tokenizer.codebook.assign(self.tokenizer.encoder(images))
+        return tokens
 
     def _paint(self, tokens: Tensor, first: int, seed: int, labels: Tensor | None) -> Tensor:
         """Pictures (B, 3, S, S) in 0..1 of a run's images ``first``, ``first + 1``, ..."""
         own = noise(self.model.config, range(first, first + len(tokens)), seed).to(tokens.device)
-        out = self.model(tokens, own, labels).float()
+        out: Tensor = self.model(tokens, own, labels).float()
         if self.vqgan is not None and self.model.config.pixels is None:
             out = self.vqgan.decode(out.argmax(-1)).float()
         return out.clamp(0, 1)
@@ -409,7 +410,7 @@ def build(
     choice: OnePassData = from_dict(OnePassData, preset.get("data") or {}, f"{where}, data")
     train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
     shape = _shape(preset["model"], tokenizer, parts.vqgan, train if choice.labels else None, f"{where}, model")
-    model, origin = OnePassDecoder(shape), {}
+    model, origin = OnePassDecoder(shape), dict[str, Any]()
     if start is not None:
         model, origin = _start(start, shape)
     elif objective.centroid_embeddings:
