@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from digit.evaluation.result import hardware, versions
@@ -27,6 +27,9 @@ from digit.files import read_json, write_json
 SEEDS = (0, 1, 2)
 CLUSTERS = (256, 1024, 4096)
 K = 1024  # of the headline, as many as the VQGAN has codes
+DECODERS = ("onepass", "ar", "masked")
+SHIPPED = ("prior.cfg_scale=1.5", "prior.top_p=0.95", "ar.top_p=0.95")
+"""Defaults of sampling of the model that is shipped."""
 
 # what a GPU trains instead; the presets' own values are for two CPU cores
 LARGER = "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6"
@@ -96,11 +99,21 @@ class Study:
         name = kind if clusters == K else f"{kind}-{clusters}"
         return self._train(group, name, "decoder", f"cifar10-{kind}", self.out / f"tokens-{clusters}", *changes)
 
-    def _assemble(self, group: str, name: str, **parts: str) -> Step:
+    def _onepass(self, group: str) -> Step:
+        """The one-pass decoder reads images, and their tokens from the cache."""
+        changes = (
+            f"data.tokens={self.out / f'tokens-{K}'}",
+            "objective.perceptual=encoder",
+            f"objective.perceptual_encoder={self.out / 'encoder' / 'model'}",
+        )
+        step = self._train(group, "onepass", "decoder", "cifar10-onepass", self.data, *changes)
+        return replace(step, command=f"{step.command} --model {self.out / 'models' / f'tokenizers-{K}'}")
+
+    def _assemble(self, group: str, name: str, options: str = "", **parts: str) -> Step:
         given = "".join(
             f" --{part.split('_')[0]} {self.out / folder if '=' not in folder else folder}" for part, folder in parts.items()
         )
-        command = f"assemble --name {name}{given} --out {self.out / 'models' / name}"
+        command = f"assemble --name {name}{given}{options} --out {self.out / 'models' / name}"
         return Step(group, f"assemble-{name}", command)
 
     def _tokenizers(self) -> Iterator[Step]:
@@ -127,12 +140,14 @@ class Study:
     def _core(self) -> Iterator[Step]:
         """The parts of the model that is shipped, and its measurements."""
         group, out = "core", self.out
-        yield self._prior(group, "prior-cond", K, "data.labels=true", "training.epochs=6")
+        yield self._prior(group, "prior-cond", K, "data.labels=true")
+        yield self._onepass(group)
         for kind in ("ar", "masked"):
             yield self._decoder(group, kind, K)
-        yield self._assemble(
-            group, "cond", base=f"models/tokenizers-{K}", prior="prior-cond", decoder_1="ar", decoder_2="masked"
-        )
+        # stored as it is shipped, so that what is measured is what is shipped
+        options = " --dtype fp16 --default-decoder onepass" + "".join(f" --default {item}" for item in SHIPPED)
+        parts = {f"decoder_{kind}": kind for kind in DECODERS}
+        yield self._assemble(group, "cond", options, base=f"models/tokenizers-{K}", prior="prior-cond", **parts)
         model = out / "models" / "cond"
         yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
         yield self._evaluate(
@@ -140,7 +155,7 @@ class Study:
             "reconstruction",
             f"reconstruction {model} --data {self.data} --split test --num {min(self.images, 10000)} --lpips none",
         )
-        for kind in ("ar", "masked"):
+        for kind in DECODERS:
             yield self._fidelity(group, f"cond-{kind}", "cond", f"--decoder {kind}")
 
     def _headline(self) -> Iterator[Step]:
@@ -151,20 +166,20 @@ class Study:
             yield self._prior(group, f"prior-s{seed}", K, *own)
             yield self._prior(group, f"vq-prior-s{seed}", K, "data.target=vq", *own)
             base = f"models/tokenizers-{K}"
-            yield self._assemble(
-                group, f"semantic-s{seed}", base=base, prior=f"prior-s{seed}", decoder_1="ar", decoder_2="masked"
-            )
+            parts = {f"decoder_{kind}": kind for kind in DECODERS}
+            yield self._assemble(group, f"semantic-s{seed}", base=base, prior=f"prior-s{seed}", **parts)
             yield self._assemble(group, f"vq-s{seed}", base=base, prior=f"vq-prior-s{seed}")
             yield self._fidelity(group, f"vq-s{seed}", f"vq-s{seed}")
             yield self._fidelity(group, f"semantic-s{seed}-ar", f"semantic-s{seed}", "--decoder ar")
-        yield self._fidelity(group, "semantic-s0-masked", "semantic-s0", "--decoder masked")
+        for kind in ("masked", "onepass"):
+            yield self._fidelity(group, f"semantic-s0-{kind}", "semantic-s0", f"--decoder {kind}")
 
     def _sizes(self) -> Iterator[Step]:
         """A VQ prior as large as semantic prior and decoder together, one with a class, and larger priors of both kinds."""
         group, base = "sizes", f"models/tokenizers-{K}"
         trials = {
             "vq-whole": ("data.target=vq", "model.transformer.depth=9"),
-            "vq-cond": ("data.target=vq", "data.labels=true", "training.epochs=6"),
+            "vq-cond": ("data.target=vq", "data.labels=true"),
             "vq-large": ("data.target=vq", "model.transformer.dim=192"),
             "semantic-large": ("model.transformer.dim=192",),
         }

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import tiny
+from digit import DigitPipeline
 from terminal import run
 
 
@@ -37,6 +38,19 @@ def test_generate_decode_and_reconstruct(model, photo, tmp_path, monkeypatch, ca
     sheet = Image.open(tmp_path / "re" / "reconstructions.png")
     assert sheet.width > 4 * tiny.SIZE
     assert (tmp_path / "re" / "photo.png").is_file()
+
+
+def test_assemble_sets_defaults_and_halves_the_weights(model, tmp_path, monkeypatch, capsys):
+    words = ("--base", model, "--default", "prior.cfg_scale=1.5", "--default", "ar.top_p=0.9", "--default-decoder", "masked")
+    assert run(monkeypatch, "assemble", *words, "--dtype", "fp16", "--out", tmp_path / "small") == 0
+    pipe = DigitPipeline.from_pretrained(tmp_path / "small")
+    assert (pipe.settings["prior"].cfg_scale, pipe.settings["ar"].top_p, pipe.default_decoder) == (1.5, 0.9, "masked")
+    before, after = (Path(p) / "prior" / "model.safetensors" for p in (model, tmp_path / "small"))
+    assert after.stat().st_size < 0.7 * before.stat().st_size
+    for wrong in ("cfg_scale=1.5", "onepass.top_k=3", "prior.top_q=3"):
+        assert run(monkeypatch, "assemble", "--base", model, "--default", wrong, "--out", tmp_path / "no") == 2
+        assert wrong.rpartition(".")[2].partition("=")[0] in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
 
 
 def test_assemble_joins_saved_parts(model, tmp_path, monkeypatch, capsys):

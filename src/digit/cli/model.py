@@ -27,18 +27,27 @@ def assemble(
     base: Annotated[str | None, typer.Option(help="A model whose other parts are taken over.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,
+    default: Annotated[
+        list[str] | None, typer.Option(help="A default of sampling, such as prior.cfg_scale=1.5 or ar.top_p=0.9; repeatable.")
+    ] = None,
+    default_decoder: Annotated[str | None, typer.Option(help="Kind of decoder used when none is asked for.")] = None,
+    dtype: Annotated[str, typer.Option(help="Numbers to store weights in: fp32, bf16, fp16; half of the size.")] = "fp32",
 ) -> None:
     """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for caching tokens.
 
     A training run's folder may be given for a part: its model/ is taken.
 
     Example:  digit assemble --encoder runs/encoder --codebook runs/codebook --vqgan runs/vqgan --out runs/tokenizers
+    Example:  digit assemble --base runs/model --default prior.cfg_scale=1.5 --dtype fp16 --out small
     """
     from digit.assembly import assemble as put_together
+    from digit.assembly import with_defaults
+    from digit.devices import pick_dtype
 
     names = None if class_names is None else [n.strip() for n in class_names.split(",")]
     pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name, names)
-    pipe.save_pretrained(out)
+    pipe = with_defaults(pipe, default or [], default_decoder)
+    pipe.save_pretrained(out, None if dtype == "fp32" else pick_dtype(dtype))
     typer.echo(f"{pipe!r}")
     typer.echo(f"Saved: {out}")
 
