@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,8 +177,10 @@ def with_facts(
     Raises:
         DigitError: a path without a result of this model.
     """
-    given = {"license": license, "data": tuple(data), "results": read_results(results, pipe) if results else ()}
-    return pipe.with_parts(card=replace(pipe.card, **{key: value for key, value in given.items() if value}))
+    card = pipe.card
+    found = read_results(results, pipe) if results else card.results
+    facts = CardFacts(license=license or card.license, data=tuple(data) or card.data, results=found)
+    return pipe.with_parts(card=facts)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
