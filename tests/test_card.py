@@ -126,3 +126,12 @@ def test_the_command_writes_a_card_in_place(pipe, runs, tmp_path, monkeypatch, c
     assert (folder / "prior" / "model.safetensors").stat().st_mtime_ns == weights, "weights are left alone"
     assert run(monkeypatch, "push", folder, "someone/tiny") == 2
     assert "HF_HUB_OFFLINE is set" in " ".join(capsys.readouterr().err.split())
+
+
+def test_training_is_told_from_the_parts_provenance(pipe):
+    eyes, prior = tiny.encoder(), tiny.token_model("prior", num_classes=tiny.CLASSES)
+    eyes.provenance = {"data": {"name": "birds", "split": "train"}, "steps": 1200}
+    prior.provenance = {"source": "someone/checkpoint.pt", "updates": 125000}
+    card = model_card(pipe.with_parts(encoder=eyes, prior=prior))
+    assert "- encoder: on birds, split train; 1,200 steps" in card
+    assert "- prior: 125,000 updates; from someone/checkpoint.pt" in card

@@ -141,15 +141,21 @@ def _training(pipe: DigitPipeline) -> str:
 
     lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
     for part in pipeline_parts(pipe):
-        data = part.provenance.get("data")
-        facts = [f"on {data['name']}, split {data.get('split')}"] if isinstance(data, Mapping) and "name" in data else []
+        facts = [f"on {text}" for key in ("data", "source") if (text := _images(part.provenance.get(key)))]
         facts += [
             f"{part.provenance[key]:,} {key}" for key in ("steps", "updates") if isinstance(part.provenance.get(key), int)
         ]
-        facts += [f"from {part.provenance['source']}"] if part.provenance.get("source") else []
+        if isinstance(source := part.provenance.get("source"), str):
+            facts.append(f"from {source}")
         if facts:
             lines.append(f"- {part.place}: {'; '.join(facts)}")
     return "\n".join(["## Training", "", *lines]) if lines else ""
+
+
+def _images(facts: Any) -> str:
+    """The images that a part has learnt from, where its provenance names them."""
+    named = isinstance(facts, Mapping) and "name" in facts
+    return f"{facts['name']}, split {facts.get('split')}" if named else ""
 
 
 def _results(results: Sequence[Measured]) -> str:
