@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -65,25 +65,26 @@ def serve(app: Any, host: str, port: int, share: bool = False) -> None:
         DigitError: the port is taken, the address is not this machine's, or there is no tunnel.
     """
     uvicorn = require("uvicorn", "web", "digit serve")
+
+    class Server(uvicorn.Server):  # type: ignore[misc,name-defined]
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            name = f"[{host}]" if ":" in host else host
+            print(f"Serving on http://{name}:{place}  (stop with Ctrl+C)", flush=True)
+            if share:
+                threading.Thread(target=_share, args=(place,), daemon=True).start()
+
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
-    server = uvicorn.Server(config)
     try:
         socket = config.bind_socket()
     except SystemExit as error:  # which uvicorn raises after it has said why
         raise DigitError(f"Port {port} of {host} cannot be used; is another server running? Choose one with --port.") from error
     place = socket.getsockname()[1]
-    print(f"Serving on http://{host if ':' not in host else f'[{host}]'}:{place}  (stop with Ctrl+C)", flush=True)
-    if share:
-        threading.Thread(target=_share, args=(server, place), daemon=True).start()
-    server.run(sockets=[socket])
+    Server(config).run(sockets=[socket])
 
 
-def _share(server: Any, port: int) -> None:
-    """Open the tunnel once the server answers."""
-    import secrets
-
-    while not server.started and not server.should_exit:
-        time.sleep(0.05)
+def _share(port: int) -> None:
+    """Open the tunnel to a server that answers."""
     try:
         from gradio.networking import setup_tunnel
 
