@@ -2,11 +2,12 @@
 
     python benchmarks/sampling.py                 small model, batch 1, 8 and 64 on a CPU; the paper's models on a CUDA GPU
     python benchmarks/sampling.py --quick         a minute: a toy model, to see that it works
+    python benchmarks/sampling.py --batches 8 --out 8.json --with 1.json --plot speed.svg       in pieces, put together at the end
 
 Side by side in one process, on the same weights where the code is ours: the engine in its variants, the cached but uncompiled loop, the
 same model without a cache, and Hugging Face ``generate`` on a GPT-2 of the same shape. Contenders take turns round after round,
 so that a busy machine is busy for all of them; speed-ups are medians of the ratios within a round. Compiling is done before and
-reported apart. The last line printed is JSON.
+reported apart. At batch 64 and above there is one round, without the slower variants. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ from digit.batching import allocated, peak, reset_peak
 from digit.config import from_dict
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling import SamplingSettings, sample
-from digit.sampling.acceleration import accelerate, compile_seconds, release
+from digit.sampling.acceleration import accelerate, compile_seconds, engine, release
 
 AUTHORS = 0.81  # seconds an image of the authors' loop at batch 8, on two quiet cores of this kind
 SIZES = {
-    "quick": {"dim": 64, "depth": 2, "length": 32, "vocab": 128},
+    "quick": {"dim": 128, "depth": 2, "length": 32, "vocab": 128},
     "small": {"dim": 512, "depth": 8, "length": 256, "vocab": 1024},
 }
+LARGE = 64  # from this batch on, one round
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -75,17 +77,22 @@ def ours(name: str, model: TokenModel, settings: SamplingSettings, dtype: str, d
         sample(mine, range(batch), 0, settings)
         wait(device)
 
+    def prepare(batch: int) -> None:
+        run(batch)
+        print(f"  {name}: the {engine(mine)} step", flush=True)
+
     width = 1 if speed.get("quantize") else torch.finfo(DTYPES[dtype]).bits // 8
-    return Contender(name, run, width, dtype, run, lambda: compile_seconds(mine), lambda: release(mine))
+    return Contender(name, run, width, dtype, prepare, lambda: compile_seconds(mine), lambda: release(mine))
 
 
 def without_cache(model: TokenModel, device: str) -> Contender:
-    """Whole forward passes. Timed at nine lengths and summed by the trapezoidal rule: in full it would take many minutes."""
+    """Whole forward passes. Timed at some lengths and summed by the trapezoidal rule: in full it would take many minutes."""
     mine, length = copy.deepcopy(model).to(device), model.config.length
 
     @torch.inference_mode()
     def run(batch: int) -> float:
-        places = sorted({round(i * (length - 1) / 8) for i in range(9)})
+        pieces = 8 if batch < LARGE else 4
+        places = sorted({round(i * (length - 1) / pieces) for i in range(pieces + 1)})
         took = []
         for n in places:
             tokens = torch.zeros(batch, n, dtype=torch.long, device=device)
@@ -96,7 +103,7 @@ def without_cache(model: TokenModel, device: str) -> Contender:
         pairs = zip(zip(places, took, strict=True), list(zip(places, took, strict=True))[1:], strict=False)
         return sum((b - a) * (x + y) / 2 for (a, x), (b, y) in pairs)
 
-    return Contender("without a cache", run, 4, "fp32", run)
+    return Contender("without a cache", run, 4, "fp32", lambda _: run(1))
 
 
 def hugging_face(size: str, top_k: int, dtype: str, device: str) -> Contender:
@@ -120,7 +127,7 @@ def hugging_face(size: str, top_k: int, dtype: str, device: str) -> Contender:
         assert out.shape[1] == s["length"] + 1
         wait(device)
 
-    return Contender(f"HF generate {dtype}", run, torch.finfo(DTYPES[dtype]).bits // 8, dtype, run)
+    return Contender(f"HF generate {dtype}", run, torch.finfo(DTYPES[dtype]).bits // 8, dtype, lambda _: run(1))
 
 
 def wait(device: str) -> None:
@@ -195,8 +202,7 @@ def measure(contenders: list[Contender], batch: int, rounds: int, device: str, p
         reset_peak(where)
         c.prepare(batch)
         c.compile_seconds = c.compiled()
-        c.run(batch)
-        c.memory = peak(where) - before
+        c.memory = peak(where) - before  # with what compiling took
         print(f"  ready: {c.name}, {c.compile_seconds:.0f} s of compiling", flush=True)
     speeds = []
     for _ in range(rounds):
@@ -204,12 +210,15 @@ def measure(contenders: list[Contender], batch: int, rounds: int, device: str, p
         speeds.append(machine(device))
         others, started = Others(), time.perf_counter()
         for c in contenders:
+            before = allocated(where)
+            reset_peak(where)
             began, spent = time.perf_counter(), time.process_time()
             told = c.run(batch)
             elapsed, spent = time.perf_counter() - began, time.process_time() - spent
             seconds = told if isinstance(told, float) else elapsed
             c.seconds.append(seconds)
             c.cpu_seconds.append(spent * seconds / elapsed)
+            c.memory = max(c.memory, peak(where) - before)
         speeds[-1]["others"] = others.share(time.perf_counter() - started)
     for c in contenders:
         c.free()
@@ -239,6 +248,7 @@ def rows(contenders: list[Contender], speeds: list[dict[str, float]], model: Tok
             "tokens_per_second": batch * length / statistics.median(c.seconds),
             "milliseconds_per_step": 1e3 * statistics.median(took),
             "times_hf_generate": statistics.median(ratio),
+            "times_authors_loop": AUTHORS * batch / statistics.median(c.seconds) if (batch, length) == (8, 256) else None,
             "weight_bandwidth_share": statistics.median(bound),
             "bandwidth_share": statistics.median(traffic),
             "matmul_share": statistics.median(flops),
@@ -250,35 +260,42 @@ def rows(contenders: list[Contender], speeds: list[dict[str, float]], model: Tok
 
 
 def show(table: list[dict]) -> None:
-    heads = ("batch", "contender", "s/image", "tokens/s", "ms/step", "x HF", "MB/step", "of weight bound", "of bandwidth", "of matmul",
-             "peak MB", "compile s")  # fmt: skip
+    heads = ("batch", "contender", "s/image", "images/s", "tokens/s", "ms/step", "x HF", "x authors", "MB/step", "of weight bound",
+             "of bandwidth", "of matmul", "peak MB", "compile s")  # fmt: skip
     print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for r in table:
         print(
-            f"| {r['batch']} | {r['contender']} | {r['seconds_per_image']:.3f} | {r['tokens_per_second']:,.0f} | "
-            f"{r['milliseconds_per_step']:.2f} | {r['times_hf_generate']:.2f} | {r['megabytes_per_step']:.0f} | "
+            f"| {r['batch']} | {r['contender']} | {r['seconds_per_image']:.3f} | {r['images_per_second']:.2f} | "
+            f"{r['tokens_per_second']:,.0f} | "
+            f"{r['milliseconds_per_step']:.2f} | {r['times_hf_generate']:.2f} | "
+            f"{'' if r['times_authors_loop'] is None else format(r['times_authors_loop'], '.2f')} | {r['megabytes_per_step']:.0f} | "
             f"{r['weight_bandwidth_share']:.0%} | {r['bandwidth_share']:.0%} | {r['matmul_share']:.0%} | "
             f"{r['peak_megabytes']:,.0f} | {r['compile_seconds']:.0f} |"
         )
 
 
-def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None, patience: float) -> dict:
+def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None, patience: float, earlier: list[dict]) -> dict:
     model, top_k = small_model(size), 200 if size == "small" else 20
     s = SamplingSettings(top_k=top_k)
     makers = {
-        "compiled int8": lambda: ours("compiled int8", model, s, "fp32", "cpu", compile=True, quantize="int8"),
-        "compiled bf16": lambda: ours("compiled bf16", model, s, "bf16", "cpu", compile=True),
-        "compiled fp32": lambda: ours("compiled fp32", model, s, "fp32", "cpu", compile=True),
-        "plain fp32": lambda: ours("plain fp32", model, s, "fp32", "cpu"),
-        "plain bf16": lambda: ours("plain bf16", model, s, "bf16", "cpu"),
+        "C++ int8": lambda: ours("C++ int8", model, s, "bf16", "cpu", quantize="int8"),
+        "C++ bf16": lambda: ours("C++ bf16", model, s, "bf16", "cpu"),
+        "C++ fp32": lambda: ours("C++ fp32", model, s, "fp32", "cpu"),
+        "compiled int8": lambda: ours("compiled int8", model, s, "fp32", "cpu", compile=True, quantize="int8", native=False),
+        "compiled bf16": lambda: ours("compiled bf16", model, s, "bf16", "cpu", compile=True, native=False),
+        "compiled fp32": lambda: ours("compiled fp32", model, s, "fp32", "cpu", compile=True, native=False),
+        "plain bf16": lambda: ours("plain bf16", model, s, "bf16", "cpu", native=False),
+        "plain fp32": lambda: ours("plain fp32", model, s, "fp32", "cpu", native=False),
         "without a cache": lambda: without_cache(model, "cpu"),
         "HF generate fp32": lambda: hugging_face(size, top_k, "fp32", "cpu"),
     }
-    table, speeds = [], []
+    slow = {"compiled int8", "compiled fp32", "plain bf16"}
+    table, speeds = [r for e in earlier for r in e["rows"]], [m for e in earlier for m in e["rounds"]]
     for batch in batches:
-        contenders = [make() for name, make in makers.items() if only is None or name in only]
+        wanted = only or [name for name in makers if batch < LARGE or name not in slow]
+        contenders = [make() for name, make in makers.items() if name in wanted]
         print(f"batch {batch}", flush=True)
-        speeds += (now := measure(contenders, batch, rounds if batch < 32 else max(2, rounds // 2), "cpu", patience))
+        speeds += (now := measure(contenders, batch, rounds if batch < LARGE else 1, "cpu", patience))
         table += rows(contenders, now, model, batch)
     show(table)
     found = {name: statistics.median(v[name] for v in speeds) for name in speeds[0]}
@@ -287,7 +304,7 @@ def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None, pati
         f"{found['flops_fp32'] / 1e9:.0f} GFLOP/s fp32, {found['flops_bf16'] / 1e9:.0f} bf16, {torch.get_num_threads()} threads; "
         f"other programs took {found['others']:.0%} of the processors"
     )
-    return {"size": size, "weights": step_weights(model), "machine": found, "rows": table}
+    return {"size": size, "weights": step_weights(model), "machine": found, "rounds": speeds, "rows": table}
 
 
 def paper_pipeline(name: str, guided: bool):
@@ -358,36 +375,48 @@ def gpu(names: list[str], batches: list[int], rounds: int) -> dict:
 
 
 def plot(table: list[dict], path: Path) -> None:
-    """Images a second against the batch size, one line a contender."""
+    """Images a second against the batch size, one line a contender, named at its right end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    names = list(dict.fromkeys(r["contender"] for r in table))
-    for place, name in enumerate(names):
-        points = sorted((r["batch"], r["images_per_second"]) for r in table if r["contender"] == name)
-        style = "-" if name.startswith("compiled") else "--" if name.startswith("plain") else ":"
-        axes.plot(*zip(*points, strict=True), style, marker="o", color=f"C{place}", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="batch size", ylabel="images a second")
-    axes.set_xticks(sorted({r["batch"] for r in table}), [str(b) for b in sorted({r["batch"] for r in table})])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8, frameon=False)
+    colours = {"C++": "#0b6e4f", "compiled": "#2f6db5", "plain": "#8a8a8a", "without": "#c98a00", "HF": "#c0392b"}
+    styles = {"int8": "-", "bf16": "--", "fp32": ":"}
+    figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
+    batches = sorted({r["batch"] for r in table})
+    ends = []
+    for name in dict.fromkeys(r["contender"] for r in table):
+        points = sorted((batches.index(r["batch"]), r["images_per_second"]) for r in table if r["contender"] == name)
+        colour, style = colours[name.split()[0]], styles.get(name.split()[-1], "-")
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour)
+        ends.append([*points[-1], name, colour])
+    for column in {e[0] for e in ends}:  # labels at least 9% apart
+        last = 0.0
+        for place, height, name, colour in sorted(e for e in ends if e[0] == column):
+            last = max(height, last * 1.22)
+            axes.annotate(name, (place, last), (7, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+    axes.set(yscale="log", xlabel="batch size", ylabel="images a second", xlim=(-0.2, len(batches) - 0.3))
+    axes.set_xticks(range(len(batches)), [str(b) for b in batches])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--batches", type=int, nargs="+", default=None)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="*", default=None)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait before each round for a quiet machine")
     parser.add_argument("--only", nargs="+", help="names of contenders, such as 'compiled fp32'")
-    parser.add_argument("--plot", type=Path, help="draw the curves into this PNG file")
+    parser.add_argument(
+        "--with", dest="earlier", type=Path, nargs="+", default=[], help="JSON of other batch sizes, measured before"
+    )
+    parser.add_argument("--plot", type=Path, help="draw the curves into this file (.svg, .png)")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     if args.threads:
@@ -398,9 +427,10 @@ def main() -> None:
         "cpu": platform.processor(),
         "threads": torch.get_num_threads(),
     }
+    batches = [1, 4] if args.quick else [1, 8, 64]
     result["small"] = cpu(
-        "quick" if args.quick else "small", args.batches or ([1, 4] if args.quick else [1, 8, 64]), 2 if args.quick else args.rounds,
-        args.only, args.patience,
+        "quick" if args.quick else "small", batches if args.batches is None else args.batches, 2 if args.quick else args.rounds,
+        args.only, args.patience, [json.loads(path.read_text())["small"] for path in args.earlier],
     )  # fmt: skip
     if torch.cuda.is_available() and not args.quick:
         result["gpu"] = gpu(["base", "large"], [1, 16, 64, 256], 3)

@@ -42,7 +42,7 @@ typedef int8_t bytes __attribute__((vector_size(32)));    // 32 lanes
 #endif
 
 constexpr int LANES = 16, TILES = 4, PANEL = LANES * TILES;  // outputs of a vector, vectors of a panel
-constexpr int ROWS = 6;                                      // rows that share a reading of a panel: 6 x TILES sums fit the registers
+constexpr int ROWS = 8;                                      // rows that share a reading of the weights
 constexpr int64_t AHEAD = 4096;                              // bytes: a page
 
 template <class V>
@@ -229,31 +229,36 @@ struct Room {
     }
 };
 
-// M rows times one panel. What is read ``ahead`` bytes from here is fetched meanwhile: processors alone do not look across pages.
+// M rows times one panel, as many of its vectors at a time as leave the sums in registers: so up to ROWS rows read each weight once.
+// What is read ``ahead`` bytes from here is fetched meanwhile: processors alone do not look across pages.
 template <class T, int M>
 void block(const Matrix& a, int64_t panel, const typename T::Input* x, int64_t stride, const float* scales, int64_t ahead,
            floats (*y)[TILES]) {
+    constexpr int N = M * TILES <= 24 ? TILES : TILES / 2;
     const int64_t steps = a.inputs / T::GROUP;
-    const char* at = a.weight + panel * steps * T::BYTES * TILES;
-    typename T::Sum sum[M][TILES] = {};
-    for (int64_t k = 0; k < steps; k++, at += T::BYTES * TILES) {
-        typename T::Weight w[TILES];
-        for (int i = 0; i < T::BYTES * TILES; i += 64) __builtin_prefetch(at + ahead + i, 0, 2);
-        for (int r = 0; r < TILES; r++) w[r] = T::read(at + r * T::BYTES);
-        for (int m = 0; m < M; m++)
-            for (int r = 0; r < TILES; r++) sum[m][r] = T::add(sum[m][r], w[r], x + m * stride + k * T::GROUP);
-    }
-    for (int m = 0; m < M; m++)
-        for (int r = 0; r < TILES; r++) {
-            const int64_t n = panel * PANEL + r * LANES;
-            y[m][r] = T::value(sum[m][r], scales[m], a.scale + n) + load<floats>(a.bias + n);
+    for (int first = 0; first < TILES; first += N) {
+        const char* at = a.weight + panel * steps * T::BYTES * TILES + first * T::BYTES;
+        typename T::Sum sum[M][N] = {};
+        for (int64_t k = 0; k < steps; k++, at += T::BYTES * TILES) {
+            typename T::Weight w[N];
+            for (int i = 0; i < T::BYTES * N; i += 64) __builtin_prefetch(at + ahead + i, 0, 2);
+            for (int r = 0; r < N; r++) w[r] = T::read(at + r * T::BYTES);
+            for (int m = 0; m < M; m++)
+                for (int r = 0; r < N; r++) sum[m][r] = T::add(sum[m][r], w[r], x + m * stride + k * T::GROUP);
         }
+        for (int m = 0; m < M; m++)
+            for (int r = 0; r < N; r++) {
+                const int64_t n = panel * PANEL + (first + r) * LANES;
+                y[m][first + r] = T::value(sum[m][r], scales[m], a.scale + n) + load<floats>(a.bias + n);
+            }
+    }
 }
 
 // The share of thread ``me`` of x (rows, inputs) times a matrix; done(row, first output, 16 results) takes it.
 template <class T, class Done>
 void multiply(const Matrix& a, const typename T::Input* x, int64_t stride, const float* scales, int rows, int me, int all, Done done) {
-    constexpr decltype(&block<T, 1>) blocks[] = {block<T, 1>, block<T, 2>, block<T, 3>, block<T, 4>, block<T, 5>, block<T, 6>};
+    constexpr decltype(&block<T, 1>) blocks[ROWS] = {block<T, 1>, block<T, 2>, block<T, 3>, block<T, 4>,
+                                                     block<T, 5>, block<T, 6>, block<T, 7>, block<T, 8>};
     const int64_t panels = a.outputs / PANEL, size = a.inputs / T::GROUP * T::BYTES * TILES;
     const int parts = (rows + ROWS - 1) / ROWS;
     for (int64_t panel = panels * me / all; panel < panels * (me + 1) / all; panel++)
