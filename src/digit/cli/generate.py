@@ -53,7 +53,9 @@ def generate(
     model: Model = None,
     out: Out = Path("generated"),
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many pictures.")] = 64,
-    labels: Annotated[str | None, typer.Option(help="Classes by number or name, comma separated; taken in turns.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes by number or name, comma separated; taken in turns. Default: all.")
+    ] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Iterations of the masked decoder.")] = None,
