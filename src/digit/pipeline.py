@@ -52,7 +52,8 @@ class DigitPipeline:
     """A generator of images, and its parts.
 
     Attributes:
-        encoder, codebook: the semantic tokenizer's parts.
+        encoder: of the semantic tokenizer.
+        codebook: of the semantic tokenizer, fitted on features of the encoder.
         prior: stage 1.
         decoders: stage 2 by kind: "ar", "masked", "onepass".
         vqgan: VQ tokens to images.

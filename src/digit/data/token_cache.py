@@ -243,7 +243,8 @@ def build_token_cache(
         batch_size: images at a time; each is tokenized in all its views.
         shard_size: images a shard.
         workers: decoding threads.
-        rank, world: process ``rank`` of ``world`` makes the shards ``rank``, ``rank + world``, ...
+        rank: number of this process; it makes the shards ``rank``, ``rank + world``, ...
+        world: how many processes there are.
 
     Returns:
         The cache, or None where other processes have shards left to make.

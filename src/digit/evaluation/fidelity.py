@@ -59,7 +59,8 @@ class FidelityResult:
     Attributes:
         values: fid, kid_mean, kid_std, is_mean, is_std, precision, recall, f_score, as far as they were asked for.
         not_measured: metric -> the reason, in a sentence.
-        source, reference: name, number of images, and for saved statistics what their file says.
+        source: its name, number of images, and for saved statistics what their file says.
+        reference: the same of the reference.
         notes: what a reader of the values should know.
     """
 
@@ -111,9 +112,11 @@ def fidelity(
         reference: the real images or their statistics; None measures the Inception Score alone.
         extractor: the network; by default :func:`~digit.evaluation.inception.open_extractor` where images are among the two.
         options: metrics and their settings.
-        source_name, reference_name: how the result calls them.
-        source_split, reference_split: of data sets.
+        source_name: how the result calls the source.
+        source_split: of a data set.
         total: take at most so many source images.
+        reference_name: how the result calls the reference.
+        reference_split: of a data set.
 
     Raises:
         DigitError: unknown metrics, unreadable sources, fewer than two images, mixed sizes, or features of another width.

@@ -41,7 +41,8 @@ class TokenModelConfig:
         role: "prior", "ar" or "masked"; see the module's table. It fixes ``transformer.causal``.
         vocab_size: how many ids it predicts (K for a prior over semantic tokens, V over VQ tokens).
         length: tokens an image (256 for 16 x 16).
-        prefix_vocab_size, prefix_length: the semantic tokens in front; 0 for none.
+        prefix_vocab_size: vocabulary of the semantic tokens in front; 0 for none.
+        prefix_length: how many stand in front.
         num_classes: 0 for an unconditional model.
         class_dropout: probability that a training label is replaced by the start vector; 0 makes guidance impossible.
         embedding_scale: token, start and class vectors are multiplied by it (the paper's code: sqrt(dim)); positions are not.
