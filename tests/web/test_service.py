@@ -112,6 +112,20 @@ def test_parts_that_a_model_lacks():
     assert blind.describe()["can"] == {"generate": True, "edit": False, "guide": True, "clusters": False}
 
 
+def test_a_decoder_that_goes_straight_to_pixels(picture):
+    service = Service(tiny.pipeline().with_parts(decoders={"onepass": tiny.onepass()}, vqgan=None))
+    assert service.can_generate
+    assert service.can_edit
+    made, frames = [], []
+    made += service.generate(Generate(labels=[1], num=2, seed=4, cfg_scale=1.0), visit(frames.append)).images
+    assert [encode_png(a) for a in made] == [encode_png(b) for b in service.pipe([1], num=2, seed=4)]
+    assert {frame.stage for frame in frames} == {"prior"}
+    inside = service.look(picture, Look(), visit())
+    assert inside.vq is None
+    assert inside.full.size == made[0].size
+    assert len(service.edit(picture, Edit(cells=[3], num=2), visit()).images) == 2
+
+
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 

@@ -101,7 +101,7 @@ async def pictures(service: Service, desk: Desk, work: Callable[[Visit], Picture
 
 def _generate_tab(gr: Any, service: Service, desk: Desk) -> None:
     if not service.can_generate:
-        gr.HTML(markup.notice("This model has no prior, decoder or VQGAN, so it cannot generate pictures."), **PLAIN)
+        gr.HTML(markup.notice("This model lacks a prior, a decoder or a VQGAN, so it cannot generate pictures."), **PLAIN)
         return
     defaults, most = service.defaults("prior"), service.limits.pictures
     with gr.Row(elem_classes="dg-row"):
