@@ -11,7 +11,8 @@ from digit.training.tasks.tokens import TokenData
 
 SPECIALS = 5
 POSITIONS = 1026  # rows of their position tables
-TOKEN_MODELS = [name for name in preset_names() if name.startswith("imagenet256-") and name != "imagenet256-linear-probe"]
+OTHERS = ("imagenet256-linear-probe", "imagenet256-base-onepass")
+TOKEN_MODELS = [name for name in preset_names() if name.startswith("imagenet256-") and not name.startswith(OTHERS)]
 
 
 def model_of(name: str) -> TokenModel:

@@ -1,4 +1,5 @@
 import shutil
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import torch
 from PIL import Image
 
 import tiny
-from digit.config import from_dict, load_preset
+from digit.config import from_dict, load_preset, preset_names
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.token_cache import TokenCache
 from digit.encoders.loading import small_conv
@@ -16,6 +17,7 @@ from digit.files import read_tensors
 from digit.generation import save_tokens_file
 from digit.models.component import load_component
 from digit.models.onepass import OnePassConfig, OnePassDecoder
+from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline import DigitPipeline, Tokens
 from digit.sampling.onepass import noise
 from digit.training.build import build_task
@@ -24,7 +26,7 @@ from digit.training.finetune import FineTune
 from digit.training.logs import read_metrics
 from digit.training.loop import train
 from digit.training.task import Step, Stream
-from digit.training.tasks.onepass import OnePassObjective, OnePassTask
+from digit.training.tasks.onepass import OnePassData, OnePassObjective, OnePassTask
 
 GAN = {"gan_weight": 0.01, "gan_start": 0.5, "gan_warmup": 0.25, "discriminator": {"channels": 8}}
 SMALL = [
@@ -262,3 +264,41 @@ def test_presets_build_their_task(cifar512: Path, name: str) -> None:
     assert isinstance(task, OnePassTask)
     assert task.examples == 461
     assert task.model.config.grid == (8, 8)
+
+
+IMAGENET = [name for name in preset_names() if name.startswith("imagenet256-base-onepass")]
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_presets_of_imagenet_are_whole_and_smaller_than_the_ar_decoder(name: str) -> None:
+    preset = load_preset(name)
+    assert preset["component"] == "decoder"
+    shape = from_dict(OnePassConfig, preset["model"], name)
+    from_dict(OnePassObjective, preset["objective"], name)
+    from_dict(OnePassData, preset["data"], name)
+    from_dict(TrainingConfig, preset["training"], name)
+    with torch.device("meta"):
+        model = OnePassDecoder(shape)
+        other = TokenModel(from_dict(TokenModelConfig, load_preset("imagenet256-base-ar")["model"], "ar"))
+        side = shape.pixels.resolution
+        assert model(torch.zeros(2, shape.prefix_length, dtype=torch.long)).shape == (2, 3, side, side)
+    assert sum(p.numel() for p in model.parameters()) < 0.5 * sum(p.numel() for p in other.parameters())
+    assert {"256": 256, "512": 512, "448": 512}[name.removeprefix("imagenet256-base-onepass").strip("-") or "256"] == side
+
+
+@pytest.mark.parametrize("name", [*IMAGENET, "cifar10-onepass", "cifar10-tiny-onepass"])
+def test_every_key_of_a_preset_says_what_it_is(name: str) -> None:
+    lines = (resources.files("digit") / "presets" / f"{name}.yaml").read_text().splitlines()
+    keys = [
+        line for line in lines if ":" in line and not line.startswith(("#", "component")) and not line.rstrip().endswith(":")
+    ]
+    assert len(keys) > 40
+    assert [line for line in keys if " # " not in line] == []
+
+
+def test_the_study_decoder_has_no_more_parameters_than_the_ar_decoder() -> None:
+    shape = {"prefix_vocab_size": 1024, "grid": (8, 8)}
+    one = OnePassDecoder(from_dict(OnePassConfig, {**load_preset("cifar10-onepass")["model"], **shape}, "test"))
+    sizes = {"vocab_size": 1024, "length": 64, "prefix_vocab_size": 1024, "prefix_length": 64}
+    other = TokenModel(from_dict(TokenModelConfig, {**load_preset("cifar10-ar")["model"], **sizes}, "test"))
+    assert sum(p.numel() for p in one.parameters()) <= sum(p.numel() for p in other.parameters())
