@@ -49,6 +49,8 @@ def blocks(page: Path) -> list[Block]:
 
 def digit_words(words: list[str]) -> list[str] | None:
     """What follows ``digit`` in a command line, also behind a launcher; None where it is another program."""
+    while re.match(r"[A-Z_]+=", words[0]):  # variables in front
+        words = words[1:]
     if Path(words[0]).name == "digit":
         return words[1:]
     for index, word in enumerate(words[:-1]):

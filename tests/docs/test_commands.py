@@ -74,6 +74,7 @@ def place(tmp_path_factory, cifar512) -> Path:
             images[index].image.save(path)
             split = "train" if index < 128 else "test"
             writer.add(split, f"{index:05d}", path.read_bytes(), "png", (32, 32), images[index].label)
+    (folder / "runs" / "demo" / "cifar10").symlink_to(folder / "data" / "cifar10")
     for index in range(96):
         sample = images[index]
         where = folder / "pictures" / classes[sample.label]
