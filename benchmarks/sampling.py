@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch
 
 from digit.batching import allocated, peak, reset_peak
 from digit.config import from_dict
+from digit.evaluation.result import hardware
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling import SamplingSettings, sample
 from digit.sampling.acceleration import accelerate, compile_seconds, engine, release
@@ -385,7 +385,7 @@ def plot(table: list[dict], path: Path) -> None:
     styles = {"int8": "-", "bf16": "--", "fp32": ":"}
     figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
     batches = sorted({r["batch"] for r in table})
-    ends = []
+    ends, behind = [], {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for name in dict.fromkeys(r["contender"] for r in table):
         points = sorted((batches.index(r["batch"]), r["images_per_second"]) for r in table if r["contender"] == name)
         colour, style = colours[name.split()[0]], styles.get(name.split()[-1], "-")
@@ -395,7 +395,9 @@ def plot(table: list[dict], path: Path) -> None:
         last = 0.0
         for place, height, name, colour in sorted(e for e in ends if e[0] == column):
             last = max(height, last * 1.22)
-            axes.annotate(name, (place, last), (7, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+            axes.annotate(
+                name, (place, last), (7, 0), textcoords="offset points", va="center", fontsize=8, color=colour, bbox=behind
+            )
     axes.set(yscale="log", xlabel="batch size", ylabel="images a second", xlim=(-0.2, len(batches) - 0.3))
     axes.set_xticks(range(len(batches)), [str(b) for b in batches])
     axes.yaxis.set_major_formatter("{x:g}")
@@ -424,7 +426,7 @@ def main() -> None:
     result: dict = {
         "benchmark": "sampling",
         "torch": torch.__version__,
-        "cpu": platform.processor(),
+        "hardware": hardware(),
         "threads": torch.get_num_threads(),
     }
     batches = [1, 4] if args.quick else [1, 8, 64]
