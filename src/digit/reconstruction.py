@@ -17,7 +17,8 @@ def reconstruction_sheet(
     """Reconstruct pictures and lay each out in a row.
 
     Args:
-        pipe: a model with all its parts; a baseline in VQ space has no column of semantic tokens and no full path.
+        pipe: a model with all its parts; a baseline in VQ space has no column of semantic tokens and no full path, a model
+            without a VQGAN no column of that.
         images: (B, 3, S, S) in 0..1.
         seed: of the decoder's sampling.
         decoder: its kind.
@@ -32,8 +33,9 @@ def reconstruction_sheet(
         tokens = pipe.tokenizer.encode(images)  # (B, N)
         grid, vocab = pipe.tokenizer.grid, pipe.tokenizer.vocab_size
         columns.append([token_picture(row, grid, vocab, size) for row in tokens])
-    vqgan = pipe.part("vqgan")
-    columns.append([to_pil(image) for image in pipe.to_pixels(Tokens(None, vqgan.encode(images)))])
+    if pipe.vqgan is not None or not pipe.paints(decoder):
+        vqgan = pipe.part("vqgan")
+        columns.append([to_pil(image) for image in pipe.to_pixels(Tokens(None, vqgan.encode(images)))])
     if pipe.space == "semantic":
         columns.append([to_pil(image) for image in pipe.decode(tokens, seed, decoder)])
     cells = [column[row] for row in range(len(images)) for column in columns]
