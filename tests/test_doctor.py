@@ -4,6 +4,7 @@ import pytest
 
 from digit import doctor
 from digit.doctor import examine, older, packages
+from digit.sampling import native
 from terminal import run
 
 
@@ -11,7 +12,7 @@ def test_this_installation_is_examined(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert run(monkeypatch, "doctor") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    for topic in ("device cpu", "compiler", "[train]", "cache", "working folder", "Hub", "model"):
+    for topic in ("device cpu", "C++ step", "compiler", "[train]", "cache", "working folder", "Hub", "model"):
         assert topic in shown
     assert "HF_HUB_OFFLINE is set" in shown  # as in every test
     assert "Everything that is needed works." in shown
@@ -49,6 +50,18 @@ def test_no_compiler_is_a_note_with_advice(monkeypatch, tmp_path):
     (found,) = [one for one in doctor.compiler() if one.topic == "compiler"]
     assert found.state == "note"
     assert "apt-get install g++" in found.advice
+
+
+def test_a_compiler_that_fails_is_a_note(monkeypatch, tmp_path):
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CXX", str(broken))
+    native.library.cache_clear()
+    (found,) = [one for one in doctor.compiler() if one.topic == "C++ step"]
+    native.library.cache_clear()
+    assert found.state == "note"
+    assert "this compiler is broken" in found.what
 
 
 def test_little_room_is_said(monkeypatch):
