@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import hmac
 from collections.abc import Callable, Collection
 from typing import Any
@@ -15,10 +16,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from digit.web.api import refusal
-from digit.web.limits import Budget, Limits, Refused, TooLarge
+from digit.web.limits import MIB, Budget, Limits, Refused, TooLarge
 
 BODY_SECONDS = 60.0
 """A request must have arrived within this time."""
+DROPPED_BYTES = 256 * MIB
+"""Of a request that is too large, read and thrown away."""
 
 PAGE = ("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/pwa_icon")
 PAGE_BELOW = ("/api/", "/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/")
@@ -79,10 +82,15 @@ class Guard:
             asking = {"WWW-Authenticate": 'Basic realm="digit", charset="UTF-8"'}
             await JSONResponse({"error": "This server asks for a user and a password."}, 401, asking)(scope, receive, send)
             return
+        try:
+            self._check(scope, headers)
+        except Refused as error:
+            await _drop(receive)
+            await refusal(error)(scope, receive, send)
+            return
         with self.budget.hold() as take:
             try:
-                self._check(scope, headers)
-                body = await asyncio.wait_for(self._body(headers, receive, take), BODY_SECONDS)
+                body = await asyncio.wait_for(self._body(receive, take), BODY_SECONDS)
             except Refused as error:
                 await refusal(error)(scope, receive, send)
             except asyncio.TimeoutError:
@@ -102,33 +110,60 @@ class Guard:
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self.hosts is not None and (urlsplit(f"//{host}").hostname or "") not in self.hosts:
+        if self.hosts is not None and _name(host) not in self.hosts:
             raise Forbidden(f"This server is not called '{host}'; it answers to: {', '.join(sorted(self.hosts))}.")
         if scope["method"] not in ("GET", "HEAD") and _from_elsewhere(headers, host):
             raise Forbidden("Requests from the pages of other web sites are not served.")
         if not _is_open(scope["path"]):
             raise Unknown(f"There is nothing at {scope['path']}.")
-
-    async def _body(self, headers: Headers, receive: Receive, take: Callable[[int], None]) -> bytes | None:
-        """The request's body; None if the client left while sending it."""
-        most = self.limits.body_bytes
-        too_large = TooLarge(f"The request is larger than what is taken here: files of up to {self.limits.upload_mb} MiB.")
         declared = headers.get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > most:
-            raise too_large
+        self._check_size(int(declared) if declared.isdecimal() else 0)
+
+    async def _body(self, receive: Receive, take: Callable[[int], None]) -> bytes | None:
+        """The request's body; None if the client left while sending it."""
         parts, size = [], 0
         while True:
             message = await receive()
             if message["type"] != "http.request":
                 return None
             part: bytes = message.get("body", b"")
-            take(len(part))
-            parts.append(part)
+            more = message.get("more_body", False)
             size += len(part)
-            if size > most:
-                raise too_large
-            if not message.get("more_body", False):
+            try:
+                self._check_size(size)
+                take(len(part))
+            except Refused:
+                if more:
+                    await _drop(receive)
+                raise
+            parts.append(part)
+            if not more:
                 return b"".join(parts)
+
+    def _check_size(self, size: int) -> None:
+        if size > self.limits.body_bytes:
+            raise TooLarge(f"The request is larger than what is taken here: files of up to {self.limits.upload_mb} MiB.")
+
+
+async def _drop(receive: Receive) -> None:
+    """Read what a refused client still sends, without keeping it: one that is cut off would not read the refusal."""
+
+    async def read() -> None:
+        dropped, more = 0, True
+        while more and dropped < DROPPED_BYTES:
+            message = await receive()
+            dropped += len(message.get("body", b""))
+            more = message.get("more_body", False)
+
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(read(), BODY_SECONDS)
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(f"//{host}").hostname or ""
+    return ""
 
 
 def _from_elsewhere(headers: Headers, host: str) -> bool:
@@ -136,7 +171,7 @@ def _from_elsewhere(headers: Headers, host: str) -> bool:
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
     if site is not None:
         return site not in ("same-origin", "none")
-    return origin is not None and urlsplit(origin).netloc != host
+    return origin is not None and origin.partition("://")[2] != host
 
 
 def _is_open(path: str) -> bool:
