@@ -137,7 +137,9 @@ class PixelHead(nn.Module):
             before = width
         self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, 3 * config.patch**2, 3, padding=1)
-        nn.init.constant_(cast(Tensor, self.conv_out.bias), 0.5)  # training begins at grey
+        # training begins near grey
+        nn.init.normal_(self.conv_out.weight, std=0.01)
+        nn.init.constant_(cast(Tensor, self.conv_out.bias), 0.5)
         self.style = nn.Linear(noise_dim, 2 * before, bias=False) if noise_dim else None
         if self.style is not None:
             nn.init.normal_(self.style.weight, std=0.1 * noise_dim**-0.5)
