@@ -82,6 +82,14 @@ def test_an_int8_layer_is_near_its_original():
     assert Int8Linear(linear)(x[0]).shape == (64,)
 
 
+@pytest.mark.parametrize(("inputs", "outputs"), [(100, 64), (64, 70), (37, 5)])
+def test_an_int8_layer_may_have_any_shape(inputs, outputs):
+    """PyTorch's kernel reads beyond the end of these, and the process dies."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(inputs, outputs), torch.randn(3, inputs)
+    assert (Int8Linear(linear)(x) - linear(x)).norm() < 0.02 * linear(x).norm()
+
+
 def test_a_quantized_model_shares_everything_but_its_matrices(tiny):
     model = tiny()
     narrow = quantized(model)

@@ -1,6 +1,7 @@
 """The C++ step against the plain one, over every kind of transformer, format and number of rows; and what happens without a compiler."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -230,6 +231,11 @@ def test_without_a_compiler_the_plain_step_runs(tmp_path):
     model = build()
     accelerate(model, native=False)
     assert tokens == str(sample(model, range(3)).flatten().tolist())
+
+
+def test_the_compiler_may_be_given_with_arguments(tmp_path):
+    compiler = next(filter(shutil.which, ("g++", "clang++", "c++")))
+    assert in_another_process(tmp_path, CXX=f"{compiler} -DUNUSED")[0] == "C++"
 
 
 def test_a_cache_folder_that_cannot_be_used_is_no_error(tmp_path):

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import mmap
 import os
+import shlex
 import shutil
 import subprocess
 import weakref
@@ -71,16 +72,16 @@ def library() -> ctypes.CDLL:
     Raises:
         NoCompiler: there is none, or it cannot build the source.
     """
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
+    if not compiler:
         raise NoCompiler("no C++ compiler was found")
     # the macros of -march=native name the compiler's version and everything that the processor can do
-    macros = _run(compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
+    macros = _run(*compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
     try:
         built = _folder() / f"step-{key}.so"
         if not built.exists():
-            write_file(built, lambda path: _run(compiler, *FLAGS, "-x", "c++", str(SOURCE), "-o", str(path)))
+            write_file(built, lambda path: _run(*compiler, *FLAGS, "-x", "c++", str(SOURCE), "-o", str(path)))
         loaded = ctypes.CDLL(str(built))
     except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
         raise NoCompiler(f"{error} (XDG_CACHE_HOME names another folder)") from error
@@ -169,7 +170,8 @@ class NativeStep:
         del reach  # it reads what is filled
         model, place = self._model, int(index) + 1
         x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
-        x, rows, threads = x.float().contiguous(), len(x), torch.get_num_threads()
+        x, rows = x.float().contiguous(), len(x)
+        threads = max(1, min(torch.get_num_threads(), self._network.hidden // PANEL))  # more would find nothing to do
         logits = torch.empty(rows, self._network.head.outputs)
         needed = self._library.digit_room(self._network, rows, threads, cache.length)
         if len(self._room) < needed:

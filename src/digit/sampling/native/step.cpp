@@ -4,8 +4,8 @@
 // and fork-joins between some sixty small operations cost more than that. Here one parallel region does the whole step.
 //
 // Matrices come packed (see __init__.py): panels of 64 outputs; within a panel the inputs follow one another, so a thread reads its
-// panels from first byte to last. A vector lane is an output, so every output is one sum in the order of the inputs: the result does
-// not depend on the batch, on the threads, or on how wide the processor's vectors are.
+// panels from first byte to last. A vector lane is an output, so every output is one sum in the order of the inputs: the result
+// depends neither on the batch nor on the threads.
 //
 // Three formats of weights, all summed in 32 bits:
 //   float     products in float32
@@ -27,11 +27,11 @@
 
 namespace {
 
-typedef float floats __attribute__((vector_size(64)));    // 16 lanes
-typedef int32_t ints __attribute__((vector_size(64)));    // 16 lanes
-typedef int16_t shorts __attribute__((vector_size(64)));  // 32 lanes
+typedef float floats __attribute__((vector_size(64)));     // 16 lanes
+typedef int32_t ints __attribute__((vector_size(64)));     // 16 lanes
+typedef int16_t shorts __attribute__((vector_size(64)));   // 32 lanes
 typedef uint16_t halves __attribute__((vector_size(32)));  // 16 lanes
-typedef int8_t bytes __attribute__((vector_size(32)));    // 32 lanes
+typedef int8_t bytes __attribute__((vector_size(32)));     // 32 lanes
 
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
@@ -57,7 +57,7 @@ inline void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-inline float widen(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
+inline float widened(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 inline floats widened(const float* x) { return load<floats>(x); }
 inline floats widened(const uint16_t* x) { return (floats)(__builtin_convertvector(load<halves>(x), ints) << 16); }
 inline void narrow(float x, float& to) { to = x; }
@@ -92,7 +92,7 @@ struct BFloat {
 #ifdef __AVX512BF16__
         return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(load<int32_t>(x)));
 #else
-        return sum + (floats)(w << 16) * widen(x[0]) + (floats)(w & ~0xffff) * widen(x[1]);
+        return sum + (floats)(w << 16) * widened(x[0]) + (floats)(w & ~0xffff) * widened(x[1]);
 #endif
     }
     static floats value(Sum sum, float, const float*) { return sum; }
@@ -181,17 +181,15 @@ struct Norm {
     const float *weight, *bias;  // null where nothing is normalised
 };
 
-struct Layer {
-    Matrix qkv, out, ffn_in, ffn_out;
-};
+struct Layer { Matrix qkv, out, ffn_in, ffn_out; };
 
 struct Network {
     const Layer* layers;
     const Norm* norms;  // before each half of a layer and before the head: 2 x depth + 1
     Matrix head;
     int64_t depth, width, heads, hidden;
-    int64_t post_norm;  // the residual stream itself is normalised, not a copy of it
-    int64_t weights;    // 0 float32, 1 bfloat16, 2 int8
+    int64_t post_norm;   // the residual stream itself is normalised, not a copy of it
+    int64_t weights;     // 0 float32, 1 bfloat16, 2 int8
     int64_t half_cache;  // keys and values in bfloat16
     float epsilon;
 };
@@ -323,6 +321,7 @@ void attend(const float* q, const float* k, const float* v, C* keys, C* values, 
     for (; i < d; i += LANES) mix<1>(p, values + i, d, count, whole, out + i);
 }
 
+// A step with weights of format T.
 template <class T>
 void step(const Network& net, const Cache& cache, int threads, int rows, int64_t position, float* x, char* start, float* logits) {
     const Room room(net, rows, threads, position + 1, start);
@@ -353,10 +352,8 @@ void step(const Network& net, const Cache& cache, int threads, int rows, int64_t
             const auto run = [&](auto* keys, auto* values) {
                 attend(q, q + width, q + 2 * width, keys + place, values + place, d, position, p, out);
             };
-            if (net.half_cache)
-                run((uint16_t*)cache.keys[l], (uint16_t*)cache.values[l]);
-            else
-                run((float*)cache.keys[l], (float*)cache.values[l]);
+            if (net.half_cache) return run((uint16_t*)cache.keys[l], (uint16_t*)cache.values[l]);
+            run((float*)cache.keys[l], (float*)cache.values[l]);
         };
 
         for (int64_t l = 0; l < net.depth; l++) {
@@ -395,7 +392,7 @@ int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t po
     return Room(*net, rows, threads, positions, nullptr).end - (char*)nullptr;
 }
 
-// Run x (rows, width), the embeddings of the token at ``position`` of the cache, through the network: logits (rows, padded outputs).
+// Run x (rows, width), embeddings of the token at ``position`` of the cache, through the network: logits (rows, padded outputs).
 // x is overwritten.
 void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* room, float* logits) {
     const auto run = net->weights == 0 ? step<Float> : net->weights == 1 ? step<BFloat> : step<Narrow>;
