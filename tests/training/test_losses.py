@@ -292,13 +292,9 @@ def test_perceptual_encoder_wants_pictures_of_its_size() -> None:
 
 def test_lpips_without_weights_says_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("lpips")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-
-    def refuse(*_: object, **__: object) -> None:
-        raise OSError("no route to host")
-
-    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
-    with pytest.raises(DigitError, match=r"vgg16-397923af\.pth into .*set objective\.perceptual to"):
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("digit.evaluation.lpips._PUBLIC", {"vgg": ("https://127.0.0.1:9/vgg16.pth", "397923af")})
+    with pytest.raises(DigitError, match=r"Tried .*lpips-vgg\.safetensors.*set objective\.perceptual to"):
         LpipsDistance()
 
 

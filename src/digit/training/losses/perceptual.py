@@ -1,6 +1,6 @@
 """Perceptual distances: how different two batches of pictures look to a network that is not trained here.
 
-"lpips" is Zhang et al. 2018, arXiv 1801.03924, as in the `lpips` package (VGG16; its weights are fetched once by torchvision).
+"lpips" is Zhang et al. 2018, arXiv 1801.03924, with VGG16 (:mod:`digit.evaluation.lpips`; its weights are fetched once).
 "encoder" is the same idea without any download: unit features of a frozen encoder of this library, layer by layer where it is
 convolutional, all channels weighted alike. A self-supervised encoder ignores what its augmentations change (colour, a little
 blur), so it stands beside a pixel loss and does not replace it.
@@ -9,9 +9,6 @@ blur), so it stands beside a pixel loss and does not replace it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-from urllib.error import URLError
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +17,8 @@ from torch import Tensor, nn
 from digit.encoders.conv import ConvEncoder
 from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
-from digit.errors import DigitError, require
+from digit.errors import DigitError
+from digit.evaluation.lpips import load_lpips
 
 
 class LpipsDistance(nn.Module):
@@ -33,15 +31,10 @@ class LpipsDistance(nn.Module):
             DigitError: the package or the weights are missing.
         """
         super().__init__()
-        lpips = require("lpips", "train", "the perceptual loss 'lpips'")
         try:
-            self.network: Any = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-        except (URLError, OSError, RuntimeError) as error:
-            raise DigitError(
-                f"The perceptual loss 'lpips' needs the weights of VGG16, which could not be fetched ({error}). Put "
-                f"vgg16-397923af.pth into {Path(torch.hub.get_dir()) / 'checkpoints'}, or set objective.perceptual to "
-                "'encoder' or 'none'."
-            ) from error
+            self.network = load_lpips("vgg").network
+        except DigitError as error:
+            raise DigitError(f"{error} Or set objective.perceptual to 'encoder' or 'none'.") from error
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Mean distance () of two batches (B, 3, S, S) in 0..1; gradients flow into ``images``."""
