@@ -9,7 +9,6 @@ import re
 import struct
 import subprocess
 import sys
-import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +39,11 @@ def running(model: Path, scratch: Path, *options: str):
     command = [sys.executable, "-m", "digit", "serve", str(model), "--port", "0", "--device", "cpu", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), "GRADIO_TEMP_DIR": str(scratch / "gradio")}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    said, began = "", time.monotonic()
+    said = ""
     try:
         while "Serving on" not in said:
             line = process.stdout.readline()
             assert line, f"the server ended: {said}"
-            assert time.monotonic() - began < 240
             said += line
         yield Server(re.search(r"http://[\d.]+:\d+", said)[0], process.pid, scratch)
         assert process.poll() is None, "the server died"

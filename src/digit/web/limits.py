@@ -197,7 +197,12 @@ class Desk:
             raise Busy(f"The server is busy: {self.limits.waiting} requests are waiting. Try again in a moment.")
         self._count(1)
         loop = asyncio.get_running_loop()
-        visit = Visit(self.limits.seconds, tell and (lambda value: loop.call_soon_threadsafe(tell, value)))
+
+        def tell_here(value: Any) -> None:
+            if tell is not None:
+                loop.call_soon_threadsafe(tell, value)
+
+        visit = Visit(self.limits.seconds, tell_here)
         job = self._worker.submit(visit.begin, work)
         job.add_done_callback(lambda _: self._over())
         try:

@@ -146,7 +146,8 @@ def _clusters(tokens: Tensor, service: Service) -> str:
             "Its owner can add them with: digit atlas MODEL --data D"
         )
     numbers = sorted(set(tokens.tolist()))
-    strips, where = [], []
+    strips: list[np.ndarray] = []
+    where = []
     for number in numbers:
         patches = service.cluster(number)
         where.append(f'"{number}":[{len(strips)},{len(patches)}]')

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
+from html import escape
 from importlib import resources
 from typing import Any
 
@@ -62,7 +63,7 @@ def _heading(service: Service) -> str:
     grids = ", ".join(f"{rows} x {columns} {markup.SPACES[name]}" for name, (rows, columns) in service.grids.items())
     classes = f", {pipe.num_classes} classes" if pipe.num_classes else ""
     about = f"{pipe.name}: {service.image_size} px, {grids}{classes}"
-    return f'<header class="dg-heading"><h1>digit</h1><p>{markup.escape(about)}</p></header>'
+    return f'<header class="dg-heading"><h1>digit</h1><p>{escape(about)}</p></header>'
 
 
 # ---- from the desk to the page ---------------------------------------------------------------------------------------
