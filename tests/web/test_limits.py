@@ -1,11 +1,13 @@
 """The waiting room: who gets a chair, who is sent away, and what happens when somebody leaves."""
 
 import asyncio
+import itertools
 import threading
 
 import pytest
 
 from digit.web.limits import MIB, Budget, Busy, Desk, Gone, Limits, TookTooLong
+from digit.web.page import stream
 
 
 def held(until: threading.Event, seen: list, name: str):
@@ -71,6 +73,28 @@ def test_work_is_cut_off_after_its_time():
         with pytest.raises(TookTooLong, match=r"more than the 0\.05 seconds"):
             await desk.run(held(threading.Event(), seen, "a"))
         assert await desk.run(lambda _: 1) == 1
+
+    asyncio.run(scene())
+
+
+def test_a_page_that_is_closed_frees_the_slot():
+    async def scene():
+        desk, seen = Desk(Limits()), []
+
+        def work(visit):
+            try:
+                for number in itertools.count():
+                    visit.news(number)
+            except Gone:
+                seen.append("stopped")
+                raise
+
+        frames = stream(desk, work)
+        assert [await anext(frames) for _ in range(3)] == [0, 1, 2]
+        assert desk.inside == 1
+        await frames.aclose()  # what Gradio does with the iterator of a visitor who left
+        await eventually(lambda: desk.inside == 0)
+        assert seen == ["stopped"]
 
     asyncio.run(scene())
 

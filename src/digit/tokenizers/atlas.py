@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class Atlas:
         if not Path(path).is_file():
             raise DigitError(f"There is no atlas {path}; make one with: digit atlas MODEL --data D")
         try:
-            self._file: Any = safe_open(str(path), framework="np")
+            self._file = cast(Any, safe_open(str(path), framework="np"))
             about = self._file.metadata() or {}
             self.counts: NDArray[np.int64] = self._file.get_tensor("counts")
             self._patches = self._file.get_slice("patches")
