@@ -122,11 +122,11 @@ class RunFolder:
         """The tokens of all images, in order."""
         rows = self._done()
         order = [rows[i] for i in range(self.identity["num"])]
-        parts = [
+        semantic, vq = (
             torch.from_numpy(np.stack([row[name] for row in order])).long() if name in order[0] else None
             for name in ("semantic", "vq")
-        ]
-        return Tokens(*parts)
+        )
+        return Tokens(semantic, vq)
 
     def _done(self) -> dict[int, dict[str, np.ndarray]]:
         """Tokens by image, of every batch kept so far."""

@@ -80,7 +80,7 @@ def decode(
 
 def _decode(handle: BinaryIO, name: object, max_pixels: int, formats: Sequence[str] | None) -> Decoded:
     try:
-        image = Image.open(handle, formats=formats)
+        image = Image.open(handle, formats=None if formats is None else list(formats))
         if image.width * image.height > max_pixels:
             raise Image.DecompressionBombError
         notes = _frames(image)

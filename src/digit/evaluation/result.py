@@ -93,7 +93,7 @@ def versions() -> dict[str, str]:
 
 def describe_model(pipe: DigitPipeline) -> dict[str, Any]:
     """A pipeline's name, and parameters and checksum of each of its parts."""
-    parts = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior, "vqgan": pipe.vqgan}
+    parts: dict[str, Any] = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior, "vqgan": pipe.vqgan}
     parts |= {f"decoder/{kind}": model for kind, model in pipe.decoders.items()}
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     return {

@@ -174,8 +174,8 @@ def stability(
 
 def _row(space: str, change: Change, values: Tensor, real: Tensor) -> Row:
     finite = real[torch.isfinite(real)]
-    estimates = (Estimate.of(column) for column in values.double().numpy().T)
-    return Row(space, change, *estimates, float(finite.mean()) if len(finite) else None)
+    changed, features, codes, centred = (Estimate.of(column) for column in values.double().numpy().T)
+    return Row(space, change, changed, features, codes, centred, float(finite.mean()) if len(finite) else None)
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
