@@ -185,6 +185,9 @@ def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: Digi
     assert all(torch.equal(value, saved[name]) for name, value in post.model.state_dict().items())
     assert post.description["start"]["weights"]
     assert post.samples.shape == (40, 16)
+    helpers = read_tensors(tmp_path / "first" / "checkpoints" / "step-0000002" / "modules.safetensors")
+    for name in ("posterior", "discriminator"):
+        assert all(torch.equal(value, helpers[f"{name}.{key}"]) for key, value in post.modules[name].state_dict().items())
     folder = train(post, config, tmp_path / "second", device="cpu", show=False)
     again = load_component(folder, OnePassDecoder, OnePassConfig)
     assert not torch.equal(again.token_embedding.weight, saved["token_embedding.weight"])

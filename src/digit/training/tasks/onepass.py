@@ -41,6 +41,7 @@ from digit.pipeline import DigitPipeline
 from digit.sampling.onepass import noise
 from digit.tokenizers.semantic import SemanticTokenizer
 from digit.tokenizers.vqgan import VQGAN
+from digit.training import checkpoint
 from digit.training.config import NonNegative
 from digit.training.extras import Extras, neighbours, set_embeddings
 from digit.training.finetune import FineTune, start_folder
@@ -418,7 +419,10 @@ def build(
     cache = None if choice.tokens is None else _open_cache(choice.tokens, data, choice.split, tokenizer)
     samples = None if choice.samples is None else _open_samples(choice.samples, tokenizer)
     vqgan = None if parts.vqgan is None or shape.head == "pixels" else parts.vqgan.requires_grad_(False)
-    return OnePassTask(model, objective, tokenizer, train, held_out, choice, cache, samples, vqgan, origin)
+    task = OnePassTask(model, objective, tokenizer, train, held_out, choice, cache, samples, vqgan, origin)
+    if start is not None:
+        _take_helpers(task, Path(start.source))
+    return task
 
 
 def _shape(
@@ -456,6 +460,24 @@ def _start(start: FineTune, shape: OnePassConfig) -> tuple[OnePassDecoder, dict[
     model = OnePassDecoder(shape)
     load_strict(model, saved.state_dict(), start.source)
     return model.requires_grad_(True), {"weights": weights_checksum(saved)}
+
+
+def _take_helpers(task: OnePassTask, run: Path) -> None:
+    """Go on with the posterior and the discriminator of the run that made the decoder, if it is one and they are of the same shape.
+
+    A decoder gives its noise a meaning; a posterior that begins anew would not know it.
+    """
+    last = checkpoint.latest(run)
+    if last is None:
+        return
+    tensors = checkpoint.load(last).tensors["modules"]
+    for name in ("posterior", "discriminator"):
+        if name not in task.modules:
+            continue
+        mine = task.modules[name].state_dict()
+        saved = {key: tensors[f"{name}.{key}"] for key in mine if f"{name}.{key}" in tensors}
+        if len(saved) == len(mine) and all(saved[key].shape == mine[key].shape for key in mine):
+            task.modules[name].load_state_dict(saved)
 
 
 def _open_cache(folder: str, data: str | Path, split: str, tokenizer: SemanticTokenizer) -> TokenCache:
