@@ -67,9 +67,9 @@ def build_task(
     config = training_config(preset, where)
     seed_everything(config.seed)
     if component == "decoder" and preset["model"].get("role") == "onepass":
-        from digit.training.tasks import onepass
+        from digit.training.tasks import onepass_build
 
-        return onepass.build(preset, data, where, parts, start), config
+        return onepass_build.build(preset, data, where, parts, start), config
     if component in ("prior", "decoder"):
         return _tokens(component, preset, data, where, config, vqgan, start), config
     if start is not None:
