@@ -21,10 +21,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev,docs]' -c constraints.txt
 	@touch $@
 
-demo: $(STAMP) ## take CIFAR-10 photographs through every stage; pictures in runs/demo
-	$(BIN)/digit tour --out runs/demo
+demo: $(STAMP) ## 64 pictures from the packaged model; look at pictures/grid.png
+	$(BIN)/digit generate --out pictures
 
-tour: demo ## the same as demo
+tour: $(STAMP) ## train every stage, small, from CIFAR-10 photographs to pictures; in runs/tour
+	$(BIN)/digit tour --out runs/tour
 
 test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not network"

@@ -28,7 +28,7 @@ SEEDS = (0, 1, 2)
 CLUSTERS = (256, 1024, 4096)
 K = 1024  # of the headline, as many as the VQGAN has codes
 DECODERS = ("onepass", "ar", "masked")
-SHIPPED = ("prior.cfg_scale=1.5", "prior.top_p=0.95", "ar.top_p=0.95")
+SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
 # what a GPU trains instead; the presets' own values are for two CPU cores
@@ -76,6 +76,9 @@ class Study:
 
     def steps(self) -> Iterator[Step]:
         """All of the study, in an order in which every step finds what it needs."""
+        if not self.reference.exists():
+            command = f"evaluate statistics {self.data} --split train --out {self.reference}"
+            yield Step("tokenizers", "reference", command)
         yield from self._tokenizers()
         yield from self._core()
         yield from self._headline()

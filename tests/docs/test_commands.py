@@ -65,7 +65,7 @@ def place(tmp_path_factory, cifar512) -> Path:
     images = open_dataset(cifar512, "train")
     classes = list(images.classes)
     pipe = tiny.pipeline().with_parts(prior=tiny.token_model("prior", num_classes=len(classes)), class_names=classes)
-    pipe.save_pretrained(folder / "runs" / "demo" / "model")
+    pipe.save_pretrained(folder / "runs" / "model")
     photo = images[0].image
     photo.save(folder / "photo.jpg")
     with write_dataset(folder / "data" / "cifar10", "cifar10", classes, "CIFAR-10", "none stated") as writer:
@@ -74,7 +74,6 @@ def place(tmp_path_factory, cifar512) -> Path:
             images[index].image.save(path)
             split = "train" if index < 128 else "test"
             writer.add(split, f"{index:05d}", path.read_bytes(), "png", (32, 32), images[index].label)
-    (folder / "runs" / "demo" / "cifar10").symlink_to(folder / "data" / "cifar10")
     for index in range(96):
         sample = images[index]
         where = folder / "pictures" / classes[sample.label]

@@ -33,11 +33,11 @@ def edit(
     Writes NAME-0.png ... for each picture, and edits.png: each picture and its results in a row.
 
     Examples:
-      digit edit runs/demo/model cat.png --mask hole.png --decoder masked --out repaired
+      digit edit cifar10 cat.png --mask hole.png --decoder masked --out repaired
 
-      digit edit runs/demo/model cat.png --prefix 8 --num 6 --out continued
+      digit edit cifar10 cat.png --prefix 8 --num 6 --out continued
 
-      digit edit runs/demo/model cat.png --vary 0.3 --out variations
+      digit edit cifar10 cat.png --vary 0.3 --out variations
     """
     from digit.editing_run import edit_pictures
     from digit.errors import DigitError

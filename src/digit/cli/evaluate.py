@@ -63,7 +63,7 @@ def fidelity(
 
     A model is measured straight from sampling, all classes in turns, without writing files:
 
-      digit evaluate fidelity runs/demo/model --num 10000 --reference data/cifar10 --set top_k=50
+      digit evaluate fidelity cifar10 --num 10000 --reference data/cifar10 --set top_k=50
     """
     from digit.evaluation.features import is_statistics
     from digit.evaluation.fidelity import FidelityOptions

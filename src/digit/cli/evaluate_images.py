@@ -75,7 +75,7 @@ def reconstruction(
 ) -> None:
     """How well real images come back (ceilings of tables 3 and 4): through the VQGAN, and through semantic tokens and decoders.
 
-    Example:  digit evaluate reconstruction runs/demo/model --data data/cifar10 --num 2000 --out runs/demo/reconstruction
+    Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
     from digit.evaluation.model_reconstruction import SHARES, reconstruction_record
     from digit.evaluation.model_source import open_images
@@ -141,7 +141,7 @@ def sweep(
 ) -> None:
     """Fidelity over top-k, top-p, temperature, guidance, steps (figure 6). Repeat an interrupted command to go on.
 
-    Example:  digit evaluate sweep runs/demo/model --reference data/cifar10 --vary top_k=0,20,50 --vary decoder_top_p=0.8,1 --num 1000
+    Example:  digit evaluate sweep cifar10 --reference data/cifar10 --vary top_k=0,20,50 --vary decoder_top_p=0.8,1 --num 1000
     """
     from digit.evaluation.model_source import SamplingRun
     from digit.evaluation.sweep import TITLES, measured, parse_axes, parse_settings, planned_runs, sweep_record
@@ -190,7 +190,7 @@ def prefix(
 ) -> None:
     """Fidelity against the length of a given prefix of real tokens (figure 4b). Repeat an interrupted command to go on.
 
-    Example:  digit evaluate prefix runs/demo/model --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/demo/prefix
+    Example:  digit evaluate prefix cifar10 --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/prefix
     """
     from digit.evaluation.model_source import open_images
     from digit.evaluation.prefix import as_runs, prefix_record

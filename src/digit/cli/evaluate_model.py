@@ -82,7 +82,7 @@ def stability(
 ) -> None:
     """How much tokens move when pixels hardly do (Table 1): share of changed tokens and cosine, semantic and VQ.
 
-    Example:  digit evaluate stability runs/demo/model --data data/cifar10 --split test --num 2000 --out runs/demo/stability
+    Example:  digit evaluate stability cifar10 --data data/cifar10 --split test --num 2000 --out runs/stability
     """
     from digit.config import from_dict
     from digit.evaluation import paper
@@ -136,7 +136,7 @@ def probe(
 
     Features are kept in --out: another --lr or --epochs costs minutes.
 
-    Example:  digit evaluate probe runs/demo/model --data data/cifar10 --layers all --lr 0.1,0.4,1.6 --out runs/demo/probe
+    Example:  digit evaluate probe cifar10 --data data/cifar10 --layers all --lr 0.1,0.4,1.6 --out runs/probe
     """
     from digit.config import from_dict
     from digit.evaluation.model_source import open_images

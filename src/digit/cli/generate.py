@@ -90,7 +90,7 @@ def generate(
     Examples:
       digit generate --out pictures
 
-      digit generate runs/demo/model --num 16 --labels cat,ship --cfg-scale 2 --out pictures
+      digit generate cifar10 --num 16 --labels cat,ship --cfg-scale 2 --out pictures
 
       digit generate DAMO-NLP-SG/DiGIT --variant base-cond --labels 207 --top-k 300 --out dogs
     """
@@ -147,7 +147,7 @@ def tokenize(
 ) -> None:
     """Turn pictures into tokens: semantic (B, N) and, where the model has a VQGAN, vq (B, M), in one .npz file.
 
-    Example:  digit tokenize runs/demo/model cat.png dog.jpg --out tokens.npz
+    Example:  digit tokenize cifar10 cat.png dog.jpg --out tokens.npz
     """
     import torch
 
@@ -175,7 +175,7 @@ def decode(
 ) -> None:
     """Turn tokens back into pictures: semantic tokens through a decoder, or VQ tokens alone where there are no others.
 
-    Example:  digit decode runs/demo/model tokens.npz --out decoded
+    Example:  digit decode cifar10 tokens.npz --out decoded
     """
     from digit.data.images import save_png, to_pil
     from digit.generation import load_tokens_file
@@ -200,7 +200,7 @@ def reconstruct(
 ) -> None:  # fmt: skip
     """Send pictures through the model: one row each of image, semantic tokens, VQGAN alone, full path.
 
-    Example:  digit reconstruct runs/demo/model photos/ --out reconstructed
+    Example:  digit reconstruct cifar10 photos/ --out reconstructed
     """
     from digit.data.images import save_png
     from digit.reconstruction import reconstruction_sheet

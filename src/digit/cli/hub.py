@@ -31,7 +31,7 @@ def card(
 
     What is not given stays as it was. A measurement counts if it was made with the very weights in the folder.
 
-    Example:  digit card runs/demo/model --results runs/demo --license mit --data uoft-cs/cifar10
+    Example:  digit card runs/model --results runs --license mit --data uoft-cs/cifar10
     """
     from digit.card import with_facts
     from digit.pipeline import DigitPipeline
@@ -52,7 +52,7 @@ def push(
 ) -> None:
     """Publish a model on the Hub, as one commit. The token is the one of hf auth login, or $HF_TOKEN.
 
-    Example:  digit push runs/demo/model somebody/cifar10-digit --private
+    Example:  digit push runs/model somebody/cifar10-digit --private
     """
     from digit.hub import push_folder, resolve_model
 

@@ -25,7 +25,7 @@ def report(
 ) -> None:
     """Write one self-contained HTML page: results beside the paper's figures, loss curves, pictures, settings, hardware.
 
-    Example:  digit report runs/demo --out report.html
+    Example:  digit report runs --out report.html
     """
     from digit.evaluation.report import write_report
     from digit.evaluation.report.curves import save_only_run

@@ -22,7 +22,9 @@ def serve(
     auth: Annotated[
         str | None, typer.Option(envvar="DIGIT_AUTH", help="USER:PASSWORD that visitors must give. Default: nobody is asked.")
     ] = None,
-    share: Annotated[bool, typer.Option("--share", help="Also get a public address, through Gradio's tunnel; needs --auth.")] = False,
+    share: Annotated[
+        bool, typer.Option("--share", help="Also get a public address, through Gradio's tunnel; needs --auth.")
+    ] = False,
     waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told that the server is busy.")] = 64,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures a request may ask for.")] = 16,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds a request may be worked on.")] = 120.0,
@@ -36,9 +38,9 @@ def serve(
     Only this machine can reach it unless --host or --share say otherwise. Uploaded pictures are never kept.
 
     Examples:
-      digit serve runs/demo/model
+      digit serve cifar10
 
-      DIGIT_AUTH=me:secret digit serve runs/demo/model --host 0.0.0.0
+      DIGIT_AUTH=me:secret digit serve cifar10 --host 0.0.0.0
     """
     from digit.cli.generate import load
     from digit.config import from_dict
@@ -70,7 +72,9 @@ def atlas(
     model: RequiredModel,
     data: Annotated[str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")],
     split: Annotated[str, typer.Option(help="Split of the images.")] = "train",
-    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many images to look through, spread over the set.")] = 5000,
+    num: Annotated[
+        int, typer.Option("--num", "-n", min=1, help="How many images to look through, spread over the set.")
+    ] = 5000,
     each: Annotated[int, typer.Option(min=1, help="Patches a cluster.")] = 8,
     device: Device = None,
 ) -> None:
@@ -78,7 +82,7 @@ def atlas(
 
     Writes codebook/patches.safetensors into the model's folder.
 
-    Example:  digit atlas runs/demo/model --data runs/demo/cifar10
+    Example:  digit atlas runs/model --data data/cifar10
     """
     from digit.cli.generate import load
     from digit.evaluation.model_source import image_batches, open_images
