@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from digit import generation
 from digit.errors import DigitError
 from digit.generation import generate_folder, load_tokens_file
 from digit.sampling.acceleration import engine, workshop
+from digit.visual import GAP
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,21 @@ def test_a_killed_run_goes_on_where_it_was(pipe, reference, tmp_path, monkeypatc
     assert record["tokens_sha256"] == reference[1]["tokens_sha256"]
     assert files(out) == files(reference[0])
     assert not (out / ".run").exists()
+
+
+def test_the_grid_has_a_row_for_each_class(pipe, tmp_path):
+    named = pipe.with_parts(class_names=["cat", "dog", "cow"])
+    generate_folder(named, tmp_path / "few", 7, [2, 0], seed=4)
+    grid = np.asarray(Image.open(tmp_path / "few" / "grid.png"))
+    scale = grid.shape[0] // (2 * tiny.SIZE)
+    rows = [[0, 2, 4, 6], [1, 3, 5]]  # pictures of class 2, then of class 0
+    for row, pictures in enumerate(rows):
+        for column, number in enumerate(pictures):
+            picture = np.asarray(Image.open(tmp_path / "few" / f"{number:05d}.png")).repeat(scale, 0).repeat(scale, 1)
+            side = len(picture)
+            top, left = row * (side + GAP), grid.shape[1] - (4 - column) * (side + GAP) + GAP
+            assert (grid[top : top + side, left : left + side] == picture).all()
+    assert (grid[side + GAP :, -side:] == 255).all(), "class 0 has one picture less"
 
 
 def test_a_finished_run_is_not_made_again(pipe, reference, monkeypatch):

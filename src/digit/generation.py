@@ -24,6 +24,7 @@ from digit.sampling.engine import check_request
 from digit.visual import picture_grid
 
 GRID_PICTURES = 64
+GRID_CLASSES = 16  # as many rows; of more classes the pictures stay in order
 WRITERS = 4
 DECODED_AT_ONCE = 8
 WORTH_COMPILING = 120.0
@@ -46,9 +47,10 @@ def generate_folder(
 ) -> dict[str, Any]:
     """Generate ``num`` pictures into a folder.
 
-    Writes ``00000.png`` ..., ``grid.png`` (the first 64), ``generation.json`` and, if asked, ``tokens.npz``. PNG files are compressed by
-    worker threads while the next batch is sampled. A run that was killed goes on where it was when it is called again. Under torchrun
-    or accelerate launch every process makes its share of the pictures, and the last one to finish completes the folder.
+    Writes ``00000.png`` ..., ``grid.png`` (the first 64, a row for each class where they are few), ``generation.json`` and, if asked,
+    ``tokens.npz``. PNG files are compressed by worker threads while the next batch is sampled. A run that was killed goes on where it was
+    when it is called again. Under torchrun or accelerate launch every process makes its share of the pictures, and the last one to finish
+    completes the folder.
 
     Args:
         pipe: the model.
@@ -107,7 +109,7 @@ def generate_folder(
         "compile_seconds": round(sum(compile_seconds(m) for m in todo.models), 3),
         "images_per_second": round(todo.made / seconds, 3),
     }
-    return _complete(run, results, classes if save_tokens else None, save_tokens)
+    return _complete(run, results, classes if save_tokens else None, save_tokens, pipe.class_names)
 
 
 def _check(pipe: DigitPipeline, classes: torch.Tensor | None, decoder: str | None, settings: dict[str, Any]) -> None:
@@ -203,13 +205,29 @@ def _write(pixels: tuple[torch.Tensor, Any], place: int, path: Path) -> Path:
     return save_png(to_pil(images[place]), path)
 
 
-def _complete(run: RunFolder, results: dict[str, Any], labels: torch.Tensor | None, save_tokens: bool) -> dict[str, Any]:
+def _grid(run: RunFolder, names: Sequence[str]) -> Image.Image:
+    """The first pictures; where they are of a few classes with names, a row of each class."""
+    first = [Image.open(run.picture(i)) for i in range(min(GRID_PICTURES, run.identity["num"]))]
+    labels = run.identity["labels"]
+    if not names or not labels or len(set(labels)) > GRID_CLASSES:
+        return picture_grid(first)
+    rows: dict[int, list[Image.Image]] = {}
+    for index, picture in enumerate(first):
+        rows.setdefault(labels[index % len(labels)], []).append(picture)
+    columns = max(map(len, rows.values()))
+    blank = Image.new("RGB", first[0].size, "white")
+    cells = [picture for row in rows.values() for picture in (*row, *[blank] * (columns - len(row)))]
+    return picture_grid(cells, columns, row_titles=["no class" if label < 0 else names[label] for label in rows])
+
+
+def _complete(
+    run: RunFolder, results: dict[str, Any], labels: torch.Tensor | None, save_tokens: bool, names: Sequence[str]
+) -> dict[str, Any]:
     """Put the run together, if nothing is missing and no other process does."""
     if not run.claim():
         return {**run.identity, **results, "finished": False}
     tokens = run.tokens()
-    first = [Image.open(run.picture(i)) for i in range(min(GRID_PICTURES, run.identity["num"]))]
-    save_png(picture_grid(first), run.path / "grid.png")
+    save_png(_grid(run, names), run.path / "grid.png")
     if save_tokens:
         save_tokens_file(run.path / "tokens.npz", tokens, labels)
     return run.finish({**results, "tokens_sha256": tokens.sha256()})
