@@ -89,9 +89,23 @@ def test_blur_smooths_some_images_and_leaves_the_others() -> None:
     assert bool((out[blurred].var((1, 2, 3)) < 0.7 * images[blurred].var((1, 2, 3))).all())
 
 
+def test_noise_reaches_some_images_and_moves_no_other_draw() -> None:
+    images = torch.full((400, 3, 8, 8), 0.5)
+    quiet, noisy = (from_dict(Views, {**PLAIN, "size": 8, "noise": share}, "test") for share in (0.0, 0.5))
+    before, draws = draw_views(400, quiet, generator()), draw_views(400, noisy, generator())
+    for name in ("crop", "color", "contrast", "sigma"):
+        assert torch.equal(getattr(before, name), getattr(draws, name)), name
+    found = (apply_views(images, draws, 8) - 0.5).flatten(1).std(1)
+    reached = found > 1e-6
+    assert 160 < int(reached.sum()) < 240
+    assert found[reached].mean().item() == pytest.approx(0.075, abs=0.01)
+    assert 0.13 < found.max() < 0.19
+    assert apply_views(images, before, 8).std() < 1e-6
+
+
 def test_views_of_a_seed_are_the_same_and_in_range() -> None:
     images = torch.rand(32, 3, 32, 32, generator=generator())
-    first, again, other = (views_of(images, seed, size=24, blur=0.5) for seed in (1, 1, 2))
+    first, again, other = (views_of(images, seed, size=24, blur=0.5, noise=0.5) for seed in (1, 1, 2))
     assert first.shape == (32, 3, 24, 24)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -2,7 +2,7 @@
 
 Drawing and applying are two steps: :func:`draw_views` draws the numbers on the CPU, example by example, so that a seed gives the
 same views on every device; :func:`apply_views` makes the pictures wherever the images are. The recipe is SimCLR's and DINO's
-(random resized crop, flip, colour jitter, grey, blur); torchvision is not needed.
+(random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; torchvision is not needed.
 
 Sources: [0] Chen et al. 2020, arXiv 2002.05709, appendix A. [1] Caron et al. 2021, arXiv 2104.14294, section 3. Unlike there, the
 four colour changes are applied in one order, as one affine map of the three channels, and clamped once.
@@ -42,6 +42,8 @@ class Views:
         jitter: chance that the four colour changes above are applied.
         gray: chance of a grey picture.
         blur: chance of a Gaussian blur, whose sigma is 0.1 to 2 in units of size / 32 pixels.
+        noise: chance of white noise, whose deviation is up to 0.15 (10 dB below a usual picture). Features are stable under what the
+            views differ in; SimCLR and DINO have no noise, and small encoders learn no stability under it by themselves.
     """
 
     size: PositiveInt = 32
@@ -54,6 +56,7 @@ class Views:
     jitter: Share = 0.8
     gray: Share = 0.2
     blur: Share = 0.0
+    noise: Share = 0.0
 
     def __post_init__(self) -> None:
         if self.scale[0] > self.scale[1]:
@@ -68,12 +71,14 @@ class ViewDraws(NamedTuple):
         color: (B, 3, 3) the map of the channels: brightness, saturation, hue, grey.
         contrast: (B,) the contrast factor.
         sigma: (B,) of the blur, in pixels; 0 for none.
+        noise: (B, 3, size, size) what is added to the pixels at last; (B, 0) where views have none.
     """
 
     crop: Tensor
     color: Tensor
     contrast: Tensor
     sigma: Tensor
+    noise: Tensor
 
 
 def draw_views(count: int, views: Views, generator: torch.Generator) -> ViewDraws:
@@ -103,7 +108,11 @@ def draw_views(count: int, views: Views, generator: torch.Generator) -> ViewDraw
     contrast = torch.where(jittered, contrast, 1.0)
     color = torch.where(chance(views.gray)[:, None, None], to_gray @ color, color)
     sigma = torch.where(chance(views.blur), uniform(0.1, 2.0) * views.size / 32, 0.0)
-    return ViewDraws(crop, color, contrast, sigma)
+    noise = torch.empty(count, 0)
+    if views.noise:
+        deviation = torch.where(chance(views.noise), uniform(0.0, 0.15), 0.0)
+        noise = torch.randn(count, 3, views.size, views.size, generator=generator) * deviation[:, None, None, None]
+    return ViewDraws(crop, color, contrast, sigma, noise)
 
 
 def apply_views(images: Tensor, draws: ViewDraws, size: int) -> Tensor:
@@ -120,7 +129,8 @@ def apply_views(images: Tensor, draws: ViewDraws, size: int) -> Tensor:
     grid = F.affine_grid(draws.crop, [len(images), 3, size, size], align_corners=False)  # (B, size, size, 2)
     x = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     x = _recolor(x, draws.color, draws.contrast)
-    return _blur(x, draws.sigma) if draws.sigma.any() else x
+    x = _blur(x, draws.sigma) if draws.sigma.any() else x
+    return (x + draws.noise).clamp(0, 1) if draws.noise.numel() else x
 
 
 def _recolor(images: Tensor, color: Tensor, contrast: Tensor) -> Tensor:
