@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import tiny
-from digit.data.dataset import open_dataset
+from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache
 
 
@@ -26,3 +26,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def images(cifar512: Path) -> ImageDataset:
+    """Real photographs, as a dataset."""
+    return open_dataset(cifar512)

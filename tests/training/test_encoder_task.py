@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from digit.config import load_preset
-from digit.data.dataset import ImageDataset, open_dataset
+from digit.data.dataset import ImageDataset
 from digit.encoders import load_encoder
 from digit.errors import DigitError
 from digit.files import read_tensors
@@ -51,11 +51,6 @@ def training(**changes: object) -> TrainingConfig:
     return TrainingConfig(
         **{"steps": 30, "batch_size": 64, "lr": 2e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1, **changes}
     )
-
-
-@pytest.fixture(scope="module")
-def images(cifar512: Path) -> ImageDataset:
-    return open_dataset(cifar512)
 
 
 # how far the mean loss of the last five steps lies below that of the first five, as a share

@@ -9,7 +9,7 @@ from PIL import Image
 
 import tiny
 from digit.config import from_dict, load_preset, preset_names
-from digit.data.dataset import ImageDataset, open_dataset
+from digit.data.dataset import ImageDataset
 from digit.data.token_cache import TokenCache
 from digit.encoders.loading import small_conv
 from digit.errors import DigitError
@@ -41,11 +41,6 @@ def training(**changes: object) -> TrainingConfig:
         **{"steps": 30, "batch_size": 16, "lr": 3e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1,
            "validate_every": 0, **changes}
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(cifar512: Path) -> ImageDataset:
-    return open_dataset(cifar512)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from digit.config import from_dict, load_preset
-from digit.data.dataset import ImageDataset, open_dataset
+from digit.data.dataset import ImageDataset
 from digit.encoders.loading import small_conv
 from digit.errors import DigitError
 from digit.files import read_tensors
@@ -34,11 +34,6 @@ def training(**changes: object) -> TrainingConfig:
         **{"steps": 30, "batch_size": 16, "lr": 3e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1,
            "validate_every": 0, **changes}
     )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def images(cifar512: Path) -> ImageDataset:
-    return open_dataset(cifar512)
 
 
 def test_loss_falls_with_a_discriminator_and_the_codes_are_used(images: ImageDataset, tmp_path: Path) -> None:

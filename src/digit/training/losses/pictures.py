@@ -7,7 +7,7 @@ up, not a ratio of gradients.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -113,6 +113,33 @@ class PictureLoss:
     def judges(self, step: Step) -> bool:
         """Whether the discriminator has begun."""
         return self.discriminator is not None and step.progress >= self.objective.gan_start
+
+    def losses(
+        self,
+        loss: Tensor,
+        metrics: Mapping[str, Tensor],
+        judge: nn.Module | None,
+        rebuilt: Tensor,
+        images: Tensor,
+        seen: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        step: Step,
+    ) -> Iterator[Loss]:
+        """The end of a step: the generator's loss, with what it pays for being found out, then the discriminator's own.
+
+        Args:
+            loss, metrics: what the generator pays otherwise.
+            judge: the discriminator, as the loop may have wrapped it; None while it does not judge.
+            rebuilt, seen: pictures (B', 3, S, S) and their features.
+            images, wanted: images (B, 3, S, S) and theirs.
+            step: where the run is.
+        """
+        if judge is None:
+            yield Loss("model", loss, metrics)
+            return
+        judgement, more = self.judgement(judge, rebuilt, seen, step)
+        yield Loss("model", loss + judgement, {**metrics, **more})
+        yield self.discrimination(judge, rebuilt, images, seen, wanted)
 
     def judgement(
         self, discriminator: nn.Module, rebuilt: Tensor, seen: Sequence[Tensor], step: Step

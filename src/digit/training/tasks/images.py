@@ -80,3 +80,16 @@ def some_images(images: ImageDataset, count: int) -> ImageDataset:
     if not 0 < count < len(images):
         return images
     return images.subset(np.sort(np.random.default_rng(_SUBSET_SEED).permutation(len(images))[:count]))
+
+
+def mirrored(batch: Batch) -> Tensor:
+    """A batch's uint8 images (B, 3, S, S) in 0..1, those of them mirrored for which "flip" (B,) is drawn."""
+    images = batch["images"].float() / 255
+    return torch.where(batch["flip"][:, None, None, None], images.flip(3), images)
+
+
+def errors(rebuilt: Tensor, images: Tensor) -> tuple[float, float]:
+    """PSNR in dB and mean absolute error of pictures (b, 3, S, S), summed over them."""
+    squared = (rebuilt - images).square().flatten(1).mean(1)  # (b,)
+    psnr = -10 * squared.clamp(min=1e-10).log10()
+    return float(psnr.sum()), float((rebuilt - images).abs().flatten(1).mean(1).sum())

@@ -42,7 +42,7 @@ from digit.training.config import NonNegative
 from digit.training.extras import Extras, neighbours
 from digit.training.losses.pictures import PictureLoss, PictureObjective
 from digit.training.task import Batch, Loss, Step, Stream
-from digit.training.tasks.images import image_batches, image_chunks, some_images
+from digit.training.tasks.images import errors, image_batches, image_chunks, mirrored, some_images
 from digit.training.tasks.vqgan import VqganData
 from digit.training.views import Share
 from digit.visual import picture_grid
@@ -229,8 +229,7 @@ class OnePassTask:
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The loss of the pictures, then the discriminator's once it has begun."""
-        images = batch["images"].float() / 255
-        images = torch.where(batch["flip"][:, None, None, None], images.flip(3), images)
+        images = mirrored(batch)
         truth = batch["tokens"] if "tokens" in batch else self._tokenize(images)
         tokens = self.objective.extras.disturb({**batch, "prefix": truth}, step.progress, self.near).get("prefix", truth)
         painted, noise, information, metrics = self._noise(images)
@@ -247,13 +246,8 @@ class OnePassTask:
         seen = pictures.see(rebuilt)
         value, more = self._likeness(rebuilt[: len(images)], images, [s[: len(images)] for s in seen], wanted, painted)
         loss, metrics = loss + value, {**metrics, **more}
-        judged = pictures.judges(step)
-        if judged:
-            judgement, more = pictures.judgement(self.modules["discriminator"], rebuilt, seen, step)
-            loss, metrics = loss + judgement, {**metrics, **more}
-        yield Loss("model", loss, metrics)
-        if judged:
-            yield pictures.discrimination(self.modules["discriminator"], rebuilt, images, seen, wanted)
+        judge = self.modules["discriminator"] if pictures.judges(step) else None
+        yield from pictures.losses(loss, metrics, judge, rebuilt, images, seen, wanted, step)
 
     def after_step(self, step: Step) -> None:
         """Nothing to do."""
@@ -271,9 +265,9 @@ class OnePassTask:
             tokens = self._tokenize(images)
             labels = self._labels_of(count, len(images))
             rebuilt, other = (self._paint(tokens, count, seed, labels) for seed in (0, 1))
-            squared = (rebuilt - images).square().flatten(1).mean(1)  # (b,)
-            sums["psnr"] += float(-10 * squared.clamp(min=1e-10).log10().sum())
-            sums["l1"] += float((rebuilt - images).abs().flatten(1).mean(1).sum())
+            psnr, error = errors(rebuilt, images)
+            sums["psnr"] += psnr
+            sums["l1"] += error
             sums["agreement"] += float((self._tokenize(rebuilt) == tokens).float().mean(1).sum())
             sums["spread"] += float((rebuilt - other).abs().flatten(1).mean(1).sum())
             count += len(images)

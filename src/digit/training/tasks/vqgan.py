@@ -28,7 +28,7 @@ from digit.training.config import NonNegative, NonNegativeInt
 from digit.training.losses.pictures import PictureLoss, PictureObjective
 from digit.training.losses.quantizer import EmaQuantizer
 from digit.training.task import Batch, Loss, Step, Stream
-from digit.training.tasks.images import image_batches, image_chunks, open_images, some_images
+from digit.training.tasks.images import errors, image_batches, image_chunks, mirrored, open_images, some_images
 from digit.visual import picture_grid
 
 _PICTURES = 8
@@ -131,8 +131,7 @@ class VqganTask:
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The reconstruction's loss, then the discriminator's once it has begun."""
-        images = batch["images"].float() / 255
-        images = torch.where(batch["flip"][:, None, None, None], images.flip(3), images)
+        images = mirrored(batch)
         codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
         rebuilt = self.modules["decoder"](codes).float()  # (B, 3, S, S)
         pictures = self.pictures
@@ -143,13 +142,8 @@ class VqganTask:
         distance, more = pictures.perceptual(rebuilt, images, seen, wanted)
         loss = loss + distance + self.objective.commitment * commitment
         metrics |= {**more, "commitment": commitment.detach(), **self.quantizer.statistics()}
-        judged = pictures.judges(step)
-        if judged:
-            judgement, more = pictures.judgement(self.modules["discriminator"], rebuilt, seen, step)
-            loss, metrics = loss + judgement, {**metrics, **more}
-        yield Loss("model", loss, metrics)
-        if judged:
-            yield pictures.discrimination(self.modules["discriminator"], rebuilt, images, seen, wanted)
+        judge = self.modules["discriminator"] if pictures.judges(step) else None
+        yield from pictures.losses(loss, metrics, judge, rebuilt, images, seen, wanted, step)
 
     def after_step(self, step: Step) -> None:  # noqa: ARG002
         """Move the codebook."""
@@ -162,9 +156,8 @@ class VqganTask:
         psnr, error, uses = 0.0, 0.0, torch.zeros(self.vqgan.config.codes)
         for images in image_chunks(self.held_out, self.vqgan.config.resolution, self.device):
             tokens, rebuilt = self._reconstruct(images)
-            squared = (rebuilt - images).square().flatten(1).mean(1)  # (b,)
-            psnr += float(-10 * squared.clamp(min=1e-10).log10().sum())
-            error += float((rebuilt - images).abs().flatten(1).mean(1).sum())
+            more_psnr, more_error = errors(rebuilt, images)
+            psnr, error = psnr + more_psnr, error + more_error
             uses += torch.bincount(tokens.flatten().cpu(), minlength=len(uses))
         share = uses / uses.sum()
         return {
