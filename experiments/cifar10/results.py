@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from digit.files import read_json, write_bytes, write_json
-from digit.training.logs import read_metrics
+from digit.info import folder_part
+from digit.training.logs import last_metrics
 
 HERE = Path(__file__).parent
 KEPT = HERE / "results"
@@ -51,8 +52,8 @@ def collect(study: Path) -> None:
         name = record["name"]
         run, result = study / name, study / "results"
         if (run / "metrics.jsonl").exists():
-            record["metrics"] = _last_metrics(run)
-            record["parameters"] = _parameters(run / "model")
+            record["metrics"] = last_metrics(run)
+            record["parameters"] = folder_part(run, "model").parameters
         for place in (result / f"{name}.json", result / name.removeprefix("evaluate-") / "result.json"):
             if place.exists():
                 found = read_json(place)
@@ -60,27 +61,6 @@ def collect(study: Path) -> None:
                     key: found[key] for key in ("values", "settings", "data", "source", "reference") if key in found
                 }
         write_json(KEPT / f"{name}.json", record)
-
-
-def _last_metrics(run: Path) -> Json:
-    last: Json = {}
-    for line in read_metrics(run):
-        last.update(line)
-    return last
-
-
-def _parameters(model: Path) -> int:
-    from safetensors import safe_open
-
-    with safe_open(model / "model.safetensors", "pt") as file:
-        sizes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118 # it is no dictionary
-    total = 0
-    for shape in sizes:
-        count = 1
-        for side in shape:
-            count *= side
-        total += count
-    return total
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------------

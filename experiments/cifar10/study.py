@@ -113,9 +113,7 @@ class Study:
         return replace(step, command=f"{step.command} --model {self.out / 'models' / f'tokenizers-{K}'}")
 
     def _assemble(self, group: str, name: str, options: str = "", **parts: str) -> Step:
-        given = "".join(
-            f" --{part.split('_')[0]} {self.out / folder if '=' not in folder else folder}" for part, folder in parts.items()
-        )
+        given = "".join(f" --{part.split('_')[0]} {self.out / folder}" for part, folder in parts.items())
         command = f"assemble --name {name}{given}{options} --out {self.out / 'models' / name}"
         return Step(group, f"assemble-{name}", command)
 

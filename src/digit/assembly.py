@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from digit.config import from_dict, to_dict
+from digit.config import from_dict, read_value, to_dict
 from digit.encoders import load_encoder
 from digit.errors import DigitError
 from digit.models.component import load_component
@@ -95,6 +93,6 @@ def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str |
                 f"--default {item} was given; expected STAGE.NAME=VALUE, such as prior.cfg_scale=1.5; the stages of this model are: "
                 f"{', '.join(stages)}."
             )
-        settings.setdefault(stage, {})[name] = yaml.safe_load(value)
+        settings.setdefault(stage, {})[name] = read_value(value)
     chosen = {stage: from_dict(SamplingSettings, values, f"The defaults of {stage}") for stage, values in settings.items()}
     return pipe.with_parts(settings=chosen, default_decoder=pipe.pick_decoder(decoder) if decoder else pipe.default_decoder)

@@ -129,9 +129,14 @@ def _override(values: dict[str, Any], item: str, preset: str) -> None:
         node = node[part]
     if not isinstance(node, dict):
         raise DigitError(f"--set {item}: '{'.'.join(parents)}' is a value in preset {preset}, not a section.")
+    node[leaf] = read_value(text)
+
+
+def read_value(text: str) -> Any:
+    """What was typed for a field, read as YAML, so ``3e-4``, ``true`` and ``[1, 2]`` mean what they say."""
     value = yaml.safe_load(text)
     # YAML 1.1 reads 3e-4 as text, for want of a dot
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = float(value)
-    node[leaf] = value
+    return value

@@ -83,10 +83,11 @@ def folder_parts(folder: str | Path) -> list[Part]:
         "vqgan",
         "probe",
     ]
-    return [_folder_part(folder, place) for place in places if (folder / place / "config.json").is_file()]
+    return [folder_part(folder, place) for place in places if (folder / place / "config.json").is_file()]
 
 
-def _folder_part(folder: Path, place: str) -> Part:
+def folder_part(folder: Path, place: str) -> Part:
+    """The component at ``place`` in a folder; see :func:`folder_parts`."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / place / "model.safetensors"
@@ -227,7 +228,7 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
     folder = Path(folder)
     if not (folder / INDEX).is_file() and (folder / "config.json").is_file():
         tree = Tree(f"[bold]{escape(str(folder))}[/]")
-        _add_part(tree, _folder_part(folder, "."))
+        _add_part(tree, folder_part(folder, "."))
         return tree
     index = read_index(folder)
     parts = folder_parts(folder)

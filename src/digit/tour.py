@@ -28,7 +28,7 @@ from digit.pipeline import DigitPipeline
 from digit.reconstruction import reconstruction_sheet
 from digit.sampling import SamplingSettings
 from digit.training.build import build_task
-from digit.training.logs import read_metrics
+from digit.training.logs import last_metrics, read_metrics
 from digit.training.loop import train
 from digit.visual import picture_grid
 
@@ -175,10 +175,7 @@ def _losses(run: Path) -> list[tuple[int, float]]:
 
 
 def _outcome(run: Path, losses: list[tuple[int, float]]) -> dict[str, Any]:
-    last: dict[str, Any] = {}
-    for line in read_metrics(run):
-        last.update(line)
-    return {"first_loss": losses[0][1], "last_loss": losses[-1][1], "last_metrics": last}
+    return {"first_loss": losses[0][1], "last_loss": losses[-1][1], "last_metrics": last_metrics(run)}
 
 
 def _plot(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,21 @@ class _Space:
     assign: Callable[[Tensor], Tensor]
     codes: Tensor
 
+    @cached_property
+    def centred(self) -> Tensor:
+        """The codes less their mean."""
+        return self.codes - self.codes.mean(0)
+
     def measure(self, clean: tuple[Tensor, Tensor], images: Tensor) -> Tensor:
         """The measures of each image, (B, 4), against the features and tokens of the clean images."""
         before, old = clean  # (B, N, D), (B, N)
         after = self.features(images)
         new = self.assign(after)
-        centred = self.codes - self.codes.mean(0)
         parts = (
             (new != old).float(),
             F.cosine_similarity(before.float(), after.float(), dim=-1),
             F.cosine_similarity(self.codes[old], self.codes[new], dim=-1),
-            F.cosine_similarity(centred[old], centred[new], dim=-1),
+            F.cosine_similarity(self.centred[old], self.centred[new], dim=-1),
         )
         return torch.stack([part.mean(1) for part in parts], 1).cpu()
 

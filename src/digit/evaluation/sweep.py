@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
-from digit.config import to_dict
+from digit.config import read_value, to_dict
 from digit.errors import DigitError
 from digit.evaluation.features import FeatureSet, Source, measure
 from digit.evaluation.fidelity import FidelityOptions, compare
@@ -47,7 +46,7 @@ def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[A
     for item in items:
         name, separator, text = item.partition("=")
         name = name.strip().replace("-", "_")
-        values = [yaml.safe_load(part) for part in text.split(",")] if separator else []
+        values = [read_value(part) for part in text.split(",")] if separator else []
         if not name or not values or None in values:
             raise DigitError(f"{option} '{item}' was given; expected the form NAME=V1,V2,..., such as top_k=0,50,200.")
         if name in axes:

@@ -107,6 +107,14 @@ def read_metrics(out: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
+def last_metrics(out: str | Path) -> dict[str, Any]:
+    """The newest value of every metric of a run."""
+    last: dict[str, Any] = {}
+    for line in read_metrics(out):
+        last.update(line)
+    return last
+
+
 def _tensorboard(folder: Path, step: int) -> Any:
     try:
         module = require("torch.utils.tensorboard", "train", "writing TensorBoard events")
