@@ -133,8 +133,6 @@ def engine(model: TokenModel) -> str:
     stepper = workshop(model).stepper
     if stepper is None:
         return ""
-    return (
-        "C++"
-        if stepper.native
-        else ("compiled" if stepper.compiled else "plain") + (" as CUDA graphs" if stepper.graphs else "")
-    )
+    if stepper.native:
+        return "C++"
+    return ("compiled" if stepper.compiled else "plain") + (" as CUDA graphs" if stepper.graphs else "")
