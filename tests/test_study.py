@@ -48,6 +48,14 @@ def test_a_step_finds_what_it_needs_made_before():
         seen.add(made)
 
 
+def test_every_result_has_the_command_of_its_step():
+    steps = study.Study(Path("runs/study"), Path("data/cifar10"), HERE / "README.md", 5_000, "cpu").steps()
+    commands = {step.name: f"digit {step.command}" for step in steps}
+    for name, found in results.Results().steps.items():
+        command = found["command"].replace("runs/study/train-statistics.npz", str(HERE / "README.md"))
+        assert command == commands[name]
+
+
 def test_the_page_is_made_from_the_records():
     assert (HERE / "RESULTS.md").read_text() == results.page(results.Results())
 

@@ -37,6 +37,7 @@ FIDELITIES = {
     "cond-ar": "semantic prior + AR decoder, with a class",
     "cond-masked": "semantic prior + masked decoder, with a class",
     "cond-onepass": "semantic prior + one-pass decoder, with a class",
+    "plain": "the same as with the AR decoder, over the plain encoder's tokens",
 }
 
 
@@ -125,23 +126,23 @@ class Results:
         return table(["run", "parameters", "steps", "minutes", "on held-out images"], rows)
 
     def stability(self) -> str:
-        """Share of changed tokens, as the paper's Table 1."""
-        step = self.steps.get("evaluate-stability")
-        if step is None:
+        """Share of changed tokens, as the paper's Table 1, of VQ tokens and of both encoders' semantic tokens."""
+        measured = [("evaluate-stability", "vq", "VQ tokens"), *((step, "semantic", title) for step, title in ENCODERS.items())]
+        found = [(self.steps[step]["result"]["values"], space, title) for step, space, title in measured if step in self.steps]
+        if not found:
             return "Not measured yet.\n"
-        found = step["result"]["values"]
-        values = [v for v in found if v["kind"] == "noise"]
         rows = []
-        for space, title in (("vq", "VQ tokens"), ("semantic", "semantic tokens")):
+        others: dict[str, list[str]] = {}
+        for values, space, title in found:
+            own = [v for v in values if v["space"] == space]
             for key, label in MEASURES.items():
-                row = [v[key]["mean"] for snr in SNRS for v in values if v["space"] == space and v["level"] == snr]
+                row = [v[key]["mean"] for snr in SNRS for v in own if v["kind"] == "noise" and v["level"] == snr]
                 rows.append([f"{title}, {label}", *(f"{value:.3f}" for value in row)])
+            for v in (v for v in own if v["kind"] != "noise"):
+                others.setdefault(f"{v['kind']} {v['level']:g}", []).append(f"{v['changed']['mean']:.3f}")
         noise = table(["SNR in dB", *(f"{snr:g}" for snr in SNRS)], rows)
-        others: dict[str, dict[str, float]] = {}
-        for v in (v for v in found if v["kind"] != "noise"):
-            others.setdefault(f"{v['kind']} {v['level']:g}", {})[v["space"]] = v["changed"]["mean"]
-        shares = ([name, f"{by['vq']:.3f}", f"{by['semantic']:.3f}"] for name, by in others.items())
-        return f"{noise}\n{table(['other changes', 'VQ tokens changed', 'semantic tokens changed'], shares)}"
+        titles = [f"{title} changed" for _, _, title in found]
+        return f"{noise}\n{table(['other changes', *titles], ([name, *shares] for name, shares in others.items()))}"
 
     def ceilings(self) -> str:
         """What the decoders could reach at best: real tokens decoded."""
@@ -171,6 +172,10 @@ class Results:
         return "; ".join(f"{processor}, {threads} threads, {gpus}" for processor, threads, gpus in sorted(found))
 
 
+ENCODERS = {
+    "evaluate-stability": "semantic tokens",
+    "evaluate-stability-plain": "semantic tokens of the plain encoder",
+}
 MEASURES = {
     "changed": "changed",
     "cosine_features": "cosine of features",

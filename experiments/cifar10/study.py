@@ -28,6 +28,8 @@ SEEDS = (0, 1, 2)
 CLUSTERS = (256, 1024, 4096)
 K = 1024  # of the headline, as many as the VQGAN has codes
 DECODERS = ("onepass", "ar", "masked")
+PLAIN = "plain"
+"""Of the encoder that saw neither noise nor blur, and of all that was made with its tokens."""
 SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
@@ -82,6 +84,7 @@ class Study:
         yield from self._tokenizers()
         yield from self._core()
         yield from self._headline()
+        yield from self._plain()
         yield from self._sizes()
         yield from self._vocabularies()
         yield from self._curves()
@@ -95,19 +98,23 @@ class Study:
         command = f"train {component} --preset {preset} --data {data} --out {self.out / name} --resume{given}"
         return Step(group, name, command)
 
-    def _prior(self, group: str, name: str, clusters: int, *changes: str) -> Step:
+    def _prior(self, group: str, name: str, clusters: int | str, *changes: str) -> Step:
         return self._train(group, name, "prior", "cifar10-prior", self.out / f"tokens-{clusters}", *changes)
 
-    def _decoder(self, group: str, kind: str, clusters: int, *changes: str) -> Step:
+    def _decoder(self, group: str, kind: str, clusters: int | str, *changes: str) -> Step:
         name = kind if clusters == K else f"{kind}-{clusters}"
         return self._train(group, name, "decoder", f"cifar10-{kind}", self.out / f"tokens-{clusters}", *changes)
+
+    def _judge(self) -> tuple[str, str]:
+        """Settings of the perceptual loss: the plain encoder's features, for the other's are alike whether a picture is sharp."""
+        encoder = self.out / f"encoder-{PLAIN}" / "model"
+        return "objective.perceptual=encoder", f"objective.perceptual_encoder={encoder}"
 
     def _onepass(self, group: str) -> Step:
         """The one-pass decoder reads images, and their tokens from the cache."""
         changes = (
             f"data.tokens={self.out / f'tokens-{K}'}",
-            "objective.perceptual=encoder",
-            f"objective.perceptual_encoder={self.out / 'encoder' / 'model'}",
+            *self._judge(),
         )
         step = self._train(group, "onepass", "decoder", "cifar10-onepass", self.data, *changes)
         return replace(step, command=f"{step.command} --model {self.out / 'models' / f'tokenizers-{K}'}")
@@ -118,23 +125,24 @@ class Study:
         return Step(group, f"assemble-{name}", command)
 
     def _tokenizers(self) -> Iterator[Step]:
-        out, group = self.out, "tokenizers"
-        vit = "-vit" if self.profile == "gpu" else ""
-        yield self._train(group, "encoder", "encoder", f"cifar10-encoder{vit}", self.data)
-        judge = f"objective.perceptual_encoder={out / 'encoder' / 'model'}"
-        yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, "objective.perceptual=encoder", judge)
+        group = "tokenizers"
+        preset = "cifar10-encoder-vit" if self.profile == "gpu" else "cifar10-encoder"
+        plain = ("objective.views.noise=0", "objective.views.blur=0")
+        yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data, *plain)
+        yield self._train(group, "encoder", "encoder", preset, self.data)
+        yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._judge())
         yield from self._vocabulary(group, K)
 
-    def _vocabulary(self, group: str, clusters: int) -> Iterator[Step]:
+    def _vocabulary(self, group: str, name: int | str, encoder: str = "encoder", clusters: int | None = None) -> Iterator[Step]:
         """Codebook, tokenizers and the tokens of the training images."""
-        out, book = self.out, f"codebook-{clusters}"
-        command = f"fit-codebook --encoder {out / 'encoder'} --data {self.data} --clusters {clusters} --images 20000"
+        out, book = self.out, f"codebook-{name}"
+        command = f"fit-codebook --encoder {out / encoder} --data {self.data} --clusters {clusters or name} --images 20000"
         yield Step(group, book, f"{command} --out {out / book}")
-        parts = {"encoder": "encoder", "codebook": book, "vqgan": "vqgan"}
-        yield self._assemble(group, f"tokenizers-{clusters}", **parts)
-        tokens = out / f"tokens-{clusters}"
-        command = f"cache-tokens --model {out / 'models' / f'tokenizers-{clusters}'} --data {self.data} --out {tokens}"
-        yield Step(group, f"tokens-{clusters}", command)
+        parts = {"encoder": encoder, "codebook": book, "vqgan": "vqgan"}
+        yield self._assemble(group, f"tokenizers-{name}", **parts)
+        tokens = out / f"tokens-{name}"
+        command = f"cache-tokens --model {out / 'models' / f'tokenizers-{name}'} --data {self.data} --out {tokens}"
+        yield Step(group, f"tokens-{name}", command)
 
     # -- what is compared --------------------------------------------------------------------------------------------------
 
@@ -174,6 +182,19 @@ class Study:
             yield self._fidelity(group, f"semantic-s{seed}-ar", f"semantic-s{seed}", "--decoder ar")
         for kind in ("masked", "onepass"):
             yield self._fidelity(group, f"semantic-s0-{kind}", "semantic-s0", f"--decoder {kind}")
+
+    def _plain(self) -> Iterator[Step]:
+        """The model that is shipped, with the AR decoder, over tokens that noise and blur change more easily."""
+        group, name = PLAIN, PLAIN
+        yield from self._vocabulary(group, name, f"encoder-{PLAIN}", K)
+        yield self._prior(group, f"prior-{name}", name, "data.labels=true")
+        yield self._decoder(group, "ar", name)
+        options = " --dtype fp16" + "".join(f" --default {item}" for item in SHIPPED)
+        parts = {"base": f"models/tokenizers-{name}", "prior": f"prior-{name}", "decoder": f"ar-{name}"}
+        yield self._assemble(group, name, options, **parts)
+        model = self.out / "models" / name
+        yield self._evaluate(group, f"stability-{name}", f"stability {model} --data {self.data} --split test --num 2000")
+        yield self._fidelity(group, name, name)
 
     def _sizes(self) -> Iterator[Step]:
         """A VQ prior as large as semantic prior and decoder together, one with a class, and larger priors of both kinds."""
@@ -264,12 +285,12 @@ def is_done(step: Step, out: Path) -> bool:
 def main() -> None:
     """Run the groups that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", help="tokenizers, core, headline, sizes, vocabularies, curves; or names of steps")
+    parser.add_argument("groups", nargs="*", help="tokenizers, core, headline, plain, sizes, vocabularies, curves; or names of steps")
     parser.add_argument("--list", action="store_true", help="show the steps and which are done")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--reference", type=Path, default=Path("runs/study/train-statistics.npz"))
-    parser.add_argument("--images", type=int, default=10_000, help="generated for each fidelity")
+    parser.add_argument("--images", type=int, default=5_000, help="generated for each fidelity")
     parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--extra", action="append", default=[], help="given to every training, such as --extra=--device=cuda")
     parser.add_argument("--processes", type=int, default=1, help="that share every training, each with OMP_NUM_THREADS threads")
