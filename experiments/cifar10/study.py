@@ -285,7 +285,9 @@ def is_done(step: Step, out: Path) -> bool:
 def main() -> None:
     """Run the groups that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", help="tokenizers, core, headline, plain, sizes, vocabularies, curves; or names of steps")
+    parser.add_argument(
+        "groups", nargs="*", help="tokenizers, core, headline, plain, sizes, vocabularies, curves; or names of steps"
+    )
     parser.add_argument("--list", action="store_true", help="show the steps and which are done")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
