@@ -99,6 +99,7 @@ class Study:
         return Step(group, name, command)
 
     def _prior(self, group: str, name: str, clusters: int | str, *changes: str) -> Step:
+        """Over the tokens of a cache; VQ tokens are the same in all of them."""
         return self._train(group, name, "prior", "cifar10-prior", self.out / f"tokens-{clusters}", *changes)
 
     def _decoder(self, group: str, kind: str, clusters: int | str, *changes: str) -> Step:
@@ -131,6 +132,7 @@ class Study:
         yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data, *plain)
         yield self._train(group, "encoder", "encoder", preset, self.data)
         yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._judge())
+        yield from self._vocabulary(group, PLAIN, f"encoder-{PLAIN}", K)
         yield from self._vocabulary(group, K)
 
     def _vocabulary(self, group: str, name: int | str, encoder: str = "encoder", clusters: int | None = None) -> Iterator[Step]:
@@ -173,7 +175,7 @@ class Study:
         for seed in SEEDS:
             own = () if seed == 0 else (f"training.seed={seed}",)
             yield self._prior(group, f"prior-s{seed}", K, *own)
-            yield self._prior(group, f"vq-prior-s{seed}", K, "data.target=vq", *own)
+            yield self._prior(group, f"vq-prior-s{seed}", PLAIN, "data.target=vq", *own)
             base = f"models/tokenizers-{K}"
             parts = {f"decoder_{kind}": kind for kind in DECODERS}
             yield self._assemble(group, f"semantic-s{seed}", base=base, prior=f"prior-s{seed}", **parts)
@@ -186,7 +188,6 @@ class Study:
     def _plain(self) -> Iterator[Step]:
         """The model that is shipped, with the AR decoder, over tokens that noise and blur change more easily."""
         group, name = PLAIN, PLAIN
-        yield from self._vocabulary(group, name, f"encoder-{PLAIN}", K)
         yield self._prior(group, f"prior-{name}", name, "data.labels=true")
         yield self._decoder(group, "ar", name)
         options = " --dtype fp16" + "".join(f" --default {item}" for item in SHIPPED)
@@ -206,7 +207,7 @@ class Study:
             "semantic-large": ("model.transformer.dim=192",),
         }
         for name, changes in trials.items():
-            yield self._prior(group, f"prior-{name}", K, *changes)
+            yield self._prior(group, f"prior-{name}", PLAIN if name.startswith("vq") else K, *changes)
             decoder = {"decoder": "ar"} if name.startswith("semantic") else {}
             yield self._assemble(group, name, base=base, prior=f"prior-{name}", **decoder)
             yield self._fidelity(group, name, name)
