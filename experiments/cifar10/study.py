@@ -30,6 +30,8 @@ K = 1024  # of the headline, as many as the VQGAN has codes
 DECODERS = ("onepass", "ar", "masked")
 PLAIN = "plain"
 """Of the encoder that saw neither noise nor blur, and of all that was made with its tokens."""
+STEADY = ("objective.views.noise=0.5", "objective.views.blur=0.3", "training.epochs=5", "training.lr=1e-3")
+"""How the plain encoder is trained on, until noise and blur hardly change its tokens."""
 SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
@@ -128,9 +130,9 @@ class Study:
     def _tokenizers(self) -> Iterator[Step]:
         group = "tokenizers"
         preset = "cifar10-encoder-vit" if self.profile == "gpu" else "cifar10-encoder"
-        plain = ("objective.views.noise=0", "objective.views.blur=0")
-        yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data, *plain)
-        yield self._train(group, "encoder", "encoder", preset, self.data)
+        yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data)
+        steady = self._train(group, "encoder", "encoder", preset, self.data, *STEADY)
+        yield replace(steady, command=f"{steady.command} --from {self.out / f'encoder-{PLAIN}'}")
         yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._judge())
         yield from self._vocabulary(group, PLAIN, f"encoder-{PLAIN}", K)
         yield from self._vocabulary(group, K)

@@ -11,6 +11,7 @@ from digit.errors import DigitError
 from digit.files import read_tensors
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
+from digit.training.finetune import FineTune
 from digit.training.logs import read_metrics
 from digit.training.loop import train
 from digit.training.task import Step, Stream
@@ -40,11 +41,11 @@ RUNS = {
 }  # fmt: skip
 
 
-def build(images: ImageDataset, name: str, seed: int = 0) -> EncoderTask:
+def build(images: ImageDataset, name: str, seed: int = 0, start: FineTune | None = None) -> EncoderTask:
     torch.manual_seed(seed)
     model, objective = RUNS[name]
     held_out, rest = images.subset(range(64)), images.subset(range(64, 512))
-    return EncoderTask(model_from(model, "test"), objective_from(objective, "test"), rest, held_out)
+    return EncoderTask(model_from(model, "test"), objective_from(objective, "test"), rest, held_out, start=start)
 
 
 def training(**changes: object) -> TrainingConfig:
@@ -115,6 +116,36 @@ def test_export_gives_an_encoder_that_loads(images: ImageDataset, tmp_path: Path
     features = loaded(x)
     assert features.shape == (2, 64, loaded.dim)
     torch.testing.assert_close(features, task.method.encoder.eval()(x))
+
+
+@pytest.mark.parametrize("name", ["simclr", "ibot", "mae"])
+def test_a_run_goes_on_from_a_saved_encoder(images: ImageDataset, tmp_path: Path, name: str) -> None:
+    first = build(images, name)
+    train(first, training(steps=3), tmp_path / "run", device="cpu", show=False)
+    whole = build(images, name, seed=1, start=FineTune(source=str(tmp_path / "run")))
+    # a teacher is what is saved, and its student goes on from there
+    saved = first.method.encoder.state_dict()
+    for module in (whole.modules[name] for name in ("student", "teacher") if name in whole.modules):
+        torch.testing.assert_close(module.encoder.state_dict(), saved)
+    heads = {key: value for key, value in first.modules["student"].state_dict().items() if not key.startswith("encoder.")}
+    now = whole.modules["student"].state_dict()
+    assert heads
+    torch.testing.assert_close({key: now[key] for key in heads}, heads)
+    assert whole.description["start"]["weights"]
+
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "alone")
+    alone = build(images, name, seed=1, start=FineTune(source=str(tmp_path / "alone")))  # its heads begin anew
+    torch.testing.assert_close(alone.method.encoder.state_dict(), saved)
+    assert not all(torch.equal(alone.modules["student"].state_dict()[key], heads[key]) for key in heads)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({}, "another shape"), ({"freeze": ("head",)}, "--freeze and --lora are for token models")]
+)
+def test_a_saved_encoder_that_does_not_fit(images: ImageDataset, tmp_path: Path, change: dict, words: str) -> None:
+    build(images, "simclr").export(tmp_path / "model", {})
+    with pytest.raises(DigitError, match=words):
+        build(images, "mae", start=FineTune(source=str(tmp_path / "model"), **change))
 
 
 @pytest.mark.parametrize("name", ["simclr", "ibot", "mae"])

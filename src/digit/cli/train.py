@@ -214,7 +214,7 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", help="Fine-tune a saved prior or decoder, given it, its training run, or a whole model."),
+        typer.Option("--from", help="Go on from a saved prior, decoder or encoder, given it, its run, or a whole model."),
     ] = None,
     freeze: Annotated[
         list[str] | None,

@@ -72,12 +72,12 @@ def build_task(
         return onepass_build.build(preset, data, where, parts, start), config
     if component in ("prior", "decoder"):
         return _tokens(component, preset, data, where, config, vqgan, start), config
-    if start is not None:
-        raise DigitError(f"Only a prior or a decoder can start from a saved model; a new {component} changes what tokens mean.")
     if component == "encoder":
         from digit.training.tasks import encoder
 
-        return encoder.build(preset, data, where), config
+        return encoder.build(preset, data, where, start), config
+    if start is not None:
+        raise DigitError("A VQGAN cannot start from a saved one; --from is for encoders, priors and decoders.")
     from digit.training.tasks import vqgan as autoencoder
 
     return autoencoder.build(preset, data, where), config

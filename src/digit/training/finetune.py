@@ -30,6 +30,7 @@ from digit.hub import resolve_model
 from digit.models.component import load_component
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline import read_index
+from digit.training import checkpoint
 from digit.training.tasks.tokens import TokenData, token_model_config
 
 _TRAINING_FIELDS = ("class_dropout", "label_smoothing")
@@ -43,7 +44,7 @@ class FineTune:
     """From what a run starts, and what may move.
 
     Attributes:
-        source: a saved prior or decoder, the run that made it, or a whole model.
+        source: a saved prior, decoder or encoder, the run that made it, or a whole model.
         freeze: parts that stay as they are: "embeddings" (tokens and positions), "classes" (and the start vector), "blocks",
             "blocks:N" (the first N), "head" (with the norm before it).
         lora: rank of the changes of the blocks' matrices; all else but the classes then stays as it is. 0 trains the weights.
@@ -69,11 +70,11 @@ class Start(NamedTuple):
 
 
 def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
-    """The folder of a saved prior or decoder, and the class names that a whole model says.
+    """The folder of a saved part, and the class names that a whole model says.
 
     Args:
         source: see :class:`FineTune`.
-        role: "prior", or a decoder's kind.
+        role: "encoder", "prior", or a decoder's kind.
 
     Raises:
         DigitError: nothing there, or a model without such a part.
@@ -83,10 +84,30 @@ def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
         return part_folder(path), []
     whole = resolve_model(source)
     index = read_index(whole)
-    folder = whole / ("prior" if role == "prior" else f"decoder/{role}")
+    decodes = role not in ("encoder", "prior")
+    folder = whole / (f"decoder/{role}" if decodes else role)
     if not folder.is_dir():
-        raise DigitError(f"The model {source} has no {role if role == 'prior' else f'decoder {role!r}'} to start from.")
+        raise DigitError(f"The model {source} has no {f'decoder {role!r}' if decodes else role} to start from.")
     return folder, list(index["class_names"])
+
+
+def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) -> None:
+    """Go on with what only training has (a discriminator, a projection head) of the run that made the saved part.
+
+    Args:
+        modules: of the new run.
+        run: the other's folder; nothing is taken where it has no checkpoint.
+        names: of the modules; one that the run has not, or of another shape, stays as it is.
+    """
+    last = checkpoint.latest(Path(run))
+    if last is None:
+        return
+    tensors = checkpoint.load(last).tensors["modules"]
+    for name in (name for name in names if name in modules):
+        mine = modules[name].state_dict()
+        saved = {key: tensors[f"{name}.{key}"] for key in mine if f"{name}.{key}" in tensors}
+        if len(saved) == len(mine) and all(saved[key].shape == mine[key].shape for key in mine):
+            modules[name].load_state_dict(saved)
 
 
 def open_start(source: str, role: str) -> Start:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from PIL import Image
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from digit.config import config, from_dict, to_dict
 from digit.data.dataset import ImageDataset
-from digit.encoders.loading import small_conv, small_vit
+from digit.encoders.base import weights_checksum
+from digit.encoders.loading import load_encoder, small_conv, small_vit
 from digit.errors import DigitError
 from digit.models.transformer import PositiveInt
 from digit.training.config import NonNegativeInt
+from digit.training.finetune import FineTune, start_folder, take_modules
 from digit.training.losses.distillation import DistillationMethod, DistillationObjective
 from digit.training.losses.masked_autoencoder import MaskedAutoencoderMethod, MaskedAutoencoderObjective
 from digit.training.losses.pairs import PairMethod, PairObjective, spread
@@ -159,6 +161,7 @@ class EncoderTask:
         train: ImageDataset,
         held_out: ImageDataset | None = None,
         memory: int = 0,
+        start: FineTune | None = None,
     ) -> None:
         """Set up.
 
@@ -168,9 +171,14 @@ class EncoderTask:
             train: what from.
             held_out: what its features are measured on; None measures nothing.
             memory: how many training images are the neighbours; 0 takes all.
+            start: the saved encoder to begin with, with the heads of its run where there is one.
+
+        Raises:
+            DigitError: that encoder is of another shape.
         """
         self.method = build_method(model, objective)
         self.modules = nn.ModuleDict(self.method.modules)
+        origin = {} if start is None else {"start": self._start(start)}
         self.train, self.examples = train, len(train)
         self.size = model.image_size
         self.memory = some_images(train, memory)
@@ -181,7 +189,23 @@ class EncoderTask:
             "model": to_dict(model),
             "objective": to_dict(objective),
             "data": {"name": train.name, "split": train.split, "fingerprint": train.fingerprint},
+            **origin,
         }
+
+    def _start(self, start: FineTune) -> dict[str, Any]:
+        """Begin with saved weights; what to note about them."""
+        if start.freeze or start.lora:
+            raise DigitError("--freeze and --lora are for token models; an encoder is trained as a whole.")
+        folder, _ = start_folder(start.source, "encoder")
+        saved = load_encoder(folder)
+        tensors = saved.state_dict()
+        mine = {name: tensor.shape for name, tensor in self.method.encoder.state_dict().items()}
+        if mine != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise DigitError(f"The encoder {start.source} is of another shape than the preset's model section describes.")
+        take_modules(self.modules, start.source, tuple(self.modules))
+        for name in {"student", "teacher"} & set(self.modules):
+            cast(nn.Module, self.modules[name].encoder).load_state_dict(tensors)
+        return {"weights": weights_checksum(saved)}
 
     def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
         """Matrices and kernels decay; biases, norms and tokens do not."""
@@ -234,14 +258,14 @@ class EncoderTask:
         self.method.encoder.save_pretrained(folder)
 
 
-def build(preset: Mapping[str, Any], data: str | Path, where: str) -> EncoderTask:
-    """The task of an encoder preset over a dataset, with random weights from torch's global generator.
+def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> EncoderTask:
+    """The task of an encoder preset over a dataset, with random weights from torch's global generator or those of a saved encoder.
 
     Raises:
-        DigitError: a section is wrong, or the dataset cannot be opened.
+        DigitError: a section is wrong, the dataset cannot be opened, or ``start`` does not fit.
     """
     model = model_from(preset["model"], f"{where}, model")
     objective = objective_from(preset.get("objective") or {}, f"{where}, objective")
     choice = from_dict(EncoderData, preset.get("data") or {}, f"{where}, data")
     train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
-    return EncoderTask(model, objective, train, held_out, choice.memory)
+    return EncoderTask(model, objective, train, held_out, choice.memory, start)

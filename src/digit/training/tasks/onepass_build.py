@@ -21,9 +21,8 @@ from digit.models.onepass import OnePassConfig, OnePassDecoder
 from digit.pipeline import DigitPipeline
 from digit.tokenizers.semantic import SemanticTokenizer
 from digit.tokenizers.vqgan import VQGAN
-from digit.training import checkpoint
 from digit.training.extras import set_embeddings
-from digit.training.finetune import FineTune, start_folder
+from digit.training.finetune import FineTune, start_folder, take_modules
 from digit.training.tasks.images import image_chunks, open_images
 from digit.training.tasks.onepass import OnePassData, OnePassObjective, OnePassTask
 
@@ -67,7 +66,8 @@ def build(
     vqgan = None if parts.vqgan is None or shape.head == "pixels" else parts.vqgan.requires_grad_(False)
     task = OnePassTask(model, objective, tokenizer, train, held_out, choice, cache, samples, vqgan, origin)
     if start is not None:
-        _take_helpers(task, Path(start.source))
+        # a decoder gives its noise a meaning; a posterior that begins anew would not know it
+        take_modules(task.modules, start.source, ("posterior", "discriminator"))
     return task
 
 
@@ -106,24 +106,6 @@ def _start(start: FineTune, shape: OnePassConfig) -> tuple[OnePassDecoder, dict[
     model = OnePassDecoder(shape)
     load_strict(model, saved.state_dict(), start.source)
     return model.requires_grad_(True), {"weights": weights_checksum(saved)}
-
-
-def _take_helpers(task: OnePassTask, run: Path) -> None:
-    """Go on with the posterior and the discriminator of the run that made the decoder, if it is one and they are of the same shape.
-
-    A decoder gives its noise a meaning; a posterior that begins anew would not know it.
-    """
-    last = checkpoint.latest(run)
-    if last is None:
-        return
-    tensors = checkpoint.load(last).tensors["modules"]
-    for name in ("posterior", "discriminator"):
-        if name not in task.modules:
-            continue
-        mine = task.modules[name].state_dict()
-        saved = {key: tensors[f"{name}.{key}"] for key in mine if f"{name}.{key}" in tensors}
-        if len(saved) == len(mine) and all(saved[key].shape == mine[key].shape for key in mine):
-            task.modules[name].load_state_dict(saved)
 
 
 def _open_cache(folder: str, data: str | Path, split: str, tokenizer: SemanticTokenizer) -> TokenCache:
