@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -65,7 +66,13 @@ class Discriminator(nn.Module):
             Logits (B, 1, S / 2^levels, S / 2^levels) of the pixels, then (B, 1, h, w) of every layer.
         """
         judges = zip(self.features, features, strict=True)
-        return [self.pixels(images * 2 - 1), *(judge(layer) for judge, layer in judges)]
+        return [self.pixels(images * 2 - 1), *(judge(_unit(layer)) for judge, layer in judges)]
+
+
+def _unit(layer: Tensor) -> Tensor:
+    """Features (B, C, h, w) whose channels have a mean square of 1 everywhere: a judge whose steepness is bounded must not depend on
+    the scale of a network's layers, and ours are small."""
+    return layer * torch.rsqrt(layer.square().mean(1, keepdim=True) + 1e-6)
 
 
 def _convolution(width_in: int, width: int, kernel: int, stride: int = 1) -> nn.Module:
