@@ -10,9 +10,11 @@ from PIL import Image
 
 import tiny
 from digit import DigitPipeline
+from digit.assembly import assemble
 from digit.errors import DigitError
 from digit.files import write_json
 from digit.generation import generate_folder, load_tokens_file
+from digit.models.component import save_component
 from digit.sampling import SamplingSettings
 
 
@@ -143,6 +145,16 @@ def test_a_baseline_in_vq_space_needs_no_decoder(tmp_path):
     prior = tiny.token_model(vocab_size=tiny.CODES, num_classes=2)
     pipe = DigitPipeline(prior=prior, vqgan=tiny.vqgan(), space="vq")
     assert len(DigitPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "m"))(labels=[0, 1])) == 2
+
+
+def test_maskgit_is_a_masked_model_in_vq_space_without_a_prefix(tmp_path):
+    alone = tiny.token_model("masked", prefix_vocab_size=0, prefix_length=0)
+    save_component(tmp_path / "maskgit", alone, alone.config, {"space": "vq"})
+    tiny.vqgan().save_pretrained(tmp_path / "vqgan")
+    pipe = assemble(vqgan=tmp_path / "vqgan", prior=tmp_path / "maskgit")
+    pictures = DigitPipeline.from_pretrained(pipe.save_pretrained(tmp_path / "m"))(num=3, steps=4)
+    assert len(pictures) == 3
+    assert pictures[0].tobytes() != pictures[1].tobytes()
 
 
 def test_a_damaged_model_is_named(pipe, tmp_path):

@@ -26,8 +26,9 @@ Json = dict[str, Any]
 FIDELITIES = {
     "vq-s{}": "VQ prior (baseline)",
     "semantic-s{}-ar": "semantic prior + AR decoder",
-    "semantic-s{}-masked": "semantic prior + masked decoder",
     "semantic-s{}-onepass": "semantic prior + one-pass decoder",
+    "vq-masked": "VQ tokens alone, masked (MaskGIT, baseline)",
+    "semantic-s{}-masked": "semantic prior + masked decoder",
     "vq-whole": "VQ prior as large as prior and decoder together",
     "vq-large": "VQ prior, width 192",
     "semantic-large": "semantic prior, width 192, + AR decoder",

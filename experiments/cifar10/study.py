@@ -186,6 +186,10 @@ class Study:
         yield self._fidelity(group, "semantic-s0-onepass", "semantic-s0", "--decoder onepass")
         yield self._assemble(group, "semantic-s0-masked", base="models/semantic-s0", decoder="masked")
         yield self._fidelity(group, "semantic-s0-masked", "semantic-s0-masked", "--decoder masked")
+        # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above
+        yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{PLAIN}", "data.prefix=null")
+        yield self._assemble(group, "vq-masked", base=f"models/tokenizers-{K}", prior="maskgit")
+        yield self._fidelity(group, "vq-masked", "vq-masked")
 
     def _plain(self) -> Iterator[Step]:
         """The model that is shipped, with the AR decoder, over tokens that noise and blur change more easily."""
