@@ -27,7 +27,7 @@ from digit.files import read_json, write_json
 SEEDS = (0, 1, 2)
 CLUSTERS = (256, 1024, 4096)
 K = 1024  # of the headline, as many as the VQGAN has codes
-DECODERS = ("onepass", "ar")  # of the model that is shipped, the default first
+DECODERS = ("ar", "masked", "onepass")
 PLAIN = "plain"
 """Of the encoder that saw neither noise nor blur, and of all that was made with its tokens."""
 STEADY = ("objective.views.noise=0.5", "objective.views.blur=0.3", "training.epochs=5", "training.lr=1e-3")
@@ -158,17 +158,15 @@ class Study:
         for kind in ("ar", "masked"):
             yield self._decoder(group, kind, K)
         # stored as it is shipped, so that what is measured is what is shipped
-        options = " --dtype fp16 --default-decoder onepass" + "".join(f" --default {item}" for item in SHIPPED)
-        parts = {f"decoder_{kind}": kind for kind in DECODERS}
-        yield self._assemble(group, "cond", options, base=f"models/tokenizers-{K}", prior="prior-cond", **parts)
-        yield self._assemble(group, "cond-masked", base="models/cond", decoder="masked")
+        options = " --dtype fp16" + "".join(f" --default {item}" for item in SHIPPED)
+        yield self._assemble(group, "cond", options, base=f"models/tokenizers-{K}", prior="prior-cond", decoder="ar")
+        yield self._assemble(group, "cond-all", base="models/cond", decoder_1="masked", decoder_2="onepass")
         model = out / "models" / "cond"
         yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
-        command = f"reconstruction {model}-masked --data {self.data} --split test --num {self.images} --lpips none"
-        yield self._evaluate(group, "reconstruction", command)
         for kind in DECODERS:
-            yield self._fidelity(group, f"cond-{kind}", "cond", f"--decoder {kind}")
-        yield self._fidelity(group, "cond-masked", "cond-masked", "--decoder masked")
+            yield self._fidelity(group, f"cond-{kind}", "cond" if kind == "ar" else "cond-all", f"--decoder {kind}")
+        command = f"reconstruction {model}-all --data {self.data} --split test --num {self.images} --lpips none"
+        yield self._evaluate(group, "reconstruction", command)
 
     def _headline(self) -> Iterator[Step]:
         """Unconditional: a prior over semantic tokens with each decoder against the same prior over VQ tokens."""
@@ -178,14 +176,13 @@ class Study:
             yield self._prior(group, f"prior-s{seed}", K, *own)
             yield self._prior(group, f"vq-prior-s{seed}", PLAIN, "data.target=vq", *own)
             base = f"models/tokenizers-{K}"
-            parts = {f"decoder_{kind}": kind for kind in DECODERS}
-            yield self._assemble(group, f"semantic-s{seed}", base=base, prior=f"prior-s{seed}", **parts)
+            yield self._assemble(group, f"semantic-s{seed}", base=base, prior=f"prior-s{seed}", decoder="ar")
             yield self._assemble(group, f"vq-s{seed}", base=base, prior=f"vq-prior-s{seed}")
             yield self._fidelity(group, f"vq-s{seed}", f"vq-s{seed}")
-            yield self._fidelity(group, f"semantic-s{seed}-ar", f"semantic-s{seed}", "--decoder ar")
-        yield self._fidelity(group, "semantic-s0-onepass", "semantic-s0", "--decoder onepass")
-        yield self._assemble(group, "semantic-s0-masked", base="models/semantic-s0", decoder="masked")
-        yield self._fidelity(group, "semantic-s0-masked", "semantic-s0-masked", "--decoder masked")
+            yield self._fidelity(group, f"semantic-s{seed}-ar", f"semantic-s{seed}")
+        yield self._assemble(group, "semantic-s0-all", base="models/semantic-s0", decoder_1="masked", decoder_2="onepass")
+        for kind in ("masked", "onepass"):
+            yield self._fidelity(group, f"semantic-s0-{kind}", "semantic-s0-all", f"--decoder {kind}")
         # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above
         yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{PLAIN}", "data.prefix=null")
         yield self._assemble(group, "vq-masked", base=f"models/tokenizers-{K}", prior="maskgit")
