@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from digit.config import from_dict
@@ -12,6 +14,7 @@ from digit.errors import DigitError
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
+from digit.training.losses.pictures import PictureObjective
 from digit.training.losses.quantizer import EmaQuantizer, rotate
 from digit.training.neighbours import neighbour_accuracy
 from digit.training.views import ViewDraws, Views, apply_views, draw_views
@@ -332,3 +335,31 @@ def test_neighbours_of_random_features_are_at_chance() -> None:
     x = torch.randn(1000, 16, generator=generator())
     labels = torch.randint(10, (1000,), generator=generator(1))
     assert math.isclose(neighbour_accuracy(x[:500], labels[:500], x[500:], labels[500:]), 0.1, abs_tol=0.06)
+
+
+@given(shift=st.integers(1, 4), seed=st.integers(0, 99))
+def test_image_and_picture_are_moved_alike(shift: int, seed: int) -> None:
+    objective = PictureObjective(shift=shift)
+    batch = objective.draw(3, torch.Generator().manual_seed(seed))
+    y, x = batch["shift"][0].tolist()
+    assert 0 <= min(y, x) <= max(y, x) <= 2 * shift
+    pictures = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+    moved = objective.moved(pictures, batch)
+    assert moved.shape == pictures.shape
+    whole = slice(2 * shift, 16 - 2 * shift)  # what no shift brings near a side
+    seen = moved[..., whole, whole]
+    rows, columns = (slice(whole.start + d - shift, whole.stop + d - shift) for d in (y, x))
+    torch.testing.assert_close(seen, pictures[..., rows, columns], rtol=0, atol=0)
+
+
+def test_without_a_shift_nothing_is_drawn_or_moved() -> None:
+    objective, pictures = PictureObjective(), torch.rand(2, 3, 8, 8)
+    assert set(objective.draw(2, torch.Generator())) == {"flip"}
+    assert objective.moved(pictures, {}) is pictures
+
+
+def test_a_judge_does_not_mind_the_scale_of_features() -> None:
+    torch.manual_seed(0)
+    judge = Discriminator(DiscriminatorConfig(channels=4, levels=1, feature_channels=4), (6,)).eval()
+    images, layer = torch.rand(2, 3, 8, 8), torch.randn(2, 6, 4, 4)
+    torch.testing.assert_close(judge(images, [layer])[1], judge(images, [layer * 0.1])[1], rtol=1e-3, atol=1e-4)

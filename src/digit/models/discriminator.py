@@ -71,7 +71,8 @@ class Discriminator(nn.Module):
 
 def _unit(layer: Tensor) -> Tensor:
     """Features (B, C, h, w) whose channels have a mean square of 1 everywhere: a judge whose steepness is bounded must not depend on
-    the scale of a network's layers, and ours are small."""
+    the scale of a network's layers, and ours are small.
+    """
     return layer * torch.rsqrt(layer.square().mean(1, keepdim=True) + 1e-6)
 
 

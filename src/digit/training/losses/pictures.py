@@ -8,10 +8,11 @@ up, not a ratio of gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from digit.config import config
@@ -19,7 +20,7 @@ from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.training.config import NonNegative, Positive
 from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
-from digit.training.task import Loss, Step
+from digit.training.task import Batch, Loss, Step
 from digit.training.views import Share
 
 
@@ -38,6 +39,9 @@ class PictureObjective:
         discriminator: its shape.
         discriminator_lr: its learning rate, as a factor of the run's.
         flip: chance of mirroring a picture left to right.
+        shift: image and picture are moved by up to so many pixels, together, before they are compared and judged. Networks that halve
+            the side see a pattern of two or four pixels only where it falls between their steps, and a generator that is left to
+            judges alone learns to hide in the steps (translation is one of DiffAugment's, Zhao et al. 2020, arXiv 2006.10738).
     """
 
     l1: NonNegative = 1.0
@@ -51,6 +55,22 @@ class PictureObjective:
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     discriminator_lr: Positive = 1.0
     flip: Share = 0.5
+    shift: Annotated[int, Field(ge=0)] = 0
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """The random numbers of ``count`` examples: "flip" (count,) bool and, where there is a shift, "shift" (count, 2)."""
+        drawn = {"flip": torch.rand(count, generator=generator) < self.flip}
+        if self.shift:
+            drawn["shift"] = torch.randint(2 * self.shift + 1, (count, 2), generator=generator)
+        return drawn
+
+    def moved(self, pictures: Tensor, batch: Batch) -> Tensor:
+        """Pictures (B, 3, S, S) moved by the batch's first draw; what comes into view at a side is mirrored."""
+        if not self.shift:
+            return pictures
+        y, x = batch["shift"][0].tolist()
+        side = pictures.shape[-1]
+        return F.pad(pictures, (self.shift,) * 4, mode="reflect")[..., y : y + side, x : x + side]
 
     def __post_init__(self) -> None:
         if (self.perceptual == "encoder") != (self.perceptual_encoder is not None):

@@ -212,7 +212,7 @@ class OnePassTask:
 
         def draw(count: int, generator: torch.Generator) -> Batch:
             empty = torch.zeros(count, length)
-            drawn = {"flip": torch.rand(count, generator=generator) < self.objective.flip}
+            drawn = self.objective.draw(count, generator)
             drawn["drop"] = torch.rand(count, generator=generator)
             if self.samples is not None:
                 drawn["sampled"] = self.samples[torch.randint(len(self.samples), (count,), generator=generator)]
@@ -240,6 +240,7 @@ class OnePassTask:
         labels = None if labels is None else torch.cat([labels, torch.full_like(sampled[:, 0], -1)])
         loss, rebuilt = self._rebuild(tokens, noise, labels, images)  # (), (B + samples, 3, S, S)
         loss = loss + self.objective.kl * information
+        images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
         pictures = self.pictures
         with torch.no_grad():
             wanted = pictures.see(images)

@@ -122,18 +122,15 @@ class VqganTask:
         self.device = device
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
-        """Images as uint8, and which of them are mirrored."""
-
-        def draw(count: int, generator: torch.Generator) -> Batch:
-            return {"flip": torch.rand(count, generator=generator) < self.objective.flip}
-
-        return image_batches(self.train, self.vqgan.config.resolution, stream, draw)
+        """Images as uint8, and how they are mirrored and moved."""
+        return image_batches(self.train, self.vqgan.config.resolution, stream, self.objective.draw)
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The reconstruction's loss, then the discriminator's once it has begun."""
         images = mirrored(batch)
         codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
         rebuilt = self.modules["decoder"](codes).float()  # (B, 3, S, S)
+        images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
         pictures = self.pictures
         with torch.no_grad():
             wanted = pictures.see(images)
