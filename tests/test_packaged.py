@@ -64,7 +64,7 @@ def test_the_stability_of_the_study_again(tmp_path):
 
     build_cifar10(tmp_path / "cifar10")
     images = open_images(tmp_path / "cifar10", "test", 2000)
-    kept = json.loads((STUDY / "evaluate-stability-plain.json").read_text())["result"]["values"]
+    kept = json.loads((STUDY / "evaluate-stability.json").read_text())["result"]["values"]
     levels = [change for change in NOISE if change.level in (30, 10)]
     for row in stability(DigitPipeline.from_pretrained("cifar10"), images, levels):
         (before,) = (v for v in kept if (v["space"], v["kind"], v["level"]) == (row.space, "noise", row.change.level))
