@@ -60,8 +60,19 @@ def test_python_blocks_are_python():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, cifar512) -> Path:
+    """Where the short blocks of all pages run."""
+    return as_supposed(tmp_path_factory.mktemp("reader"), cifar512)
+
+
+@pytest.fixture
+def own_place(tmp_path, cifar512) -> Path:
+    """Where a page's long blocks run, without what other pages left behind."""
+    return as_supposed(tmp_path / "reader", cifar512)
+
+
+def as_supposed(folder: Path, cifar512: Path) -> Path:
     """A folder as the pages suppose it: a model, a dataset with two splits, a photograph, a folder of pictures."""
-    folder = tmp_path_factory.mktemp("reader")
+    folder.mkdir(exist_ok=True)
     images = open_dataset(cifar512, "train")
     classes = list(images.classes)
     pipe = tiny.pipeline().with_parts(prior=tiny.token_model("prior", num_classes=len(classes)), class_names=classes)
@@ -110,10 +121,10 @@ def test_the_blocks_of_a_page_run_one_after_the_other(page, place, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted({block.page for block in ALL if block.mark == "run, slow"}))
-def test_the_long_blocks_run_with_short_trainings(page, place, monkeypatch):
+def test_the_long_blocks_run_with_short_trainings(page, own_place, monkeypatch):
     for block in ALL:
         if block.page == page and block.mark == "run, slow":
-            run_block(block, place, monkeypatch, shorten=True)
+            run_block(block, own_place, monkeypatch, shorten=True)
 
 
 def test_wrong_commands_would_be_noticed():
