@@ -127,6 +127,10 @@ class Study:
         command = f"assemble --name {name}{given}{options} --out {self.out / 'models' / name}"
         return Step(group, f"assemble-{name}", command)
 
+    def _shipped(self, group: str, name: str, **parts: str) -> Step:
+        """A model stored as it is shipped, so that what is measured is what is shipped."""
+        return self._assemble(group, name, " --dtype fp16" + "".join(f" --default {item}" for item in SHIPPED), **parts)
+
     def _tokenizers(self) -> Iterator[Step]:
         group = "tokenizers"
         preset = "cifar10-encoder-vit" if self.profile == "gpu" else "cifar10-encoder"
@@ -157,9 +161,7 @@ class Study:
         yield self._onepass(group)
         for kind in ("ar", "masked"):
             yield self._decoder(group, kind, K)
-        # stored as it is shipped, so that what is measured is what is shipped
-        options = " --dtype fp16" + "".join(f" --default {item}" for item in SHIPPED)
-        yield self._assemble(group, "cond", options, base=f"models/tokenizers-{K}", prior="prior-cond", decoder="ar")
+        yield self._shipped(group, "cond", base=f"models/tokenizers-{K}", prior="prior-cond", decoder="ar")
         yield self._assemble(group, "cond-all", base="models/cond", decoder_1="masked", decoder_2="onepass")
         model = out / "models" / "cond"
         yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
@@ -190,15 +192,13 @@ class Study:
 
     def _plain(self) -> Iterator[Step]:
         """The model that is shipped, with the AR decoder, over tokens that noise and blur change more easily."""
-        group, name = PLAIN, PLAIN
-        yield self._prior(group, f"prior-{name}", name, "data.labels=true")
-        yield self._decoder(group, "ar", name)
-        options = " --dtype fp16" + "".join(f" --default {item}" for item in SHIPPED)
-        parts = {"base": f"models/tokenizers-{name}", "prior": f"prior-{name}", "decoder": f"ar-{name}"}
-        yield self._assemble(group, name, options, **parts)
-        model = self.out / "models" / name
-        yield self._evaluate(group, f"stability-{name}", f"stability {model} --data {self.data} --split test --num 2000")
-        yield self._fidelity(group, name, name)
+        yield self._prior(PLAIN, f"prior-{PLAIN}", PLAIN, "data.labels=true")
+        yield self._decoder(PLAIN, "ar", PLAIN)
+        parts = {"base": f"models/tokenizers-{PLAIN}", "prior": f"prior-{PLAIN}", "decoder": f"ar-{PLAIN}"}
+        yield self._shipped(PLAIN, PLAIN, **parts)
+        model = self.out / "models" / PLAIN
+        yield self._evaluate(PLAIN, f"stability-{PLAIN}", f"stability {model} --data {self.data} --split test --num 2000")
+        yield self._fidelity(PLAIN, PLAIN, PLAIN)
 
     def _sizes(self) -> Iterator[Step]:
         """A VQ prior as large as semantic prior and decoder together, one with a class, and larger priors of both kinds."""

@@ -6,9 +6,10 @@ smooth without statistics of a batch). [2] Sauer et al. 2021, arXiv 2111.01007 (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -70,10 +71,10 @@ class Discriminator(nn.Module):
 
 
 def _unit(layer: Tensor) -> Tensor:
-    """Features (B, C, h, w) whose channels have a mean square of 1 everywhere: a judge whose steepness is bounded must not depend on
-    the scale of a network's layers, and ours are small.
+    """Features (B, C, h, w) whose channels have a mean square of 1 everywhere. A perceptual encoder gives unit vectors, of which
+    many channels leave each one small, and a judge whose steepness is bounded could say little about those.
     """
-    return layer * torch.rsqrt(layer.square().mean(1, keepdim=True) + 1e-6)
+    return F.normalize(layer, dim=1) * math.sqrt(layer.shape[1])
 
 
 def _convolution(width_in: int, width: int, kernel: int, stride: int = 1) -> nn.Module:
