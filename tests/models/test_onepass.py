@@ -35,6 +35,15 @@ def test_pixels_and_vq_logits(tokens: torch.Tensor) -> None:
     assert decoder(head="vq")(tokens).shape == (3, 16, 20)
 
 
+def test_pictures_hold_no_net() -> None:
+    model = decoder()
+    out = model.head.conv_out
+    torch.nn.init.zeros_(out.weight)
+    out.bias.data = torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(3)  # the four pixels of a patch, a chessboard
+    images = model(torch.zeros(1, 16, dtype=torch.long))
+    torch.testing.assert_close(images[..., 1:-1, 1:-1], torch.full((1, 3, 30, 30), 0.5))  # at the border a pixel sees itself again
+
+
 def test_a_grid_need_not_be_square_and_every_token_counts() -> None:
     values = {**PIXELS["pixels"], "widths": (16,), "patch": 8}
     with pytest.raises(DigitError, match="2 x 4 tokens becomes 16 x 32 pixels"):
