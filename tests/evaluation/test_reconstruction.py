@@ -13,6 +13,7 @@ import torch
 from digit.data.dataset import open_dataset
 from digit.errors import DigitError
 from digit.evaluation import lpips as lpips_module
+from digit.evaluation.features import measure
 from digit.evaluation.fidelity import fidelity
 from digit.evaluation.lpips import _network, load_lpips
 from digit.evaluation.reconstruction import psnr, reconstruction, ssim
@@ -192,6 +193,12 @@ def test_one_pass_equals_the_parts(photographs, noisy, pooling, random_backbone)
     assert not result.not_measured
     assert set(result.methods) == {"psnr", "ssim", "lpips", "rfid"}
     assert json.loads(json.dumps(result.to_dict()))["values"] == result.values
+
+
+def test_originals_may_be_measured_before(photographs, noisy, pooling):
+    before = measure([photographs], pooling, name="originals")
+    given = reconstruction([(photographs, noisy)], extractor=pooling, originals=before)
+    assert given.values == reconstruction([(photographs, noisy)], extractor=pooling).values
 
 
 def test_what_is_missing_has_a_reason(photographs, noisy):

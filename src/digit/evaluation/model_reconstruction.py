@@ -20,7 +20,7 @@ from digit.data.dataset import ImageDataset
 from digit.data.images import to_tensor
 from digit.errors import DigitError
 from digit.evaluation import paper
-from digit.evaluation.features import measure
+from digit.evaluation.features import FeatureSet, measure
 from digit.evaluation.fidelity import FidelityOptions, compare
 from digit.evaluation.inception import FeatureExtractor
 from digit.evaluation.lpips import Lpips
@@ -88,6 +88,11 @@ def _both(pipe: DigitPipeline, dataset: ImageDataset, path: Way, batch_size: int
         yield batch.images, path(images, batch.indices.tolist())
 
 
+def _originals(pipe: DigitPipeline, dataset: ImageDataset, extractor: FeatureExtractor, batch_size: int) -> FeatureSet:
+    batches = (batch.images for batch in image_batches(dataset, pipe_size(pipe), batch_size, torch.uint8))
+    return measure(batches, extractor, name="originals", total=len(dataset))
+
+
 def reconstruction_rows(
     pipe: DigitPipeline,
     dataset: ImageDataset,
@@ -101,9 +106,12 @@ def reconstruction_rows(
     :func:`~digit.evaluation.reconstruction.reconstruction` gives.
     """
     rows = []
+    originals = None if extractor is None else _originals(pipe, dataset, extractor, batch_size)
     for name, path in paths(pipe, seed).items():
         pairs = _both(pipe, dataset, path, batch_size)
-        found = reconstruction(pairs, extractor=extractor, lpips=lpips, reasons=reasons, total=len(dataset), name=name)
+        found = reconstruction(
+            pairs, extractor=extractor, originals=originals, lpips=lpips, reasons=reasons, total=len(dataset), name=name
+        )
         rows.append({"name": name, **found.to_dict()})
     return rows
 
@@ -131,8 +139,7 @@ def perturbation_rows(
     Returns:
         A record for each space: ``space``, ``pfid`` (mean), and ``points`` of share, neighbours, fid.
     """
-    originals = (pair[0] for pair in _both(pipe, dataset, lambda images, _: as_uint8(images), batch_size))
-    theirs = measure(originals, extractor, name="originals", total=len(dataset))
+    theirs = _originals(pipe, dataset, extractor, batch_size)
     spaces = [space for space in token_spaces(pipe) if space == "vq" or (pipe.space == "semantic" and pipe.decoders)]
     rows = []
     for space in reversed(spaces):  # VQ first, as in the rows above

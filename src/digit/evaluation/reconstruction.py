@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from digit.errors import DigitError, require
-from digit.evaluation.features import Collector
+from digit.evaluation.features import Collector, FeatureSet
 from digit.evaluation.fidelity import FidelityOptions, FidelityResult, compare
 from digit.evaluation.inception import FeatureExtractor
 from digit.evaluation.lpips import Lpips
@@ -110,6 +110,7 @@ def reconstruction(
     pairs: Iterable[Pair],
     *,
     extractor: FeatureExtractor | None = None,
+    originals: FeatureSet | None = None,
     lpips: Lpips | None = None,
     reasons: Mapping[str, str] | None = None,
     total: int | None = None,
@@ -120,6 +121,7 @@ def reconstruction(
     Args:
         pairs: batches, such as a VQGAN's input and output.
         extractor: the FID network; None leaves out rFID.
+        originals: all originals as that network sees them, where several sets of reconstructions have the same; None measures them.
         lpips: the LPIPS network; None leaves out LPIPS.
         reasons: for rfid and lpips, why they are left out, such as the sentence of the loader that failed.
         total: number of pairs, for the progress bar.
@@ -130,24 +132,25 @@ def reconstruction(
     """
     scores: dict[str, list[Tensor]] = {metric: [] for metric in ("psnr", "ssim", *(["lpips"] if lpips else []))}
     measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
-    collectors = [Collector(extractor), Collector(extractor)] if extractor else []
+    ours = Collector(extractor) if extractor else None
+    theirs = Collector(extractor) if extractor and originals is None else None
     with bar(f"Comparing {name}", total) as progress:
         for pair in pairs:
             _check_pair(*pair)
             for metric, found in scores.items():
                 found.append(measures[metric](*pair).double())
-            for collector, images in zip(collectors, pair, strict=False):
-                collector.add(images)
+            for collector, images in zip((theirs, ours), pair, strict=True):
+                if collector is not None:
+                    collector.add(images)
             progress.advance(len(pair[0]))
     if not scores["psnr"]:
         raise DigitError("No pairs of original and reconstruction were given.")
     merged = {metric: torch.cat(found) for metric, found in scores.items()}
     rfid = None
-    if collectors:
-        originals, reconstructions = (
-            c.finish(text) for c, text in zip(collectors, (f"originals of {name}", name), strict=True)
-        )
-        rfid = compare(reconstructions, originals, FidelityOptions())
+    if theirs is not None:
+        originals = theirs.finish(f"originals of {name}")
+    if ours is not None and originals is not None:
+        rfid = compare(ours.finish(name), originals, FidelityOptions())
     return _summarise(merged, rfid, lpips, reasons or {})
 
 
