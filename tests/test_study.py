@@ -64,9 +64,16 @@ def test_spread_and_ratio():
     kept = results.Results.__new__(results.Results)
     kept.steps = {
         f"fidelity-{name}": {"result": {"values": {"fid": fid}, "source": {"images": 100}}}
-        for name, fid in {"vq-s0": 40.0, "vq-s1": 44.0, "semantic-s0-ar": 20.0, "semantic-s1-ar": 22.0, "cond-ar": 12.5}.items()
+        for name, fid in {
+            "vq-s0": 40.0,
+            "vq-s1": 44.0,
+            "semantic-s0-ar": 20.0,
+            "semantic-s1-ar": 22.0,
+            "semantic-s0-onepass": 28.0,
+            "cond-ar": 12.5,
+        }.items()
     }
     text = kept.headline()
     assert "| VQ prior (baseline) | 42.00 ± 2.83 | 2 | 100 |" in text
-    assert "= **2.00**" in text
+    assert "**2.00 with the AR decoder, 1.50 with the one-pass decoder**" in text
     assert "| semantic prior + AR decoder, with a class | 12.50 | 1 | 100 |" in text

@@ -40,6 +40,7 @@ FIDELITIES = {
     "cond-onepass": "semantic prior + one-pass decoder, with a class",
     "plain": "the same as with the AR decoder, over the plain encoder's tokens",
 }
+DECODERS = {"ar": "AR", "masked": "masked", "onepass": "one-pass"}
 
 
 # -- collecting ------------------------------------------------------------------------------------------------------------
@@ -99,10 +100,14 @@ class Results:
             if values:
                 rows.append([title, _spread(values), len(values), f"{self._images(pattern.format(0)):,}"])
         text = table(["model", "FID", "seeds", "images"], rows)
-        vq, semantic = self.fids("vq-s{}"), self.fids("semantic-s{}-ar")
-        if vq and semantic:
-            ratio = statistics.mean(vq) / statistics.mean(semantic)
-            text += f"\nFID(VQ prior) / FID(semantic prior + AR decoder) = **{ratio:.2f}** (the paper, ImageNet: 24.38 / 9.66 = 2.52).\n"
+        vq = self.fids("vq-s{}")
+        ratios = [
+            f"{statistics.mean(vq) / statistics.mean(found):.2f} with the {title} decoder"
+            for kind, title in DECODERS.items()
+            if vq and (found := self.fids(f"semantic-s{{}}-{kind}"))
+        ]
+        if ratios:
+            text += f"\nFID(VQ prior) / FID(semantic prior + decoder): **{', '.join(ratios)}** (the paper, ImageNet, AR: 24.38 / 9.66 = 2.52).\n"
         return text
 
     def _images(self, name: str) -> int:
