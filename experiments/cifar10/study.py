@@ -27,7 +27,6 @@ from digit.files import read_json, write_json
 SEEDS = (0, 1, 2)
 CLUSTERS = (256, 1024, 4096)
 K = 1024  # of the headline, as many as the VQGAN has codes
-DECODERS = ("ar", "masked", "onepass")
 PLAIN = "plain"
 """Of the encoder that saw neither noise nor blur, and of all that was made with its tokens."""
 STEADY = ("objective.views.noise=0.5", "objective.views.blur=0.3", "training.epochs=5", "training.lr=1e-3")
@@ -162,11 +161,12 @@ class Study:
         for kind in ("ar", "masked"):
             yield self._decoder(group, kind, K)
         yield self._shipped(group, "cond", base=f"models/tokenizers-{K}", prior="prior-cond", decoder="ar")
-        yield self._assemble(group, "cond-all", base="models/cond", decoder_1="masked", decoder_2="onepass")
+        yield self._assemble(group, "shipped", " --default-decoder onepass --dtype fp16", base="models/cond", decoder="onepass")
+        yield self._assemble(group, "cond-all", base="models/shipped", decoder="masked")
         model = out / "models" / "cond"
         yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
-        for kind in DECODERS:
-            yield self._fidelity(group, f"cond-{kind}", "cond" if kind == "ar" else "cond-all", f"--decoder {kind}")
+        for kind, name in {"ar": "cond", "onepass": "shipped", "masked": "cond-all"}.items():
+            yield self._fidelity(group, f"cond-{kind}", name, f"--decoder {kind}")
         command = f"reconstruction {model}-all --data {self.data} --split test --num {self.images} --lpips none"
         yield self._evaluate(group, "reconstruction", command)
 
@@ -182,9 +182,10 @@ class Study:
             yield self._assemble(group, f"vq-s{seed}", base=base, prior=f"vq-prior-s{seed}")
             yield self._fidelity(group, f"vq-s{seed}", f"vq-s{seed}")
             yield self._fidelity(group, f"semantic-s{seed}-ar", f"semantic-s{seed}")
-        yield self._assemble(group, "semantic-s0-all", base="models/semantic-s0", decoder_1="masked", decoder_2="onepass")
-        for kind in ("masked", "onepass"):
-            yield self._fidelity(group, f"semantic-s0-{kind}", "semantic-s0-all", f"--decoder {kind}")
+            for kind in ("onepass",) if seed else ("onepass", "masked"):
+                name = f"semantic-s{seed}-{kind}"
+                yield self._assemble(group, name, f" --default-decoder {kind}", base=f"models/semantic-s{seed}", decoder=kind)
+                yield self._fidelity(group, name, name)
         # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above
         yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{PLAIN}", "data.prefix=null")
         yield self._assemble(group, "vq-masked", base=f"models/tokenizers-{K}", prior="maskgit")
