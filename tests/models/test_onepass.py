@@ -41,7 +41,9 @@ def test_pictures_hold_no_net() -> None:
     torch.nn.init.zeros_(out.weight)
     out.bias.data = torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(3)  # the four pixels of a patch, a chessboard
     images = model(torch.zeros(1, 16, dtype=torch.long))
-    torch.testing.assert_close(images[..., 1:-1, 1:-1], torch.full((1, 3, 30, 30), 0.5))  # at the border a pixel sees itself again
+    torch.testing.assert_close(
+        images[..., 1:-1, 1:-1], torch.full((1, 3, 30, 30), 0.5)
+    )  # at the border a pixel sees itself again
 
 
 def test_a_grid_need_not_be_square_and_every_token_counts() -> None:
@@ -74,6 +76,15 @@ def test_noise_belongs_to_the_picture_and_moves_it(tokens: torch.Tensor) -> None
     torch.testing.assert_close(batch[1:2], alone, atol=1e-5, rtol=1e-5)
     silent = decoder(noise_dim=0)
     assert torch.equal(silent(tokens, noise(silent.config, [0, 1, 2])), silent(tokens))
+
+
+def test_every_place_may_make_its_own_of_the_noise() -> None:
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    for local, same in ((0, True), (4, False)):
+        model = decoder(local_noise=local)
+        model.position_embedding.weight.data.zero_()
+        states = model._embed(tokens, noise(model.config, [0]), None)[0]  # (N, D)
+        assert torch.equal(states, states[:1].expand_as(states)) == same
 
 
 def test_classes(tokens: torch.Tensor) -> None:

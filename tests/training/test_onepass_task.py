@@ -192,10 +192,11 @@ def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: Digi
 def test_the_encoder_may_judge(images: ImageDataset, parts: DigitPipeline, tmp_path: Path) -> None:
     torch.manual_seed(0)
     small_conv(widths=(8, 16, 32)).save_pretrained(tmp_path / "encoder")
-    task = build(images, parts, perceptual="encoder", perceptual_encoder=str(tmp_path / "encoder"), **GAN)
+    judge = {**GAN, "discriminator_steps": 2}
+    task = build(images, parts, perceptual="encoder", perceptual_encoder=str(tmp_path / "encoder"), **judge)
     batch = next(iter(task.batches(Stream(start=0, stop=1, batch_size=8))))
     late = list(task.losses(batch, Step(9, 10)))
-    assert [loss.optimizer for loss in late] == ["model", "discriminator"]
+    assert [loss.optimizer for loss in late] == ["model", "discriminator", "discriminator"]
     assert len(task.modules["discriminator"].features) == 4
     assert set(dict(task.modules.named_children())) == {"model", "posterior", "discriminator"}  # nothing frozen is saved
 

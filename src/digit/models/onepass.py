@@ -74,6 +74,8 @@ class OnePassConfig:
         pixels: shape of the head "pixels"; None otherwise.
         vocab_size: V, codes of the VQGAN, for the head "vq"; 0 otherwise. There are as many VQ tokens as semantic ones.
         noise_dim: length of the noise vector; 0 for a decoder that always gives the same picture.
+        local_noise: numbers that every place makes of the noise vector with weights of its own, so that equal tokens side by side
+            need not become equal patches; 0 tells all places the same.
         num_classes: 0 for a decoder that is told no class.
         class_dropout: probability that a training label is hidden.
         transformer: the network; not causal.
@@ -86,6 +88,7 @@ class OnePassConfig:
     pixels: PixelHeadConfig | None = None
     vocab_size: Annotated[int, Field(ge=0)] = 0
     noise_dim: Annotated[int, Field(ge=0)] = 32
+    local_noise: Annotated[int, Field(ge=0)] = 0
     num_classes: Annotated[int, Field(ge=0)] = 0
     class_dropout: Probability = 0.1
     transformer: TransformerConfig
@@ -184,10 +187,17 @@ class OnePassDecoder(nn.Module):
         self.start = nn.Parameter(torch.zeros(dim))  # added everywhere where there is no class
         self.class_embedding = nn.Embedding(config.num_classes, dim) if config.num_classes else None
         self.noise_embedding = nn.Linear(config.noise_dim, dim, bias=False) if config.noise_dim else None
+        self.places = self.place_embedding = None
+        if config.noise_dim and config.local_noise:
+            self.places = nn.Linear(config.noise_dim, config.prefix_length * config.local_noise, bias=False)
+            self.place_embedding = nn.Linear(config.local_noise, dim, bias=False)
         self.transformer = Transformer(config.transformer)
         init_weights(self)
         if self.noise_embedding is not None:  # as loud as a token
             nn.init.normal_(self.noise_embedding.weight, std=0.02 * config.noise_dim**-0.5)
+        if self.places is not None and self.place_embedding is not None:
+            nn.init.normal_(self.places.weight, std=config.noise_dim**-0.5)
+            nn.init.normal_(self.place_embedding.weight, std=0.02 * config.local_noise**-0.5)
         if config.pixels is not None:
             self.head: nn.Module = PixelHead(dim, config.pixels, config.noise_dim)
         else:
@@ -234,6 +244,8 @@ class OnePassDecoder(nn.Module):
         if noise is not None and self.noise_embedding is not None:
             everywhere = everywhere + self.noise_embedding(noise)
         x: Tensor = self.token_embedding(tokens) + self.position_embedding.weight + everywhere[:, None]
+        if noise is not None and self.places is not None and self.place_embedding is not None:
+            x = x + self.place_embedding(self.places(noise).unflatten(1, (c.prefix_length, c.local_noise)))  # (B, N, D)
         return x
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from digit.config import config
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
+from digit.models.transformer import PositiveInt
 from digit.training.config import NonNegative, Positive
 from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
@@ -38,6 +39,7 @@ class PictureObjective:
         gan_start, gan_warmup: shares of the run after which the discriminator begins and over which its weight grows.
         discriminator: its shape.
         discriminator_lr: its learning rate, as a factor of the run's.
+        discriminator_steps: how often it learns from each batch; it is cheap beside the generator, which otherwise outruns it.
         flip: chance of mirroring a picture left to right.
         shift: image and picture are moved by up to so many pixels, together, before they are compared and judged. Networks that halve
             the side see a pattern of two or four pixels only where it falls between their steps, and a generator that is left to
@@ -54,6 +56,7 @@ class PictureObjective:
     gan_warmup: Share = 0.1
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     discriminator_lr: Positive = 1.0
+    discriminator_steps: PositiveInt = 1
     flip: Share = 0.5
     shift: Annotated[int, Field(ge=0)] = 0
 
@@ -145,7 +148,7 @@ class PictureLoss:
         wanted: Sequence[Tensor],
         step: Step,
     ) -> Iterator[Loss]:
-        """The end of a step: the generator's loss, with what it pays for being found out, then the discriminator's own.
+        """The end of a step: the generator's loss, with what it pays for being found out, then the discriminator's, as often as it learns.
 
         Args:
             loss, metrics: what the generator pays otherwise.
@@ -159,7 +162,8 @@ class PictureLoss:
             return
         judgement, more = self.judgement(judge, rebuilt, seen, step)
         yield Loss("model", loss + judgement, {**metrics, **more})
-        yield self.discrimination(judge, rebuilt, images, seen, wanted)
+        for _ in range(self.objective.discriminator_steps):
+            yield self.discrimination(judge, rebuilt, images, seen, wanted)
 
     def judgement(
         self, discriminator: nn.Module, rebuilt: Tensor, seen: Sequence[Tensor], step: Step
