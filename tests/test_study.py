@@ -57,7 +57,9 @@ def test_every_result_has_the_command_of_its_step():
 
 
 def test_the_page_is_made_from_the_records():
-    assert (HERE / "RESULTS.md").read_text() == results.page(results.Results())
+    kept = results.Results()
+    assert (HERE / "RESULTS.md").read_text() == results.page(kept)
+    assert f"{results.MARKS[0]}\n{kept.headline()}{results.MARKS[1]}" in results.README.read_text()
 
 
 def test_spread_and_ratio():
