@@ -157,10 +157,10 @@ class Results:
         if step is None:
             return "Not measured yet.\n"
         rows = [
-            [row["name"], *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))]
+            [row["name"], f"{row['images']:,}", *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))]
             for row in step["result"]["values"]
         ]
-        return table(["path", "rFID", "PSNR, dB", "SSIM"], rows)
+        return table(["path", "images", "rFID", "PSNR, dB", "SSIM"], rows)
 
     def commands(self) -> str:
         """Every step, its command and what it took."""
@@ -230,7 +230,7 @@ FID against the 50,000 training images; equal parameters, epochs and sampling fo
 
 {notes}
 ## Ceilings
-Real test images through the tokenizers and back.
+Real test images through the tokenizers and back; FID against the same images.
 
 {results.ceilings()}
 ## Stability
