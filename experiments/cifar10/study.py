@@ -167,7 +167,9 @@ class Study:
         yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
         for kind, name in {"ar": "cond", "onepass": "shipped", "masked": "cond-all"}.items():
             yield self._fidelity(group, f"cond-{kind}", name, f"--decoder {kind}")
-        command = f"reconstruction {model}-all --data {self.data} --split test --num {self.images // 2} --lpips none"
+        command = (
+            f"reconstruction {model}-all --data {self.data} --split test --num {min(self.images // 2, 10_000)} --lpips none"
+        )
         yield self._evaluate(group, "reconstruction", command)
 
     def _headline(self) -> Iterator[Step]:
