@@ -74,7 +74,7 @@ def test_results_become_a_table_and_the_hubs_model_index(pipe, runs, tmp_path):
     }
     assert found["unconditional-image-generation", "cifar512", "fid"] == 123.456
     assert 0 <= found["image-feature-extraction", "cifar512", "changed_tokens"] <= 1
-    assert "| FID | 123.5 | 64 pictures against cifar512 (512 images); ar decoder; top_k 5; torch-fidelity 0.4.0 |" in card
+    assert "| FID, ar decoder | 123.5 | 64 pictures against cifar512 (512 images); top_k 5; torch-fidelity 0.4.0 |" in card
     assert "semantic tokens changed by noise of 20 dB" in card
     assert "VQ tokens changed by noise of 20 dB" in card
 

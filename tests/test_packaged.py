@@ -33,7 +33,8 @@ def test_it_is_small_whole_and_has_a_card(folder):
     pipe = DigitPipeline.from_pretrained("cifar10")
     assert pipe.class_names == CLASSES
     assert None not in (pipe.encoder, pipe.codebook, pipe.prior, pipe.vqgan)
-    assert "ar" in pipe.decoders
+    assert list(pipe.decoders) == ["ar", "onepass"]
+    assert pipe.default_decoder == "onepass"
     card = (folder / "README.md").read_text()
     assert "license: mit" in card
     assert "FID" in card

@@ -253,11 +253,11 @@ def _fidelity(data: Mapping[str, Any]) -> list[Measured]:
     sampling = data.get("sampling") or {}
     chosen = ", ".join(f"{key} {value}" for key, value in (sampling.get("settings") or {}).items())
     decoder = f"{sampling['decoder']} decoder" if sampling.get("decoder") else ""
-    how = "; ".join(part for part in (count + against, decoder, chosen, data.get("tool", "")) if part)
+    how = "; ".join(part for part in (count + against, chosen, data.get("tool", "")) if part)
     return [
         Measured(
-            task="unconditional-image-generation", metric=metric, name=name, value=data["values"][key], data=reference["name"],
-            how=how,
+            task="unconditional-image-generation", metric=metric, name=f"{name}, {decoder}" if decoder else name,
+            value=data["values"][key], data=reference["name"], how=how,
         )
         for key, (metric, name) in _FIDELITY.items()
         if key in data["values"]
