@@ -180,5 +180,3 @@ def test_refusals(token_cache: TokenCache, run_folder: Path, tmp_path: Path) -> 
     tiny.pipeline().with_parts(prior=None).save_pretrained(tmp_path / "model")
     with pytest.raises(DigitError, match="has no prior to start from"):
         build(token_cache, "cifar10-tiny-prior-cond", start(source=str(tmp_path / "model")))
-    with pytest.raises(DigitError, match="A VQGAN cannot start from a saved one"):
-        build_task("vqgan", load_preset("cifar10-tiny-vqgan"), "unused", "test", start=start())

@@ -15,6 +15,7 @@ from digit.files import read_tensors
 from digit.tokenizers.vqgan import VQGAN, VQGANConfig
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
+from digit.training.finetune import FineTune
 from digit.training.logs import read_metrics
 from digit.training.loop import train
 from digit.training.task import Step, Stream
@@ -24,9 +25,16 @@ MODEL = VQGANConfig(resolution=32, channels=16, multipliers=(1, 2, 2), blocks=1,
 GAN = {"gan_weight": 0.02, "gan_start": 0.5, "gan_warmup": 0.25, "discriminator": {"channels": 8}}
 
 
-def build(images: ImageDataset, seed: int = 0, held_out: ImageDataset | None = None, **objective: object) -> VqganTask:
+def build(
+    images: ImageDataset,
+    seed: int = 0,
+    held_out: ImageDataset | None = None,
+    start: FineTune | None = None,
+    model: VQGANConfig = MODEL,
+    **objective: object,
+) -> VqganTask:
     torch.manual_seed(seed)
-    return VqganTask(MODEL, from_dict(VqganObjective, objective, "test"), images, held_out)
+    return VqganTask(model, from_dict(VqganObjective, objective, "test"), images, held_out, start)
 
 
 def training(**changes: object) -> TrainingConfig:
@@ -151,6 +159,51 @@ def test_the_encoder_may_judge(images: ImageDataset, tmp_path: Path) -> None:
     expected = loss.metrics["l1"] + loss.metrics["perceptual"] + 0.25 * loss.metrics["commitment"]
     torch.testing.assert_close(loss.value.detach(), expected)
     assert "view" not in dict(task.modules.named_children())
+
+
+@pytest.fixture
+def saved(images: ImageDataset, tmp_path: Path) -> Path:
+    """A run of a VQGAN with a discriminator."""
+    train(build(images, **GAN), training(steps=12), tmp_path / "first", device="cpu", show=False)
+    return tmp_path / "first"
+
+
+def test_with_frozen_tokens_the_decoder_alone_goes_on(images: ImageDataset, tmp_path: Path, saved: Path) -> None:
+    before = VQGAN.from_pretrained(saved / "model")
+    judge = read_tensors(saved / "checkpoints" / "step-0000012" / "modules.safetensors")
+    start = FineTune(source=str(saved), freeze=("tokens",))
+    task = build(images, seed=1, held_out=images.subset(range(32)), start=start, **GAN)
+    first = before.decode(before.encode(torch.zeros(1, 3, 32, 32)))
+    assert torch.equal(task.vqgan.decode(task.vqgan.encode(torch.zeros(1, 3, 32, 32))), first)
+    for name, tensor in task.modules["discriminator"].state_dict().items():
+        assert torch.equal(tensor, judge[f"discriminator.{name}"])
+    assert task.description["start"]["freeze"] == ["tokens"]
+    folder = train(task, training(steps=12, ema_decay=0.9), tmp_path / "second", device="cpu", show=False)
+    after = VQGAN.from_pretrained(folder)
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[name]) != name.startswith("decoder."), name
+    lines = read_metrics(tmp_path / "second")
+    assert all("commitment" not in line for line in lines)
+    assert lines[-1]["validation/l1"] < read_metrics(saved)[0]["l1"]
+
+
+def test_a_whole_vqgan_goes_on_with_its_codebook(images: ImageDataset, tmp_path: Path, saved: Path) -> None:
+    task = build(images, seed=1, start=FineTune(source=str(saved)), **GAN)
+    known = VQGAN.from_pretrained(saved / "model").codebook
+    assert torch.equal(task.vqgan.codebook, known)
+    train(task, training(steps=2), tmp_path / "second", device="cpu", show=False)
+    moved = (task.vqgan.codebook - known).norm(dim=1) / known.norm(dim=1)
+    assert 0 < float(moved.median()) < 0.2  # not put on the first batch anew
+
+
+def test_a_start_that_does_not_fit_gets_a_sentence(images: ImageDataset, tmp_path: Path, saved: Path) -> None:
+    for wrong in (FineTune(source=str(saved), freeze=("blocks",)), FineTune(source=str(saved), lora=2)):
+        with pytest.raises(DigitError, match=r"or with --freeze tokens"):
+            build(images, start=wrong)
+    with pytest.raises(DigitError, match="of another shape than the preset's"):
+        build(images, start=FineTune(source=str(saved)), model=replace(MODEL, codes=32))
+    with pytest.raises(DigitError, match="There is no model"):
+        build(images, start=FineTune(source=str(tmp_path / "nowhere")))
 
 
 def test_what_does_not_fit_gets_a_sentence(images: ImageDataset, tmp_path: Path) -> None:

@@ -214,11 +214,11 @@ def train(
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", help="Go on from a saved prior, decoder or encoder, given it, its run, or a whole model."),
+        typer.Option("--from", help="Go on from a saved part of the kind, given it, its run, or a whole model."),
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head."),
+        typer.Option(help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head; of a VQGAN, tokens."),
     ] = None,
     lora: Annotated[
         int, typer.Option(min=0, help="With --from, train changes of this rank instead of the weights (LoRA); 0 is off.")

@@ -55,7 +55,7 @@ def build_task(
         data: a dataset for an encoder, a VQGAN or a one-pass decoder, a token cache for a prior or another decoder.
         where: the preset's name, for messages.
         vqgan: shows the samples of a token model as pictures.
-        start: the saved prior or decoder to begin with, instead of random weights.
+        start: the saved part to begin with, instead of random weights.
         parts: a model, whose encoder, codebook and VQGAN a one-pass decoder is trained with.
 
     Raises:
@@ -76,11 +76,9 @@ def build_task(
         from digit.training.tasks import encoder
 
         return encoder.build(preset, data, where, start), config
-    if start is not None:
-        raise DigitError("A VQGAN cannot start from a saved one; --from is for encoders, priors and decoders.")
     from digit.training.tasks import vqgan as autoencoder
 
-    return autoencoder.build(preset, data, where), config
+    return autoencoder.build(preset, data, where, start), config
 
 
 def _tokens(

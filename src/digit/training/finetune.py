@@ -44,9 +44,9 @@ class FineTune:
     """From what a run starts, and what may move.
 
     Attributes:
-        source: a saved prior, decoder or encoder, the run that made it, or a whole model.
-        freeze: parts that stay as they are: "embeddings" (tokens and positions), "classes" (and the start vector), "blocks",
-            "blocks:N" (the first N), "head" (with the norm before it).
+        source: a saved prior, decoder, encoder or VQGAN, the run that made it, or a whole model.
+        freeze: parts of a token model that stay as they are: "embeddings" (tokens and positions), "classes" (and the start
+            vector), "blocks", "blocks:N" (the first N), "head" (with the norm before it); of a VQGAN "tokens" (encoder, codebook).
         lora: rank of the changes of the blocks' matrices; all else but the classes then stays as it is. 0 trains the weights.
     """
 
@@ -74,7 +74,7 @@ def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
 
     Args:
         source: see :class:`FineTune`.
-        role: "encoder", "prior", or a decoder's kind.
+        role: "encoder", "vqgan", "prior", or a decoder's kind.
 
     Raises:
         DigitError: nothing there, or a model without such a part.
@@ -84,7 +84,7 @@ def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
         return part_folder(path), []
     whole = resolve_model(source)
     index = read_index(whole)
-    decodes = role not in ("encoder", "prior")
+    decodes = role not in ("encoder", "vqgan", "prior")
     folder = whole / (f"decoder/{role}" if decodes else role)
     if not folder.is_dir():
         raise DigitError(f"The model {source} has no {f'decoder {role!r}' if decodes else role} to start from.")

@@ -16,6 +16,7 @@ from digit.tokenizers.codebook import nearest
 
 _KMEANS_STEPS = 5
 _SMOOTH = 1e-5
+_SETTLED = 10_000  # updates after which the averages move at their final speed
 
 
 class EmaQuantizer(nn.Module):
@@ -93,6 +94,12 @@ class EmaQuantizer(nn.Module):
             centres = torch.where(uses[:, None] > 0, sums / uses.clamp(min=1)[:, None], centres)
         self.codebook.copy_(_from_first_process(centres))
         self._reset(torch.ones_like(self.uses, dtype=torch.bool), len(latents) / codes)
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Begin with the codebook as it is, instead of putting it on the first batch."""
+        self._reset(torch.ones_like(self.uses, dtype=torch.bool), 1.0)
+        self.updates.fill_(_SETTLED)
 
     def _reset(self, which: Tensor, uses: float | Tensor) -> None:
         """Give codes (V,) bool the averages of ones that have long been used so often."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
@@ -22,9 +23,13 @@ from torch import Tensor, nn
 from digit.config import config, from_dict, to_dict
 from digit.data.dataset import ImageDataset
 from digit.data.images import to_pil
+from digit.encoders.base import weights_checksum
+from digit.errors import DigitError
+from digit.models.component import load_component
 from digit.models.transformer import Probability
 from digit.tokenizers.vqgan import VQGAN, VQGANConfig
 from digit.training.config import NonNegative, NonNegativeInt
+from digit.training.finetune import FineTune, start_folder, take_modules
 from digit.training.losses.pictures import PictureLoss, PictureObjective
 from digit.training.losses.quantizer import EmaQuantizer
 from digit.training.task import Batch, Loss, Step, Stream
@@ -76,6 +81,7 @@ class VqganTask:
         objective: VqganObjective,
         train: ImageDataset,
         held_out: ImageDataset | None = None,
+        start: FineTune | None = None,
     ) -> None:
         """Set up.
 
@@ -84,19 +90,29 @@ class VqganTask:
             objective: what it is trained for.
             train: what on.
             held_out: what its reconstructions are measured on; None measures nothing.
+            start: the saved VQGAN to begin with, with the discriminator of its run where there is one. Where it freezes
+                "tokens", encoder and codebook stay, so tokens and all that was trained on them keep their meaning.
 
         Raises:
-            DigitError: the perceptual network is missing or does not fit.
+            DigitError: the perceptual network is missing or does not fit, or the saved VQGAN is of another shape.
         """
         self.vqgan, self.objective = VQGAN(model), objective
+        origin = {} if start is None else {"start": self._start(start)}
         self.vqgan.codebook.requires_grad_(False)
-        quantizer = EmaQuantizer(self.vqgan.codebook, objective.codebook_decay, objective.dead_below, objective.gradient)
         # the loop may wrap what is trained, so the parts are named one by one; the VQGAN holds the same parts
-        self.modules = nn.ModuleDict({"encoder": self.vqgan.encoder, "decoder": self.vqgan.decoder, "quantizer": quantizer})
-        self.quantizer = quantizer
+        self.modules = nn.ModuleDict({"decoder": self.vqgan.decoder})
+        self.quantizer: EmaQuantizer | None = None
+        if start is None or not start.freeze:
+            codebook = self.vqgan.codebook
+            self.quantizer = EmaQuantizer(codebook, objective.codebook_decay, objective.dead_below, objective.gradient)
+            if start is not None:
+                self.quantizer.go_on()
+            self.modules.update({"encoder": self.vqgan.encoder, "quantizer": self.quantizer})
         self.pictures = PictureLoss(objective, model.resolution)
         if self.pictures.discriminator is not None:
             self.modules["discriminator"] = self.pictures.discriminator
+        if start is not None:
+            take_modules(self.modules, start.source, ("discriminator",))
         self.train, self.examples = train, len(train)
         self.held_out = held_out
         self.device = "cpu"
@@ -105,13 +121,25 @@ class VqganTask:
             "model": to_dict(model),
             "objective": to_dict(objective),
             "data": {"name": train.name, "split": train.split, "fingerprint": train.fingerprint},
+            **origin,
         }
+
+    def _start(self, start: FineTune) -> dict[str, Any]:
+        """Begin with saved weights; what to note about them."""
+        if start.lora or set(start.freeze) - {"tokens"}:
+            raise DigitError("A VQGAN can be trained on as a whole, or with --freeze tokens (encoder and codebook); no other part.")
+        folder, _ = start_folder(start.source, "vqgan")
+        saved = load_component(folder, VQGAN, VQGANConfig)
+        if saved.config != self.vqgan.config:
+            raise DigitError(f"The VQGAN {start.source} is of another shape than the preset's model section describes.")
+        self.vqgan.load_state_dict(saved.state_dict())
+        return {"weights": weights_checksum(saved), "freeze": list(start.freeze)}
 
     # -- the protocol --------------------------------------------------------------------------------------------------------
 
     def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
         """Encoder and decoder, and the discriminator apart. The codebook has no optimizer."""
-        parameters = [*self.modules["encoder"].parameters(), *self.modules["decoder"].parameters()]
+        parameters = [p for name in ("encoder", "decoder") if name in self.modules for p in self.modules[name].parameters()]
         return {"model": [{"params": parameters}], **self.pictures.optimizers()}
 
     def to_device(self, device: str) -> None:
@@ -128,23 +156,33 @@ class VqganTask:
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The reconstruction's loss, then the discriminator's once it has begun."""
         images = mirrored(batch)
-        codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
+        codes, commitment, metrics = self._codes(images)
         rebuilt = self.modules["decoder"](codes).float()  # (B, 3, S, S)
         images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
         pictures = self.pictures
         with torch.no_grad():
             wanted = pictures.see(images)
         seen = pictures.see(rebuilt)
-        loss, metrics = pictures.pixels(rebuilt, images)
-        distance, more = pictures.perceptual(rebuilt, images, seen, wanted)
-        loss = loss + distance + self.objective.commitment * commitment
-        metrics |= {**more, "commitment": commitment.detach(), **self.quantizer.statistics()}
+        pixels, of_pixels = pictures.pixels(rebuilt, images)
+        distance, of_features = pictures.perceptual(rebuilt, images, seen, wanted)
+        loss, metrics = pixels + distance + commitment, {**of_pixels, **of_features, **metrics}
         judge = self.modules["discriminator"] if pictures.judges(step) else None
         yield from pictures.losses(loss, metrics, judge, rebuilt, images, seen, wanted, step)
 
+    def _codes(self, images: Tensor) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
+        """Codes (B, D, h, w) of images, what the encoder pays for its distance from them, and metrics."""
+        if self.quantizer is None:
+            with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # the very tokens that others use
+                codes = F.embedding(self.vqgan.encode(images), self.vqgan.codebook)  # (B, M, D)
+            return codes.transpose(1, 2).unflatten(2, self.vqgan.config.grid), 0.0, {}
+        codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
+        metrics = {"commitment": commitment.detach(), **self.quantizer.statistics()}
+        return codes, self.objective.commitment * commitment, metrics
+
     def after_step(self, step: Step) -> None:  # noqa: ARG002
         """Move the codebook."""
-        self.quantizer.update()
+        if self.quantizer is not None:
+            self.quantizer.update()
 
     def validate(self) -> dict[str, float]:
         """PSNR in dB (mean over images) and mean absolute error of held-out reconstructions, and how they use the codes."""
@@ -183,14 +221,14 @@ class VqganTask:
         return tokens, self.vqgan.decode(tokens).float().clamp(0, 1)
 
 
-def build(preset: Mapping[str, Any], data: str | Path, where: str) -> VqganTask:
-    """The task of a VQGAN preset over a dataset, with random weights from torch's global generator.
+def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> VqganTask:
+    """The task of a VQGAN preset over a dataset, with random weights from torch's global generator or those of a saved VQGAN.
 
     Raises:
-        DigitError: a section is wrong, the dataset cannot be opened, or the perceptual network is missing.
+        DigitError: a section is wrong, the dataset cannot be opened, the perceptual network is missing, or ``start`` does not fit.
     """
     model: VQGANConfig = from_dict(VQGANConfig, preset["model"], f"{where}, model")
     objective: VqganObjective = from_dict(VqganObjective, preset.get("objective") or {}, f"{where}, objective")
     choice = from_dict(VqganData, preset.get("data") or {}, f"{where}, data")
     train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
-    return VqganTask(model, objective, train, held_out)
+    return VqganTask(model, objective, train, held_out, start)
