@@ -31,6 +31,17 @@ PLAIN = "plain"
 """Of the encoder that saw neither noise nor blur, and of all that was made with its tokens."""
 STEADY = ("objective.views.noise=0.5", "objective.views.blur=0.3", "training.epochs=5", "training.lr=1e-3")
 """How the plain encoder is trained on, until noise and blur hardly change its tokens."""
+SHARPER = (
+    "objective.gan_start=0",
+    "objective.gan_warmup=0.05",
+    "objective.gan_weight=0.02",
+    "objective.discriminator_lr=4",
+    "objective.discriminator_steps=3",
+    "objective.shift=2",
+    "training.epochs=2",
+    "training.lr=5e-4",
+)
+"""How the VQGAN's decoder is trained on behind codes that stay: against a judge that it does not outrun."""
 SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
@@ -136,7 +147,10 @@ class Study:
         yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data)
         steady = self._train(group, "encoder", "encoder", preset, self.data, *STEADY)
         yield replace(steady, command=f"{steady.command} --from {self.out / f'encoder-{PLAIN}'}")
-        yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._judge())
+        yield self._train(group, "vqgan-first", "vqgan", "cifar10-vqgan", self.data, *self._judge())
+        changes = (*self._judge(), *SHARPER)
+        sharper = self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *changes)
+        yield replace(sharper, command=f"{sharper.command} --from {self.out / 'vqgan-first'} --freeze tokens")
         yield from self._vocabulary(group, PLAIN, f"encoder-{PLAIN}", K)
         yield from self._vocabulary(group, K)
 

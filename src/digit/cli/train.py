@@ -218,7 +218,9 @@ def train(
     ] = None,
     freeze: Annotated[
         list[str] | None,
-        typer.Option(help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head; of a VQGAN, tokens."),
+        typer.Option(
+            help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head; of a VQGAN, tokens."
+        ),
     ] = None,
     lora: Annotated[
         int, typer.Option(min=0, help="With --from, train changes of this rank instead of the weights (LoRA); 0 is off.")

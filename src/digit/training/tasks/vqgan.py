@@ -127,7 +127,9 @@ class VqganTask:
     def _start(self, start: FineTune) -> dict[str, Any]:
         """Begin with saved weights; what to note about them."""
         if start.lora or set(start.freeze) - {"tokens"}:
-            raise DigitError("A VQGAN can be trained on as a whole, or with --freeze tokens (encoder and codebook); no other part.")
+            raise DigitError(
+                "A VQGAN can be trained on as a whole, or with --freeze tokens (encoder and codebook); no other part."
+            )
         folder, _ = start_folder(start.source, "vqgan")
         saved = load_component(folder, VQGAN, VQGANConfig)
         if saved.config != self.vqgan.config:
