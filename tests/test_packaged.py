@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from digit import DigitPipeline
+from digit.devices import bf16_is_fast
 from digit.evaluation.model_source import open_images
 from digit.evaluation.stability import NOISE, stability
 from digit.hub import packaged_models
@@ -46,6 +48,20 @@ def test_no_model_named_means_this_one(tmp_path, monkeypatch, capsys):
     assert told["labels"] == [3, 8]
     pictures = [np.asarray(Image.open(tmp_path / "o" / f"{i:05d}.png")) for i in range(3)]
     assert all(picture.shape == (32, 32, 3) and picture.std() > 10 for picture in pictures), "pictures, not grey planes"
+
+
+@pytest.mark.parametrize("decoder", ["ar", "onepass"])
+def test_quick_pixels_are_those_of_float32_to_the_eye(decoder):
+    """A processor that is quicker in bfloat16 rounds pixels; see `exact_pixels`. Elsewhere both are the same."""
+    pipe = DigitPipeline.from_pretrained("cifar10")
+    tokens = pipe.sample_tokens(range(8), torch.arange(8), 0, decoder)
+    quick = pipe.to_pixels(tokens)
+    exact = pipe.with_parts(exact_pixels=True).to_pixels(tokens)
+    assert exact.dtype == quick.dtype == torch.float32
+    distance = (quick - exact).abs() * 255
+    assert distance.mean() < 0.5
+    assert distance.max() < 5
+    assert (distance.max() > 0) == bf16_is_fast(torch.device("cpu"))
 
 
 @pytest.mark.slow

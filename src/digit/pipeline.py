@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from digit.card import CardFacts, model_card
 from digit.config import from_dict, to_dict
+from digit.devices import quick_pixels
 from digit.encoders.base import Encoder
 from digit.errors import DigitError
 from digit.files import read_json, write_bytes, write_folder, write_json
@@ -63,6 +65,7 @@ class DigitPipeline:
         default_decoder: the kind used when none is asked for; by default the first.
         provenance: where it comes from; kept in the index.
         card: what its card says beside that: licence, data, results; see :func:`digit.card.with_facts`.
+        exact_pixels: compute pixels in float32 everywhere; see :func:`digit.devices.quick_pixels`.
     """
 
     encoder: Encoder | None = None
@@ -77,6 +80,7 @@ class DigitPipeline:
     provenance: dict[str, Any] = field(default_factory=dict)
     card: CardFacts = field(default_factory=CardFacts)
     name: str = "digit"
+    exact_pixels: bool = False
 
     def __post_init__(self) -> None:
         check_fit(self)
@@ -248,8 +252,9 @@ class DigitPipeline:
             raise DigitError("Semantic tokens alone say no pixels; let a decoder finish them: pipe.decode(semantic).")
         vqgan = self.part("vqgan")
         vq = self._checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ")
-        pixels: Tensor = vqgan.decode(vq).float().clamp(0, 1)
-        return pixels
+        with self._pixels():
+            pixels: Tensor = vqgan.decode(vq)
+        return pixels.float().clamp(0, 1)
 
     def reconstruct(self, images: Tensor | Sequence[Image.Image], seed: int = 0, decoder: str | None = None) -> Tensor:
         """Images through the whole path: semantic tokens, decoder, pixels (B, 3, S, S) in 0..1."""
@@ -367,10 +372,15 @@ class DigitPipeline:
         assert tokens.semantic is not None
         labels = None if paint.labels is None else paint.labels.to(self.device)
         semantic = self._checked(tokens.semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
-        pixels: Tensor = model(semantic, paint.noise.to(model.start), labels).float().clamp(0, 1)
+        with self._pixels():
+            pixels: Tensor = model(semantic, paint.noise.to(model.start), labels)
+        pixels = pixels.float().clamp(0, 1)
         if paint.kept is not None and paint.anew is not None:
             pixels = torch.where(paint.anew.to(self.device), pixels, paint.kept.to(self.device))
         return pixels
+
+    def _pixels(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self.exact_pixels else quick_pixels(self.device)
 
     def _checked(self, tokens: Tensor, length: int, vocab: int, kind: str) -> Tensor:
         if tokens.ndim != 2 or tokens.shape[1] != length:

@@ -7,9 +7,19 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from digit.sampling.filters import draw, kept_probabilities
+from digit.sampling.native import NoCompiler, fast_draw, library
 from digit.sampling.settings import SamplingSettings
 
 logits_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(torch.tensor)
+
+
+def draws() -> list:
+    """The plain draw, and the C++ one where it can be built."""
+    try:
+        library()
+    except NoCompiler:
+        return [draw]
+    return [draw, fast_draw]
 
 
 def exact(logits: torch.Tensor, s: SamplingSettings) -> torch.Tensor:
@@ -52,8 +62,9 @@ def test_filtered_distribution_is_the_definition(s, vocab):
         torch.testing.assert_close(dense(row, s).double(), exact(row, s), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("draw", draws())
 @pytest.mark.parametrize("s", SETTINGS, ids=str)
-def test_frequencies_fit_the_exact_distribution(s):
+def test_frequencies_fit_the_exact_distribution(s, draw):
     """Chi-square with 200,000 stratified-free draws; p > 1e-4, so that a wrong filter fails and chance does not."""
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(24, generator=g) * 1.5
@@ -89,6 +100,11 @@ def test_a_draw_has_probability(row, u, k, p):
     s = SamplingSettings(top_k=k, top_p=p)
     token = draw(row[None], torch.tensor([u]), s)
     assert dense(row, s)[token] > 0
+    for fast in draws()[1:]:
+        token = fast(row[None], torch.tensor([u]), s)
+        # of tokens that are equal at the edge either may be kept, and at the edge of top-p rounding decides
+        slightly = SamplingSettings(top_k=k, top_p=min(1.0, p + 1e-5))
+        assert (dense(row, slightly) > 0)[row == row[token]].any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -96,10 +112,12 @@ def test_a_draw_has_probability(row, u, k, p):
 def test_temperature_zero_and_top_1_take_the_maximum(row, u):
     best = row.max()
     for s in (SamplingSettings(temperature=0), SamplingSettings(top_k=1)):
-        assert row[draw(row[None], torch.tensor([u]), s)] == best
+        for one in draws():
+            assert row[one(row[None], torch.tensor([u]), s)] == best
 
 
-def test_the_largest_uniform_stays_inside():
+@pytest.mark.parametrize("draw", draws())
+def test_the_largest_uniform_stays_inside(draw):
     u = torch.tensor([1 - 2**-24])
     assert draw(torch.zeros(1, 1000), u, SamplingSettings()).item() == 999
     assert draw(torch.tensor([[0.0, 0.0, -1e9]]), u, SamplingSettings()).item() == 1
@@ -113,3 +131,15 @@ def test_rows_are_independent():
     assert whole.shape == (5, 7)
     for i in range(5):
         assert torch.equal(whole[i], draw(logits[i], u[i], s))
+
+
+@pytest.mark.skipif(len(draws()) == 1, reason="no compiler")
+@pytest.mark.parametrize("s", [*SETTINGS, SamplingSettings(top_p=0.95), SamplingSettings(temperature=0)], ids=str)
+@pytest.mark.parametrize("vocab", [16, 24, 1000])
+def test_the_draw_in_c_takes_the_same_tokens(s, vocab):
+    g = torch.Generator().manual_seed(2)
+    # rows of a wider tensor, as the padded logits of a step are
+    logits, u = (torch.randn(3000, vocab + 8, generator=g) * 2)[:, :vocab], torch.rand(3000, generator=g)
+    same = draw(logits, u, s) == fast_draw(logits, u, s)
+    assert same.float().mean() >= 0.999  # a number on the edge between two tokens may fall either way
+    assert torch.equal(fast_draw(logits, u, s)[7:9], fast_draw(logits[7:9], u[7:9], s))

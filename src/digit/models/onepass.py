@@ -152,10 +152,8 @@ class PixelHead(nn.Module):
         # channels last is the layout in which CPU and GPU convolve fastest
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for index, level in enumerate(self.levels):
-            if index:
-                x = F.interpolate(x, scale_factor=2.0, mode="nearest")  # (B, C, 2 H, 2 W)
-            for block in cast(nn.ModuleList, level):
-                x = block(x)
+            for number, block in enumerate(cast(nn.ModuleList, level)):
+                x = block(x, doubled=bool(index) and not number)  # (B, C, 2 H, 2 W) from the second level's first block on
         x = self.norm_out(x)
         if noise is not None and self.style is not None:
             gain, offset = self.style(noise)[:, :, None, None].chunk(2, 1)  # (B, C, 1, 1) each

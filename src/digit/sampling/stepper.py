@@ -22,7 +22,7 @@ from digit.models.token_model import NO_LABEL, TokenModel
 from digit.models.transformer import KVCache
 from digit.sampling.filters import Knobs, draw
 from digit.sampling.guidance import guide
-from digit.sampling.native import NativeStep
+from digit.sampling.native import NativeStep, fast_draw
 from digit.sampling.quantize import quantized
 from digit.sampling.settings import SamplingSettings
 
@@ -53,11 +53,11 @@ class State(NamedTuple):
     top_p: Tensor
 
 
-def advance(model: TokenModel | NativeStep, cache: KVCache, state: State, places: Tensor, guided: bool, knobs: Knobs) -> None:
+def advance(model: TokenModel, cache: KVCache, state: State, places: Tensor, guided: bool, knobs: Knobs) -> None:
     """Draw token ``state.place`` and add 1 to it.
 
     Args:
-        model: the network, or its C++ step.
+        model: the network.
         cache: of B sequences, or of 2B when guided: with labels first, without after them.
         state: see there.
         places: any tensor (S,): how far into the cache the step reads. A tensor, because compilers take sizes as unknowns more
@@ -125,7 +125,7 @@ class Stepper:
         )
         self.compile_seconds = 0.0
         self._weights = version(model)
-        self._network = native or (quantized(model) if quantize else None)
+        self._quantized = quantized(model) if quantize and native is None else None
         self._places = torch.arange(self.reach, device=device)
         self._step = _compiled() if self.compiled else advance
         self._ready: set[tuple[Any, ...]] = set()
@@ -164,7 +164,10 @@ class Stepper:
         logits = model.prefill(self._with_labels, b, labels, prefix, self.state.tokens[:, :known])  # (B, V)
         if guided:
             logits = torch.cat([logits, self.catch_up(model, known, prefix)])  # (2B, V)
-        write(self.state, logits, guided, knobs)
+        if self.native:
+            self._write(logits, known, knobs, guided)
+        else:
+            write(self.state, logits, guided, knobs)
         self.state.place.add_(1)
 
     def catch_up(self, model: TokenModel, known: int, prefix: Tensor | None) -> Tensor:
@@ -180,7 +183,10 @@ class Stepper:
 
     def step(self, model: TokenModel, index: int, knobs: Knobs, guided: bool) -> None:
         """Draw token ``index``, the one that ``state.place`` points to."""
-        network = self._network or model
+        if self.native:
+            self._native_step(self.native, index, knobs, guided)
+            return
+        network = self._quantized or model
         cache = self.cache if guided else self._with_labels
         reach = model.config.prefix_length + index + 1
         if self.graphs:
@@ -195,6 +201,22 @@ class Stepper:
             self._ready.add(variant)
         else:
             self._step(*arguments)
+
+    def _native_step(self, network: NativeStep, index: int, knobs: Knobs, guided: bool) -> None:
+        """:func:`advance` in C++. The host knows where it is, which spares looking up places by tensors."""
+        token = self.state.tokens[:, index - 1]  # (B,)
+        cache, token = (self.cache, torch.cat([token, token])) if guided else (self._with_labels, token)
+        self._write(network.step(cache, token, index - 1), index, knobs, guided)
+        self.state.place.add_(1)
+
+    def _write(self, logits: Tensor, index: int, knobs: Knobs, guided: bool) -> None:
+        """:func:`write` in C++."""
+        state = self.state
+        if guided:
+            conditional, unconditional = logits.chunk(2)
+            logits = guide(conditional, unconditional, state.scale[index])  # (B, V)
+        drawn = fast_draw(logits, state.uniform[:, index], knobs)  # (B,)
+        state.tokens[:, index] = torch.where(state.free[:, index], drawn, state.tokens[:, index])
 
     def _first(self, *arguments: Any) -> None:
         """A first step, which compiles; where that fails, the plain step does the same work from now on."""

@@ -83,13 +83,22 @@ class ResidualBlock(nn.Module):
         if width_in != width:
             self.shortcut = nn.Conv2d(width_in if self.shortcut_input else width, width, 1, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width_in, H, W) to (B, width, H, W)."""
-        h: Tensor = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
+        """(B, width_in, H, W) to (B, width, H, W); ``doubled``: as if x came at twice the side, every place as 2 x 2 of it.
+
+        Norm, activation and a 1x1 shortcut of such an x are those of the small one, doubled, at a quarter of the work.
+        """
+        grow = _doubled if doubled else nn.Identity()
+        h: Tensor = self.conv2(F.silu(self.norm2(self.conv1(grow(F.silu(self.norm1(x)))))))
         if self.shortcut is None:
-            return x + h
-        short: Tensor = self.shortcut(x if self.shortcut_input else h)
+            return grow(x) + h
+        short: Tensor = grow(self.shortcut(x)) if self.shortcut_input else self.shortcut(h)
         return h + short
+
+
+def _doubled(x: Tensor) -> Tensor:
+    """(B, C, H, W) to (B, C, 2 H, 2 W): each place four times."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 class Encoder(nn.Module):
@@ -152,7 +161,7 @@ class Decoder(nn.Module):
             for block in cast(nn.ModuleList, level):
                 x = block(x)
             if index < len(self.upsample):
-                x = self.upsample[index](F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2 H, 2 W)
+                x = self.upsample[index](_doubled(x))  # (B, C, 2 H, 2 W)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
         return out
 

@@ -1,7 +1,9 @@
-"""One token step on a CPU in C++ (``step.cpp``): all layers in one call, built with the user's compiler at first use.
+"""One token step on a CPU in C++, built with the user's compiler at first use: all layers in one call (``step.cpp``), and the draw
+(``draw.cpp``).
 
-What it is for: at small batches a step should cost no more than reading the weights once. It does what :meth:`TokenModel.step` does,
-which stays the definition and runs wherever this cannot: on other devices, in float16, in training mode, without a compiler.
+What it is for: at small batches a step should cost no more than reading the weights once. It does what :meth:`TokenModel.step` and
+:func:`digit.sampling.filters.draw` do, which stay the definition and run wherever this cannot: on other devices, in float16, in
+training mode, without a compiler.
 """
 
 from __future__ import annotations
@@ -27,11 +29,14 @@ from digit.errors import DigitError
 from digit.files import write_file
 from digit.models.token_model import TokenModel
 from digit.models.transformer import Block, KVCache
+from digit.sampling.filters import Knobs
 from digit.sampling.quantize import Int8Linear, quantized
 
-SOURCE = Path(__file__).with_name("step.cpp")
+_FOLDER = Path(__file__).parent
+SOURCES = (_FOLDER / "step.cpp", _FOLDER / "draw.cpp")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 LANES, PANEL = 16, 64  # as in the source
+_DRAWS_A_THREAD = 8192  # numbers that are worth another thread
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -67,7 +72,7 @@ class _Cache(ctypes.Structure):
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The built ``step.cpp``; from the user's cache folder where this source, compiler and processor were seen before.
+    """The built sources; from the user's cache folder where this source, compiler and processor were seen before.
 
     Raises:
         NoCompiler: there is none, or it cannot build the source.
@@ -77,11 +82,13 @@ def library() -> ctypes.CDLL:
         raise NoCompiler("no C++ compiler was found")
     # the macros of -march=native name the compiler's version and everything that the processor can do
     macros = _run(*compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
+    texts = [path.read_bytes() for path in (*SOURCES, _FOLDER / "vectors.h")]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
     try:
         built = _folder() / f"step-{key}.so"
         if not built.exists():
-            write_file(built, lambda path: _run(*compiler, *FLAGS, "-x", "c++", str(SOURCE), "-o", str(path)))
+            files = [str(path) for path in SOURCES]
+            write_file(built, lambda path: _run(*compiler, *FLAGS, "-x", "c++", *files, "-o", str(path)))
         loaded = ctypes.CDLL(str(built))
     except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
         raise NoCompiler(f"{error} (XDG_CACHE_HOME names another folder)") from error
@@ -89,6 +96,8 @@ def library() -> ctypes.CDLL:
     loaded.digit_room.argtypes = [POINTER(_Network), c_int64, c_int64, c_int64]
     loaded.digit_step.restype = None
     loaded.digit_step.argtypes = [POINTER(_Network), POINTER(_Cache), c_int, c_int, c_int64, c_void_p, c_void_p, c_void_p]
+    loaded.digit_draw.restype = None
+    loaded.digit_draw.argtypes = [c_void_p, *(c_int64,) * 3, c_int, c_void_p, c_float, c_int64, c_float, c_void_p]
     return loaded
 
 
@@ -165,9 +174,8 @@ class NativeStep:
             epsilon=config.norm_eps,
         )
 
-    def step(self, cache: KVCache, token: Tensor, index: Tensor, reach: int | None = None) -> Tensor:
+    def step(self, cache: KVCache, token: Tensor, index: int | Tensor) -> Tensor:
         """As :meth:`TokenModel.step`: feed token number ``index``, ids (B,); float32 logits (B, vocab) of the next."""
-        del reach  # it reads what is filled
         model, place = self._model, int(index) + 1
         x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
         x, rows = x.float().contiguous(), len(x)
@@ -201,6 +209,29 @@ class NativeStep:
         bias = torch.zeros(outputs) if linear.bias is None else F.pad(linear.bias.float(), (0, extra))
         scale = F.pad(linear.scale.float(), (0, extra)) if isinstance(linear, Int8Linear) else bias  # read by int8 only
         return _Matrix(self._keep(place), self._keep(scale), self._keep(bias), linear.weight.shape[1], outputs)
+
+
+def fast_draw(logits: Tensor, uniform: Tensor, knobs: Knobs) -> Tensor:
+    """As :func:`digit.sampling.filters.draw`, on the CPU, for logits (B, V) and uniform (B,)."""
+    rows, vocab = logits.shape
+    logits = logits.float()
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()  # rows may lie apart
+    uniform, tokens = uniform.contiguous(), torch.empty(rows, dtype=torch.long)
+    threads = max(1, min(torch.get_num_threads(), rows * vocab // _DRAWS_A_THREAD))
+    temperature, top_p = float(knobs.temperature), float(knobs.top_p)
+    library().digit_draw(
+        logits.data_ptr(),
+        rows,
+        vocab,
+        logits.stride(0),
+        threads,
+        uniform.data_ptr(),
+        temperature,
+        knobs.top_k,
+        top_p,
+        tokens.data_ptr(),
+    )
+    return tokens
 
 
 def _memory(size: int) -> Tensor:

@@ -12,14 +12,14 @@
 //   bfloat    products of bfloat16, inputs rounded to it, sums in float32
 //   narrow    int8 weights with a scale an output; inputs rounded to 13 bits or so with a scale a row; sums are exact integers
 //
-// Vectors are those of GCC and Clang, which make the best of any processor; two instructions of AVX-512 are used where present.
+// Two instructions of AVX-512 are used where present.
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
 #include <omp.h>
+
+#include "vectors.h"
 
 #if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
 #include <immintrin.h>
@@ -27,8 +27,6 @@
 
 namespace {
 
-typedef float floats __attribute__((vector_size(64)));     // 16 lanes
-typedef int32_t ints __attribute__((vector_size(64)));     // 16 lanes
 typedef int16_t shorts __attribute__((vector_size(64)));   // 32 lanes
 typedef uint16_t halves __attribute__((vector_size(32)));  // 16 lanes
 typedef int8_t bytes __attribute__((vector_size(32)));     // 32 lanes
@@ -41,21 +39,9 @@ typedef int8_t bytes __attribute__((vector_size(32)));     // 32 lanes
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
 #endif
 
-constexpr int LANES = 16, TILES = 4, PANEL = LANES * TILES;  // outputs of a vector, vectors of a panel
+constexpr int TILES = 4, PANEL = LANES * TILES;  // outputs of a vector, vectors of a panel
 constexpr int ROWS = 8;                                      // rows that share a reading of the weights
 constexpr int64_t AHEAD = 4096;                              // bytes: a page
-
-template <class V>
-inline V load(const void* from) {
-    V v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-}
-
-template <class V>
-inline void store(void* to, V v) {
-    std::memcpy(to, &v, sizeof v);
-}
 
 inline float widened(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 inline floats widened(const float* x) { return load<floats>(x); }
@@ -130,21 +116,6 @@ struct Narrow {
 };
 
 // ---- functions of vectors -------------------------------------------------------------------------------------------------------
-
-// e^x: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (the Cephes library's coefficients); 0 below float32's range.
-inline floats exponential(floats x) {
-    x = x < -87.0f ? floats{} - 87.0f : x;
-    const floats t = x * 1.44269504f;
-    const ints n = __builtin_convertvector(t + (t < 0.0f ? floats{} - 0.5f : floats{} + 0.5f), ints);
-    const floats whole = __builtin_convertvector(n, floats);
-    const floats r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return (p * r * r + r + 1.0f) * (floats)((n + 127) << 23);
-}
 
 // Lane i of the result is the sum over the lanes of v[i]. Each round adds neighbours and halves the number of vectors.
 inline floats totals(floats (&v)[LANES]) {

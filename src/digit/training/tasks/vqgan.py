@@ -176,7 +176,8 @@ class VqganTask:
         if self.quantizer is None:
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # the very tokens that others use
                 codes = F.embedding(self.vqgan.encode(images), self.vqgan.codebook)  # (B, M, D)
-            return codes.transpose(1, 2).unflatten(2, self.vqgan.config.grid), 0.0, {}
+            rows, columns = self.vqgan.config.grid
+            return codes.transpose(1, 2).reshape(len(codes), -1, rows, columns), 0.0, {}  # (B, D, h, w)
         codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
         metrics = {"commitment": commitment.detach(), **self.quantizer.statistics()}
         return codes, self.objective.commitment * commitment, metrics
