@@ -97,6 +97,7 @@ class Study:
         yield from self._core()
         yield from self._headline()
         yield from self._plain()
+        yield from self._ceiling()
         yield from self._sizes()
         yield from self._vocabularies()
         yield from self._curves()
@@ -147,10 +148,7 @@ class Study:
         yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data)
         steady = self._train(group, "encoder", "encoder", preset, self.data, *STEADY)
         yield replace(steady, command=f"{steady.command} --from {self.out / f'encoder-{PLAIN}'}")
-        yield self._train(group, "vqgan-first", "vqgan", "cifar10-vqgan", self.data, *self._judge())
-        changes = (*self._judge(), *SHARPER)
-        sharper = self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *changes)
-        yield replace(sharper, command=f"{sharper.command} --from {self.out / 'vqgan-first'} --freeze tokens")
+        yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._judge())
         yield from self._vocabulary(group, PLAIN, f"encoder-{PLAIN}", K)
         yield from self._vocabulary(group, K)
 
@@ -181,10 +179,7 @@ class Study:
         yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
         for kind, name in {"ar": "cond", "onepass": "shipped", "masked": "cond-all"}.items():
             yield self._fidelity(group, f"cond-{kind}", name, f"--decoder {kind}")
-        command = (
-            f"reconstruction {model}-all --data {self.data} --split test --num {min(self.images // 2, 10_000)} --lpips none"
-        )
-        yield self._evaluate(group, "reconstruction", command)
+        yield self._evaluate(group, "reconstruction", f"reconstruction {model}-all {self._originals()}")
 
     def _headline(self) -> Iterator[Step]:
         """Unconditional: a prior over semantic tokens with each decoder against the same prior over VQ tokens."""
@@ -216,6 +211,16 @@ class Study:
         model = self.out / "models" / PLAIN
         yield self._evaluate(PLAIN, f"stability-{PLAIN}", f"stability {model} --data {self.data} --split test --num 2000")
         yield self._fidelity(PLAIN, PLAIN, PLAIN)
+
+    def _ceiling(self) -> Iterator[Step]:
+        """What better training of the VQGAN's decoder alone gives: what its tokens leave open limits every picture made of them."""
+        group = "ceiling"
+        changes = (*self._judge(), *SHARPER)
+        sharper = self._train(group, "vqgan-sharper", "vqgan", "cifar10-vqgan", self.data, *changes)
+        yield replace(sharper, command=f"{sharper.command} --from {self.out / 'vqgan'} --freeze tokens")
+        yield self._assemble(group, "sharper", vqgan="vqgan-sharper")
+        command = f"reconstruction {self.out / 'models' / 'sharper'} {self._originals()}"
+        yield self._evaluate(group, "reconstruction-sharper", command)
 
     def _sizes(self) -> Iterator[Step]:
         """A VQ prior as large as semantic prior and decoder together, one with a class, and larger priors of both kinds."""
@@ -255,6 +260,10 @@ class Study:
         pair = self.out / "models"
         command = f"prefix {pair / 'semantic-s0'} --baseline {pair / 'vq-s0'} --data {self.data} --reference {self.reference}"
         yield self._evaluate(group, "prefix", f"{command} --shares 0,0.25,0.5,0.75 --decoder ar --metrics fid {few}")
+
+    def _originals(self) -> str:
+        """Which images come back, for a reconstruction."""
+        return f"--data {self.data} --split test --num {min(self.images // 2, 10_000)} --lpips none"
 
     # -- measuring ---------------------------------------------------------------------------------------------------------
 
@@ -307,7 +316,7 @@ def main() -> None:
     """Run the groups that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "groups", nargs="*", help="tokenizers, core, headline, plain, sizes, vocabularies, curves; or names of steps"
+        "groups", nargs="*", help="tokenizers, core, headline, plain, ceiling, sizes, vocabularies, curves; or names of steps"
     )
     parser.add_argument("--list", action="store_true", help="show the steps and which are done")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
