@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 
 K, V = {"cifar10": 1024, "imagenet256": 8192}, 1024
 ONE_PASS = {
@@ -92,14 +93,17 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Time one stage, in this process."""
     import torch
 
+    from digit.devices import quick_pixels
+
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     cuda = args.device.startswith("cuda")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     model = network(args.size, args.stage).eval().requires_grad_(False)
-    narrow = args.stage != "vqgan decode" or cuda  # on a CPU the VQGAN computes in float32, as in the pipeline
+    narrow = args.stage != "vqgan decode" or cuda  # on a CPU the VQGAN's weights are float32, as in the pipeline
     model = model.to(args.device, dtype if narrow else torch.float32)
-    with torch.inference_mode():
+    paints = args.stage == "vqgan decode" or args.stage in ONE_PASS[args.size]
+    with torch.inference_mode(), quick_pixels(torch.device(args.device)) if paints else nullcontext():  # as in the pipeline
         function = work(model, args.size, args.stage, args.batch, args.device)
         function(0)
         if cuda:

@@ -6,18 +6,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "vectors.h"
 
 namespace {
-
-// A thread's room: p is filled up with zeros to whole vectors.
-struct Row {
-    std::vector<float> p;
-    std::vector<int32_t> ids;
-};
 
 inline double total(floats v) {
     double sum = 0;
@@ -45,28 +38,95 @@ double exponentials(const float* x, int64_t count, float temperature, std::vecto
     return total(sum);
 }
 
-// Zero all but {p >= t} for the largest t whose sum reaches ``target``; t is found bit by bit, for floats from 0 to 1 are ordered
-// like their bits.
-void nucleus(std::vector<float>& p, double target) {
-    const auto kept = [](floats v, int32_t least) { return (floats)((ints)v & ((ints)v >= least)); };
-    int32_t threshold = 0;
+// What of v is at least the float with the bits ``least``; zero elsewhere.
+inline floats kept(floats v, floats what, int32_t least) { return (floats)((ints)what & ((ints)v >= least)); }
+
+// The bits of the largest t for which enough(the sum of value(p) over {p >= t}); 0 if there is none. It is found bit by bit, for floats
+// from 0 to 1 are ordered like their bits: about a thousand instructions where a sort of the vocabulary takes a hundred thousand.
+template <class Value, class Enough>
+int32_t threshold(const std::vector<float>& p, Value value, Enough enough) {
+    int32_t found = 0;
     for (int bit = 29; bit >= 0; bit--) {
-        const int32_t candidate = threshold + (1 << bit);
+        const int32_t candidate = found + (1 << bit);
         floats sums[4] = {};  // several, so that one addition need not wait for the other
         size_t i = 0;
+        const auto add = [&](size_t at, int n) {
+            const floats v = load<floats>(&p[at]);
+            sums[n] += kept(v, value(v), candidate);
+        };
         for (; i + 4 * LANES <= p.size(); i += 4 * LANES)
-            for (int n = 0; n < 4; n++) sums[n] += kept(load<floats>(&p[i + n * LANES]), candidate);
-        for (; i < p.size(); i += LANES) sums[0] += kept(load<floats>(&p[i]), candidate);
-        if (total((sums[0] + sums[1]) + (sums[2] + sums[3])) >= target) threshold = candidate;
+            for (int n = 0; n < 4; n++) add(i + n * LANES, n);
+        for (; i < p.size(); i += LANES) add(i, 0);
+        if (enough(total((sums[0] + sums[1]) + (sums[2] + sums[3])))) found = candidate;
     }
-    for (size_t i = 0; i < p.size(); i += LANES) store(&p[i], kept(load<floats>(&p[i]), threshold));
+    return found;
 }
 
-// Where the running sum of p passes ``uniform`` of the whole; never a place without probability. p is whole vectors.
-int64_t place(const std::vector<float>& p, double uniform) {
-    floats sums = {};
-    for (size_t i = 0; i < p.size(); i += LANES) sums += load<floats>(&p[i]);
-    const double wanted = uniform * total(sums);
+inline floats itself(floats v) { return v; }
+inline floats one(floats) { return floats{} + 1.0f; }
+
+// The sum of value(p) over {p > t}.
+template <class Value>
+double above(const std::vector<float>& p, int32_t t, Value value) {
+    floats sum = {};
+    for (size_t i = 0; i < p.size(); i += LANES) {
+        const floats v = load<floats>(&p[i]);
+        sum += kept(v, value(v), t + 1);
+    }
+    return total(sum);
+}
+
+// Zero all below t, and of those that equal it, in the order of ids, all from the first that stay() refuses.
+template <class Stay>
+void cut(std::vector<float>& p, int32_t t, Stay stay) {
+    for (size_t i = 0; i < p.size(); i += LANES) {
+        const floats v = load<floats>(&p[i]);
+        store(&p[i], kept(v, v, t));
+    }
+    bool open = true;
+    for (float& value : p)
+        if (__builtin_bit_cast(int32_t, value) == t && !(open = open && stay(value))) value = 0;
+}
+
+// Zero all but the k largest.
+void largest(std::vector<float>& p, int64_t k) {
+    const int32_t t = threshold(p, one, [&](double count) { return count >= k; });
+    double count = above(p, t, one);
+    cut(p, t, [&](float) { return count++ < k; });
+}
+
+// Zero all but the likeliest that begin before ``target``, the likeliest first; or, ``together``, without parting equal ones.
+void nucleus(std::vector<float>& p, double target, bool together) {
+    const int32_t t = threshold(p, itself, [&](double sum) { return sum >= target; });
+    double before = above(p, t, itself);
+    cut(p, t, [&](float value) {
+        const bool stays = together || before < target;
+        before += value;
+        return stays;
+    });
+}
+
+// Where the sum passes ``wanted``, the likeliest first and equal ones in the order of ids; never a place without probability.
+int64_t ranked(const std::vector<float>& p, double wanted) {
+    const int32_t t = threshold(p, itself, [&](double sum) { return sum > wanted; });
+    double sum = above(p, t, itself);
+    int64_t last = 0;
+    for (size_t i = 0; i < p.size(); i++) {
+        if (__builtin_bit_cast(int32_t, p[i]) != t) continue;
+        last = int64_t(i);
+        if ((sum += p[i]) > wanted) break;
+    }
+    return last;
+}
+
+double sum_of(const std::vector<float>& p) {
+    floats sum = {};
+    for (size_t i = 0; i < p.size(); i += LANES) sum += load<floats>(&p[i]);
+    return total(sum);
+}
+
+// Where the sum passes ``wanted``, in the order of ids; never a place without probability.
+int64_t place(const std::vector<float>& p, double wanted) {
     double sum = 0;
     int64_t last = int64_t(p.size()) - 1;
     while (last > 0 && !(p[last] > 0)) last--;
@@ -82,29 +142,20 @@ int64_t place(const std::vector<float>& p, double uniform) {
     return last;
 }
 
-int64_t token(const float* x, int64_t count, float uniform, float temperature, int64_t top_k, float top_p, Row& row) {
+int64_t token(const float* x, int64_t count, float uniform, float temperature, int64_t top_k, float top_p, std::vector<float>& p) {
     if (temperature == 0) return std::max_element(x, x + count) - x;
-    double whole = exponentials(x, count, temperature, row.p);
-    if (top_k <= 0 || top_k >= count) {
-        if (top_p < 1) nucleus(row.p, top_p * whole);
-        return place(row.p, uniform);
+    double whole = exponentials(x, count, temperature, p);
+    const bool few = 0 < top_k && top_k < count;
+    if (few) {
+        largest(p, top_k);
+        whole = sum_of(p);
     }
-    // the likeliest first, as filters.py has them: the same number draws the same token
-    row.ids.resize(count);
-    std::iota(row.ids.begin(), row.ids.end(), 0);
-    const auto first = [&](int32_t a, int32_t b) { return x[a] != x[b] ? x[a] > x[b] : a < b; };
-    std::nth_element(row.ids.begin(), row.ids.begin() + top_k - 1, row.ids.end(), first);
-    std::sort(row.ids.begin(), row.ids.begin() + top_k, first);
-    std::vector<float> kept((top_k + LANES - 1) / LANES * LANES);
-    for (int64_t i = 0; i < top_k; i++) kept[i] = row.p[row.ids[i]];
-    whole = std::accumulate(kept.begin(), kept.end(), 0.0);
-    double before = 0;
-    for (float& value : kept) {
-        const float own = value;
-        if (before >= top_p * whole) value = 0;
-        before += own;
+    if (top_p < 1) {
+        nucleus(p, top_p * whole, !few);
+        whole = sum_of(p);
     }
-    return row.ids[place(kept, uniform)];
+    // the order of filters.py, so that the same number draws the same token
+    return few ? ranked(p, uniform * whole) : place(p, uniform * whole);
 }
 
 }  // namespace
@@ -116,7 +167,7 @@ void digit_draw(const float* logits, int64_t rows, int64_t count, int64_t stride
                 float temperature, int64_t top_k, float top_p, int64_t* tokens) {
 #pragma omp parallel num_threads(threads)
     {
-        Row own;
+        std::vector<float> own;
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++)
             tokens[row] = token(logits + row * stride, count, uniform[row], temperature, top_k, top_p, own);
