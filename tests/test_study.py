@@ -77,5 +77,25 @@ def test_spread_and_ratio():
     }
     text = kept.headline()
     assert "| VQ prior (baseline) | 42.00 ± 2.83 | 2 | 100 |" in text
-    assert "**2.00 with the AR decoder, 1.50 with the one-pass decoder**" in text
+    assert "**2.00 (2.00, 2.00 seed by seed) with the AR decoder, 1.43 with the one-pass decoder**" in text
     assert "| semantic prior + AR decoder, with a class | 12.50 | 1 | 100 |" in text
+
+
+def test_curves_are_tables_once_they_are_measured():
+    kept = results.Results.__new__(results.Results)
+    kept.steps = {}
+    assert {kept.layers(), kept.settings(), kept.prefixes()} == {"Not measured yet.\n"}
+
+    def step(values):
+        return {"result": {"values": values}}
+
+    score = {"state": 0, "accuracy": 0.25, "knn": None}
+    kept.steps = {
+        "evaluate-probe": step({"layers": [score, {**score, "state": 1, "knn": 0.5}], "encoder": score}),
+        "evaluate-sweep": step({"points": [{"settings": {"top_k": 50}, "values": {"fid": 12.5}}]}),
+        "evaluate-prefix": step([{"name": "vq-s0", "points": [{"share": 0.25, "values": {"fid": 9.0}}]}]),
+    }
+    assert "| embeddings | 25.0 | - |\n| after block 1 | 25.0 | 50.0 |\n| the encoder's features | 25.0 | - |" in kept.layers()
+    assert "| top_k 50 | 12.50 |" in kept.settings()
+    assert "| given of the tokens | 25% |" in kept.prefixes()
+    assert "| vq-s0 | 9.00 |" in kept.prefixes()

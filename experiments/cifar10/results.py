@@ -102,7 +102,7 @@ class Results:
         text = table(["model", "FID", "seeds", "images"], rows)
         vq = self.fids("vq-s{}")
         ratios = [
-            f"{statistics.mean(vq) / statistics.mean(found):.2f} with the {title} decoder"
+            f"{_ratio(vq, found)} with the {title} decoder"
             for kind, title in DECODERS.items()
             if vq and (found := self.fids(f"semantic-s{{}}-{kind}"))
         ]
@@ -153,14 +153,46 @@ class Results:
 
     def ceilings(self) -> str:
         """What the decoders could reach at best: real tokens decoded."""
-        step = self.steps.get("evaluate-reconstruction")
+        rows = [
+            [row["name"] + more, f"{row['images']:,}", *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))]
+            for name, more in CEILINGS.items()
+            if name in self.steps
+            for row in self.steps[name]["result"]["values"]
+        ]
+        if not rows:
+            return "Not measured yet.\n"
+        return table(["path", "images", "rFID", "PSNR, dB", "SSIM"], rows)
+
+    def layers(self) -> str:
+        """Linear probes and neighbours of every layer of the prior with classes."""
+        step = self.steps.get("evaluate-probe")
         if step is None:
             return "Not measured yet.\n"
-        rows = [
-            [row["name"], f"{row['images']:,}", *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))]
-            for row in step["result"]["values"]
-        ]
-        return table(["path", "images", "rFID", "PSNR, dB", "SSIM"], rows)
+        values = step["result"]["values"]
+        scores = [(f"after block {score['state']}" if score["state"] else "embeddings", score) for score in values["layers"]]
+        if values["encoder"] is not None:
+            scores.append(("the encoder's features", values["encoder"]))
+        rows = [[name, _percent(score["accuracy"]), _percent(score["knn"])] for name, score in scores]
+        return table(["features", "linear probe, %", "k-NN, %"], rows)
+
+    def settings(self) -> str:
+        """FID over the settings of sampling, one at a time."""
+        step = self.steps.get("evaluate-sweep")
+        if step is None:
+            return "Not measured yet.\n"
+        points = step["result"]["values"]["points"]
+        rows = [[", ".join(f"{k} {v}" for k, v in p["settings"].items()), _number(p["values"]["fid"])] for p in points]
+        return table(["setting", "FID"], rows)
+
+    def prefixes(self) -> str:
+        """FID where a share of a real picture's tokens is given."""
+        step = self.steps.get("evaluate-prefix")
+        if step is None:
+            return "Not measured yet.\n"
+        curves = step["result"]["values"]
+        shares = [f"{p['share']:.0%}" for p in curves[0]["points"]]
+        rows = [[curve["name"], *(_number(p["values"]["fid"]) for p in curve["points"])] for curve in curves]
+        return table(["given of the tokens", *shares], rows)
 
     def commands(self) -> str:
         """Every step, its command and what it took."""
@@ -183,6 +215,7 @@ ENCODERS = {
     "evaluate-stability": "semantic tokens",
     "evaluate-stability-plain": "semantic tokens of the plain encoder",
 }
+CEILINGS = {"evaluate-reconstruction": "", "evaluate-reconstruction-sharper": ", its decoder trained on"}
 MEASURES = {
     "changed": "changed",
     "cosine_features": "cosine of features",
@@ -209,6 +242,17 @@ def _spread(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.2f}"
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> str:
+    """Of the means over the seeds that both have, and of each seed."""
+    pairs = list(zip(above, below, strict=False))
+    text = f"{sum(a for a, _ in pairs) / sum(b for _, b in pairs):.2f}"
+    return text if len(pairs) == 1 else f"{text} ({', '.join(f'{a / b:.2f}' for a, b in pairs)} seed by seed)"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
 
 
 def _number(value: float | None) -> str:
@@ -238,6 +282,18 @@ Real test images through the tokenizers and back; FID against the same images.
 and .457 at 10, and cosines of .972 and .975, .910 and .940, .777 and .888.
 
 {results.stability()}
+## Layers
+Top-1 on 10 classes from the mean state of each layer of the prior with classes (asked without one).
+
+{results.layers()}
+## Settings of sampling
+The model with classes and the AR decoder, 2,000 pictures a point: compare with each other only.
+
+{results.settings()}
+## Prefixes
+The unconditional pair, 2,000 pictures a point.
+
+{results.prefixes()}
 ## What was trained
 
 {results.parts()}
