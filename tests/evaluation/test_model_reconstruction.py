@@ -39,7 +39,7 @@ def test_every_path_is_measured_as_by_hand(pipe, images, tensors, pooling):
     with torch.inference_mode():
         semantic = pipe.tokenizer.encode(tensors)
         expected = [
-            pipe.vqgan.decode(pipe.vqgan.encode(tensors)),
+            pipe.to_pixels(Tokens(None, pipe.vqgan.encode(tensors))),
             pipe.decode(semantic, 4, "ar"),
             pipe.decode(semantic, 4, "masked"),
         ]

@@ -101,13 +101,15 @@ def reconstruction_rows(
     reasons: Mapping[str, str] | None = None,
     seed: int = 0,
     batch_size: int = 64,
+    originals: FeatureSet | None = None,
 ) -> list[dict[str, Any]]:
     """Measure every path of :func:`paths`; a record for each, with ``name`` and what
-    :func:`~digit.evaluation.reconstruction.reconstruction` gives.
+    :func:`~digit.evaluation.reconstruction.reconstruction` gives. ``originals`` None measures them, once.
     """
-    rows = []
-    originals = None if extractor is None else _originals(pipe, dataset, extractor, batch_size)
-    for name, path in paths(pipe, seed).items():
+    rows, ways = [], paths(pipe, seed)
+    if extractor is not None and originals is None:
+        originals = _originals(pipe, dataset, extractor, batch_size)
+    for name, path in ways.items():
         pairs = _both(pipe, dataset, path, batch_size)
         found = reconstruction(
             pairs, extractor=extractor, originals=originals, lpips=lpips, reasons=reasons, total=len(dataset), name=name
@@ -124,6 +126,7 @@ def perturbation_rows(
     neighbourhoods: Sequence[float] = NEIGHBOURHOODS,
     seed: int = 0,
     batch_size: int = 64,
+    originals: FeatureSet | None = None,
 ) -> list[dict[str, Any]]:
     """FID against the originals under latent perturbation, for VQ tokens and, where there is a decoder, semantic tokens.
 
@@ -135,11 +138,12 @@ def perturbation_rows(
         neighbourhoods: from how many nearest codes, as shares of the codebook; at least 2 codes.
         seed: of the choice and of the decoder.
         batch_size: images at a time.
+        originals: the real images as that network sees them; None measures them.
 
     Returns:
         A record for each space: ``space``, ``pfid`` (mean), and ``points`` of share, neighbours, fid.
     """
-    theirs = _originals(pipe, dataset, extractor, batch_size)
+    theirs = originals or _originals(pipe, dataset, extractor, batch_size)
     spaces = [space for space in token_spaces(pipe) if space == "vq" or (pipe.space == "semantic" and pipe.decoders)]
     rows = []
     for space in reversed(spaces):  # VQ first, as in the rows above
@@ -177,10 +181,12 @@ def reconstruction_record(
     out, began = Path(out), time.monotonic()
     if perturb and extractor is None:
         raise DigitError(f"The FID under perturbation needs the FID network: {(reasons or {}).get('rfid', 'none was given.')}")
-    rows = reconstruction_rows(pipe, dataset, extractor, lpips, reasons, seed, batch_size)
+    paths(pipe, seed)  # refuses a model without any, before the originals take their time
+    theirs = _originals(pipe, dataset, extractor, batch_size) if extractor else None
+    rows = reconstruction_rows(pipe, dataset, extractor, lpips, reasons, seed, batch_size, theirs)
     perturbed = []
     if perturb and extractor is not None:
-        perturbed = perturbation_rows(pipe, dataset, extractor, shares, neighbourhoods, seed, batch_size)
+        perturbed = perturbation_rows(pipe, dataset, extractor, shares, neighbourhoods, seed, batch_size, theirs)
         _plot(perturbed, out / "perturbation.png")
     ceiling = {row.method: row.fid for row in paper.CEILING}
     record = Record(

@@ -162,8 +162,10 @@ class PictureLoss:
             return
         judgement, more = self.judgement(judge, rebuilt, seen, step)
         yield Loss("model", loss + judgement, {**metrics, **more})
+        both = torch.cat([images, rebuilt.detach()])  # (B + B', 3, S, S)
+        layers = [torch.cat([w, s.detach()]) for w, s in zip(wanted, seen, strict=True)]
         for _ in range(self.objective.discriminator_steps):
-            yield self.discrimination(judge, rebuilt, images, seen, wanted)
+            yield self.discrimination(judge, both, layers, len(images))
 
     def judgement(
         self, discriminator: nn.Module, rebuilt: Tensor, seen: Sequence[Tensor], step: Step
@@ -173,13 +175,10 @@ class PictureLoss:
         weight = self.objective.gan_weight * ramp(step.progress, self.objective.gan_start, self.objective.gan_warmup)
         return weight * judgement, {"judgement": judgement.detach()}
 
-    def discrimination(
-        self, discriminator: nn.Module, rebuilt: Tensor, images: Tensor, seen: Sequence[Tensor], wanted: Sequence[Tensor]
-    ) -> Loss:
-        """The discriminator's own loss, on pictures (B', 3, S, S) and images (B, 3, S, S) with their features."""
-        both = [torch.cat([w, s.detach()]) for w, s in zip(wanted, seen, strict=True)]
-        logits = discriminator(torch.cat([images, rebuilt.detach()]), both)
-        count = [len(images), len(rebuilt)]
-        real, fake = zip(*(one.float().split(count) for one in logits), strict=True)
-        metrics = {"real": -generator_hinge(real).detach(), "fake": -generator_hinge(fake).detach()}
-        return Loss("discriminator", discriminator_hinge(real, fake), metrics)
+    def discrimination(self, discriminator: nn.Module, pictures: Tensor, layers: Sequence[Tensor], real: int) -> Loss:
+        """The discriminator's own loss, on pictures (B + B', 3, S, S), of which the first ``real`` are images, and their features."""
+        logits = discriminator(pictures, layers)
+        count = [real, len(pictures) - real]
+        true, false = zip(*(one.float().split(count) for one in logits), strict=True)
+        metrics = {"real": -generator_hinge(true).detach(), "fake": -generator_hinge(false).detach()}
+        return Loss("discriminator", discriminator_hinge(true, false), metrics)
