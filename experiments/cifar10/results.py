@@ -214,6 +214,8 @@ class Results:
 ENCODERS = {
     "evaluate-stability": "semantic tokens",
     "evaluate-stability-plain": "semantic tokens of the plain encoder",
+    "evaluate-stability-mae": "tokens of a masked autoencoder",
+    "evaluate-stability-random": "tokens of a random encoder",
 }
 CEILINGS = {"evaluate-reconstruction": "", "evaluate-reconstruction-sharper": ", its decoder trained on"}
 MEASURES = {

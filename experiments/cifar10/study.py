@@ -42,6 +42,23 @@ SHARPER = (
     "training.lr=5e-4",
 )
 """How the VQGAN's decoder is trained on behind codes that stay: against a judge that it does not outrun."""
+BASELINES = {
+    "random": ("cifar10-encoder", ("training.epochs=null", "training.steps=1", "training.warmup_steps=0", "training.lr=1e-9")),
+    "mae": (
+        "cifar10-encoder-vit",
+        (
+            '"objective={method: mae}"',
+            "model.dim=96",
+            "model.depth=4",
+            "model.heads=3",
+            "training.epochs=null",
+            "training.steps=1500",
+            "training.batch_size=128",
+            "training.warmup_steps=100",
+        ),
+    ),
+}
+"""Encoders to compare with: what the network's shape alone gives, and one that learns to rebuild hidden patches."""
 SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
@@ -97,6 +114,7 @@ class Study:
         yield from self._core()
         yield from self._headline()
         yield from self._plain()
+        yield from self._baselines()
         yield from self._ceiling()
         yield from self._sizes()
         yield from self._vocabularies()
@@ -152,13 +170,18 @@ class Study:
         yield from self._vocabulary(group, PLAIN, f"encoder-{PLAIN}", K)
         yield from self._vocabulary(group, K)
 
-    def _vocabulary(self, group: str, name: int | str, encoder: str = "encoder", clusters: int | None = None) -> Iterator[Step]:
-        """Codebook, tokenizers and the tokens of the training images."""
+    def _codebook(self, group: str, name: int | str, encoder: str, clusters: int | str) -> Iterator[Step]:
+        """Codebook and tokenizers."""
         out, book = self.out, f"codebook-{name}"
-        command = f"fit-codebook --encoder {out / encoder} --data {self.data} --clusters {clusters or name} --images 20000"
+        command = f"fit-codebook --encoder {out / encoder} --data {self.data} --clusters {clusters} --images 20000"
         yield Step(group, book, f"{command} --out {out / book}")
         parts = {"encoder": encoder, "codebook": book, "vqgan": "vqgan"}
         yield self._assemble(group, f"tokenizers-{name}", **parts)
+
+    def _vocabulary(self, group: str, name: int | str, encoder: str = "encoder", clusters: int | None = None) -> Iterator[Step]:
+        """Codebook, tokenizers and the tokens of the training images."""
+        out = self.out
+        yield from self._codebook(group, name, encoder, clusters or name)
         tokens = out / f"tokens-{name}"
         command = f"cache-tokens --model {out / 'models' / f'tokenizers-{name}'} --data {self.data} --out {tokens}"
         yield Step(group, f"tokens-{name}", command)
@@ -211,6 +234,15 @@ class Study:
         model = self.out / "models" / PLAIN
         yield self._evaluate(PLAIN, f"stability-{PLAIN}", f"stability {model} --data {self.data} --split test --num 2000")
         yield self._fidelity(PLAIN, PLAIN, PLAIN)
+
+    def _baselines(self) -> Iterator[Step]:
+        """Stability of tokens of encoders that nobody taught to tell pictures apart: random weights, and a masked autoencoder."""
+        group = "baselines"
+        for name, (preset, changes) in BASELINES.items():
+            yield self._train(group, f"encoder-{name}", "encoder", preset, self.data, *changes)
+            yield from self._codebook(group, name, f"encoder-{name}", K)
+            model = self.out / "models" / f"tokenizers-{name}"
+            yield self._evaluate(group, f"stability-{name}", f"stability {model} --data {self.data} --split test --num 2000")
 
     def _ceiling(self) -> Iterator[Step]:
         """What better training of the VQGAN's decoder alone gives: what its tokens leave open limits every picture made of them."""
@@ -316,7 +348,9 @@ def main() -> None:
     """Run the groups that were asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "groups", nargs="*", help="tokenizers, core, headline, plain, ceiling, sizes, vocabularies, curves; or names of steps"
+        "groups",
+        nargs="*",
+        help="tokenizers, core, headline, plain, baselines, ceiling, sizes, vocabularies, curves; or names of steps",
     )
     parser.add_argument("--list", action="store_true", help="show the steps and which are done")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
