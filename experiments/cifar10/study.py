@@ -291,7 +291,7 @@ class Study:
         yield self._evaluate(group, "probe", f"probe {model} --data {self.data} --num 10000 --layers all --epochs 20")
         pair = self.out / "models"
         command = f"prefix {pair / 'semantic-s0'} --baseline {pair / 'vq-s0'} --data {self.data} --reference {self.reference}"
-        yield self._evaluate(group, "prefix", f"{command} --shares 0,0.25,0.5,0.75 --decoder ar --metrics fid {few}")
+        yield self._evaluate(group, "prefix", f"{command} --shares 0,0.5,1 --decoder ar --metrics fid {few}")
 
     def _originals(self) -> str:
         """Which images come back, for a reconstruction."""
