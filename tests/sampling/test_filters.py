@@ -143,3 +143,17 @@ def test_the_draw_in_c_takes_the_same_tokens(s, vocab):
     same = draw(logits, u, s) == fast_draw(logits, u, s)
     assert same.float().mean() >= 0.999  # a number on the edge between two tokens may fall either way
     assert torch.equal(fast_draw(logits, u, s)[7:9], fast_draw(logits[7:9], u[7:9], s))
+
+
+@pytest.mark.parametrize("draw", draws())
+@pytest.mark.parametrize(
+    "s", [SamplingSettings(top_k=200), SamplingSettings(top_k=40, top_p=0.9), SamplingSettings(top_p=0.9)], ids=str
+)
+def test_the_largest_uniform_draws_what_has_probability_whatever_is_rounded(s, draw):
+    g = torch.Generator().manual_seed(3)
+    logits = torch.randn(4000, 1001, generator=g) * 2
+    tokens = draw(logits, torch.full((4000,), 1 - 2**-24), s)
+    assert int(tokens.max()) < 1001
+    p, ids = kept_probabilities(logits, s)
+    whole = p if ids is None else torch.zeros_like(logits).scatter(-1, ids, p)
+    assert (whole.gather(1, tokens[:, None]) > 0).float().mean() > 0.999  # at the edge of top-p rounding decides

@@ -108,7 +108,13 @@ void nucleus(std::vector<float>& p, double target, bool together) {
 
 // Where the sum passes ``wanted``, the likeliest first and equal ones in the order of ids; never a place without probability.
 int64_t ranked(const std::vector<float>& p, double wanted) {
-    const int32_t t = threshold(p, itself, [&](double sum) { return sum > wanted; });
+    int32_t t = threshold(p, itself, [&](double sum) { return sum > wanted; });
+    if (!t) {  // rounding can put ``wanted`` beyond the whole: then the least likely that there is
+        float least = INFINITY;
+        for (float value : p)
+            if (value > 0) least = std::min(least, value);
+        t = __builtin_bit_cast(int32_t, least);
+    }
     double sum = above(p, t, itself);
     int64_t last = 0;
     for (size_t i = 0; i < p.size(); i++) {
