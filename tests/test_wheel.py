@@ -8,6 +8,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -57,9 +59,19 @@ def wheel(tmp_path_factory) -> Path:
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source]
+    if find_spec("setuptools"):  # then no network is needed
+        words.append("--no-build-isolation")
     subprocess.run(words, check=True)
     (built,) = folder.glob("*.whl")
     return built
+
+
+def test_the_wheel_has_every_file_of_the_package(wheel):
+    """A file that is missing there, a header say, is not missed in a checkout."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "src/digit"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()  # fmt: skip
+    assert {path.removeprefix("src/") for path in tracked} <= set(zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.slow
