@@ -293,7 +293,8 @@ The model with classes and the AR decoder, 2,000 pictures a point: compare with 
 
 {results.settings()}
 ## Prefixes
-The unconditional pair, 2,000 pictures a point. With all tokens given nothing is left to the prior: what remains is the decoder's, or the VQGAN's.
+The unconditional pair, 2,000 pictures a point. With all tokens given nothing is left to the prior: what remains is the decoder's, or the
+VQGAN's.
 
 {results.prefixes()}
 ## What was trained
