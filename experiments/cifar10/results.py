@@ -137,7 +137,7 @@ class Results:
         measured = [("evaluate-stability", "vq", "VQ tokens"), *((step, "semantic", title) for step, title in ENCODERS.items())]
         found = [(self.steps[step]["result"]["values"], space, title) for step, space, title in measured if step in self.steps]
         if not found:
-            return "Not measured yet.\n"
+            return MISSING
         rows = []
         others: dict[str, list[str]] = {}
         for values, space, title in found:
@@ -160,14 +160,14 @@ class Results:
             for row in self.steps[name]["result"]["values"]
         ]
         if not rows:
-            return "Not measured yet.\n"
+            return MISSING
         return table(["path", "images", "rFID", "PSNR, dB", "SSIM"], rows)
 
     def layers(self) -> str:
         """Linear probes and neighbours of every layer of the prior with classes."""
         step = self.steps.get("evaluate-probe")
         if step is None:
-            return "Not measured yet.\n"
+            return MISSING
         values = step["result"]["values"]
         scores = [(f"after block {score['state']}" if score["state"] else "embeddings", score) for score in values["layers"]]
         if values["encoder"] is not None:
@@ -179,7 +179,7 @@ class Results:
         """FID over the settings of sampling, one at a time."""
         step = self.steps.get("evaluate-sweep")
         if step is None:
-            return "Not measured yet.\n"
+            return MISSING
         points = step["result"]["values"]["points"]
         rows = [[", ".join(f"{k} {v}" for k, v in p["settings"].items()), _number(p["values"]["fid"])] for p in points]
         return table(["setting", "FID"], rows)
@@ -188,7 +188,7 @@ class Results:
         """FID where a share of a real picture's tokens is given."""
         step = self.steps.get("evaluate-prefix")
         if step is None:
-            return "Not measured yet.\n"
+            return MISSING
         curves = step["result"]["values"]
         shares = [f"{p['share']:.0%}" for p in curves[0]["points"]]
         rows = [[curve["name"], *(_number(p["values"]["fid"]) for p in curve["points"])] for curve in curves]
@@ -211,6 +211,7 @@ class Results:
         return "; ".join(f"{processor}, {threads} threads, {gpus}" for processor, threads, gpus in sorted(found))
 
 
+MISSING = "Not measured yet.\n"
 ENCODERS = {
     "evaluate-stability": "semantic tokens",
     "evaluate-stability-plain": "semantic tokens of the plain encoder",

@@ -190,7 +190,7 @@ class Study:
 
     def _core(self) -> Iterator[Step]:
         """The parts of the model that is shipped, and its measurements."""
-        group, out = "core", self.out
+        group = "core"
         yield self._prior(group, "prior-cond", K, "data.labels=true")
         yield self._onepass(group)
         for kind in ("ar", "masked"):
@@ -198,11 +198,10 @@ class Study:
         yield self._shipped(group, "cond", base=f"models/tokenizers-{K}", prior="prior-cond", decoder="ar")
         yield self._assemble(group, "shipped", " --default-decoder onepass --dtype fp16", base="models/cond", decoder="onepass")
         yield self._assemble(group, "cond-all", base="models/shipped", decoder="masked")
-        model = out / "models" / "cond"
-        yield self._evaluate(group, "stability", f"stability {model} --data {self.data} --split test --num 2000")
+        yield self._stability(group, "stability", "cond")
         for kind, name in {"ar": "cond", "onepass": "shipped", "masked": "cond-all"}.items():
             yield self._fidelity(group, f"cond-{kind}", name, f"--decoder {kind}")
-        yield self._evaluate(group, "reconstruction", f"reconstruction {model}-all {self._originals()}")
+        yield self._reconstruction(group, "reconstruction", "cond-all")
 
     def _headline(self) -> Iterator[Step]:
         """Unconditional: a prior over semantic tokens with each decoder against the same prior over VQ tokens."""
@@ -231,8 +230,7 @@ class Study:
         yield self._decoder(PLAIN, "ar", PLAIN)
         parts = {"base": f"models/tokenizers-{PLAIN}", "prior": f"prior-{PLAIN}", "decoder": f"ar-{PLAIN}"}
         yield self._shipped(PLAIN, PLAIN, **parts)
-        model = self.out / "models" / PLAIN
-        yield self._evaluate(PLAIN, f"stability-{PLAIN}", f"stability {model} --data {self.data} --split test --num 2000")
+        yield self._stability(PLAIN, f"stability-{PLAIN}", PLAIN)
         yield self._fidelity(PLAIN, PLAIN, PLAIN)
 
     def _baselines(self) -> Iterator[Step]:
@@ -241,8 +239,7 @@ class Study:
         for name, (preset, changes) in BASELINES.items():
             yield self._train(group, f"encoder-{name}", "encoder", preset, self.data, *changes)
             yield from self._codebook(group, name, f"encoder-{name}", K)
-            model = self.out / "models" / f"tokenizers-{name}"
-            yield self._evaluate(group, f"stability-{name}", f"stability {model} --data {self.data} --split test --num 2000")
+            yield self._stability(group, f"stability-{name}", f"tokenizers-{name}")
 
     def _ceiling(self) -> Iterator[Step]:
         """What better training of the VQGAN's decoder alone gives: what its tokens leave open limits every picture made of them."""
@@ -251,8 +248,7 @@ class Study:
         sharper = self._train(group, "vqgan-sharper", "vqgan", "cifar10-vqgan", self.data, *changes)
         yield replace(sharper, command=f"{sharper.command} --from {self.out / 'vqgan'} --freeze tokens")
         yield self._assemble(group, "sharper", vqgan="vqgan-sharper")
-        command = f"reconstruction {self.out / 'models' / 'sharper'} {self._originals()}"
-        yield self._evaluate(group, "reconstruction-sharper", command)
+        yield self._reconstruction(group, "reconstruction-sharper", "sharper")
 
     def _sizes(self) -> Iterator[Step]:
         """A VQ prior as large as semantic prior and decoder together, one with a class, and larger priors of both kinds."""
@@ -293,14 +289,20 @@ class Study:
         command = f"prefix {pair / 'semantic-s0'} --baseline {pair / 'vq-s0'} --data {self.data} --reference {self.reference}"
         yield self._evaluate(group, "prefix", f"{command} --shares 0,0.5,1 --decoder ar --metrics fid {few}")
 
-    def _originals(self) -> str:
-        """Which images come back, for a reconstruction."""
-        return f"--data {self.data} --split test --num {min(self.images // 2, 10_000)} --lpips none"
-
     # -- measuring ---------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, group: str, name: str, command: str) -> Step:
         return Step(group, f"evaluate-{name}", f"evaluate {command} --out {self.out / 'results' / name}")
+
+    def _stability(self, group: str, name: str, model: str) -> Step:
+        """Of a model's tokens, over test images."""
+        command = f"stability {self.out / 'models' / model} --data {self.data} --split test --num 2000"
+        return self._evaluate(group, name, command)
+
+    def _reconstruction(self, group: str, name: str, model: str) -> Step:
+        """How test images come back through every path of a model."""
+        command = f"reconstruction {self.out / 'models' / model} --data {self.data} --split test"
+        return self._evaluate(group, name, f"{command} --num {min(self.images // 2, 10_000)} --lpips none")
 
     def _fidelity(self, group: str, name: str, model: str, options: str = "") -> Step:
         path = self.out / "results" / f"fidelity-{name}.json"

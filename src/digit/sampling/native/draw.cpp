@@ -42,7 +42,7 @@ double exponentials(const float* x, int64_t count, float temperature, std::vecto
 inline floats kept(floats v, floats what, int32_t least) { return (floats)((ints)what & ((ints)v >= least)); }
 
 // The bits of the largest t for which enough(the sum of value(p) over {p >= t}); 0 if there is none. It is found bit by bit, for floats
-// from 0 to 1 are ordered like their bits: about a thousand instructions where a sort of the vocabulary takes a hundred thousand.
+// from 0 to 1 are ordered like their bits: no sort of the vocabulary.
 template <class Value, class Enough>
 int32_t threshold(const std::vector<float>& p, Value value, Enough enough) {
     int32_t found = 0;
@@ -125,12 +125,6 @@ int64_t ranked(const std::vector<float>& p, double wanted) {
     return last;
 }
 
-double sum_of(const std::vector<float>& p) {
-    floats sum = {};
-    for (size_t i = 0; i < p.size(); i += LANES) sum += load<floats>(&p[i]);
-    return total(sum);
-}
-
 // Where the sum passes ``wanted``, in the order of ids; never a place without probability.
 int64_t place(const std::vector<float>& p, double wanted) {
     double sum = 0;
@@ -154,11 +148,11 @@ int64_t token(const float* x, int64_t count, float uniform, float temperature, i
     const bool few = 0 < top_k && top_k < count;
     if (few) {
         largest(p, top_k);
-        whole = sum_of(p);
+        whole = above(p, 0, itself);
     }
     if (top_p < 1) {
         nucleus(p, top_p * whole, !few);
-        whole = sum_of(p);
+        whole = above(p, 0, itself);
     }
     // the order of filters.py, so that the same number draws the same token
     return few ? ranked(p, uniform * whole) : place(p, uniform * whole);
