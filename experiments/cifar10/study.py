@@ -4,6 +4,7 @@
     python experiments/cifar10/study.py core headline           the steps of these groups that are not done yet
     python experiments/cifar10/study.py core --processes 2      trainings divided among two processes: faster than two threads
     python experiments/cifar10/study.py core --profile gpu --extra=--device=cuda      larger and longer, on a GPU
+    python experiments/cifar10/study.py --restore               begin with the parts of the packaged model instead of training them
 
 A step is one command of `digit`. Its command, commit, machine and seconds go to OUT/records/STEP.json, from which results.py makes
 RESULTS.md; a step with a record of success is not run again, an interrupted one goes on where it was.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -24,6 +26,9 @@ from pathlib import Path
 from digit.evaluation.result import hardware, versions
 from digit.files import read_json, write_json
 
+ROOT = Path(__file__).parents[2]
+PACKAGED = ROOT / "src" / "digit" / "packaged" / "cifar10"
+RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 CLUSTERS = (256, 1024, 4096)
 K = 1024  # of the headline, as many as the VQGAN has codes
@@ -59,6 +64,7 @@ BASELINES = {
     ),
 }
 """Encoders to compare with: what the network's shape alone gives, and one that learns to rebuild hidden patches."""
+HALF = "model.transformer.depth=2"
 SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
@@ -220,7 +226,7 @@ class Study:
                 yield self._assemble(group, name, f" --default-decoder {kind}", base=f"models/semantic-s{seed}", decoder=kind)
                 yield self._fidelity(group, name, name)
         # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above
-        yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{PLAIN}", "data.prefix=null")
+        yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{K}", "data.prefix=null")
         yield self._assemble(group, "vq-masked", base=f"models/tokenizers-{K}", prior="maskgit")
         yield self._fidelity(group, "vq-masked", "vq-masked")
 
@@ -251,16 +257,22 @@ class Study:
         yield self._reconstruction(group, "reconstruction-sharper", "sharper")
 
     def _sizes(self) -> Iterator[Step]:
-        """A VQ prior as large as semantic prior and decoder together, one with a class, and larger priors of both kinds."""
+        """Priors of half the depth and of more width, of both kinds; a VQ prior as large as semantic prior and decoder together."""
         group, base = "sizes", f"models/tokenizers-{K}"
+        yield self._prior(group, "prior-cond-half", K, "data.labels=true", HALF)
+        yield self._shipped(group, "cond-half", base="models/shipped", prior="prior-cond-half")
+        for kind in ("ar", "onepass"):
+            yield self._fidelity(group, f"cond-half-{kind}", "cond-half", f"--decoder {kind}")
         trials = {
+            "vq-half": ("data.target=vq", HALF),
+            "semantic-half": (HALF,),
             "vq-whole": ("data.target=vq", "model.transformer.depth=9"),
             "vq-cond": ("data.target=vq", "data.labels=true"),
             "vq-large": ("data.target=vq", "model.transformer.dim=192"),
             "semantic-large": ("model.transformer.dim=192",),
         }
         for name, changes in trials.items():
-            yield self._prior(group, f"prior-{name}", PLAIN if name.startswith("vq") else K, *changes)
+            yield self._prior(group, f"prior-{name}", K, *changes)
             decoder = {"decoder": "ar"} if name.startswith("semantic") else {}
             yield self._assemble(group, name, base=base, prior=f"prior-{name}", **decoder)
             yield self._fidelity(group, name, name)
@@ -340,6 +352,15 @@ def run(step: Step, out: Path, extra: list[str], processes: int) -> None:
         sys.exit(f"{step.name} ended with exit code {code}; the same command goes on from here.")
 
 
+def restore(out: Path) -> None:
+    """Begin where the packaged model was made: its parts, rounded to float16 as they are stored, with the records of their training."""
+    parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "decoder/ar": "ar", "decoder/onepass": "onepass"}
+    for part, name in (parts | {"prior": "prior-cond"}).items():
+        if not (out / name).exists():
+            shutil.copytree(PACKAGED / part, out / name)
+            write_json(out / "records" / f"{name}.json", read_json(RESULTS / f"{name}.json"))
+
+
 def is_done(step: Step, out: Path) -> bool:
     """Whether its record says so."""
     record = out / "records" / f"{step.name}.json"
@@ -355,6 +376,7 @@ def main() -> None:
         help="tokenizers, core, headline, plain, baselines, ceiling, sizes, vocabularies, curves; or names of steps",
     )
     parser.add_argument("--list", action="store_true", help="show the steps and which are done")
+    parser.add_argument("--restore", action="store_true", help="take what the packaged model has as trained already")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--reference", type=Path, default=Path("runs/study/train-statistics.npz"))
@@ -364,6 +386,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1, help="that share every training, each with OMP_NUM_THREADS threads")
     options = parser.parse_args()
     study = Study(options.out, options.data, options.reference, options.images, options.profile)
+    if options.restore:
+        restore(options.out)
     for step in study.steps():
         if options.list:
             print(f"{'done' if is_done(step, options.out) else '    '}  {step.group:13} {step.name}")
