@@ -354,8 +354,8 @@ def run(step: Step, out: Path, extra: list[str], processes: int) -> None:
 
 def restore(out: Path) -> None:
     """Begin where the packaged model was made: its parts, rounded to float16 as they are stored, with the records of their training."""
-    parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "decoder/ar": "ar", "decoder/onepass": "onepass"}
-    for part, name in (parts | {"prior": "prior-cond"}).items():
+    parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "prior": "prior-cond"}
+    for part, name in (parts | {f"decoder/{kind}": kind for kind in ("ar", "onepass")}).items():
         if not (out / name).exists():
             shutil.copytree(PACKAGED / part, out / name)
             write_json(out / "records" / f"{name}.json", read_json(RESULTS / f"{name}.json"))

@@ -16,6 +16,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include <omp.h>
 
@@ -42,6 +43,7 @@ typedef int8_t bytes __attribute__((vector_size(32)));     // 32 lanes
 constexpr int TILES = 4, PANEL = LANES * TILES;  // outputs of a vector, vectors of a panel
 constexpr int ROWS = 8;                                      // rows that share a reading of the weights
 constexpr int64_t AHEAD = 4096;                              // bytes: a page
+constexpr int64_t ALONE = 8, FEW = 8 << 20;                  // rows for a thread of its own, and bytes of weights at most
 
 inline float widened(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 inline floats widened(const float* x) { return load<floats>(x); }
@@ -354,12 +356,21 @@ void step(const Network& net, const Cache& cache, int threads, int rows, int64_t
     }
 }
 
+// Whether every thread takes rows of its own through the whole network. It reads all weights then, so they must be few enough to stay
+// in the processor's cache; but it waits for nobody, and what one layer leaves for the next does not travel between the cores.
+bool apart(const Network& net, int64_t rows, int64_t threads) {
+    const int64_t bytes = net.weights == 0 ? 4 : net.weights == 1 ? 2 : 1;
+    const int64_t layer = (4 * net.width + 2 * net.hidden) * net.width;
+    return threads > 1 && rows >= ALONE * threads && net.depth * layer * bytes <= FEW;
+}
+
 }  // namespace
 
 extern "C" {
 
 // Bytes that a step needs besides its inputs and outputs.
 int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t positions) {
+    if (apart(*net, rows, threads)) return threads * digit_room(net, (rows + threads - 1) / threads, 1, positions);
     return Room(*net, rows, threads, positions, nullptr).end - (char*)nullptr;
 }
 
@@ -367,6 +378,19 @@ int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t po
 // x is overwritten.
 void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* room, float* logits) {
     const auto run = net->weights == 0 ? step<Float> : net->weights == 1 ? step<BFloat> : step<Narrow>;
-    run(*net, *cache, threads, rows, position, x, room, logits);
+    if (!apart(*net, rows, threads)) return run(*net, *cache, threads, rows, position, x, room, logits);
+    const int64_t size = digit_room(net, rows, threads, position + 1) / threads;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t me = omp_get_thread_num(), all = omp_get_num_threads(), first = rows * me / all, last = rows * (me + 1) / all;
+        const int64_t bytes = first * cache->row * (net->half_cache ? 2 : 4);
+        std::vector<void*> keys(net->depth), values(net->depth);
+        for (int64_t l = 0; l < net->depth; l++) {
+            keys[l] = static_cast<char*>(cache->keys[l]) + bytes;
+            values[l] = static_cast<char*>(cache->values[l]) + bytes;
+        }
+        const Cache own{keys.data(), values.data(), cache->row, cache->head};
+        run(*net, own, 1, int(last - first), position, x + first * net->width, room + me * size, logits + first * net->head.outputs);
+    }
 }
 }
