@@ -64,7 +64,8 @@ BASELINES = {
     ),
 }
 """Encoders to compare with: what the network's shape alone gives, and one that learns to rebuild hidden patches."""
-HALF = "model.transformer.depth=2"
+SHALLOW = {"half": "model.transformer.depth=2", "quarter": "model.transformer.depth=1"}
+"""Priors of fewer blocks than the preset's four."""
 SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
@@ -257,15 +258,17 @@ class Study:
         yield self._reconstruction(group, "reconstruction-sharper", "sharper")
 
     def _sizes(self) -> Iterator[Step]:
-        """Priors of half the depth and of more width, of both kinds; a VQ prior as large as semantic prior and decoder together."""
+        """Priors of fewer blocks and of more width, of both kinds; a VQ prior as large as semantic prior and decoder together."""
         group, base = "sizes", f"models/tokenizers-{K}"
-        yield self._prior(group, "prior-cond-half", K, "data.labels=true", HALF)
-        yield self._shipped(group, "cond-half", base="models/shipped", prior="prior-cond-half")
-        for kind in ("ar", "onepass"):
-            yield self._fidelity(group, f"cond-half-{kind}", "cond-half", f"--decoder {kind}")
+        for name, depth in SHALLOW.items():
+            model = f"cond-{name}"
+            yield self._prior(group, f"prior-{model}", K, "data.labels=true", depth)
+            yield self._shipped(group, model, base="models/shipped", prior=f"prior-{model}")
+            for kind in ("ar", "onepass"):
+                yield self._fidelity(group, f"{model}-{kind}", model, f"--decoder {kind}")
         trials = {
-            "vq-half": ("data.target=vq", HALF),
-            "semantic-half": (HALF,),
+            **{f"vq-{name}": ("data.target=vq", depth) for name, depth in SHALLOW.items()},
+            **{f"semantic-{name}": (depth,) for name, depth in SHALLOW.items()},
             "vq-whole": ("data.target=vq", "model.transformer.depth=9"),
             "vq-cond": ("data.target=vq", "data.labels=true"),
             "vq-large": ("data.target=vq", "model.transformer.dim=192"),
