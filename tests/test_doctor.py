@@ -2,9 +2,8 @@
 
 import pytest
 
-from digit import doctor
+from digit import doctor, native
 from digit.doctor import examine, older, packages
-from digit.sampling import native
 from terminal import run
 
 

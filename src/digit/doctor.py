@@ -100,7 +100,7 @@ def _device(device: torch.device) -> Finding:
 
 def compiler() -> Iterator[Finding]:
     """The C++ step for CPUs, built here if it was not; and what torch.compile needs: Python's headers, triton on a CUDA GPU."""
-    from digit.sampling.native import NoCompiler, library
+    from digit.native import NoCompiler, library
 
     found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from digit.native import NoCompiler, library
 from digit.sampling.filters import draw, kept_probabilities
-from digit.sampling.native import NoCompiler, fast_draw, library
+from digit.sampling.native import fast_draw
 from digit.sampling.settings import SamplingSettings
 
 logits_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(torch.tensor)

@@ -10,9 +10,10 @@ import torch
 
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
+from digit.native import NoCompiler, library
 from digit.sampling import SamplingSettings, native, sample
 from digit.sampling.acceleration import accelerate, compile_seconds, engine, release
-from digit.sampling.native import NativeStep, NoCompiler, library, pack, suits
+from digit.sampling.native import NativeStep, pack, suits
 from digit.sampling.quantize import quantized
 
 SHAPES = {
@@ -190,7 +191,8 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, {folder!r})
 from test_native import build
-from digit.sampling import native, sample
+from digit import native
+from digit.sampling import sample
 from digit.sampling.acceleration import compile_seconds, engine
 if {flags!r}:
     native.FLAGS = tuple(f for f in native.FLAGS if f != "-march=native") + {flags!r}

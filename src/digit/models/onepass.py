@@ -31,6 +31,7 @@ from digit.files import read_json
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.models.transformer import PositiveInt, Probability, Transformer, TransformerConfig, init_weights
+from digit.native.norm import norm_silu
 from digit.tokenizers.vqgan import ResidualBlock
 
 
@@ -154,11 +155,10 @@ class PixelHead(nn.Module):
         for index, level in enumerate(self.levels):
             for number, block in enumerate(cast(nn.ModuleList, level)):
                 x = block(x, doubled=bool(index) and not number)  # (B, C, 2 H, 2 W) from the second level's first block on
-        x = self.norm_out(x)
+        gain = offset = None
         if noise is not None and self.style is not None:
-            gain, offset = self.style(noise)[:, :, None, None].chunk(2, 1)  # (B, C, 1, 1) each
-            x = x * (1 + gain) + offset
-        images = F.pixel_shuffle(self.conv_out(F.silu(x)), self.patch)
+            gain, offset = self.style(noise).chunk(2, 1)  # (B, C) each
+        images = F.pixel_shuffle(self.conv_out(norm_silu(self.norm_out, x, gain, offset)), self.patch)
         return _smooth(images) if self.patch > 1 else images
 
 
@@ -216,7 +216,10 @@ class OnePassDecoder(nn.Module):
         Raises:
             DigitError: another number of tokens, or labels for a decoder that knows no classes.
         """
-        x = self.transformer(self._embed(tokens, noise, labels))  # (B, N, D)
+        x = self._embed(tokens, noise, labels)
+        if not self.training and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the sums too: a quarter of the time went into copies
+        x = self.transformer(x)  # (B, N, D)
         if self.config.pixels is None:
             logits: Tensor = self.head(x)
             return logits

@@ -21,7 +21,8 @@ from weakref import WeakKeyDictionary
 
 from digit.errors import DigitError
 from digit.models.token_model import TokenModel
-from digit.sampling.native import NativeStep, NoCompiler, library, suits
+from digit.native import NoCompiler, library
+from digit.sampling.native import NativeStep, suits
 from digit.sampling.stepper import Stepper, version
 
 log = logging.getLogger("digit")

@@ -22,6 +22,7 @@ from digit.config import config
 from digit.errors import DigitError
 from digit.models.component import load_component, save_component
 from digit.models.transformer import PositiveInt
+from digit.native.norm import arranged, norm_silu
 from digit.tokenizers.codebook import nearest
 
 
@@ -89,7 +90,7 @@ class ResidualBlock(nn.Module):
         Norm, activation and a 1x1 shortcut of such an x are those of the small one, doubled, at a quarter of the work.
         """
         grow = _doubled if doubled else nn.Identity()
-        h: Tensor = self.conv2(F.silu(self.norm2(self.conv1(grow(F.silu(self.norm1(x)))))))
+        h: Tensor = self.conv2(norm_silu(self.norm2, self.conv1(grow(norm_silu(self.norm1, x)))))
         if self.shortcut is None:
             return grow(x) + h
         short: Tensor = grow(self.shortcut(x)) if self.shortcut_input else self.shortcut(h)
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
                 x = block(x)
         for block in self.middle:
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
         return out
 
 
@@ -154,7 +155,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Decode."""
-        x = self.conv_in(z)
+        x = self.conv_in(arranged(z, self.norm_out))
         for block in self.middle:
             x = block(x)
         for index, level in enumerate(self.levels):
@@ -162,7 +163,7 @@ class Decoder(nn.Module):
                 x = block(x)
             if index < len(self.upsample):
                 x = self.upsample[index](_doubled(x))  # (B, C, 2 H, 2 W)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, x))
         return out
 
 

@@ -29,7 +29,6 @@
 namespace {
 
 typedef int16_t shorts __attribute__((vector_size(64)));   // 32 lanes
-typedef uint16_t halves __attribute__((vector_size(32)));  // 16 lanes
 typedef int8_t bytes __attribute__((vector_size(32)));     // 32 lanes
 
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
@@ -46,8 +45,6 @@ constexpr int64_t AHEAD = 4096;                              // bytes: a page
 constexpr int64_t ALONE = 8, FEW = 8 << 20;                  // rows for a thread of its own, and bytes of weights at most
 
 inline float widened(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
-inline floats widened(const float* x) { return load<floats>(x); }
-inline floats widened(const uint16_t* x) { return (floats)(__builtin_convertvector(load<halves>(x), ints) << 16); }
 inline void narrow(float x, float& to) { to = x; }
 inline void narrow(float x, uint16_t& to) {  // to the nearest bfloat16, ties to even
     uint32_t bits = __builtin_bit_cast(uint32_t, x);

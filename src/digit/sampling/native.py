@@ -1,5 +1,4 @@
-"""One token step on a CPU in C++, built with the user's compiler at first use: all layers in one call (``step.cpp``), and the draw
-(``draw.cpp``).
+"""One token step on a CPU in C++: all layers in one call (``native/step.cpp``), and the draw (``native/draw.cpp``).
 
 What it is for: at small batches a step should cost no more than reading the weights once. It does what :meth:`TokenModel.step` and
 :func:`digit.sampling.filters.draw` do, which stay the definition and run wherever this cannot: on other devices, in float16, in
@@ -10,38 +9,23 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
-import hashlib
 import mmap
-import os
-import shlex
-import shutil
-import subprocess
 import weakref
-from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
-from pathlib import Path
+from ctypes import POINTER, c_float, c_int64, c_void_p
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.errors import DigitError
-from digit.files import write_file
 from digit.models.token_model import TokenModel
 from digit.models.transformer import Block, KVCache
+from digit.native import library
 from digit.sampling.filters import Knobs
 from digit.sampling.quantize import Int8Linear, quantized
 
-_FOLDER = Path(__file__).parent
-SOURCES = (_FOLDER / "step.cpp", _FOLDER / "draw.cpp")
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
 LANES, PANEL = 16, 64  # as in the source
 _DRAWS_A_THREAD = 8192  # numbers that are worth another thread
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-
-
-class NoCompiler(Exception):
-    """Why the C++ step could not be built here, in one line."""
 
 
 class _Matrix(ctypes.Structure):
@@ -70,53 +54,6 @@ class _Cache(ctypes.Structure):
     _fields_ = (("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("row", c_int64), ("head", c_int64))
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The built sources; from the user's cache folder where this source, compiler and processor were seen before.
-
-    Raises:
-        NoCompiler: there is none, or it cannot build the source.
-    """
-    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
-    if not compiler:
-        raise NoCompiler("no C++ compiler was found")
-    # the macros of -march=native name the compiler's version and everything that the processor can do
-    macros = _run(*compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
-    texts = [path.read_bytes() for path in (*SOURCES, _FOLDER / "vectors.h")]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
-    try:
-        built = _folder() / f"step-{key}.so"
-        if not built.exists():
-            files = [str(path) for path in SOURCES]
-            write_file(built, lambda path: _run(*compiler, *FLAGS, "-x", "c++", *files, "-o", str(path)))
-        loaded = ctypes.CDLL(str(built))
-    except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
-        raise NoCompiler(f"{error} (XDG_CACHE_HOME names another folder)") from error
-    loaded.digit_room.restype = c_int64
-    loaded.digit_room.argtypes = [POINTER(_Network), c_int64, c_int64, c_int64]
-    loaded.digit_step.restype = None
-    loaded.digit_step.argtypes = [POINTER(_Network), POINTER(_Cache), c_int, c_int, c_int64, c_void_p, c_void_p, c_void_p]
-    loaded.digit_draw.restype = None
-    loaded.digit_draw.argtypes = [c_void_p, *(c_int64,) * 3, c_int, c_void_p, c_float, c_int64, c_float, c_void_p]
-    return loaded
-
-
-def _folder() -> Path:
-    """Where the user's programs keep what they can make again."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return Path(given or Path("~/.cache").expanduser()) / "digit"
-
-
-def _run(*command: str) -> bytes:
-    try:
-        return subprocess.run(command, check=True, capture_output=True, timeout=300).stdout
-    except subprocess.CalledProcessError as error:
-        said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
-        raise NoCompiler(f"{command[0]}: {said[0]}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise NoCompiler(str(error)) from error
-
-
 def suits(model: TokenModel) -> bool:
     """Whether the C++ step covers this model.
 
@@ -142,7 +79,7 @@ class NativeStep:
         quantize: "int8" for the matrices of :func:`digit.sampling.quantize.quantized`.
 
     Raises:
-        NoCompiler: see :func:`library`.
+        NoCompiler: see :func:`digit.native.library`.
     """
 
     def __init__(self, model: TokenModel, quantize: str | None = None) -> None:
@@ -173,6 +110,7 @@ class NativeStep:
             half_cache=model.start.dtype == torch.bfloat16,
             epsilon=config.norm_eps,
         )
+        self._pointer = ctypes.byref(self._network)
 
     def step(self, cache: KVCache, token: Tensor, index: int | Tensor) -> Tensor:
         """As :meth:`TokenModel.step`: feed token number ``index``, ids (B,); float32 logits (B, vocab) of the next."""
@@ -181,7 +119,7 @@ class NativeStep:
         x, rows = x.float().contiguous(), len(x)
         threads = max(1, min(torch.get_num_threads(), self._network.hidden // PANEL))  # more would find nothing to do
         logits = torch.empty(rows, self._network.head.outputs)
-        needed = self._library.digit_room(self._network, rows, threads, cache.length)
+        needed = self._library.digit_room(self._pointer, rows, threads, cache.length)
         if len(self._room) < needed:
             self._room = torch.empty(needed, dtype=torch.uint8)
         pointers = c_void_p * len(cache.keys)
@@ -189,7 +127,7 @@ class NativeStep:
         where = _Cache(keys, values, *cache.keys[0].stride()[:2])
         last = model.config.prefix_length + place
         self._library.digit_step(
-            self._network, where, threads, rows, last, x.data_ptr(), self._room.data_ptr(), logits.data_ptr()
+            self._pointer, ctypes.byref(where), threads, rows, last, x.data_ptr(), self._room.data_ptr(), logits.data_ptr()
         )
         return logits[:, : model.config.vocab_size]
 

@@ -9,6 +9,7 @@ namespace {
 
 typedef float floats __attribute__((vector_size(64)));  // 16 lanes
 typedef int32_t ints __attribute__((vector_size(64)));  // 16 lanes
+typedef uint16_t halves __attribute__((vector_size(32)));  // 16 lanes, bfloat16
 
 constexpr int LANES = 16;
 
@@ -22,6 +23,17 @@ inline V load(const void* from) {
 template <class V>
 inline void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
+}
+
+// 16 numbers in float32, from float32 or bfloat16.
+inline floats widened(const float* from) { return load<floats>(from); }
+inline floats widened(const uint16_t* from) { return (floats)(__builtin_convertvector(load<halves>(from), ints) << 16); }
+
+// And back: to the nearest bfloat16, ties to even.
+inline void narrow(floats v, float* to) { store(to, v); }
+inline void narrow(floats v, uint16_t* to) {
+    const ints bits = (ints)v;
+    store(to, __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves));
 }
 
 // e^x: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (the Cephes library's coefficients); 0 below float32's range.

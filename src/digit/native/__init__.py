@@ -1,0 +1,85 @@
+"""C++ for CPUs, built with the user's compiler at first use: token steps, draws and group norms.
+
+Each of these stands beside a plain version in PyTorch, which is its definition and runs wherever this cannot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from digit.errors import DigitError
+from digit.files import write_file
+
+FOLDER = Path(__file__).parent
+SOURCES = tuple(FOLDER / name for name in ("step.cpp", "draw.cpp", "norm.cpp"))
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+
+
+class NoCompiler(Exception):
+    """Why the C++ step could not be built here, in one line."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The built sources; from the user's cache folder where this source, compiler and processor were seen before.
+
+    Raises:
+        NoCompiler: there is none, or it cannot build the source.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
+    if not compiler:
+        raise NoCompiler("no C++ compiler was found")
+    # the macros of -march=native name the compiler's version and everything that the processor can do
+    macros = _run(*compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
+    texts = [path.read_bytes() for path in (*SOURCES, FOLDER / "vectors.h")]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
+    try:
+        built = _folder() / f"native-{key}.so"
+        if not built.exists():
+            files = [str(path) for path in SOURCES]
+            write_file(built, lambda path: _run(*compiler, *FLAGS, "-x", "c++", *files, "-o", str(path)))
+        loaded = ctypes.CDLL(str(built))
+    except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
+        raise NoCompiler(f"{error} (XDG_CACHE_HOME names another folder)") from error
+    integer, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    loaded.digit_room.restype = integer
+    for name, arguments in {
+        "digit_room": [pointer, integer, integer, integer],
+        "digit_step": [pointer, pointer, ctypes.c_int, ctypes.c_int, integer, pointer, pointer, pointer],
+        "digit_draw": [pointer, *(integer,) * 3, ctypes.c_int, pointer, number, integer, number, pointer],
+        "digit_norm": [pointer, pointer, *(integer,) * 4, *(pointer,) * 4, number, ctypes.c_int, ctypes.c_int],
+    }.items():
+        getattr(loaded, name).argtypes = arguments
+    return loaded
+
+
+@functools.cache
+def available() -> ctypes.CDLL | None:
+    """:func:`library`, or None where it cannot be built; asked once."""
+    try:
+        return library()
+    except NoCompiler:
+        return None
+
+
+def _folder() -> Path:
+    """Where the user's programs keep what they can make again."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    return Path(given or Path("~/.cache").expanduser()) / "digit"
+
+
+def _run(*command: str) -> bytes:
+    try:
+        return subprocess.run(command, check=True, capture_output=True, timeout=300).stdout
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="replace").strip().splitlines() or [f"exit status {error.returncode}"]
+        raise NoCompiler(f"{command[0]}: {said[0]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoCompiler(str(error)) from error

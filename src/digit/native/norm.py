@@ -1,0 +1,67 @@
+"""Group norm and SiLU in one go: on a CPU in C++ (``norm.cpp``) where nobody asks for gradients."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digit.native import available
+
+LANES = 16  # as in the source
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None = None, offset: Tensor | None = None) -> Tensor:
+    """``silu(norm(x) * (1 + gain) + offset)``.
+
+    Args:
+        norm: with weights.
+        x: (B, C, H, W). C++ takes it in float32 or bfloat16, channels last: see :func:`arranged`.
+        gain: (B, C), or None for none.
+        offset: (B, C), or None for none.
+
+    Returns:
+        As x, in its layout.
+    """
+    if _suits(norm, x) and x.is_contiguous(memory_format=torch.channels_last):
+        return _fast(norm, x, gain, offset)
+    h = norm(x)
+    h = h if gain is None else h * (1 + gain[:, :, None, None])
+    return F.silu(h if offset is None else h + offset[:, :, None, None])
+
+
+def arranged(x: Tensor, norm: nn.GroupNorm) -> Tensor:
+    """X (B, C, H, W) in the layout for a network of convolutions and such norms: channels last where these run in C++.
+
+    PyTorch's own norms are quicker in the usual layout.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if _suits(norm, x) else x
+
+
+def _suits(norm: nn.GroupNorm, x: Tensor) -> bool:
+    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    return known and not torch.is_grad_enabled() and not norm.num_channels % LANES and available() is not None
+
+
+def _fast(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
+    images, channels, height, width = x.shape
+    y = torch.empty_like(x)  # channels last, too
+    # float32, side by side; a name for each, or their memory would be free before it is read
+    weight, bias, gain, offset = (
+        None if t is None else t.detach().float().contiguous() for t in (norm.weight, norm.bias, gain, offset)
+    )
+    library = available()
+    assert library is not None
+    library.digit_norm(
+        x.data_ptr(),
+        y.data_ptr(),
+        images,
+        height * width,
+        channels,
+        norm.num_groups,
+        *(None if t is None else t.data_ptr() for t in (weight, bias, gain, offset)),
+        norm.eps,
+        x.dtype == torch.bfloat16,
+        max(1, min(torch.get_num_threads(), images)),
+    )
+    return y
