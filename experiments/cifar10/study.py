@@ -203,10 +203,10 @@ class Study:
         for kind in ("ar", "masked"):
             yield self._decoder(group, kind, K)
         yield self._shipped(group, "cond", base=f"models/tokenizers-{K}", prior="prior-cond", decoder="ar")
-        yield self._assemble(group, "shipped", " --default-decoder onepass --dtype fp16", base="models/cond", decoder="onepass")
-        yield self._assemble(group, "cond-all", base="models/shipped", decoder="masked")
+        yield self._assemble(group, "cond-two", " --default-decoder onepass --dtype fp16", base="models/cond", decoder="onepass")
+        yield self._assemble(group, "cond-all", base="models/cond-two", decoder="masked")
         yield self._stability(group, "stability", "cond")
-        for kind, name in {"ar": "cond", "onepass": "shipped", "masked": "cond-all"}.items():
+        for kind, name in {"ar": "cond", "onepass": "cond-two", "masked": "cond-all"}.items():
             yield self._fidelity(group, f"cond-{kind}", name, f"--decoder {kind}")
         yield self._reconstruction(group, "reconstruction", "cond-all")
 
@@ -263,7 +263,7 @@ class Study:
         for name, depth in SHALLOW.items():
             model = f"cond-{name}"
             yield self._prior(group, f"prior-{model}", K, "data.labels=true", depth)
-            yield self._shipped(group, model, base="models/shipped", prior=f"prior-{model}")
+            yield self._shipped(group, model, base="models/cond-two", prior=f"prior-{model}")
             for kind in ("ar", "onepass"):
                 yield self._fidelity(group, f"{model}-{kind}", model, f"--decoder {kind}")
         trials = {
