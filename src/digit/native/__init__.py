@@ -53,7 +53,7 @@ def library() -> ctypes.CDLL:
     for name, arguments in {
         "digit_room": [pointer, integer, integer, integer],
         "digit_step": [pointer, pointer, ctypes.c_int, ctypes.c_int, integer, pointer, pointer, pointer],
-        "digit_draw": [pointer, *(integer,) * 3, ctypes.c_int, pointer, number, integer, number, pointer],
+        "digit_draw": [pointer, pointer, number, *(integer,) * 3, ctypes.c_int, pointer, number, integer, number, pointer],
         "digit_norm": [pointer, pointer, *(integer,) * 4, *(pointer,) * 4, number, ctypes.c_int, ctypes.c_int],
     }.items():
         getattr(loaded, name).argtypes = arguments

@@ -1,4 +1,4 @@
-// From logits and one uniform number a row to a token, on a CPU: temperature, top-k, top-p and the draw of filters.py in one go.
+// From logits and one uniform number a row to a token, on a CPU: guidance, temperature, top-k, top-p and the draw of filters.py in one go.
 //
 // Why: as some hundred operations over the vocabulary, each with a tensor of its own, the draw took longer than a small network.
 //
@@ -162,15 +162,23 @@ int64_t token(const float* x, int64_t count, float uniform, float temperature, i
 
 extern "C" {
 
-// Draw a token for each row of logits (rows, count), ``stride`` numbers apart, with uniform (rows).
-void digit_draw(const float* logits, int64_t rows, int64_t count, int64_t stride, int threads, const float* uniform,
-                float temperature, int64_t top_k, float top_p, int64_t* tokens) {
+// Draw a token for each row of logits (rows, count), ``stride`` numbers apart, with uniform (rows). ``unguided``, as many of them laid out
+// alike or null, are what guidance of ``scale`` leads away from.
+void digit_draw(const float* logits, const float* unguided, float scale, int64_t rows, int64_t count, int64_t stride, int threads,
+                const float* uniform, float temperature, int64_t top_k, float top_p, int64_t* tokens) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> own;
+        std::vector<float> own, guided(unguided ? count : 0);
 #pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++)
-            tokens[row] = token(logits + row * stride, count, uniform[row], temperature, top_k, top_p, own);
+        for (int64_t row = 0; row < rows; row++) {
+            const float* x = logits + row * stride;
+            if (unguided) {
+                const float* u = unguided + row * stride;
+                for (int64_t i = 0; i < count; i++) guided[i] = u[i] + scale * (x[i] - u[i]);
+                x = guided.data();
+            }
+            tokens[row] = token(x, count, uniform[row], temperature, top_k, top_p, own);
+        }
     }
 }
 }

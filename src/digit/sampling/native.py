@@ -149,16 +149,23 @@ class NativeStep:
         return _Matrix(self._keep(place), self._keep(scale), self._keep(bias), linear.weight.shape[1], outputs)
 
 
-def fast_draw(logits: Tensor, uniform: Tensor, knobs: Knobs) -> Tensor:
-    """As :func:`digit.sampling.filters.draw`, on the CPU, for logits (B, V) and uniform (B,)."""
+def fast_draw(logits: Tensor, uniform: Tensor, knobs: Knobs, unguided: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """As :func:`digit.sampling.filters.draw`, on the CPU, for logits (B, V) and uniform (B,).
+
+    With ``unguided`` logits (B, V) as :func:`digit.sampling.guidance.guide` before it.
+    """
+    logits = _rows(logits)
     rows, vocab = logits.shape
-    logits = logits.float()
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()  # rows may lie apart
+    unguided = None if unguided is None else _rows(unguided)
+    if unguided is not None and unguided.stride() != logits.stride():
+        logits, unguided = logits.contiguous(), unguided.contiguous()
     uniform, tokens = uniform.contiguous(), torch.empty(rows, dtype=torch.long)
     threads = max(1, min(torch.get_num_threads(), rows * vocab // _DRAWS_A_THREAD))
     temperature, top_p = float(knobs.temperature), float(knobs.top_p)
     library().digit_draw(
         logits.data_ptr(),
+        None if unguided is None else unguided.data_ptr(),
+        scale,
         rows,
         vocab,
         logits.stride(0),
@@ -170,6 +177,12 @@ def fast_draw(logits: Tensor, uniform: Tensor, knobs: Knobs) -> Tensor:
         tokens.data_ptr(),
     )
     return tokens
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """In float32, with the numbers of a row side by side; rows may lie apart."""
+    logits = logits.float()
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def _memory(size: int) -> Tensor:

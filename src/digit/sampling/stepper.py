@@ -212,10 +212,8 @@ class Stepper:
     def _write(self, logits: Tensor, index: int, knobs: Knobs, guided: bool) -> None:
         """:func:`write` in C++."""
         state = self.state
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, state.scale[index])  # (B, V)
-        drawn = fast_draw(logits, state.uniform[:, index], knobs)  # (B,)
+        logits, unguided = logits.chunk(2) if guided else (logits, None)  # (B, V)
+        drawn = fast_draw(logits, state.uniform[:, index], knobs, unguided, float(state.scale[index]))  # (B,)
         state.tokens[:, index] = torch.where(state.free[:, index], drawn, state.tokens[:, index])
 
     def _first(self, *arguments: Any) -> None:
