@@ -29,17 +29,34 @@ FIDELITIES = {
     "semantic-s{}-onepass": "semantic prior + one-pass decoder",
     "vq-masked": "VQ tokens alone, masked (MaskGIT, baseline)",
     "semantic-s{}-masked": "semantic prior + masked decoder",
-    "vq-whole": "VQ prior as large as prior and decoder together",
-    "vq-large": "VQ prior, width 192",
-    "semantic-large": "semantic prior, width 192, + AR decoder",
-    "semantic-256": "semantic prior + AR decoder, K = 256",
-    "semantic-4096": "semantic prior + AR decoder, K = 4,096",
     "vq-cond": "VQ prior, with a class",
     "cond-ar": "semantic prior + AR decoder, with a class",
     "cond-masked": "semantic prior + masked decoder, with a class",
     "cond-onepass": "semantic prior + one-pass decoder, with a class",
     "plain": "the same as with the AR decoder, over the plain encoder's tokens",
 }
+SIZES = {
+    "4 blocks of 128": ("vq-s0", "semantic-s0-ar", "cond-ar", "cond-onepass", "vq-prior-s0", "prior-s0"),
+    "2 blocks of 128": (
+        "vq-half",
+        "semantic-half",
+        "cond-half-ar",
+        "cond-half-onepass",
+        "prior-vq-half",
+        "prior-semantic-half",
+    ),
+    "1 block of 128": (
+        "vq-quarter",
+        "semantic-quarter",
+        "cond-quarter-ar",
+        "cond-quarter-onepass",
+        "prior-vq-quarter",
+        "prior-semantic-quarter",
+    ),
+    "4 blocks of 192": ("vq-large", "semantic-large", "", "", "prior-vq-large", "prior-semantic-large"),
+    "9 blocks of 128": ("vq-whole", "", "", "", "prior-vq-whole", ""),
+}
+"""Four fidelities and two trainings of priors of each size; those of the first row are the study's own."""
 DECODERS = {"ar": "AR", "masked": "masked", "onepass": "one-pass"}
 
 
@@ -175,6 +192,35 @@ class Results:
         rows = [[name, _percent(score["accuracy"]), _percent(score["knn"])] for name, score in scores]
         return table(["features", "linear probe, %", "k-NN, %"], rows)
 
+    def sizes(self) -> str:
+        """FID and perplexity of priors of every size that was measured."""
+        rows = []
+        for title, names in SIZES.items():
+            fids = [self.fid(name) for name in names[:4]]
+            if any(value is not None for value in fids):
+                perplexities = [self.metric(name, "validation/perplexity") for name in names[4:]]
+                rows.append([title, *map(_number, fids), *map(_number, perplexities)])
+        ways = ["VQ", "semantic, AR decoder", "with a class, AR decoder", "with a class, one pass"]
+        return table(["prior", *ways, "perplexity, VQ", "perplexity, semantic"], rows)
+
+    def vocabularies(self) -> str:
+        """FID, perplexities and accuracies over the number of clusters."""
+        rows = []
+        for clusters, (fidelity, prior, decoder) in VOCABULARIES.items():
+            fid, perplexities = self.fid(fidelity), [self.metric(name, "validation/perplexity") for name in (prior, decoder)]
+            if fid is not None:
+                rows.append([f"{clusters:,}", *map(_number, (fid, *perplexities))])
+        return table(["K", "FID", "perplexity of the prior", "of the AR decoder"], rows) if rows else MISSING
+
+    def similarity(self) -> str:
+        """KID, precision and recall of what was measured."""
+        rows = []
+        for name, title in SIMILARITIES.items():
+            if step := self.steps.get(f"similarity-{name}"):
+                values = step["result"]["values"]
+                rows.append([title, f"{values['kid_mean']:.4f}", *(f"{values[key]:.3f}" for key in ("precision", "recall"))])
+        return table(["model", "KID", "precision", "recall"], rows) if rows else MISSING
+
     def settings(self) -> str:
         """FID over the settings of sampling, one at a time."""
         step = self.steps.get("evaluate-sweep")
@@ -211,6 +257,17 @@ class Results:
         return "; ".join(f"{processor}, {threads} threads, {gpus}" for processor, threads, gpus in sorted(found))
 
 
+VOCABULARIES = {
+    256: ("semantic-256", "prior-256", "ar-256"),
+    1024: ("semantic-quarter", "prior-semantic-quarter", "ar"),
+    4096: ("semantic-4096", "prior-4096", "ar-4096"),
+}
+SIMILARITIES = {
+    "vq-quarter": "VQ prior of 1 block",
+    "semantic-quarter": "semantic prior of 1 block + AR decoder",
+    "cond-quarter-ar": "the same with a class, the packaged model's settings",
+    "cond-quarter-onepass": "the packaged model: 1 block, a class, one-pass decoder",
+}
 MISSING = "Not measured yet.\n"
 ENCODERS = {
     "evaluate-stability": "semantic tokens",
@@ -285,6 +342,18 @@ Real test images through the tokenizers and back; FID against the same images.
 and .457 at 10, and cosines of .972 and .975, .910 and .940, .777 and .888.
 
 {results.stability()}
+## Sizes of priors
+FID, and the perplexity of held-out tokens; data, epochs and decoders are the same in every row. Unconditional but for two columns.
+
+{results.sizes()}
+## Numbers of clusters
+Unconditional, a prior of one block and the AR decoder of four, no filter, 5,000 pictures.
+
+{results.vocabularies()}
+## KID, precision and recall
+5,000 pictures against 5,000 training images; KID over 100 subsets of 1,000, precision and recall over the nearest 3 neighbours.
+
+{results.similarity()}
 ## Layers
 Top-1 on 10 classes from the mean state of each layer of the prior with classes (asked without one).
 

@@ -125,6 +125,7 @@ class Study:
         yield from self._ceiling()
         yield from self._sizes()
         yield from self._vocabularies()
+        yield from self._similarity()
         yield from self._curves()
 
     # -- training ----------------------------------------------------------------------------------------------------------
@@ -203,7 +204,9 @@ class Study:
         for kind in ("ar", "masked"):
             yield self._decoder(group, kind, K)
         yield self._shipped(group, "cond", base=f"models/tokenizers-{K}", prior="prior-cond", decoder="ar")
-        yield self._assemble(group, "cond-two", " --default-decoder onepass --dtype fp16", base="models/cond", decoder="onepass")
+        yield self._assemble(
+            group, "cond-two", " --default-decoder onepass --dtype fp16", base="models/cond", decoder="onepass"
+        )
         yield self._assemble(group, "cond-all", base="models/cond-two", decoder="masked")
         yield self._stability(group, "stability", "cond")
         for kind, name in {"ar": "cond", "onepass": "cond-two", "masked": "cond-all"}.items():
@@ -281,15 +284,32 @@ class Study:
             yield self._fidelity(group, name, name)
 
     def _vocabularies(self) -> Iterator[Step]:
-        """Other numbers of semantic tokens."""
+        """Other numbers of semantic tokens, behind priors of one block, as ``semantic-quarter`` has."""
         group = "vocabularies"
         for clusters in (size for size in CLUSTERS if size != K):
             yield from self._vocabulary(group, clusters)
-            yield self._prior(group, f"prior-{clusters}", clusters)
+            yield self._prior(group, f"prior-{clusters}", clusters, SHALLOW["quarter"])
             yield self._decoder(group, "ar", clusters)
             parts = {"base": f"models/tokenizers-{clusters}", "prior": f"prior-{clusters}", "decoder": f"ar-{clusters}"}
             yield self._assemble(group, f"semantic-{clusters}", **parts)
             yield self._fidelity(group, f"semantic-{clusters}", f"semantic-{clusters}")
+
+    def _similarity(self) -> Iterator[Step]:
+        """KID, precision and recall, which need the features of real images and not their statistics alone."""
+        group, features = "similarity", self.out / "train-features.npz"
+        yield Step(group, "features", f"evaluate statistics {self.data} --split train --num 5000 --features --out {features}")
+        trials = {
+            "vq-quarter": "",
+            "semantic-quarter": "",
+            "cond-quarter-ar": " --decoder ar",
+            "cond-quarter-onepass": " --decoder onepass",
+        }
+        for name, options in trials.items():
+            model = self.out / "models" / name.removesuffix("-ar").removesuffix("-onepass")
+            command = (
+                f"evaluate fidelity {model} --num 5000 --no-fid --kid --prc --reference {features} --batch-size 250{options}"
+            )
+            yield Step(group, f"similarity-{name}", f"{command} --out {self.out / 'results' / f'similarity-{name}.json'}")
 
     def _curves(self) -> Iterator[Step]:
         """Figures over settings, layers and prefixes."""
@@ -376,7 +396,7 @@ def main() -> None:
     parser.add_argument(
         "groups",
         nargs="*",
-        help="tokenizers, core, headline, plain, baselines, ceiling, sizes, vocabularies, curves; or names of steps",
+        help="tokenizers, core, headline, plain, baselines, ceiling, sizes, vocabularies, similarity, curves; or names of steps",
     )
     parser.add_argument("--list", action="store_true", help="show the steps and which are done")
     parser.add_argument("--restore", action="store_true", help="take what the packaged model has as trained already")

@@ -106,6 +106,18 @@ def test_folder_tensors_and_statistics_agree(folder, halves, pooling, tmp_path_f
     assert fidelity(saved, reference, extractor=pooling).values == pytest.approx(from_folder.values, abs=1e-9)
 
 
+def test_saved_features_serve_every_metric(halves, pooling, tmp_path):
+    options = FidelityOptions(metrics=("fid", "kid", "prc"), kid_subset_size=10)
+    direct = fidelity([halves[0]], [halves[1]], extractor=pooling, options=options)
+    saved = []
+    for name, half in zip(("ours", "real"), halves, strict=True):
+        found = measure([half], pooling, ("fid", "kid"))
+        saved.append(save_statistics(tmp_path / f"{name}.npz", found.statistics, found.features))
+    again = fidelity(saved[0], saved[1], options=options)  # without the network
+    assert not again.not_measured
+    assert again.values == pytest.approx(direct.values, abs=1e-9)
+
+
 def test_a_data_set_by_split(cifar512, halves, pooling):
     found = measure(cifar512, pooling, split="train", total=40, batch_size=16)
     assert found.name == "cifar512 (train)"

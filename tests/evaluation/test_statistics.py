@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from digit.errors import DigitError
-from digit.evaluation.statistics import FeatureFile, FeatureStatistics, Moments, load_statistics, save_statistics
+from digit.evaluation.statistics import FeatureFile, FeatureStatistics, Moments, load_features, load_statistics, save_statistics
 
 
 def gathered(rows, sizes):
@@ -121,6 +121,25 @@ def test_unusable_files_are_explained(tmp_path, name, sentence):
     broken_files(tmp_path)
     with pytest.raises(DigitError, match=sentence):
         load_statistics(tmp_path / name)
+
+
+def test_features_are_kept_where_asked(tmp_path, rows):
+    statistics = gathered(rows, [200])
+    assert load_features(save_statistics(tmp_path / "s.npz", statistics)) is None
+    path = save_statistics(tmp_path / "f.npz", statistics, rows.float())
+    assert torch.equal(load_features(path), rows.float())
+    assert np.array_equal(load_statistics(path).mu, statistics.mu)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [np.zeros((5, 3), np.float32), np.zeros((5, 4)), np.full((5, 4), np.nan, np.float32), np.array([{}], dtype=object)],
+    ids=["width", "float64", "nan", "pickle"],
+)
+def test_features_that_do_not_fit_are_refused(tmp_path, features):
+    np.savez(tmp_path / "f.npz", mu=np.zeros(4), sigma=np.eye(4), features=features)
+    with pytest.raises(DigitError, match=r"f\.npz"):
+        load_features(tmp_path / "f.npz")
 
 
 def test_metadata_is_json_text_not_a_pickle(tmp_path):

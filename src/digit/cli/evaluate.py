@@ -121,16 +121,23 @@ def statistics(
     out: Annotated[Path, typer.Option(help="The .npz to write.")],
     split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
     num: Annotated[int | None, typer.Option(min=2, help="Take at most so many images.")] = None,
+    features: Annotated[
+        bool, typer.Option("--features", help="Keep every image's features, which KID and --prc need: 8 KB an image.")
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     weights: Weights = "auto",
     backend: Backend = "auto",
     device: Device = "cpu",
 ) -> None:
-    """Make a reference: the Inception statistics of real images, as a file for --reference."""
+    """Make a reference: the Inception statistics of real images, as a file for --reference.
+
+    Example:  digit evaluate statistics data/cifar10 --split train --num 10000 --features --out real.npz
+    """
     from digit.evaluation.features import measure
     from digit.evaluation.inception import open_extractor
     from digit.evaluation.statistics import save_statistics
 
-    found = measure(images, open_extractor(weights, backend, device), batch_size=batch_size, split=split, total=num)
-    save_statistics(out, found.statistics)
+    extractor, metrics = open_extractor(weights, backend, device), ("fid", *(["kid"] if features else []))
+    found = measure(images, extractor, metrics, batch_size=batch_size, split=split, total=num)
+    save_statistics(out, found.statistics, found.features)
     Console().print(f"Statistics of {found.statistics.n:,} images written to {out}", highlight=False)

@@ -14,7 +14,7 @@ from torch import Tensor
 from digit.data.dataset import open_dataset
 from digit.errors import DigitError
 from digit.evaluation.inception import PREPROCESSING, FeatureExtractor, tool_name
-from digit.evaluation.statistics import FeatureFile, FeatureStatistics, Moments, load_statistics
+from digit.evaluation.statistics import FeatureFile, FeatureStatistics, Moments, load_features, load_statistics
 from digit.progress import bar
 
 Source = str | Path | FeatureStatistics | Iterable[Tensor]
@@ -157,7 +157,9 @@ def measure(
     if isinstance(source, FeatureStatistics):
         return FeatureSet(name or str(source.metadata.get("source", "statistics")), source)
     if is_statistics(source):
-        return FeatureSet(name or Path(str(source)).name, load_statistics(str(source)))
+        statistics = load_statistics(str(source))
+        features = load_features(str(source)) if {"kid", "prc"} & set(metrics) else None
+        return FeatureSet(name or Path(str(source)).name, statistics, features)
     if extractor is None:
         raise DigitError("Measuring images needs the FID network; only saved statistics do without.")
     if isinstance(source, (str, Path)):

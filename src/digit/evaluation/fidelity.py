@@ -190,8 +190,11 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
         return ""
     for side, given in (("source", ours), ("reference", theirs)):
         if given.features is None:
-            kept = "was measured without keeping features" if given.seconds else "is saved statistics"
-            return f"the {side} {given.name} {kept}, and this metric needs the features of every image."
+            kept = "was measured without keeping features" if given.seconds else "is saved statistics without features"
+            return (
+                f"the {side} {given.name} {kept}, and this metric needs the features of every image "
+                "(digit evaluate statistics --features keeps them)."
+            )
         if metric == "kid" and len(given.features) < options.kid_subset_size:
             return (
                 f"KID draws subsets of {options.kid_subset_size} images and the {side} {given.name} has {len(given.features)}; "

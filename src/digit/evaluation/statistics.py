@@ -110,11 +110,16 @@ class FeatureFile:
         return torch.from_numpy(np.memmap(self._file, dtype=np.float32, mode="r+", shape=(self.n, self._width)))
 
 
-def save_statistics(path: str | Path, statistics: FeatureStatistics) -> Path:
-    """Write ``mu``, ``sigma``, ``n`` and ``metadata`` (JSON text) as ``.npz``; tools that look for mu and sigma read it too."""
+def save_statistics(path: str | Path, statistics: FeatureStatistics, features: Tensor | None = None) -> Path:
+    """Write ``mu``, ``sigma``, ``n`` and ``metadata`` (JSON text) as ``.npz``; tools that look for mu and sigma read it too.
+
+    With ``features`` (n, D) float32 the file serves KID, precision and recall as well, and is that much larger.
+    """
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "metadata": np.array(json.dumps(statistics.metadata))}
     if statistics.n is not None:
         arrays["n"] = np.array(statistics.n)
+    if features is not None:
+        arrays["features"] = features.numpy()
 
     def write(aside: Path) -> None:
         with open(aside, "wb") as handle:
@@ -151,3 +156,24 @@ def load_statistics(path: str | Path) -> FeatureStatistics:
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise DigitError(f"{path} holds NaN or infinity; these statistics cannot be used, make them again.")
     return FeatureStatistics(mu, sigma, n, {**metadata, "file": path.name, "file_sha256": sha256_of(path)})
+
+
+def load_features(path: str | Path) -> Tensor | None:
+    """The features (n, D) float32 of every image, where a file of statistics has them.
+
+    Raises:
+        DigitError: they do not fit the file's statistics.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        if "features" not in arrays.files:
+            return None
+        try:
+            features = arrays["features"]
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise DigitError(f"The features of {path} cannot be read ({error}).") from error
+        width = len(arrays["mu"])
+    if features.ndim != 2 or features.shape[1] != width or features.dtype != np.float32 or not np.isfinite(features).all():
+        raise DigitError(
+            f"{path} holds features {features.shape} of {features.dtype}; expected finite ones (n, {width}) of float32."
+        )
+    return torch.from_numpy(features)
