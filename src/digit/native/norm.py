@@ -39,8 +39,9 @@ def arranged(x: Tensor, norm: nn.GroupNorm) -> Tensor:
 
 
 def _suits(norm: nn.GroupNorm, x: Tensor) -> bool:
-    known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-    return known and not torch.is_grad_enabled() and not norm.num_channels % LANES and available() is not None
+    numbers = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+    known = numbers and norm.affine and not norm.num_channels % LANES
+    return known and not torch.is_grad_enabled() and available() is not None
 
 
 def _fast(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
