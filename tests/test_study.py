@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from digit import DigitPipeline
+from digit.assembly import assemble
 from digit.config import load_preset
 from doc_blocks import parse
 
@@ -46,6 +48,20 @@ def test_a_step_finds_what_it_needs_made_before():
             if path.startswith("out/") and path != made:
                 assert any(path == earlier or path.startswith(f"{earlier}/") for earlier in seen), (step.name, path)
         seen.add(made)
+
+
+def test_a_lost_study_goes_on_from_the_packaged_model(tmp_path):
+    for _ in range(2):  # what is there stays
+        study.restore(tmp_path)
+    steps = {step.name: step for step in study.Study(tmp_path, Path("data"), Path("missing.npz"), 10_000, "cpu").steps()}
+    done = {name for name, step in steps.items() if study.is_done(step, tmp_path)}
+    assert done == {"encoder", "codebook-1024", "vqgan", "ar", "onepass", "prior-cond-quarter"}
+    folders = [tmp_path / name for name in ("encoder", "codebook-1024", "vqgan", "prior-cond-quarter")]
+    whole = assemble(*folders, decoders=[tmp_path / "ar", tmp_path / "onepass"])
+    packaged = DigitPipeline.from_pretrained("cifar10")
+    assert whole.fingerprint() == packaged.fingerprint()
+    assert whole.class_names == packaged.class_names
+    assert str(whole.prior) == str(packaged.prior)
 
 
 def test_every_result_has_the_command_of_its_step():

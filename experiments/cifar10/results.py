@@ -33,7 +33,9 @@ FIDELITIES = {
     "cond-ar": "semantic prior + AR decoder, with a class",
     "cond-masked": "semantic prior + masked decoder, with a class",
     "cond-onepass": "semantic prior + one-pass decoder, with a class",
-    "plain": "the same as with the AR decoder, over the plain encoder's tokens",
+    "cond-quarter-ar": "the packaged model, its prior of one block, with a class, AR decoder",
+    "cond-quarter-onepass": "the packaged model with its default, the one-pass decoder",
+    "plain": "semantic prior + AR decoder with a class, over the plain encoder's tokens",
 }
 SIZES = {
     "4 blocks of 128": ("vq-s0", "semantic-s0-ar", "cond-ar", "cond-onepass", "vq-prior-s0", "prior-s0"),

@@ -377,7 +377,7 @@ def run(step: Step, out: Path, extra: list[str], processes: int) -> None:
 
 def restore(out: Path) -> None:
     """Begin where the packaged model was made: its parts, rounded to float16 as they are stored, with the records of their training."""
-    parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "prior": "prior-cond"}
+    parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "prior": "prior-cond-quarter"}
     for part, name in (parts | {f"decoder/{kind}": kind for kind in ("ar", "onepass")}).items():
         if not (out / name).exists():
             shutil.copytree(PACKAGED / part, out / name)
