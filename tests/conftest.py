@@ -29,6 +29,17 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path_factory.getbasetemp() / "digit-cache"))
 
 
+@pytest.fixture(scope="module")
+def compiler():
+    """What C++ is built with; skipped with the reason where it cannot be."""
+    from digit.native import NoCompiler, library
+
+    try:
+        library()
+    except NoCompiler as reason:
+        pytest.skip(str(reason))
+
+
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 

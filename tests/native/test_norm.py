@@ -5,17 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from digit.native import NoCompiler, library
 from digit.native import norm as native_norm
 from digit.native.norm import arranged, norm_silu
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    try:
-        library()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import torch
 
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
-from digit.native import NoCompiler, library
 from digit.sampling import SamplingSettings, native, sample
 from digit.sampling.acceleration import accelerate, compile_seconds, engine, release
 from digit.sampling.native import NativeStep, pack, suits
 from digit.sampling.quantize import quantized
+
+pytestmark = pytest.mark.usefixtures("compiler")
 
 SHAPES = {
     "pre": {},
@@ -27,14 +28,6 @@ SHAPES = {
 }
 ROWS = [1, 2, 6, 7, 8, 13]
 GUIDED = SamplingSettings(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiler():
-    try:
-        library()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
 
 
 def build(dtype=torch.float32, prefix=0, vocab=24, length=12, depth=2, **transformer) -> TokenModel:
