@@ -31,13 +31,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def compiler():
-    """What C++ is built with; skipped with the reason where it cannot be."""
-    from digit.native import NoCompiler, library
+    """What C++ is built with; skipped where there is none. Where there is one, sources that it cannot build are a failure."""
+    from digit.native import library
 
-    try:
-        library()
-    except NoCompiler as reason:
-        pytest.skip(str(reason))
+    if not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        pytest.skip("there is no C++ compiler")
+    library()
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

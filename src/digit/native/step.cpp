@@ -377,9 +377,9 @@ void digit_step(const Network* net, const Cache* cache, int threads, int rows, i
     const auto run = net->weights == 0 ? step<Float> : net->weights == 1 ? step<BFloat> : step<Narrow>;
     if (!apart(*net, rows, threads)) return run(*net, *cache, threads, rows, position, x, room, logits);
     const int64_t size = digit_room(net, rows, threads, position + 1) / threads;
-#pragma omp parallel num_threads(threads)
-    {
-        const int64_t me = omp_get_thread_num(), all = omp_get_num_threads(), first = rows * me / all, last = rows * (me + 1) / all;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int64_t part = 0; part < threads; part++) {  // each in its own room, however many threads there really are
+        const int64_t first = rows * part / threads, last = rows * (part + 1) / threads;
         const int64_t bytes = first * cache->row * (net->half_cache ? 2 : 4);
         std::vector<void*> keys(net->depth), values(net->depth);
         for (int64_t l = 0; l < net->depth; l++) {
@@ -387,7 +387,7 @@ void digit_step(const Network* net, const Cache* cache, int threads, int rows, i
             values[l] = static_cast<char*>(cache->values[l]) + bytes;
         }
         const Cache own{keys.data(), values.data(), cache->row, cache->head};
-        run(*net, own, 1, int(last - first), position, x + first * net->width, room + me * size, logits + first * net->head.outputs);
+        run(*net, own, 1, int(last - first), position, x + first * net->width, room + part * size, logits + first * net->head.outputs);
     }
 }
 }
