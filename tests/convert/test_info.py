@@ -22,6 +22,7 @@ from digit.info import (
     sampling_memory,
 )
 from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.native import norm
 from digit.pipeline import DigitPipeline
 from digit.tokenizers.vqgan import VQGAN, VQGANConfig
 
@@ -57,11 +58,14 @@ class LiveBytes(TorchDispatchMode):
         weakref.finalize(tensor, gone)
 
 
+@pytest.mark.parametrize("native", [True, False], ids=["C++", "PyTorch"])  # norms, where there is a compiler
 @pytest.mark.parametrize("multipliers", [(1, 1, 2), (1, 2, 2), (2, 1, 1)])
-def test_the_vqgan_estimate_is_what_decoding_allocates(multipliers):
+def test_the_vqgan_estimate_is_what_decoding_allocates(multipliers, native, monkeypatch):
     config = VQGANConfig(resolution=64, channels=32, multipliers=multipliers, blocks=2, codes=8, code_dim=8)
     vqgan = VQGAN(config).eval()
     tokens = torch.zeros(2, vqgan.num_tokens, dtype=torch.long)
+    if not native:
+        monkeypatch.setattr(norm, "available", lambda: None)
     with torch.no_grad(), LiveBytes() as live:
         vqgan.decode(tokens)
     assert live.peak == pytest.approx(2 * decoder_activation_bytes(config), rel=0.15)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from digit.native import norm as native_norm
-from digit.native.norm import arranged, norm_silu
+from digit.native.norm import arranged, channels_last, norm_silu
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
@@ -96,6 +96,21 @@ def test_a_picture_is_the_same_in_any_batch_and_on_any_number_of_threads():
                 assert torch.equal(norm_silu(norm, x[2:3]), whole[2:3])
         finally:
             torch.set_num_threads(before)
+
+
+def test_one_picture_gets_the_layout_too(calls):
+    """Its strides may say nothing: convolutions then answered in the usual layout, and the norms behind them were PyTorch's."""
+    states = torch.randn(1, 16, 48)
+    x = states.transpose(1, 2).unflatten(2, (4, 4))  # (1, 48, 4, 4), channels side by side
+    conv, norm = nn.Conv2d(48, 48, 3, padding=1).to(memory_format=torch.channels_last), layer()
+    with torch.inference_mode():
+        for one in (channels_last(x), arranged(x, norm), channels_last(x.contiguous())):
+            assert torch.equal(one, x)
+            norm_silu(norm, conv(one))
+    assert len(calls) == 3
+    whole = torch.randn(1, 48, 2, 2, requires_grad=True)
+    channels_last(whole.transpose(2, 3)).sum().backward()
+    assert torch.equal(whole.grad, torch.ones(1, 48, 2, 2))
 
 
 def test_what_it_does_not_cover_is_pytorchs(calls):

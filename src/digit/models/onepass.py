@@ -31,7 +31,7 @@ from digit.files import read_json
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.models.transformer import PositiveInt, Probability, Transformer, TransformerConfig, init_weights
-from digit.native.norm import norm_silu
+from digit.native.norm import channels_last, norm_silu
 from digit.tokenizers.vqgan import ResidualBlock
 
 
@@ -151,7 +151,7 @@ class PixelHead(nn.Module):
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Decode; each level after the first works at twice the side of the one before."""
         # channels last is the layout in which CPU and GPU convolve fastest
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(channels_last(x))
         for index, level in enumerate(self.levels):
             for number, block in enumerate(cast(nn.ModuleList, level)):
                 x = block(x, doubled=bool(index) and not number)  # (B, C, 2 H, 2 W) from the second level's first block on

@@ -27,15 +27,30 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None = None, offset:
         return _fast(norm, x, gain, offset)
     h = norm(x)
     h = h if gain is None else h * (1 + gain[:, :, None, None])
-    return F.silu(h if offset is None else h + offset[:, :, None, None])
+    h = h if offset is None else h + offset[:, :, None, None]
+    return F.silu(h, inplace=not torch.is_grad_enabled())  # h is ours
 
 
 def arranged(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """X (B, C, H, W) in the layout for a network of convolutions and such norms: channels last where these run in C++.
+    """The input (B, C, H, W) of a network of convolutions and such norms, in the layout in which it is quickest.
 
-    PyTorch's own norms are quicker in the usual layout.
+    That is channels last where the norms run in C++. Else, on a CPU without gradients, it is the usual one: then PyTorch computes all
+    norms on the way, whatever the batch. In training and on GPUs x stays as it is.
     """
-    return x.contiguous(memory_format=torch.channels_last) if _suits(norm, x) else x
+    if _suits(norm, x):
+        return channels_last(x)
+    return x if torch.is_grad_enabled() or x.device.type != "cpu" else x.contiguous()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Put x (B, C, H, W) into that layout for certain.
+
+    For a batch of one ``contiguous`` leaves strides as they are that convolutions take for the usual layout.
+    """
+    _, channels, height, width = x.shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    x = x.contiguous(memory_format=torch.channels_last)
+    return x if x.stride() == strides else x.as_strided(x.shape, strides)
 
 
 def _suits(norm: nn.GroupNorm, x: Tensor) -> bool:
