@@ -206,7 +206,7 @@ class Results:
         return table(["prior", *ways, "perplexity, VQ", "perplexity, semantic"], rows)
 
     def vocabularies(self) -> str:
-        """FID, perplexities and accuracies over the number of clusters."""
+        """FID and perplexities over the number of clusters."""
         rows = []
         for clusters, (fidelity, prior, decoder) in VOCABULARIES.items():
             fid, perplexities = self.fid(fidelity), [self.metric(name, "validation/perplexity") for name in (prior, decoder)]

@@ -25,9 +25,8 @@ from pathlib import Path
 
 from digit.evaluation.result import hardware, versions
 from digit.files import read_json, write_json
+from digit.hub import packaged_models
 
-ROOT = Path(__file__).parents[2]
-PACKAGED = ROOT / "src" / "digit" / "packaged" / "cifar10"
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
 CLUSTERS = (256, 1024, 4096)
@@ -380,7 +379,7 @@ def restore(out: Path) -> None:
     parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "prior": "prior-cond-quarter"}
     for part, name in (parts | {f"decoder/{kind}": kind for kind in ("ar", "onepass")}).items():
         if not (out / name).exists():
-            shutil.copytree(PACKAGED / part, out / name)
+            shutil.copytree(packaged_models()["cifar10"] / part, out / name)
             write_json(out / "records" / f"{name}.json", read_json(RESULTS / f"{name}.json"))
 
 
