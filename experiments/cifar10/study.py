@@ -51,7 +51,7 @@ BASELINES = {
     "mae": (
         "cifar10-encoder-vit",
         (
-            '"objective={method: mae}"',
+            "objective={method: mae}",
             "model.dim=96",
             "model.depth=4",
             "model.heads=3",
@@ -132,7 +132,7 @@ class Study:
     def _train(self, group: str, name: str, component: str, preset: str, data: Path, *changes: str) -> Step:
         kind = preset.removeprefix("cifar10-")
         larger = GPU.get(kind, GPU["decoder"] if component == "decoder" else "").split() if self.profile == "gpu" else []
-        given = "".join(f" --set {change}" for change in (*larger, *changes))
+        given = "".join(f" --set {shlex.quote(change)}" for change in (*larger, *changes))
         command = f"train {component} --preset {preset} --data {data} --out {self.out / name} --resume{given}"
         return Step(group, name, command)
 
@@ -224,12 +224,13 @@ class Study:
             yield self._assemble(group, f"vq-s{seed}", base=base, prior=f"vq-prior-s{seed}")
             yield self._fidelity(group, f"vq-s{seed}", f"vq-s{seed}")
             yield self._fidelity(group, f"semantic-s{seed}-ar", f"semantic-s{seed}")
-            for kind in ("onepass",) if seed else ("onepass", "masked"):
-                name = f"semantic-s{seed}-{kind}"
-                yield self._assemble(group, name, f" --default-decoder {kind}", base=f"models/semantic-s{seed}", decoder=kind)
-                yield self._fidelity(group, name, name)
-        # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above
-        yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{K}", "data.prefix=null")
+        for kind in ("onepass", "masked"):
+            name = f"semantic-s0-{kind}"
+            yield self._assemble(group, name, f" --default-decoder {kind}", base="models/semantic-s0", decoder=kind)
+            yield self._fidelity(group, name, name)
+        # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above, for as many epochs as its priors
+        changes = ("data.prefix=null", f"training.epochs={200 if self.profile == 'gpu' else 4}")
+        yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{K}", *changes)
         yield self._assemble(group, "vq-masked", base=f"models/tokenizers-{K}", prior="maskgit")
         yield self._fidelity(group, "vq-masked", "vq-masked")
 
