@@ -55,7 +55,6 @@ SIZES = {
         "prior-vq-quarter",
         "prior-semantic-quarter",
     ),
-    "4 blocks of 192": ("vq-large", "semantic-large", "", "", "prior-vq-large", "prior-semantic-large"),
     "9 blocks of 128": ("vq-whole", "", "", "", "prior-vq-whole", ""),
 }
 """Four fidelities and two trainings of priors of each size; those of the first row are the study's own."""

@@ -261,7 +261,7 @@ class Study:
         yield self._reconstruction(group, "reconstruction-sharper", "sharper")
 
     def _sizes(self) -> Iterator[Step]:
-        """Priors of fewer blocks and of more width, of both kinds; a VQ prior as large as semantic prior and decoder together."""
+        """Priors of fewer blocks, of both kinds; a VQ prior about as large as semantic prior and decoder together, and one with classes."""
         group, base = "sizes", f"models/tokenizers-{K}"
         for name, depth in SHALLOW.items():
             model = f"cond-{name}"
@@ -269,19 +269,22 @@ class Study:
             yield self._shipped(group, model, base="models/cond-two", prior=f"prior-{model}")
             for kind in ("ar", "onepass"):
                 yield self._fidelity(group, f"{model}-{kind}", model, f"--decoder {kind}")
+        whole = 17 if self.profile == "gpu" else 9
         trials = {
-            **{f"vq-{name}": ("data.target=vq", depth) for name, depth in SHALLOW.items()},
-            **{f"semantic-{name}": (depth,) for name, depth in SHALLOW.items()},
-            "vq-whole": ("data.target=vq", "model.transformer.depth=9"),
-            "vq-cond": ("data.target=vq", "data.labels=true"),
-            "vq-large": ("data.target=vq", "model.transformer.dim=192"),
-            "semantic-large": ("model.transformer.dim=192",),
+            "vq-quarter": ("data.target=vq", SHALLOW["quarter"]),
+            "semantic-quarter": (SHALLOW["quarter"],),
+            "vq-whole": ("data.target=vq", f"model.transformer.depth={whole}"),
         }
         for name, changes in trials.items():
             yield self._prior(group, f"prior-{name}", K, *changes)
             decoder = {"decoder": "ar"} if name.startswith("semantic") else {}
             yield self._assemble(group, name, base=base, prior=f"prior-{name}", **decoder)
             yield self._fidelity(group, name, name)
+        # the baseline with classes is sampled with the settings of the priors that it is compared with
+        settings = "".join(f" --default {item}" for item in SHIPPED if item.startswith("prior."))
+        yield self._prior(group, "prior-vq-cond", K, "data.target=vq", "data.labels=true")
+        yield self._assemble(group, "vq-cond", settings, base=base, prior="prior-vq-cond")
+        yield self._fidelity(group, "vq-cond", "vq-cond")
 
     def _vocabularies(self) -> Iterator[Step]:
         """Other numbers of semantic tokens, behind priors of one block, as ``semantic-quarter`` has."""
