@@ -39,14 +39,7 @@ FIDELITIES = {
 }
 SIZES = {
     "4 blocks of 128": ("vq-s0", "semantic-s0-ar", "cond-ar", "cond-onepass", "vq-prior-s0", "prior-s0"),
-    "2 blocks of 128": (
-        "vq-half",
-        "semantic-half",
-        "cond-half-ar",
-        "cond-half-onepass",
-        "prior-vq-half",
-        "prior-semantic-half",
-    ),
+    "2 blocks of 128": ("", "", "cond-half-ar", "cond-half-onepass", "", ""),
     "1 block of 128": (
         "vq-quarter",
         "semantic-quarter",
