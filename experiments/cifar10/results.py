@@ -197,6 +197,15 @@ class Results:
         ways = ["VQ", "semantic, AR decoder", "with a class, AR decoder", "with a class, one pass"]
         return table(["prior", *ways, "perplexity, VQ", "perplexity, semantic"], rows)
 
+    def pictures(self) -> str:
+        """FID of the same models over twice as many pictures."""
+        rows = []
+        for name, title in MANY.items():
+            few, many = self.fid(name), self.fid(f"{name}-many")
+            if few is not None and many is not None:
+                rows.append([title, f"{self._images(name):,}: {few:.2f}", f"{self._images(f'{name}-many'):,}: {many:.2f}"])
+        return table(["model", "pictures: FID", "twice as many: FID"], rows) if rows else MISSING
+
     def vocabularies(self) -> str:
         """FID and perplexities over the number of clusters."""
         rows = []
@@ -256,6 +265,7 @@ VOCABULARIES = {
     1024: ("semantic-quarter", "prior-semantic-quarter", "ar"),
     4096: ("semantic-4096", "prior-4096", "ar-4096"),
 }
+MANY = {"vq-quarter": "VQ prior of 1 block", "semantic-quarter": "semantic prior of 1 block + AR decoder"}
 SIMILARITIES = {
     "vq-quarter": "VQ prior of 1 block",
     "semantic-quarter": "semantic prior of 1 block + AR decoder",
@@ -340,6 +350,10 @@ and .457 at 10, and cosines of .972 and .975, .910 and .940, .777 and .888.
 FID, and the perplexity of held-out tokens; data, epochs and decoders are the same in every row. Unconditional but for two columns.
 
 {results.sizes()}
+## Numbers of pictures
+FID falls with their number; it is why only figures of as many pictures are compared here.
+
+{results.pictures()}
 ## Numbers of clusters
 Unconditional, a prior of one block and the AR decoder of four, no filter, 5,000 pictures.
 

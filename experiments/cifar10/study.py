@@ -285,6 +285,8 @@ class Study:
         yield self._prior(group, "prior-vq-cond", K, "data.target=vq", "data.labels=true")
         yield self._assemble(group, "vq-cond", settings, base=base, prior="prior-vq-cond")
         yield self._fidelity(group, "vq-cond", "vq-cond")
+        for name in ("vq-quarter", "semantic-quarter"):  # by how much an FID depends on the number of pictures
+            yield self._fidelity(group, f"{name}-many", name, images=2 * self.images)
 
     def _vocabularies(self) -> Iterator[Step]:
         """Other numbers of semantic tokens, behind priors of one block, as ``semantic-quarter`` has."""
@@ -342,9 +344,9 @@ class Study:
         command = f"reconstruction {self.out / 'models' / model} --data {self.data} --split test"
         return self._evaluate(group, name, f"{command} --num {min(self.images // 2, 10_000)} --lpips none")
 
-    def _fidelity(self, group: str, name: str, model: str, options: str = "") -> Step:
+    def _fidelity(self, group: str, name: str, model: str, options: str = "", images: int | None = None) -> Step:
         path = self.out / "results" / f"fidelity-{name}.json"
-        command = f"evaluate fidelity {self.out / 'models' / model} --num {self.images} --reference {self.reference}"
+        command = f"evaluate fidelity {self.out / 'models' / model} --num {images or self.images} --reference {self.reference}"
         return Step(group, f"fidelity-{name}", f"{command} --batch-size 250 {options} --out {path}".replace("  ", " "))
 
 
