@@ -89,12 +89,18 @@ def test_spread_and_ratio():
             "semantic-s1-ar": 22.0,
             "semantic-s0-onepass": 28.0,
             "cond-ar": 12.5,
+            "vq-masked": 45.0,
+            "semantic-s0-masked": 30.0,
         }.items()
     }
     text = kept.headline()
     assert "| VQ prior (baseline) | 42.00 ± 2.83 | 2 | 100 |" in text
-    assert "**2.00 (2.00, 2.00 seed by seed) with the AR decoder, 1.43 with the one-pass decoder**" in text
+    assert (
+        "**2.00 (2.00, 2.00 seed by seed) with the AR decoder, 1.33 with the masked decoder, 1.43 with the one-pass decoder**"
+        in text
+    )
     assert "| semantic prior + AR decoder, with a class | 12.50 | 1 | 100 |" in text
+    assert "FID(MaskGIT) / FID(semantic prior + masked decoder): **1.50**" in text
 
 
 def test_curves_are_tables_once_they_are_measured():

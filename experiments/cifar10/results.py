@@ -120,6 +120,9 @@ class Results:
         if ratios:
             paper = "the paper, ImageNet, AR: 24.38 / 9.66 = 2.52"
             text += f"\nFID(VQ prior) / FID(semantic prior + decoder): **{', '.join(ratios)}** ({paper}).\n"
+        maskgit, masked = self.fid("vq-masked"), self.fid("semantic-s0-masked")
+        if maskgit is not None and masked is not None:
+            text += f"FID(MaskGIT) / FID(semantic prior + masked decoder): **{maskgit / masked:.2f}**.\n"
         return text
 
     def _images(self, name: str) -> int:
