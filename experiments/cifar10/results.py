@@ -269,9 +269,7 @@ VOCABULARIES = {
     4096: ("semantic-4096", "prior-4096", "ar-4096"),
 }
 MANY = {"vq-quarter": "VQ prior of 1 block", "semantic-quarter": "semantic prior of 1 block + AR decoder"}
-SIMILARITIES = {
-    "vq-quarter": "VQ prior of 1 block",
-    "semantic-quarter": "semantic prior of 1 block + AR decoder",
+SIMILARITIES = MANY | {
     "cond-quarter-ar": "the same with a class, the packaged model's settings",
     "cond-quarter-onepass": "the packaged model: 1 block, a class, one-pass decoder",
 }

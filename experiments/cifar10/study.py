@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -70,9 +70,13 @@ SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 
 # what a GPU trains instead; the presets' own values are for two CPU cores
 LARGER = "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6"
+PRIOR_EPOCHS = {"cpu": "training.epochs=4", "gpu": "training.epochs=200"}
+"""Of every prior, by profile; the presets' own on the CPU."""
+WHOLE = {"cpu": "model.transformer.depth=9", "gpu": "model.transformer.depth=17"}
+"""About as many parameters as semantic prior and AR decoder have together, by profile."""
 GPU = {
     "vqgan": "model.channels=32 model.blocks=2 training.epochs=100",
-    "prior": f"{LARGER} model.transformer.dropout=0.1 training.epochs=200 training.batch_size=256",
+    "prior": f"{LARGER} model.transformer.dropout=0.1 {PRIOR_EPOCHS['gpu']} training.batch_size=256",
     "decoder": f"{LARGER} training.epochs=100 training.batch_size=256",
     "onepass": "training.epochs=100 training.batch_size=256",
 }
@@ -165,7 +169,7 @@ class Study:
 
     def _shipped(self, group: str, name: str, **parts: str) -> Step:
         """A model stored as it is shipped, so that what is measured is what is shipped."""
-        return self._assemble(group, name, " --dtype fp16" + "".join(f" --default {item}" for item in SHIPPED), **parts)
+        return self._assemble(group, name, " --dtype fp16" + _defaults(SHIPPED), **parts)
 
     def _tokenizers(self) -> Iterator[Step]:
         group = "tokenizers"
@@ -229,7 +233,7 @@ class Study:
             yield self._assemble(group, name, f" --default-decoder {kind}", base="models/semantic-s0", decoder=kind)
             yield self._fidelity(group, name, name)
         # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above, for as many epochs as its priors
-        changes = ("data.prefix=null", f"training.epochs={200 if self.profile == 'gpu' else 4}")
+        changes = ("data.prefix=null", PRIOR_EPOCHS[self.profile])
         yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{K}", *changes)
         yield self._assemble(group, "vq-masked", base=f"models/tokenizers-{K}", prior="maskgit")
         yield self._fidelity(group, "vq-masked", "vq-masked")
@@ -269,11 +273,10 @@ class Study:
             yield self._shipped(group, model, base="models/cond-two", prior=f"prior-{model}")
             for kind in ("ar", "onepass"):
                 yield self._fidelity(group, f"{model}-{kind}", model, f"--decoder {kind}")
-        whole = 17 if self.profile == "gpu" else 9
         trials = {
             "vq-quarter": ("data.target=vq", SHALLOW["quarter"]),
             "semantic-quarter": (SHALLOW["quarter"],),
-            "vq-whole": ("data.target=vq", f"model.transformer.depth={whole}"),
+            "vq-whole": ("data.target=vq", WHOLE[self.profile]),
         }
         for name, changes in trials.items():
             yield self._prior(group, f"prior-{name}", K, *changes)
@@ -281,7 +284,7 @@ class Study:
             yield self._assemble(group, name, base=base, prior=f"prior-{name}", **decoder)
             yield self._fidelity(group, name, name)
         # the baseline with classes is sampled with the settings of the priors that it is compared with
-        settings = "".join(f" --default {item}" for item in SHIPPED if item.startswith("prior."))
+        settings = _defaults(item for item in SHIPPED if item.startswith("prior."))
         yield self._prior(group, "prior-vq-cond", K, "data.target=vq", "data.labels=true")
         yield self._assemble(group, "vq-cond", settings, base=base, prior="prior-vq-cond")
         yield self._fidelity(group, "vq-cond", "vq-cond")
@@ -348,6 +351,10 @@ class Study:
         path = self.out / "results" / f"fidelity-{name}.json"
         command = f"evaluate fidelity {self.out / 'models' / model} --num {images or self.images} --reference {self.reference}"
         return Step(group, f"fidelity-{name}", f"{command} --batch-size 250 {options} --out {path}".replace("  ", " "))
+
+
+def _defaults(settings: Iterable[str]) -> str:
+    return "".join(f" --default {item}" for item in settings)
 
 
 def run(step: Step, out: Path, extra: list[str], processes: int) -> None:

@@ -185,17 +185,13 @@ def cache_bytes(model: TokenModelConfig, item: int) -> int:
 def decoder_activation_bytes(config: VQGANConfig) -> int:
     """Float32 activations of the VQGAN's decoder for one image, in bytes, where they are largest.
 
-    A residual block of one width holds three tensors of it: its input, and what the running layer reads and writes. One that
-    changes the width holds its input twice, as it came and normed, and the hidden features; later its input, the hidden features, the
-    shortcut and their sum. The convolutions' own workspace comes
-    on top and depends on the machine.
+    The convolutions' own workspace comes on top and depends on the machine.
     """
     widths = [config.channels * m for m in config.multipliers]
     peaks = []
     for level, width in enumerate(widths):
         before = widths[min(level + 1, len(widths) - 1)]  # what comes up from the coarser level
-        channels = 3 * width if before == width else max(2 * before + width, before + 3 * width)
-        peaks.append(channels * (config.resolution >> level) ** 2)
+        peaks.append(_block_channels(before, width) * (config.resolution >> level) ** 2)
     return 4 * max(peaks)
 
 
@@ -206,9 +202,17 @@ def head_activation_bytes(config: PixelHeadConfig, item: int) -> int:
     peaks = []
     for level, width in enumerate(config.widths):
         before = config.widths[max(level - 1, 0)]
-        channels = 3 * width if before == width else max(2 * before + width, before + 3 * width)
-        peaks.append(channels * (config.resolution // config.factor << level) ** 2)
+        peaks.append(_block_channels(before, width) * (config.resolution // config.factor << level) ** 2)
     return item * max(peaks)
+
+
+def _block_channels(before: int, width: int) -> int:
+    """How many channels a residual block holds at most at a time.
+
+    Of one width it holds three tensors: its input, and what the running layer reads and writes. If it changes the width it holds
+    its input twice, as it came and normed, and the hidden features; later its input, the hidden features, the shortcut and their sum.
+    """
+    return 3 * width if before == width else max(2 * before + width, before + 3 * width)
 
 
 # -- the tree ----------------------------------------------------------------------------------------------------------------
