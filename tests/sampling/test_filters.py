@@ -128,7 +128,7 @@ def test_the_largest_uniform_stays_inside(draw):
     assert draw(torch.tensor([[0.0, 0.0, -1e9]]), u, SamplingSettings()).item() == 1
 
 
-@pytest.mark.skipif(len(draws()) == 1, reason="no compiler")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("s", SETTINGS, ids=str)
 def test_guidance_may_come_before_the_draw_in_one_call(s):
     g = torch.Generator().manual_seed(0)
@@ -148,7 +148,7 @@ def test_rows_are_independent():
         assert torch.equal(whole[i], draw(logits[i], u[i], s))
 
 
-@pytest.mark.skipif(len(draws()) == 1, reason="no compiler")
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("s", [*SETTINGS, SamplingSettings(top_p=0.95), SamplingSettings(temperature=0)], ids=str)
 @pytest.mark.parametrize("vocab", [16, 24, 1000])
 def test_the_draw_in_c_takes_the_same_tokens(s, vocab):
