@@ -1,9 +1,11 @@
-"""Images a second of a saved model with each of its decoders, end to end: prior, decoder, pixels, as `pipe(...)` runs them.
+"""Images a second of a saved model with each of its decoders, end to end: prior, decoder, pixels, as `pipe(...)` runs
+them.
 
-    python benchmarks/decoders.py MODEL [--num 256] [--batch 64] [--rounds 5] [--threads 2] [--device cpu] [--dtype fp32|bf16]
+    python benchmarks/decoders.py MODEL [--num 256] [--batch 64] [--rounds 5] [--threads 2] [--device cpu] [--dtype
+    fp32|bf16]
 
-The decoders take turns, round after round in one process, without guidance and with the model's own (a guided prior computes
-everything twice, which no decoder can save). Medians; one round before is not counted. The last line is JSON.
+The decoders take turns, round after round in one process, without guidance and with the model's own (a guided prior
+computes everything twice, which no decoder can save). Medians; one round before is not counted. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda ... (default cpu)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of prior and decoders (default fp32)")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of prior and decoders (default fp32)"
+    )
     return parser.parse_args()
 
 
@@ -63,9 +67,18 @@ def main() -> None:
         ratio = rate / rates[way, "ar"] if "ar" in pipe.decoders else None
         print(f"{way:26} {decoder:8} {rate:9.1f} {'-' if ratio is None else f'{ratio:.2f}':>8}")
         rows.append(
-            {"settings": way, "decoder": decoder, "images_per_second": round(rate, 2), "over_ar": ratio and round(ratio, 3)}
+            {
+                "settings": way,
+                "decoder": decoder,
+                "images_per_second": round(rate, 2),
+                "over_ar": ratio and round(ratio, 3),
+            }
         )
-    print(json.dumps({"benchmark": "decoders", **vars(args), "machine": hardware(), "versions": versions(), "rates": rows}))
+    print(
+        json.dumps(
+            {"benchmark": "decoders", **vars(args), "machine": hardware(), "versions": versions(), "rates": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

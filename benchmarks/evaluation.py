@@ -4,8 +4,8 @@
     python benchmarks/evaluation.py --network   images a second of torch and of ONNX Runtime as well (needs the weights)
 
 Memory is measured in a fresh process for each count. The images pass through the same collector as in `digit evaluate
-fidelity`, with a fixed random projection to 2048 features in place of InceptionV3, which holds one batch whatever the count.
-The last line printed is JSON.
+fidelity`, with a fixed random projection to 2048 features in place of InceptionV3, which holds one batch whatever the
+count. The last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import time
 import psutil
 import torch
 
-from digit.evaluation.features import measure
-from digit.evaluation.inception import InceptionWeights, OnnxExtractor, TorchExtractor, load_inception
+from digit.evaluation.metrics.features import measure
+from digit.evaluation.metrics.inception import InceptionWeights, OnnxExtractor, TorchExtractor, load_inception
 
 BATCH, SIDE, WIDTH = 50, 32, 2048
 
@@ -52,7 +52,9 @@ class RandomImages:
 
 
 def peak_memory(count: int) -> dict[str, float]:
-    """Peak MiB, how much of it came with the images, and seconds, of a fresh process that gathers the statistics of ``count`` images."""
+    """Peak MiB, how much of it came with the images, and seconds, of a fresh process that gathers the statistics of
+    ``count`` images.
+    """
     done = subprocess.run([sys.executable, __file__, "--count", str(count)], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -63,7 +65,9 @@ def gather(count: int) -> dict[str, float]:
     statistics = measure(images, RandomProjection(), total=count).statistics
     assert statistics.n == count
     found = {"peak_mib": images.peak, "above_start_mib": images.peak - before}
-    return {name: round(value / 2**20, 1) for name, value in found.items()} | {"seconds": round(time.monotonic() - began, 2)}
+    return {name: round(value / 2**20, 1) for name, value in found.items()} | {
+        "seconds": round(time.monotonic() - began, 2)
+    }
 
 
 def speed(count: int) -> dict[str, float]:

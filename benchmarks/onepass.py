@@ -1,13 +1,18 @@
-"""What the one-pass decoder saves: seconds an image and peak memory of prior, AR decoder, VQGAN and one-pass decoders, and of both ways.
+"""What the one-pass decoder saves: seconds an image and peak memory of prior, AR decoder, VQGAN and one-pass decoders,
+and of both ways.
 
-    python benchmarks/onepass.py [--size cifar10|imagenet256] [--device cpu|cuda] [--dtype fp32|bf16] [--batch 4] [--repeats 1]
+    python benchmarks/onepass.py [--size cifar10|imagenet256] [--device cpu|cuda] [--dtype fp32|bf16] [--batch 4]
+    [--repeats 1]
 
     cifar10      the presets of the study: 64 tokens, 32 px
-    imagenet256  the paper's base models: 256 tokens, 256 px (and 512 px from the same tokens, and 1,024 tokens to 512 px)
+    imagenet256  the paper's base models: 256 tokens, 256 px (and 512 px from the same tokens, and 1,024 tokens to 512
+    px)
 
-Networks have random weights: speed does not depend on the values. Each stage runs in a process of its own, so that its peak memory is
-its own, that of its weights included; one batch before is not counted. ``--stages`` picks some. A way is the sum of its stages. On a
-machine that others use too, the seconds of processor time (of all threads) say more than those of the clock. The last line is JSON.
+Networks have random weights: speed does not depend on the values. Each stage runs in a process of its own, so that its
+    peak memory is
+its own, that of its weights included; one batch before is not counted. ``--stages`` picks some. A way is the sum of its
+stages. On a machine that others use too, the seconds of processor time (of all threads) say more than those of the
+clock. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -47,10 +52,10 @@ def stages(size: str) -> list[str]:
 
 def network(size: str, stage: str):
     """The network of a stage, with random weights."""
-    from digit.config import from_dict, load_preset
-    from digit.models.onepass import OnePassConfig, OnePassDecoder
+    from digit.core.config import from_dict, load_preset
+    from digit.models.feedforward import OnePassConfig, OnePassDecoder
     from digit.models.token_model import TokenModel, TokenModelConfig
-    from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+    from digit.models.vqgan import VQGAN, VQGANConfig
 
     if stage == "vqgan decode":
         values = load_preset("cifar10-vqgan")["model"] if size == "cifar10" else {"shortcut": "hidden"}  # MAGE's
@@ -72,7 +77,7 @@ def work(model, size: str, stage: str, batch: int, device: str) -> Callable[[int
     import torch
 
     from digit.sampling import SamplingSettings, sample
-    from digit.sampling.onepass import noise
+    from digit.sampling.feedforward import noise
 
     def tokens(vocab: int, length: int) -> torch.Tensor:
         return torch.randint(vocab, (batch, length), device=device)
@@ -93,7 +98,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Time one stage, in this process."""
     import torch
 
-    from digit.devices import quick_pixels
+    from digit.core.devices import quick_pixels
 
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -103,7 +108,10 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     narrow = args.stage != "vqgan decode" or cuda  # on a CPU the VQGAN's weights are float32, as in the pipeline
     model = model.to(args.device, dtype if narrow else torch.float32)
     paints = args.stage == "vqgan decode" or args.stage in ONE_PASS[args.size]
-    with torch.inference_mode(), quick_pixels(torch.device(args.device)) if paints else nullcontext():  # as in the pipeline
+    with (
+        torch.inference_mode(),
+        quick_pixels(torch.device(args.device)) if paints else nullcontext(),
+    ):  # as in the pipeline
         function = work(model, args.size, args.stage, args.batch, args.device)
         function(0)
         if cuda:
@@ -115,7 +123,11 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
             torch.cuda.synchronize()
     images = args.repeats * args.batch
     seconds, used = (time.perf_counter() - start) / images, (time.process_time() - used) / images
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**20
+        if cuda
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    )
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "seconds_per_image": round(seconds, 5),
@@ -137,7 +149,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(ONE_PASS), default="cifar10", help="which models (default cifar10)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda ... (default cpu)")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="of prior and decoders (default fp32)")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of prior and decoders (default fp32)"
+    )
     parser.add_argument("--batch", type=int, default=4, help="images at a time (default 4)")
     parser.add_argument("--repeats", type=int, default=1, help="batches that are timed (default 1)")
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default 2)")
@@ -162,12 +176,16 @@ def main() -> None:
         print(f"{stage:28} {row['parameters']:12,} {times} {row['peak_MiB']:9,}", flush=True)
     ways, speedup = {}, {}
     for kind in ("seconds_per_image", "cpu_seconds_per_image"):
-        ways[kind] = {w: sum(results[s][kind] for s in parts) for w, parts in WAYS.items() if set(parts) <= results.keys()}
+        ways[kind] = {
+            w: sum(results[s][kind] for s in parts) for w, parts in WAYS.items() if set(parts) <= results.keys()
+        }
         if len(ways[kind]) == 2:
             slow, fast = ways[kind].values()
             speedup[kind] = round(slow / fast, 2)
     for name, seconds in ways["seconds_per_image"].items():
-        print(f"{name:28} {'':12} {seconds:10.4f} {ways['cpu_seconds_per_image'][name]:9.4f} {1 / seconds:8.2f} images/s")
+        print(
+            f"{name:28} {'':12} {seconds:10.4f} {ways['cpu_seconds_per_image'][name]:9.4f} {1 / seconds:8.2f} images/s"
+        )
     if speedup:
         print(
             f"one pass: {speedup['seconds_per_image']} times as fast by the clock, {speedup['cpu_seconds_per_image']} by CPU time"

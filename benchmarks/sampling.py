@@ -1,13 +1,16 @@
 """How fast are tokens sampled, against what else one could run, and against what the machine allows?
 
-    python benchmarks/sampling.py                 small model, batch 1, 8 and 64 on a CPU; the paper's models on a CUDA GPU
-    python benchmarks/sampling.py --quick         a minute: a toy model, to see that it works
-    python benchmarks/sampling.py --batches 8 --out 8.json --with 1.json --plot speed.svg       in pieces, put together at the end
+    python benchmarks/sampling.py                 small model, batch 1, 8 and 64 on a CPU; the paper's models on a CUDA
+    GPU python benchmarks/sampling.py --quick         a minute: a toy model, to see that it works
+    python benchmarks/sampling.py --batches 8 --out 8.json --with 1.json --plot speed.svg       in pieces, put together
+    at the end
 
-Side by side in one process, on the same weights where the code is ours: the engine in its variants, the cached but uncompiled loop, the
-same model without a cache, and Hugging Face ``generate`` on a GPT-2 of the same shape. Contenders take turns round after round,
-so that a busy machine is busy for all of them; speed-ups are medians of the ratios within a round. Compiling is done before and
-reported apart. At batch 64 and above there is one round, without the slower variants. The last line printed is JSON.
+Side by side in one process, on the same weights where the code is ours: the engine in its variants, the cached but
+    uncompiled loop, the
+same model without a cache, and Hugging Face ``generate`` on a GPT-2 of the same shape. Contenders take turns round
+after round, so that a busy machine is busy for all of them; speed-ups are medians of the ratios within a round.
+Compiling is done before and reported apart. At batch 64 and above there is one round, without the slower variants. The
+last line printed is JSON.
 """
 
 from __future__ import annotations
@@ -24,12 +27,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from digit.batching import allocated, peak, reset_peak
-from digit.config import from_dict
+from digit.core.batching import allocated, peak, reset_peak
+from digit.core.config import from_dict
 from digit.evaluation.result import hardware
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling import SamplingSettings, sample
-from digit.sampling.acceleration import accelerate, compile_seconds, engine, release
+from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
 
 AUTHORS = 0.81  # seconds an image of the authors' loop at batch 8, on two quiet cores of this kind
 SIZES = {
@@ -86,7 +89,9 @@ def ours(name: str, model: TokenModel, settings: SamplingSettings, dtype: str, d
 
 
 def without_cache(model: TokenModel, device: str) -> Contender:
-    """Whole forward passes. Timed at some lengths and summed by the trapezoidal rule: in full it would take many minutes."""
+    """Whole forward passes. Timed at some lengths and summed by the trapezoidal rule: in full it would take many
+    minutes.
+    """
     mine, length = copy.deepcopy(model).to(device), model.config.length
 
     @torch.inference_mode()
@@ -192,7 +197,9 @@ def wait_for_quiet(longest: float) -> None:
             return
 
 
-def measure(contenders: list[Contender], batch: int, rounds: int, device: str, patience: float) -> list[dict[str, float]]:
+def measure(
+    contenders: list[Contender], batch: int, rounds: int, device: str, patience: float
+) -> list[dict[str, float]]:
     """Let the contenders take turns; the machine's own speed and what others took of it, round by round."""
     where = torch.device(device)
     for c in contenders:
@@ -274,14 +281,18 @@ def show(table: list[dict]) -> None:
         )
 
 
-def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None, patience: float, earlier: list[dict]) -> dict:
+def cpu(
+    size: str, batches: list[int], rounds: int, only: list[str] | None, patience: float, earlier: list[dict]
+) -> dict:
     model, top_k = small_model(size), 200 if size == "small" else 20
     s = SamplingSettings(top_k=top_k)
     makers = {
         "C++ int8": lambda: ours("C++ int8", model, s, "bf16", "cpu", quantize="int8"),
         "C++ bf16": lambda: ours("C++ bf16", model, s, "bf16", "cpu"),
         "C++ fp32": lambda: ours("C++ fp32", model, s, "fp32", "cpu"),
-        "compiled int8": lambda: ours("compiled int8", model, s, "fp32", "cpu", compile=True, quantize="int8", native=False),
+        "compiled int8": lambda: ours(
+            "compiled int8", model, s, "fp32", "cpu", compile=True, quantize="int8", native=False
+        ),
         "compiled bf16": lambda: ours("compiled bf16", model, s, "bf16", "cpu", compile=True, native=False),
         "compiled fp32": lambda: ours("compiled fp32", model, s, "fp32", "cpu", compile=True, native=False),
         "plain bf16": lambda: ours("plain bf16", model, s, "bf16", "cpu", native=False),
@@ -309,9 +320,9 @@ def cpu(size: str, batches: list[int], rounds: int, only: list[str] | None, pati
 
 def paper_pipeline(name: str, guided: bool):
     """The paper's model with AR decoder and VQGAN at 256 px, random weights, bfloat16, on the GPU."""
-    from digit.config import load_preset
-    from digit.pipeline import DigitPipeline
-    from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+    from digit.core.config import load_preset
+    from digit.models.vqgan import VQGAN, VQGANConfig
+    from digit.pipeline.pipeline import DigitPipeline
 
     def part(preset: str, **changes) -> TokenModel:
         values = {**load_preset(preset)["model"], **changes}
@@ -321,7 +332,10 @@ def paper_pipeline(name: str, guided: bool):
         prior=part(f"imagenet256-{name}-cond", class_dropout=0.1) if guided else part(f"imagenet256-{name}"),
         decoders={"ar": part(f"imagenet256-{name}-ar")},
         vqgan=VQGAN(VQGANConfig()).eval().requires_grad_(False).bfloat16(),
-        settings={"prior": SamplingSettings(top_k=200, cfg_scale=2.0 if guided else 1.0), "ar": SamplingSettings(top_p=0.8)},
+        settings={
+            "prior": SamplingSettings(top_k=200, cfg_scale=2.0 if guided else 1.0),
+            "ar": SamplingSettings(top_p=0.8),
+        },
     )
     return pipe.to("cuda", torch.bfloat16)
 
@@ -396,7 +410,14 @@ def plot(table: list[dict], path: Path) -> None:
         for place, height, name, colour in sorted(e for e in ends if e[0] == column):
             last = max(height, last * 1.22)
             axes.annotate(
-                name, (place, last), (7, 0), textcoords="offset points", va="center", fontsize=8, color=colour, bbox=behind
+                name,
+                (place, last),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color=colour,
+                bbox=behind,
             )
     axes.set(yscale="log", xlabel="batch size", ylabel="images a second", xlim=(-0.2, len(batches) - 0.3))
     axes.set_xticks(range(len(batches)), [str(b) for b in batches])
@@ -413,7 +434,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=None)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--patience", type=float, default=0.0, help="seconds to wait before each round for a quiet machine")
+    parser.add_argument(
+        "--patience", type=float, default=0.0, help="seconds to wait before each round for a quiet machine"
+    )
     parser.add_argument("--only", nargs="+", help="names of contenders, such as 'compiled fp32'")
     parser.add_argument(
         "--with", dest="earlier", type=Path, nargs="+", default=[], help="JSON of other batch sizes, measured before"

@@ -2,8 +2,9 @@
 
     python benchmarks/stages.py [--images 512] [--threads 2]
 
-Networks have the shapes of the cifar10-tiny presets and random weights: speed does not depend on the values. Each stage runs in a
-process of its own, so that its peak memory is its own; one warm-up batch is not counted. The last line is JSON.
+Networks have the shapes of the cifar10-tiny presets and random weights: speed does not depend on the values. Each stage
+runs in a process of its own, so that its peak memory is its own; one warm-up batch is not counted. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ def networks():
     """A pipeline of the demo's shape with random weights."""
     import torch
 
-    from digit.config import from_dict, load_preset
+    from digit.core.config import from_dict, load_preset
+    from digit.models.codebook import Codebook
     from digit.models.token_model import TokenModel, TokenModelConfig
-    from digit.pipeline import DigitPipeline
-    from digit.tokenizers.codebook import Codebook
-    from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+    from digit.models.vqgan import VQGAN, VQGANConfig
+    from digit.pipeline.pipeline import DigitPipeline
     from digit.training.tasks.encoder import model_from
 
     torch.manual_seed(0)
@@ -74,10 +75,10 @@ def work(stage: str, images) -> Callable[[int, int], object]:
     if stage.startswith("train "):
         return training(stage.removeprefix("train "), pipe, images, semantic, labels)
     if stage == "codebook fit":
-        from digit.tokenizers.kmeans import fit_codebook
+        from digit.clustering.kmeans import fit_codebook
 
         return lambda a, b: fit_codebook(pipe.encoder, images[a:b].split(64), 64, show=False)
-    from digit.pipeline import Tokens
+    from digit.pipeline.pipeline import Tokens
     from digit.sampling import SamplingSettings, sample
 
     settings = SamplingSettings(top_k=100)
@@ -121,8 +122,8 @@ def measure(stage: str, count: int, threads: int, batch: int = 64) -> dict[str, 
     """Run a stage over ``count`` images, in this process."""
     import torch
 
+    from digit.core.images import to_tensor
     from digit.data.dataset import open_dataset
-    from digit.data.images import to_tensor
 
     torch.set_num_threads(threads)
     pixels, _ = open_dataset(IMAGES).arrays()
@@ -151,7 +152,16 @@ def main() -> None:
     results = {}
     print(f"{'stage':20} {'images/s':>10} {'peak MiB':>10}")
     for stage in STAGES:
-        command = [sys.executable, __file__, "--stage", stage, "--images", str(args.images), "--threads", str(args.threads)]
+        command = [
+            sys.executable,
+            __file__,
+            "--stage",
+            stage,
+            "--images",
+            str(args.images),
+            "--threads",
+            str(args.threads),
+        ]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         results[stage] = json.loads(output.splitlines()[-1])
         print(f"{stage:20} {results[stage]['images_per_second']:10,.1f} {results[stage]['peak_MiB']:10,}", flush=True)

@@ -2,10 +2,11 @@
 
     python benchmarks/training.py [--device cuda] [--precision bf16] [--batch-size 64] [--presets NAME ...]
 
-Without ``--presets`` on a CPU the small ones are measured, on a GPU the paper's. Models have the presets' shapes and random weights;
-a step is forward, backward and AdamW, as in ``digit train``. "On the fly" runs encoder, codebook and VQGAN on every batch of images
-before the same step. MFU counts matrix products that are needed (digit/training/flops.py) against the maker's figure on known GPUs and
-a measured product of 512 x 512 matrices on a CPU. The last line is JSON.
+Without ``--presets`` on a CPU the small ones are measured, on a GPU the paper's. Models have the presets' shapes and
+random weights; a step is forward, backward and AdamW, as in ``digit train``. "On the fly" runs encoder, codebook and
+VQGAN on every batch of images before the same step. MFU counts matrix products that are needed
+(digit/training/flops.py) against the maker's figure on known GPUs and a measured product of 512 x 512 matrices on a
+CPU. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from digit.config import from_dict, load_preset
+from digit.core.config import from_dict, load_preset
+from digit.core.images import to_tensor
 from digit.data.dataset import open_dataset
-from digit.data.images import to_tensor
 from digit.data.token_cache import Views, build_token_cache, open_token_cache
+from digit.models.codebook import Codebook
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.pipeline import DigitPipeline
-from digit.tokenizers.codebook import Codebook
-from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.pipeline.pipeline import DigitPipeline
 from digit.training.config import TrainingConfig
 from digit.training.engine import Engine
 from digit.training.flops import forward_flops, peak_flops
@@ -40,7 +41,13 @@ from digit.training.tasks.encoder import model_from
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 
 IMAGES = Path(__file__).resolve().parent.parent / "tests" / "assets" / "cifar512"
-SMALL = ("cifar10-tiny-prior", "cifar10-tiny-prior-cond", "cifar10-tiny-ar", "cifar10-tiny-masked", "cifar10-tiny-vq-prior")
+SMALL = (
+    "cifar10-tiny-prior",
+    "cifar10-tiny-prior-cond",
+    "cifar10-tiny-ar",
+    "cifar10-tiny-masked",
+    "cifar10-tiny-vq-prior",
+)
 PAPER = ("imagenet256-base", "imagenet256-base-ar", "imagenet256-base-masked", "imagenet256-large")
 CLUSTERS = 256  # of the small presets, as in digit tour
 WARM_UP = 2
@@ -51,7 +58,9 @@ def tokenizers() -> DigitPipeline:
     torch.manual_seed(0)
     encoder = model_from(load_preset("cifar10-tiny-encoder")["model"], "preset").build().eval()
     vqgan = VQGAN(from_dict(VQGANConfig, load_preset("cifar10-tiny-vqgan")["model"], "preset")).eval()
-    return DigitPipeline(encoder=encoder, codebook=Codebook.from_centroids(torch.randn(CLUSTERS, encoder.dim)), vqgan=vqgan)
+    return DigitPipeline(
+        encoder=encoder, codebook=Codebook.from_centroids(torch.randn(CLUSTERS, encoder.dim)), vqgan=vqgan
+    )
 
 
 class Subject:
@@ -149,7 +158,9 @@ def measure_cache(args: argparse.Namespace) -> dict[str, float]:
         views_per_second = 2 * len(images) / (clock() - start)
         cache = open_token_cache(Path(folder) / "cache")
         data = TokenData(held_out=0)
-        model = TokenModel(token_model_config(load_preset("cifar10-tiny-prior")["model"], cache, data, "preset")).to(device)
+        model = TokenModel(token_model_config(load_preset("cifar10-tiny-prior")["model"], cache, data, "preset")).to(
+            device
+        )
         task, batch = TokenTask(model, cache, data), args.batch_size
         optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
         generator, rng = torch.Generator(), np.random.default_rng(0)
@@ -191,7 +202,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10, help="at least so long for each figure")
     parser.add_argument("--threads", type=int, default=2, help="torch threads on a CPU")
     parser.add_argument(
-        "--core-seconds", action="store_true", help="count processor time, not wall time: for one thread on a busy machine"
+        "--core-seconds",
+        action="store_true",
+        help="count processor time, not wall time: for one thread on a busy machine",
     )
     parser.add_argument("--presets", nargs="*", help="what to measure")
     parser.add_argument("--compile", action="store_true", help="use torch.compile")

@@ -31,7 +31,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def compiler():
-    """What C++ is built with; skipped where there is none. Where there is one, sources that it cannot build are a failure."""
+    """What C++ is built with; skipped where there is none. Where there is one, sources that it cannot build are a
+    failure."""
     from digit.native import library
 
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
@@ -45,7 +46,9 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 @pytest.fixture(scope="module")
 def browser():
     """A browser for the pages we make; skipped with a reason where there is none."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, so no browser can be driven")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed, so no browser can be driven"
+    )
     path = next(filter(None, map(shutil.which, BROWSERS)), None)
     if path is None:
         pytest.skip(f"no browser was found; looked for {', '.join(BROWSERS)}")

@@ -1,6 +1,7 @@
 """The blocks of code in the documentation, and how each is marked.
 
-An HTML comment in the line before a block says what becomes of it: ``<!-- run -->`` (the tests run it), ``<!-- run, slow -->``
+An HTML comment in the line before a block says what becomes of it: ``<!-- run -->`` (the tests run it), ``<!-- run,
+    slow -->``
 (the slow tests do, with short trainings), or ``<!-- needs: SOMETHING -->`` (it cannot run here, and why).
 """
 
@@ -15,7 +16,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(
-    r"(?:^<!-- (?P<mark>[^>]*?) -->\n)?^```(?P<kind>bash|sh|console|python)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"(?:^<!-- (?P<mark>[^>]*?) -->\n)?^```(?P<kind>bash|sh|console|python)\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
 )
 
 

@@ -80,7 +80,12 @@ class Hub:
             within = "/".join(parts[4:])
             return [_entry(name, data) for name, data in files.items() if name.startswith(within)]
         name = "/".join(parts[:2])
-        return {"id": name, "sha": sha, "private": repository.private, "siblings": [{"rfilename": file} for file in files]}
+        return {
+            "id": name,
+            "sha": sha,
+            "private": repository.private,
+            "siblings": [{"rfilename": file} for file in files],
+        }
 
     def post_api(self, parts: list[str], query: dict[str, list[str]], body: bytes, token: str | None) -> object:
         if parts == ["validate-yaml"]:
@@ -141,7 +146,12 @@ def check_card(text: str) -> object:
     if "license" in head and head["license"] not in LICENSES:
         raise Refused(400, f'"license" must be one of {sorted(LICENSES)}')
     for result in (head.get("model-index") or [{"results": []}])[0]["results"]:
-        wanted = result["task"]["type"], result["dataset"]["name"], result["dataset"]["type"], result["metrics"][0]["type"]
+        wanted = (
+            result["task"]["type"],
+            result["dataset"]["name"],
+            result["dataset"]["type"],
+            result["metrics"][0]["type"],
+        )
         if not all(isinstance(text, str) and text for text in wanted):
             raise Refused(400, '"model-index" lacks a task, a dataset or a metric')
         if not all(isinstance(metric["value"], float) for metric in result["metrics"]):
@@ -194,7 +204,9 @@ class Handler(BaseHTTPRequestHandler):
             elif parts[0] == "api":
                 self._answer(self.hub.get_api(parts[2:], token))
             elif parts[2:] == ["info", "lfs", "objects", "batch"]:
-                self._answer({"transfer": "basic", "objects": [self._upload(one) for one in json.loads(body)["objects"]]})
+                self._answer(
+                    {"transfer": "basic", "objects": [self._upload(one) for one in json.loads(body)["objects"]]}
+                )
             else:
                 self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]), token)
         except Refused as refusal:
@@ -217,7 +229,11 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, content: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for key, value in {"Content-Length": str(len(data)), "Content-Type": "application/json", **(headers or {})}.items():
+        for key, value in {
+            "Content-Length": str(len(data)),
+            "Content-Type": "application/json",
+            **(headers or {}),
+        }.items():
             if value:
                 self.send_header(key, value)
         self.end_headers()
@@ -252,4 +268,6 @@ def ask(code: str, endpoint: str, home: Path, **more: str) -> subprocess.Complet
     }
     away = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "HF_HUB_OFFLINE", "HF_TOKEN")
     env = {key: value for key, value in os.environ.items() if key.upper() not in away}
-    return subprocess.run([sys.executable, "-c", code], env={**env, **own, **more}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**env, **own, **more}, capture_output=True, text=True, check=False
+    )

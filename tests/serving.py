@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from digit.data.images import encode_png
+from digit.core.images import encode_png
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ class Server:
 def running(model: Path, scratch: Path, *options: str):
     """`digit serve` until the block ends."""
     command = [sys.executable, "-m", "digit", "serve", str(model), "--port", "0", "--device", "cpu", *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), "GRADIO_TEMP_DIR": str(scratch / "gradio")}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(scratch),
+        "GRADIO_TEMP_DIR": str(scratch / "gradio"),
+    }
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     said = ""
     try:

@@ -35,7 +35,9 @@ def test_it_is_stored_without_outputs(name):
     book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
     nbformat.validate(book)
     assert all(
-        not cell.get("outputs") and cell.get("execution_count") is None for cell in book.cells if cell.cell_type == "code"
+        not cell.get("outputs") and cell.get("execution_count") is None
+        for cell in book.cells
+        if cell.cell_type == "code"
     )
 
 

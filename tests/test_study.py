@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from digit import DigitPipeline
-from digit.assembly import assemble
-from digit.config import load_preset
+from digit.core.config import load_preset
+from digit.pipeline.assembly import assemble
 from doc_blocks import parse
 
 HERE = Path(__file__).parents[1] / "experiments" / "cifar10"
@@ -53,7 +53,9 @@ def test_a_step_finds_what_it_needs_made_before():
 def test_a_lost_study_goes_on_from_the_packaged_model(tmp_path):
     for _ in range(2):  # what is there stays
         study.restore(tmp_path)
-    steps = {step.name: step for step in study.Study(tmp_path, Path("data"), Path("missing.npz"), 10_000, "cpu").steps()}
+    steps = {
+        step.name: step for step in study.Study(tmp_path, Path("data"), Path("missing.npz"), 10_000, "cpu").steps()
+    }
     done = {name for name, step in steps.items() if study.is_done(step, tmp_path)}
     assert done == {"encoder", "codebook-1024", "vqgan", "ar", "onepass", "prior-cond-quarter"}
     folders = [tmp_path / name for name in ("encoder", "codebook-1024", "vqgan", "prior-cond-quarter")]
@@ -117,7 +119,10 @@ def test_curves_are_tables_once_they_are_measured():
         "evaluate-sweep": step({"points": [{"settings": {"top_k": 50}, "values": {"fid": 12.5}}]}),
         "evaluate-prefix": step([{"name": "vq-s0", "points": [{"share": 0.25, "values": {"fid": 9.0}}]}]),
     }
-    assert "| embeddings | 25.0 | - |\n| after block 1 | 25.0 | 50.0 |\n| the encoder's features | 25.0 | - |" in kept.layers()
+    assert (
+        "| embeddings | 25.0 | - |\n| after block 1 | 25.0 | 50.0 |\n| the encoder's features | 25.0 | - |"
+        in kept.layers()
+    )
     assert "| top_k 50 | 12.50 |" in kept.settings()
     assert "| given of the tokens | 25% |" in kept.prefixes()
     assert "| vq-s0 | 9.00 |" in kept.prefixes()

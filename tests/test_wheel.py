@@ -84,12 +84,16 @@ def test_the_wheel_alone_generates_pictures(version, wheel, tmp_path):
         pytest.skip(f"there is no Python {version} here")
     subprocess.run([python, "-m", "venv", tmp_path / "env"], check=True)
     program = tmp_path / "env" / "bin"
-    subprocess.run([program / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel], check=True)
+    subprocess.run(
+        [program / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", wheel], check=True
+    )
 
     def run(*words: object, **env: str) -> str:
         own = {**os.environ, "DIGIT_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", **env}
         own.pop("PYTHONPATH", None)
-        result = subprocess.run([str(w) for w in words], env=own, cwd=tmp_path, capture_output=True, text=True, check=False)
+        result = subprocess.run(
+            [str(w) for w in words], env=own, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout
 
@@ -100,20 +104,33 @@ def test_the_wheel_alone_generates_pictures(version, wheel, tmp_path):
         """Processor and wall seconds of an import; the former do not depend on what else the machine does."""
         code = f"import json, time; w, c = time.perf_counter(), time.process_time(); {imports}; "
         both = json.loads(
-            run(program / "python", "-c", code + "print(json.dumps([time.process_time() - c, time.perf_counter() - w]))")
+            run(
+                program / "python", "-c", code + "print(json.dumps([time.process_time() - c, time.perf_counter() - w]))"
+            )
         )
         return both[0], both[1]
 
     rounds = [(seconds("import torch"), seconds(PUBLIC)) for _ in range(ROUNDS)]
     processor, wall = ([statistics.median(pair[which][kind] for pair in rounds) for which in (0, 1)] for kind in (0, 1))
-    print(f"Python {version}: torch, digit: {processor} s of processor time, {wall} s on the clock (medians of {ROUNDS})")
+    print(
+        f"Python {version}: torch, digit: {processor} s of processor time, {wall} s on the clock (medians of {ROUNDS})"
+    )
     assert processor[1] - processor[0] <= MORE_THAN_TORCH
 
     model = tiny.pipeline().save_pretrained(tmp_path / "model")
-    run(program / "digit", "generate", model, "--num", 2, "--labels", "cat,ship", "--out", "pictures", "--device", "cpu")
-    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {"00000.png", "00001.png", "grid.png", "generation.json"}
+    run(
+        program / "digit", "generate", model, "--num", 2, "--labels", "cat,ship", "--out", "pictures", "--device", "cpu"
+    )
+    assert {p.name for p in (tmp_path / "pictures").iterdir()} == {
+        "00000.png",
+        "00001.png",
+        "grid.png",
+        "generation.json",
+    }
     assert "Everything that is needed works" in run(program / "digit", "doctor")
-    packaged = run(program / "python", "-c", "from digit.hub import packaged_models; print(*packaged_models())").split()
+    packaged = run(
+        program / "python", "-c", "from digit.pipeline.hub import packaged_models; print(*packaged_models())"
+    ).split()
     if packaged:
         run(program / "digit", "generate", "--num", 2, "--out", "default", "--device", "cpu")
         assert (tmp_path / "default" / "grid.png").is_file()

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from digit.config import from_dict
+from digit.core.config import from_dict
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
-from digit.models.onepass import OnePassConfig, OnePassDecoder
+from digit.models.codebook import Codebook
+from digit.models.feedforward import OnePassConfig, OnePassDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.pipeline import DigitPipeline
-from digit.tokenizers.codebook import Codebook
-from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.pipeline.pipeline import DigitPipeline
 
 CLASSES, CLUSTERS, CODES, TOKENS, SIZE = 3, 12, 20, 16, 32
 TRANSFORMER = {"dim": 32, "depth": 2, "heads": 2}
@@ -51,7 +51,9 @@ def onepass(head: str = "pixels", seed: int = 3, **changes) -> OnePassDecoder:
 def vqgan(seed: int = 0) -> VQGAN:
     """32 px to 4 x 4 of 20 codes."""
     torch.manual_seed(seed)
-    config = VQGANConfig(resolution=SIZE, channels=8, multipliers=(1, 1, 1, 2), blocks=1, codes=CODES, code_dim=4, groups=4)
+    config = VQGANConfig(
+        resolution=SIZE, channels=8, multipliers=(1, 1, 1, 2), blocks=1, codes=CODES, code_dim=4, groups=4
+    )
     return VQGAN(config).eval()
 
 

@@ -18,14 +18,14 @@ from torch import Tensor
 
 from digit import DigitPipeline
 from digit.data.dataset import ImageDataset, open_dataset
-from digit.data.images import save_png, to_pil, to_tensor
+from digit.core.images import save_png, to_pil, to_tensor
 from digit.evaluation.model_source import image_batches, open_images
-from digit.evaluation.noise import Change, NoiseLaw, apply_change
-from digit.evaluation.stability import NOISE, stability_record
-from digit.files import write_bytes
-from digit.pipeline import Tokens
-from digit.tokenizers.atlas import Atlas, build_atlas
-from digit.visual import picture_grid, token_picture
+from digit.evaluation.metrics.noise import Change, NoiseLaw, apply_change
+from digit.evaluation.metrics.stability import NOISE, stability_record
+from digit.core.files import write_bytes
+from digit.pipeline.pipeline import Tokens
+from digit.clustering.patches import Atlas, build_atlas
+from digit.core.grids import picture_grid, token_picture
 
 SIZE = 128  # pixels of a picture in a figure
 PHOTOGRAPHS = 4

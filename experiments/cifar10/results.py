@@ -1,7 +1,8 @@
 """From the records of study.py to RESULTS.md and the README's table.
 
-python experiments/cifar10/results.py --collect runs/study     copy records, metrics and results into results/, then write
-python experiments/cifar10/results.py                          write RESULTS.md and the table again from results/ alone
+python experiments/cifar10/results.py --collect runs/study     copy records, metrics and results into results/, then
+write python experiments/cifar10/results.py                          write RESULTS.md and the table again from results/
+alone
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from digit.files import read_json, write_bytes, write_json
-from digit.info import folder_part
+from digit.core.files import read_json, write_bytes, write_json
+from digit.pipeline.info import folder_part
 from digit.training.logs import last_metrics
 
 HERE = Path(__file__).parent
@@ -54,7 +55,8 @@ SIZES = {
 DECODERS = {"ar": "AR", "masked": "masked", "onepass": "one-pass"}
 
 
-# -- collecting ------------------------------------------------------------------------------------------------------------
+# -- collecting
+# ------------------------------------------------------------------------------------------------------------
 
 
 def collect(study: Path) -> None:
@@ -77,7 +79,8 @@ def collect(study: Path) -> None:
         write_json(KEPT / f"{name}.json", record)
 
 
-# -- writing ---------------------------------------------------------------------------------------------------------------
+# -- writing
+# ---------------------------------------------------------------------------------------------------------------
 
 
 class Results:
@@ -329,7 +332,8 @@ def page(results: Results) -> str:
     notes = (HERE / "NOTES.md").read_text()
     return f"""# Results of the CIFAR-10 study
 
-Made by `python experiments/cifar10/results.py` from the files in `results/`; do not edit it here. Machine: {results.machine()}.
+Made by `python experiments/cifar10/results.py` from the files in `results/`; do not edit it here. Machine:
+{results.machine()}.
 
 ## Generation
 FID against the 50,000 training images; equal parameters, epochs and sampling for each pair.
@@ -343,12 +347,13 @@ Real test images through the tokenizers and back; FID against the same images.
 
 {results.ceilings()}
 ## Stability
-2,000 test images. The paper's Table 1 (ImageNet) has, of VQ and semantic tokens, .187 and .114 changed at 30 dB, .487 and .260 at 20, .805
-and .457 at 10, and cosines of .972 and .975, .910 and .940, .777 and .888.
+2,000 test images. The paper's Table 1 (ImageNet) has, of VQ and semantic tokens, .187 and .114 changed at 30 dB, .487
+and .260 at 20, .805 and .457 at 10, and cosines of .972 and .975, .910 and .940, .777 and .888.
 
 {results.stability()}
 ## Sizes of priors
-FID, and the perplexity of held-out tokens; data, epochs and decoders are the same in every row. Unconditional but for two columns.
+FID, and the perplexity of held-out tokens; data, epochs and decoders are the same in every row. Unconditional but for
+two columns.
 
 {results.sizes()}
 ## Numbers of pictures
@@ -360,7 +365,8 @@ Unconditional, a prior of one block and the AR decoder of four, no filter, 5,000
 
 {results.vocabularies()}
 ## KID, precision and recall
-5,000 pictures against 5,000 training images; KID over 100 subsets of 1,000, precision and recall over the nearest 3 neighbours.
+5,000 pictures against 5,000 training images; KID over 100 subsets of 1,000, precision and recall over the nearest 3
+neighbours.
 
 {results.similarity()}
 ## Layers
@@ -372,7 +378,8 @@ The model with classes and the AR decoder, 2,000 pictures a point: compare with 
 
 {results.settings()}
 ## Prefixes
-The unconditional pair, 2,000 pictures a point. With all tokens given nothing is left to the prior: what remains is the decoder's, or the
+The unconditional pair, 2,000 pictures a point. With all tokens given nothing is left to the prior: what remains is the
+    decoder's, or the
 VQGAN's.
 
 {results.prefixes()}

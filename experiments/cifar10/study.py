@@ -2,12 +2,13 @@
 
     python experiments/cifar10/study.py --list                  what there is, and what is done
     python experiments/cifar10/study.py core headline           the steps of these groups that are not done yet
-    python experiments/cifar10/study.py core --processes 2      trainings divided among two processes: faster than two threads
-    python experiments/cifar10/study.py core --profile gpu --extra=--device=cuda      larger and longer, on a GPU
-    python experiments/cifar10/study.py --restore               begin with the parts of the packaged model instead of training them
+    python experiments/cifar10/study.py core --processes 2      trainings divided among two processes: faster than two
+    threads python experiments/cifar10/study.py core --profile gpu --extra=--device=cuda      larger and longer, on a
+    GPU python experiments/cifar10/study.py --restore               begin with the parts of the packaged model instead
+    of training them
 
-A step is one command of `digit`. Its command, commit, machine and seconds go to OUT/records/STEP.json, from which results.py makes
-RESULTS.md; a step with a record of success is not run again, an interrupted one goes on where it was.
+A step is one command of `digit`. Its command, commit, machine and seconds go to OUT/records/STEP.json, from which
+results.py makes RESULTS.md; a step with a record of success is not run again, an interrupted one goes on where it was.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from digit.evaluation.result import hardware, versions
-from digit.files import read_json, write_json
-from digit.hub import packaged_models
+from digit.core.files import read_json, write_json
+from digit.pipeline.hub import packaged_models
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -131,7 +132,8 @@ class Study:
         yield from self._similarity()
         yield from self._curves()
 
-    # -- training ----------------------------------------------------------------------------------------------------------
+    # -- training
+    # ----------------------------------------------------------------------------------------------------------
 
     def _train(self, group: str, name: str, component: str, preset: str, data: Path, *changes: str) -> Step:
         kind = preset.removeprefix("cifar10-")
@@ -149,7 +151,8 @@ class Study:
         return self._train(group, name, "decoder", f"cifar10-{kind}", self.out / f"tokens-{clusters}", *changes)
 
     def _judge(self) -> tuple[str, str]:
-        """Settings of the perceptual loss: the plain encoder's features, for the other's are alike whether a picture is sharp."""
+        """Settings of the perceptual loss: the plain encoder's features, for the other's are alike whether a picture is
+        sharp."""
         encoder = self.out / f"encoder-{PLAIN}" / "model"
         return "objective.perceptual=encoder", f"objective.perceptual_encoder={encoder}"
 
@@ -197,7 +200,8 @@ class Study:
         command = f"cache-tokens --model {out / 'models' / f'tokenizers-{name}'} --data {self.data} --out {tokens}"
         yield Step(group, f"tokens-{name}", command)
 
-    # -- what is compared --------------------------------------------------------------------------------------------------
+    # -- what is compared
+    # --------------------------------------------------------------------------------------------------
 
     def _core(self) -> Iterator[Step]:
         """The parts of the model that is shipped, and its measurements."""
@@ -232,7 +236,8 @@ class Study:
             name = f"semantic-s0-{kind}"
             yield self._assemble(group, name, f" --default-decoder {kind}", base="models/semantic-s0", decoder=kind)
             yield self._fidelity(group, name, name)
-        # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above, for as many epochs as its priors
+        # without semantic tokens in front the masked decoder is MaskGIT, the baseline of the pair above, for as many
+        # epochs as its priors
         changes = ("data.prefix=null", PRIOR_EPOCHS[self.profile])
         yield self._train(group, "maskgit", "decoder", "cifar10-masked", self.out / f"tokens-{K}", *changes)
         yield self._assemble(group, "vq-masked", base=f"models/tokenizers-{K}", prior="maskgit")
@@ -248,7 +253,8 @@ class Study:
         yield self._fidelity(PLAIN, PLAIN, PLAIN)
 
     def _baselines(self) -> Iterator[Step]:
-        """Stability of tokens of encoders that nobody taught to tell pictures apart: random weights, and a masked autoencoder."""
+        """Stability of tokens of encoders that nobody taught to tell pictures apart: random weights, and a masked
+        autoencoder."""
         group = "baselines"
         for name, (preset, changes) in BASELINES.items():
             yield self._train(group, f"encoder-{name}", "encoder", preset, self.data, *changes)
@@ -256,7 +262,8 @@ class Study:
             yield self._stability(group, f"stability-{name}", f"tokenizers-{name}")
 
     def _ceiling(self) -> Iterator[Step]:
-        """What better training of the VQGAN's decoder alone gives: what its tokens leave open limits every picture made of them."""
+        """What better training of the VQGAN's decoder alone gives: what its tokens leave open limits every picture made
+        of them."""
         group = "ceiling"
         changes = (*self._judge(), *SHARPER)
         sharper = self._train(group, "vqgan-sharper", "vqgan", "cifar10-vqgan", self.data, *changes)
@@ -265,7 +272,8 @@ class Study:
         yield self._reconstruction(group, "reconstruction-sharper", "sharper")
 
     def _sizes(self) -> Iterator[Step]:
-        """Priors of fewer blocks, of both kinds; a VQ prior about as large as semantic prior and decoder together, and one with classes."""
+        """Priors of fewer blocks, of both kinds; a VQ prior about as large as semantic prior and decoder together, and
+        one with classes."""
         group, base = "sizes", f"models/tokenizers-{K}"
         for name, depth in SHALLOW.items():
             model = f"cond-{name}"
@@ -332,7 +340,8 @@ class Study:
         command = f"prefix {pair / 'semantic-s0'} --baseline {pair / 'vq-s0'} --data {self.data} --reference {self.reference}"
         yield self._evaluate(group, "prefix", f"{command} --shares 0,0.5,1 --decoder ar --metrics fid {few}")
 
-    # -- measuring ---------------------------------------------------------------------------------------------------------
+    # -- measuring
+    # ---------------------------------------------------------------------------------------------------------
 
     def _evaluate(self, group: str, name: str, command: str) -> Step:
         return Step(group, f"evaluate-{name}", f"evaluate {command} --out {self.out / 'results' / name}")
@@ -388,7 +397,8 @@ def run(step: Step, out: Path, extra: list[str], processes: int) -> None:
 
 
 def restore(out: Path) -> None:
-    """Begin where the packaged model was made: its parts, rounded to float16 as they are stored, with the records of their training."""
+    """Begin where the packaged model was made: its parts, rounded to float16 as they are stored, with the records of
+    their training."""
     parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "prior": "prior-cond-quarter"}
     for part, name in (parts | {f"decoder/{kind}": kind for kind in ("ar", "onepass")}).items():
         if not (out / name).exists():

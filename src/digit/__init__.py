@@ -1,8 +1,8 @@
 """digit: image generation in a stable token space.
 
-A frozen self-supervised encoder and k-means turn pictures into semantic tokens; a GPT (the prior) learns to predict them; a decoder
-turns them into VQGAN tokens and pixels. Zhu et al. 2024, "Stabilize the Latent Space for Image Autoregressive Modeling", arXiv
-2410.12490.
+A frozen self-supervised encoder and k-means turn pictures into semantic tokens; a GPT (the prior) learns to predict
+them; a decoder turns them into VQGAN tokens and pixels. Zhu et al. 2024, "Stabilize the Latent Space for Image
+Autoregressive Modeling", arXiv 2410.12490.
 
 >>> from digit import DigitPipeline
 >>> pipe = DigitPipeline.from_pretrained("MODEL")
@@ -17,16 +17,16 @@ __version__ = "0.1.0"
 __all__ = ["VQGAN", "DigitPipeline", "SemanticTokenizer", "__version__", "load_images"]
 
 if TYPE_CHECKING:
-    from digit.data.images import load_images
-    from digit.pipeline import DigitPipeline
-    from digit.tokenizers.semantic import SemanticTokenizer
-    from digit.tokenizers.vqgan import VQGAN
+    from digit.core.images import load_images
+    from digit.models.vqgan import VQGAN
+    from digit.pipeline.pipeline import DigitPipeline
+    from digit.pipeline.tokenizer import SemanticTokenizer
 
 _PLACES = {
-    "DigitPipeline": "digit.pipeline",
-    "SemanticTokenizer": "digit.tokenizers.semantic",
-    "VQGAN": "digit.tokenizers.vqgan",
-    "load_images": "digit.data.images",
+    "DigitPipeline": "digit.pipeline.pipeline",
+    "SemanticTokenizer": "digit.pipeline.tokenizer",
+    "VQGAN": "digit.models.vqgan",
+    "load_images": "digit.core.images",
 }
 
 

@@ -1,5 +1,5 @@
-"""Makes ``cifar512`` beside this file: the first training images of each class of CIFAR-10, 512 in all (52 of the first two
-classes, 51 of the others), in the authors' order.
+"""Makes ``cifar512`` beside this file: the first training images of each class of CIFAR-10, 512 in all (52 of the first
+two classes, 51 of the others), in the authors' order.
 
     digit data cifar10 --out data/cifar10
     python tests/assets/make_cifar512.py data/cifar10
@@ -17,7 +17,9 @@ from digit.data.writer import write_dataset
 def main(cifar10: str) -> None:
     dataset = open_dataset(cifar10, "train")
     wanted = [52 if label < 2 else 51 for label in range(10)]
-    chosen = np.sort(np.concatenate([np.flatnonzero(dataset.labels == label)[:count] for label, count in enumerate(wanted)]))
+    chosen = np.sort(
+        np.concatenate([np.flatnonzero(dataset.labels == label)[:count] for label, count in enumerate(wanted)])
+    )
     out = Path(__file__).parent / "cifar512"
     licence = "No licence was stated; cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
     with write_dataset(out, "cifar512", dataset.classes, "512 training images of CIFAR-10", licence) as writer:

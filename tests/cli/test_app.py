@@ -19,7 +19,9 @@ from terminal import run
 
 def test_generate_decode_and_reconstruct(model, photo, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    code = run(monkeypatch, "generate", model, "--num", 4, "--labels", "cat,2", "--out", out, "--save-tokens", "--cfg-scale", 2)
+    code = run(
+        monkeypatch, "generate", model, "--num", 4, "--labels", "cat,2", "--out", out, "--save-tokens", "--cfg-scale", 2
+    )
     assert code == 0
     assert "Look at" in capsys.readouterr().out
     assert json.loads((out / "generation.json").read_text())["labels"] == [0, 2]
@@ -41,7 +43,16 @@ def test_generate_decode_and_reconstruct(model, photo, tmp_path, monkeypatch, ca
 
 
 def test_assemble_sets_defaults_and_halves_the_weights(model, tmp_path, monkeypatch, capsys):
-    words = ("--base", model, "--default", "prior.cfg_scale=1.5", "--default", "ar.top_p=0.9", "--default-decoder", "masked")
+    words = (
+        "--base",
+        model,
+        "--default",
+        "prior.cfg_scale=1.5",
+        "--default",
+        "ar.top_p=0.9",
+        "--default-decoder",
+        "masked",
+    )
     assert run(monkeypatch, "assemble", *words, "--dtype", "fp16", "--out", tmp_path / "small") == 0
     pipe = DigitPipeline.from_pretrained(tmp_path / "small")
     assert (pipe.settings["prior"].cfg_scale, pipe.settings["ar"].top_p, pipe.default_decoder) == (1.5, 0.9, "masked")
@@ -122,9 +133,17 @@ def test_every_command_has_help(monkeypatch, capsys):
     from digit.cli.app import app
 
     names = [c.name or c.callback.__name__ for c in app.registered_commands]
-    assert {"generate", "tokenize", "decode", "reconstruct", "train", "fit-codebook", "cache-tokens", "info", "tour"} <= set(
-        names
-    )
+    assert {
+        "generate",
+        "tokenize",
+        "decode",
+        "reconstruct",
+        "train",
+        "fit-codebook",
+        "cache-tokens",
+        "info",
+        "tour",
+    } <= set(names)
     for name in names:
         assert run(monkeypatch, name, "--help") == 0
         assert "Usage" in capsys.readouterr().out

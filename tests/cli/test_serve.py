@@ -2,8 +2,8 @@
 
 import pytest
 
-from digit.pipeline import DigitPipeline
-from digit.tokenizers.atlas import FILE, Atlas
+from digit.clustering.patches import FILE, Atlas
+from digit.pipeline.pipeline import DigitPipeline
 from digit.web.server import open_atlas
 from terminal import run
 

@@ -43,7 +43,9 @@ def vit_shapes(dim: int, depth: int) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def vqgan_shapes(channels: int, multipliers: list[int], blocks: int, codes: int, code_dim: int) -> dict[str, tuple[int, ...]]:
+def vqgan_shapes(
+    channels: int, multipliers: list[int], blocks: int, codes: int, code_dim: int
+) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "encoder.conv_in.weight": (channels, 3, 3, 3),
         "quantize.embedding.weight": (codes, code_dim),
@@ -86,7 +88,9 @@ def vqgan_shapes(channels: int, multipliers: list[int], blocks: int, codes: int,
     return shapes
 
 
-def decoder_shapes(kind: str, dim: int, depth: int, ffn: int, clusters: int, codes: int, classes: int) -> dict[str, Any]:
+def decoder_shapes(
+    kind: str, dim: int, depth: int, ffn: int, clusters: int, codes: int, classes: int
+) -> dict[str, Any]:
     vocab = (clusters if kind in ("stage1", "probe") else codes) + 5
     rows = vocab + classes + (clusters + 5 if kind in ("ar", "masked") else 0)
     shapes: dict[str, tuple[int, ...]] = {

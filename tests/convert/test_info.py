@@ -8,10 +8,13 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from digit.config import from_dict, load_preset
 from digit.convert.upstream import convert_upstream
-from digit.errors import DigitError
-from digit.info import (
+from digit.core.config import from_dict, load_preset
+from digit.core.errors import DigitError
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.vqgan import VQGAN, VQGANConfig
+from digit.native import norm
+from digit.pipeline.info import (
     Part,
     cache_bytes,
     decoder_activation_bytes,
@@ -21,10 +24,7 @@ from digit.info import (
     model_tree,
     sampling_memory,
 )
-from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.native import norm
-from digit.pipeline import DigitPipeline
-from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+from digit.pipeline.pipeline import DigitPipeline
 
 
 class LiveBytes(TorchDispatchMode):
@@ -84,7 +84,9 @@ def test_masked_decoders_keep_no_cache():
     assert cache_bytes(config, 4) == 0
 
 
-@pytest.mark.parametrize("name", ["imagenet256-base", "imagenet256-large-cond", "imagenet256-large-ar", "imagenet256-base-vq"])
+@pytest.mark.parametrize(
+    "name", ["imagenet256-base", "imagenet256-large-cond", "imagenet256-large-ar", "imagenet256-base-vq"]
+)
 def test_a_network_finds_its_preset(name):
     values = load_preset(name)["model"]
     values |= {"label_smoothing": 0.0, "class_dropout": 0.2}
@@ -109,7 +111,13 @@ def test_the_tree_counts_what_is_in_the_files(model):
     console = Console(record=True, width=160)
     console.print(model_tree(model, batch=4))
     text = console.export_text()
-    for word in ["1,000 classes, no guidance", "24 clusters of width 64", "run [1]/stage1.pt", "4 images at a time", "F32"]:
+    for word in [
+        "1,000 classes, no guidance",
+        "24 clusters of width 64",
+        "run [1]/stage1.pt",
+        "4 images at a time",
+        "F32",
+    ]:
         assert word in text
     assert "24 clusters" in describe(pipe)
 

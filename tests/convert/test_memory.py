@@ -39,7 +39,10 @@ def test_peak_memory_stays_near_the_file(size, upstream_class, tmp_path):
     measured = json.loads(result.stdout.splitlines()[-1])
     checkpoint.unlink()
     written = sum(path.stat().st_size for path in out.rglob("*.safetensors"))
-    print(f"{size}: {bytes_in / 1e9:.2f} GB in, {written / 1e9:.2f} GB out, peak {measured['peak'] / 1e9:.2f} GB", measured)
+    print(
+        f"{size}: {bytes_in / 1e9:.2f} GB in, {written / 1e9:.2f} GB out, peak {measured['peak'] / 1e9:.2f} GB",
+        measured,
+    )
     assert measured["peak"] <= 1.3 * bytes_in
     # without optimizer-sized surprises: all weights are there but for rows and blocks that are never used
     assert written > 0.9 * bytes_in

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from digit.config import from_dict, load_preset, preset_names
+from digit.core.config import from_dict, load_preset, preset_names
 from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.training.auxiliary import Extras
 from digit.training.config import TrainingConfig
-from digit.training.extras import Extras
 from digit.training.tasks.tokens import TokenData
 
 SPECIALS = 5
@@ -54,7 +54,8 @@ def test_every_key_has_a_comment(name):
     assert bare == []
 
 
-# millions of parameters of the authors' networks: keys_real.txt and SPEC.md of their layout; K = 16,000 for the large ones
+# millions of parameters of the authors' networks: keys_real.txt and SPEC.md of their layout; K = 16,000 for the large
+# ones
 @pytest.mark.parametrize(
     ("name", "millions"),
     [

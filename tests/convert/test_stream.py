@@ -6,9 +6,9 @@ from safetensors.torch import load_file, save_file
 
 from digit.convert.codebook import codebook_component
 from digit.convert.stream import Component, write_component, write_parts
-from digit.errors import DigitError
-from digit.files import sha256_of
-from digit.tokenizers.codebook import Codebook, CodebookConfig
+from digit.core.errors import DigitError
+from digit.core.files import sha256_of
+from digit.models.codebook import Codebook, CodebookConfig
 
 
 def test_parts_read_back_as_their_concatenation(tmp_path):

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from digit.convert.torchfile import Pages, plain, read_torch_file
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 
 DATA = Path(__file__).parent / "data"
 
@@ -55,7 +55,9 @@ def test_stand_ins_are_only_allowed_while_reading():
 def test_both_formats_of_torch(tmp_path, zipped):
     path = tmp_path / "old.pt"
     torch.save(
-        {"w": torch.arange(6.0).view(2, 3), "args": argparse.Namespace(a=1)}, path, _use_new_zipfile_serialization=zipped
+        {"w": torch.arange(6.0).view(2, 3), "args": argparse.Namespace(a=1)},
+        path,
+        _use_new_zipfile_serialization=zipped,
     )
     values = read_torch_file(path)
     assert values["w"].tolist() == [[0, 1, 2], [3, 4, 5]]

@@ -1,4 +1,5 @@
-"""The authors' checkpoints: what is read from them, and what is refused with which words. The numbers are tests/parity's."""
+"""The authors' checkpoints: what is read from them, and what is refused with which words. The numbers are
+tests/parity's."""
 
 import argparse
 from pathlib import Path
@@ -11,9 +12,9 @@ from typer.testing import CliRunner
 from digit.cli.convert import converters
 from digit.convert.codebook import read_centroids
 from digit.convert.upstream import convert_upstream
-from digit.errors import DigitError
-from digit.files import read_json
-from digit.pipeline import DigitPipeline
+from digit.core.errors import DigitError
+from digit.core.files import read_json
+from digit.pipeline.pipeline import DigitPipeline
 
 
 def refusal(out: Path, **files: object) -> str:
@@ -44,7 +45,8 @@ def test_two_checkpoints_make_a_whole_model(upstream, tmp_path):
     assert not pipe.prior.config.can_guide  # their labels are never dropped
     assert torch.equal(pipe.codebook.centroids, upstream.centroids)
     sources = {
-        read_json(out / place / "config.json")["provenance"]["source"] for place in ("prior", "decoder/ar", "decoder/masked")
+        read_json(out / place / "config.json")["provenance"]["source"]
+        for place in ("prior", "decoder/ar", "decoder/masked")
     }
     assert {source.split("/")[-2] for source in sources} == {"one", "two", "three"}
     assert [p.size for p in pipe(labels=[3], seed=1)] == [(256, 256)]
@@ -115,14 +117,18 @@ def test_keys_of_a_vqgan_inside_are_named_with_their_prefix(upstream, tmp_path):
 
 def test_optimizer_state_is_left_alone(upstream, tmp_path):
     state = {n: {"exp_avg": torch.randn(100_000), "exp_avg_sq": torch.randn(100_000)} for n in range(20)}
-    path = upstream.save(tmp_path / "c.pt", last_optimizer_state={"state": state, "param_groups": [{"lr": np.float64(1e-3)}]})
+    path = upstream.save(
+        tmp_path / "c.pt", last_optimizer_state={"state": state, "param_groups": [{"lr": np.float64(1e-3)}]}
+    )
     out = convert_upstream(tmp_path / "m", path)
     assert sum(p.stat().st_size for p in out.rglob("*.safetensors")) < path.stat().st_size / 5
 
 
 def test_settings_in_a_flat_namespace(upstream, tmp_path):
     """fairseq before 0.10 writes "args" instead of "cfg"."""
-    settings = argparse.Namespace(arch="stlm", decoder_attention_heads=4, decoder_layers=2, label_smoothing=0.1, dropout=0.2)
+    settings = argparse.Namespace(
+        arch="stlm", decoder_attention_heads=4, decoder_layers=2, label_smoothing=0.1, dropout=0.2
+    )
     path = upstream.save(tmp_path / "c.pt", cfg=None, args=settings)
     config = DigitPipeline.from_pretrained(convert_upstream(tmp_path / "m", path)).prior.config
     assert (config.transformer.heads, config.transformer.norm, config.label_smoothing) == (4, "post", 0.1)
@@ -187,7 +193,9 @@ def test_stages_of_different_models_do_not_mix(upstream, upstream_class, tmp_pat
     assert "two.pt" in text
     assert "differ" in text
     larger = upstream_class(clusters=30).save(tmp_path / "three.pt", "ar")
-    assert "'clusters' is 24 in the one and 30 in the other" in refusal(tmp_path / "m" / "out", stage1=stage1, stage2=larger)
+    assert "'clusters' is 24 in the one and 30 in the other" in refusal(
+        tmp_path / "m" / "out", stage1=stage1, stage2=larger
+    )
 
 
 def test_half_precision_rounding_is_no_disagreement(upstream, tmp_path):
@@ -262,7 +270,8 @@ def test_a_vqgan_of_another_architecture(upstream, tmp_path):
 def test_the_command(upstream, tmp_path):
     upstream.save(tmp_path / "c.pt")
     result = CliRunner().invoke(
-        converters, ["digit-upstream", "--stage1", str(tmp_path / "c.pt"), "--out", str(tmp_path / "model"), "--name", "mine"]
+        converters,
+        ["digit-upstream", "--stage1", str(tmp_path / "c.pt"), "--out", str(tmp_path / "model"), "--name", "mine"],
     )
     assert result.exit_code == 0, result.output
     assert "mine" in result.output

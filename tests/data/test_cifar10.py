@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from digit.core.errors import DigitError
+from digit.core.images import encode_png
 from digit.data import cifar10
 from digit.data.cifar10 import Split, block_checksum, build_cifar10, load_cifar10, read_cifar10, verify
 from digit.data.dataset import cache_folder, open_dataset
-from digit.data.images import encode_png
-from digit.errors import DigitError
 
 BLOCK = 60
 
@@ -103,7 +103,9 @@ def _write_parquet(folder, splits):
     folder.mkdir(parents=True)
     blocks = _blocks(splits["train"])
     for split, parts in (("train", [blocks[i] for i in (3, 2, 1, 4, 0)]), ("test", _blocks(splits["test"]))):
-        images = [{"bytes": encode_png(Image.fromarray(image)), "path": None} for pixels, _ in parts for image in pixels]
+        images = [
+            {"bytes": encode_png(Image.fromarray(image)), "path": None} for pixels, _ in parts for image in pixels
+        ]
         labels = [int(label) for _, part in parts for label in part]
         parquet.write_table(arrow.table({"img": images, "label": labels}), folder / f"{split}-00000-of-00001.parquet")
 
@@ -180,7 +182,9 @@ def test_a_pickle_that_calls_anything_is_refused(tmp_path, splits, function):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", pickle.dumps([1, 2], protocol=2), pickle.dumps({"data": 1}, protocol=2)])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", pickle.dumps([1, 2], protocol=2), pickle.dumps({"data": 1}, protocol=2)]
+)
 def test_a_pickle_of_something_else_is_refused(tmp_path, splits, data):
     _write_pickles(tmp_path / "odd", splits)
     (tmp_path / "odd" / "test_batch").write_bytes(data)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from digit.core.errors import DigitError
+from digit.core.images import encode_png
 from digit.data import shards as shards_module
 from digit.data import writer as writer_module
 from digit.data.dataset import cache_folder, open_dataset
-from digit.data.images import encode_png
 from digit.data.shards import ShardIndex
 from digit.data.sources import HubSource, list_folder
 from digit.data.writer import write_dataset
-from digit.errors import DigitError
 
 
 def _picture(seed, size=(8, 8)):
@@ -96,7 +96,9 @@ def test_the_shards_are_webdataset(cifar512, small):
 
     def read(paths, count, split, root):
         stream = (
-            webdataset.WebDataset([str(path) for path in paths], shardshuffle=False).decode("pil").to_tuple("__key__", "png")
+            webdataset.WebDataset([str(path) for path in paths], shardshuffle=False)
+            .decode("pil")
+            .to_tuple("__key__", "png")
         )
         ours = open_dataset(root, split)
         items = list(stream)
@@ -106,7 +108,11 @@ def test_the_shards_are_webdataset(cifar512, small):
             assert _pixels(image) == _pixels(ours[i].image)
 
     read(sorted(small.glob("train-*.tar")), 20, "train", small)
-    labelled = webdataset.WebDataset(str(cifar512 / "train-00000.tar"), shardshuffle=False).decode("pil").to_tuple("png", "cls")
+    labelled = (
+        webdataset.WebDataset(str(cifar512 / "train-00000.tar"), shardshuffle=False)
+        .decode("pil")
+        .to_tuple("png", "cls")
+    )
     assert [label for _, label in labelled] == open_dataset(cifar512).labels.tolist()
 
 
@@ -162,7 +168,9 @@ def test_changed_shard_is_named_when_it_is_read(copy512):
     dataset = open_dataset(copy512)
     _flip_byte(copy512 / "train-00000.tar", int(dataset.source.index.offset[100]) + 60)
     dataset[99], dataset[101]
-    with pytest.raises(DigitError, match=rf"train-00000\.tar has changed or is damaged: image '{dataset.source.key(100)}'"):
+    with pytest.raises(
+        DigitError, match=rf"train-00000\.tar has changed or is damaged: image '{dataset.source.key(100)}'"
+    ):
         dataset[100]
     with pytest.raises(DigitError, match=r"train-00000\.tar has changed"):
         dataset.verify()
@@ -237,7 +245,10 @@ def test_failed_writing_leaves_nothing_and_keeps_the_old(small):
     with pytest.raises(OSError, match="no bytes"), write_dataset(small, "new", [], "", "") as writer:
         _fail_after_one(writer)
     assert open_dataset(small).fingerprint == before
-    with pytest.raises(DigitError, match="No image was found"), write_dataset(small.with_name("none"), "new", [], "", ""):
+    with (
+        pytest.raises(DigitError, match="No image was found"),
+        write_dataset(small.with_name("none"), "new", [], "", ""),
+    ):
         pass
     assert [item.name for item in small.parent.iterdir()] == ["small"]
 
@@ -260,7 +271,11 @@ def test_class_folders(tmp_path):
     (tmp_path / "texts" / "readme.txt").write_text("hello")
     dataset = open_dataset(tmp_path)
     assert dataset.classes == ("cats", "dogs")
-    assert [(sample.key, sample.label) for sample in dataset] == [("cats/1.PNG", 0), ("cats/2.png", 0), ("dogs/x/1.png", 1)]
+    assert [(sample.key, sample.label) for sample in dataset] == [
+        ("cats/1.PNG", 0),
+        ("cats/2.png", 0),
+        ("dogs/x/1.png", 1),
+    ]
     before = dataset.fingerprint
     _picture(77).save(tmp_path / "cats/2.png")
     assert open_dataset(tmp_path).fingerprint != before
@@ -333,7 +348,11 @@ def foreign(tmp_path):
             ("only.txt", b"no image here"),
         ],
     )
-    _tar(folder / "part-1.tar", [(f"{long}.PNG", encode_png(_picture(2))), (f"{long}.seg.png", b"other")], tarfile.GNU_FORMAT)
+    _tar(
+        folder / "part-1.tar",
+        [(f"{long}.PNG", encode_png(_picture(2))), (f"{long}.seg.png", b"other")],
+        tarfile.GNU_FORMAT,
+    )
     return folder
 
 

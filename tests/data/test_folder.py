@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from digit.core.errors import DigitError
 from digit.data.dataset import open_dataset
 from digit.data.folder import import_folder
-from digit.errors import DigitError
 
 
 def _noise(width, height, seed=0):

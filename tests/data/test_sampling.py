@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from digit.core.errors import DigitError
+from digit.core.transforms import Transform
 from digit.data.dataset import open_dataset
 from digit.data.sampling import Batches, OrderedSampler, StepSampler, sample_rng
-from digit.data.transforms import Transform
-from digit.errors import DigitError
 
 
 @settings(max_examples=60, deadline=None)
@@ -40,7 +40,9 @@ def test_ranks_share_the_batch_of_one_process(length, share, world, seed, step):
 
 
 @settings(max_examples=40, deadline=None)
-@given(length=st.integers(1, 100), batch=st.integers(1, 30), seed=st.integers(0, 2**31), steps=st.permutations(range(12)))
+@given(
+    length=st.integers(1, 100), batch=st.integers(1, 30), seed=st.integers(0, 2**31), steps=st.permutations(range(12))
+)
 def test_indices_are_a_pure_function_of_the_step(length, batch, seed, steps):
     """Asking in any order, of any object, gives the same."""
     fresh = {step: StepSampler(length, batch, seed).indices(step).tolist() for step in range(12)}
@@ -96,7 +98,8 @@ def test_batches_are_the_same_for_any_number_of_workers(cifar512, crop, decoded)
     sampler = StepSampler(len(dataset), 48, seed=1)
     transform = Transform(size=24, crop=crop, flip=True)
     runs = [
-        list(Batches(dataset, sampler, transform, 7, start=8, stop=14, workers=workers, prefetch=1)) for workers in (0, 1, 5)
+        list(Batches(dataset, sampler, transform, 7, start=8, stop=14, workers=workers, prefetch=1))
+        for workers in (0, 1, 5)
     ]
     assert len(runs[0]) == 6
     for other in runs[1:]:

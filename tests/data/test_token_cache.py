@@ -9,13 +9,13 @@ import torch
 from PIL import Image, ImageOps
 
 import tiny
-from digit.config import from_dict
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
+from digit.core.files import read_json
+from digit.core.images import to_tensor
 from digit.data.dataset import ImageDataset, open_dataset
-from digit.data.images import to_tensor
 from digit.data.token_cache import TokenCache, Views, build_token_cache, open_token_cache
-from digit.errors import DigitError
-from digit.files import read_json
-from digit.pipeline import DigitPipeline
+from digit.pipeline.pipeline import DigitPipeline
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,9 @@ def test_a_cache_holds_what_the_models_say(model: DigitPipeline, images: ImageDa
     assert np.load(tmp_path / "shard-00003" / "vq.npy", allow_pickle=False).shape == (2, 2, 16)
 
 
-def test_the_batch_size_and_the_threads_change_nothing(model: DigitPipeline, images: ImageDataset, tmp_path: Path) -> None:
+def test_the_batch_size_and_the_threads_change_nothing(
+    model: DigitPipeline, images: ImageDataset, tmp_path: Path
+) -> None:
     views = Views(crops=2, crop="random-resized", seed=3)
     build(model, images, tmp_path / "a", views, batch_size=32, workers=1)
     build(model, images, tmp_path / "b", views, batch_size=3, workers=4)
@@ -123,7 +125,9 @@ def test_processes_share_the_shards(model: DigitPipeline, images: ImageDataset, 
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_a_process_leaves_alone_what_another_is_writing(model: DigitPipeline, images: ImageDataset, tmp_path: Path) -> None:
+def test_a_process_leaves_alone_what_another_is_writing(
+    model: DigitPipeline, images: ImageDataset, tmp_path: Path
+) -> None:
     theirs, ours = tmp_path / ".shard-00000.12345678.tmp", tmp_path / ".shard-00001.12345678.tmp"
     theirs.mkdir()
     ours.mkdir()
@@ -156,7 +160,9 @@ def test_other_preprocessing_is_another_model(model: DigitPipeline, images: Imag
 def test_a_part_of_a_model_is_enough(model: DigitPipeline, images: ImageDataset, tmp_path: Path) -> None:
     only_vq = build(DigitPipeline(vqgan=model.vqgan), images, tmp_path / "vq")
     assert list(only_vq.spaces) == ["vq"]
-    with pytest.raises(DigitError, match="holds no semantic tokens; build one with a model that has an encoder and a codebook"):
+    with pytest.raises(
+        DigitError, match="holds no semantic tokens; build one with a model that has an encoder and a codebook"
+    ):
         only_vq.tokens("semantic", np.arange(2))
     only_semantic = build(DigitPipeline(encoder=model.encoder, codebook=model.codebook), images, tmp_path / "semantic")
     assert list(only_semantic.spaces) == ["semantic"]
@@ -171,14 +177,18 @@ def test_the_fingerprint_is_that_of_the_tokens(model: DigitPipeline, images: Ima
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x93NUMPY", b"not an array at all"])
-def test_a_damaged_shard_gets_a_sentence(model: DigitPipeline, images: ImageDataset, tmp_path: Path, damage: bytes) -> None:
+def test_a_damaged_shard_gets_a_sentence(
+    model: DigitPipeline, images: ImageDataset, tmp_path: Path, damage: bytes
+) -> None:
     build(model, images, tmp_path)
     (tmp_path / "shard-00001" / "vq.npy").write_bytes(damage)
     with pytest.raises(DigitError, match=r"shard-00001/vq\.npy is missing or damaged.*digit cache-tokens again"):
         open_token_cache(tmp_path)
 
 
-def test_a_truncated_or_missing_file_gets_a_sentence(model: DigitPipeline, images: ImageDataset, tmp_path: Path) -> None:
+def test_a_truncated_or_missing_file_gets_a_sentence(
+    model: DigitPipeline, images: ImageDataset, tmp_path: Path
+) -> None:
     build(model, images, tmp_path)
     file = tmp_path / "shard-00001" / "vq.npy"
     file.write_bytes(file.read_bytes()[:-1])

@@ -1,4 +1,5 @@
-"""Every command in README and documentation: run here, or marked with what it needs; and each one is a command that exists."""
+"""Every command in README and documentation: run here, or marked with what it needs; and each one is a command that
+exists."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ SHORT = {
     r"--clusters 64": "--clusters 16",
     r"--num 16": "--num 2",
 }
-"""What the slow blocks say, and what the test says instead: the commands are the same, the trainings are not worth having."""
+"""What the slow blocks say, and what the test says instead: the commands are the same, the trainings are not worth
+having."""
 
 
 @pytest.mark.parametrize("block", ALL, ids=str)

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
+from digit.core.errors import DigitError
 from digit.encoders import Preprocessing, load_encoder, small_conv, small_vit
 from digit.encoders import hub as hub_module
-from digit.errors import DigitError
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
 
@@ -50,7 +50,9 @@ def test_trained_with_all_blocks_used_at_an_earlier_one(tmp_path):
     third.save_pretrained(tmp_path / "short")
     images = torch.rand(1, 3, 32, 32)
     assert torch.equal(load_encoder(tmp_path / "short")(images), third(images))
-    with pytest.raises(DigitError, match=r"lack 36 tensors of block 1 and later ones, such as .*ask for an earlier layer"):
+    with pytest.raises(
+        DigitError, match=r"lack 36 tensors of block 1 and later ones, such as .*ask for an earlier layer"
+    ):
         load_encoder(tmp_path / "short", layer=-1)
 
 
@@ -68,11 +70,19 @@ def whole_models():
     """Networks as they are published: with heads, poolers, decoders, a text half."""
     t, sizes = transformers, {**TINY, "intermediate_size": 64}
     decoder = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "vocab_size": 50}
+    text = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+    }
     return {
         "dinov2 classifier": lambda: t.Dinov2ForImageClassification(t.Dinov2Config(**TINY)),
         "dinov2 giant": lambda: t.Dinov2Model(t.Dinov2Config(**TINY, use_swiglu_ffn=True)),
-        "dinov2 backbone": lambda: t.Dinov2WithRegistersBackbone(t.Dinov2WithRegistersConfig(**TINY, out_features=["stage4"])),
+        "dinov2 backbone": lambda: t.Dinov2WithRegistersBackbone(
+            t.Dinov2WithRegistersConfig(**TINY, out_features=["stage4"])
+        ),
         "vit": lambda: t.ViTModel(t.ViTConfig(**sizes)),
         "mae": lambda: t.ViTMAEForPreTraining(t.ViTMAEConfig(**sizes, **decoder)),
         "siglip": lambda: t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=sizes)),
@@ -173,7 +183,7 @@ def test_nothing_found_says_at_once_where_it_looked(monkeypatch, tmp_path):
 
 
 def test_importing_the_encoders_brings_no_heavy_package():
-    code = "import sys, digit.encoders, digit.tokenizers.kmeans; print([m for m in %r if m in sys.modules])"
+    code = "import sys, digit.encoders, digit.clustering.kmeans; print([m for m in %r if m in sys.modules])"
     heavy = ["transformers", "torchvision", "faiss", "lightly", "timm"]
     done = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from digit.core.errors import DigitError
 from digit.encoders import Encoder, EncoderConfig, Preprocessing, TransformersEncoder, load_encoder, weights_checksum
 from digit.encoders.families import FAMILIES
-from digit.errors import DigitError
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 4, "image_size": 24}
 CONFIGS = {
@@ -43,7 +43,8 @@ def images():
 
 
 def reference(whole: TransformersEncoder, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.nn.Module]:
-    """All hidden states of the network with every block, by transformers' own output_hidden_states; and its final norm."""
+    """All hidden states of the network with every block, by transformers' own output_hidden_states; and its final
+    norm."""
     family = FAMILIES[whole.config.hf_config["model_type"]]
     pixels = (images - torch.tensor(family.mean)[:, None, None]) / torch.tensor(family.std)[:, None, None]
     arguments = {"interpolate_pos_encoding": True} if family.interpolate else {}
@@ -111,7 +112,12 @@ def test_other_resolutions(family, size):
 @pytest.mark.parametrize("image_size", [224, 256, 336, 448, 512])
 @pytest.mark.parametrize("patch", [14, 16])
 def test_published_resolutions(image_size, patch, tmp_path):
-    config = {**hf_config("dinov2"), "patch_size": patch, "image_size": 518 if patch == 14 else 224, "num_hidden_layers": 1}
+    config = {
+        **hf_config("dinov2"),
+        "patch_size": patch,
+        "image_size": 518 if patch == 14 else 224,
+        "num_hidden_layers": 1,
+    }
     made = TransformersEncoder(EncoderConfig(hf_config=config, layer=-1))
     made.save_pretrained(tmp_path / "e")
     loaded = load_encoder(tmp_path / "e", image_size=image_size)
@@ -122,7 +128,9 @@ def test_published_resolutions(image_size, patch, tmp_path):
 
 
 def test_offset_positions_sample_where_the_original_code_does(images):
-    made = encoder("dinov2_with_registers", preprocessing=Preprocessing(image_size=24, resize=16), positions="dinov2-offset")
+    made = encoder(
+        "dinov2_with_registers", preprocessing=Preprocessing(image_size=24, resize=16), positions="dinov2-offset"
+    )
     table = made.network.embeddings.position_embeddings  # (1, 37, 32)
     pixels = F.interpolate((images - 0.5), size=16)
     found = made.network.embeddings.interpolate_pos_encoding(None, 16, 16)

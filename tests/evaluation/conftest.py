@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import tiny
-from digit.evaluation.inception import InceptionWeights, _checked, _network
+from digit.evaluation.metrics.inception import InceptionWeights, _checked, _network
 from digit.evaluation.model_source import image_batches, open_images
-from digit.pipeline import DigitPipeline
-from digit.tokenizers.codebook import Codebook
+from digit.models.codebook import Codebook
+from digit.pipeline.pipeline import DigitPipeline
 
 USERS_CACHE = os.environ.get("DIGIT_CACHE")
 
@@ -23,7 +23,8 @@ def users_cache(monkeypatch):
 
 
 class PoolingExtractor:
-    """A small real network in place of InceptionV3: 4 x 4 average pooling, 48 features, and a fixed linear classifier."""
+    """A small real network in place of InceptionV3: 4 x 4 average pooling, 48 features, and a fixed linear
+    classifier."""
 
     width = 48
     backend = "pooling"

@@ -9,9 +9,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from digit.cli import evaluate, evaluate_model
-from digit.data.images import save_png
-from digit.errors import DigitError
-from digit.files import write_tensors
+from digit.core.errors import DigitError
+from digit.core.files import write_tensors
+from digit.core.images import save_png
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,17 @@ def read(folder, kind):
 
 def test_stability(run, model_folder, cifar512, tmp_path):
     text = run(
-        "stability", model_folder, "--data", cifar512, "--num", 24, "--out", tmp_path, "--signal", "variance", "--no-clip"
+        "stability",
+        model_folder,
+        "--data",
+        cifar512,
+        "--num",
+        24,
+        "--out",
+        tmp_path,
+        "--signal",
+        "variance",
+        "--no-clip",
     )
     result = read(tmp_path, "stability")
     assert result["settings"]["noise"] == {"signal": "variance", "clip": False, "seed": 0}
@@ -82,7 +92,7 @@ def test_probe_and_a_second_learning_rate_from_kept_features(run, model_folder, 
     assert "state 0 (embedding)" in text
     result = read(tmp_path, "probe")
     assert [layer["state"] for layer in result["values"]["layers"]] == [0, 1]
-    monkeypatch.setattr("digit.evaluation.probe.collect_features", lambda *_: pytest.fail("features were kept"))
+    monkeypatch.setattr("digit.evaluation.metrics.probe.collect_features", lambda *_: pytest.fail("features were kept"))
     run(*words, "--layers", "all", "--lr", "0.1,4", "--no-encoder")
     result = read(tmp_path, "probe")
     assert [layer["state"] for layer in result["values"]["layers"]] == [0, 1, 2]
@@ -124,7 +134,9 @@ def test_sweep_refuses_nonsense_before_it_works(run, model_folder, cifar512):
     with pytest.raises(DigitError, match="top_p"):
         run("sweep", model_folder, "--reference", cifar512, "--vary", "top_p=0.5,7", "--weights", "/none.pth")
     with pytest.raises(DigitError, match="top_p"):
-        run("prefix", model_folder, "--data", cifar512, "--split", "train", "--set", "top_p=7", "--weights", "/none.pth")
+        run(
+            "prefix", model_folder, "--data", cifar512, "--split", "train", "--set", "top_p=7", "--weights", "/none.pth"
+        )
 
 
 def test_fidelity_of_a_model_needs_a_number(run, model_folder, cifar512):
@@ -134,7 +146,8 @@ def test_fidelity_of_a_model_needs_a_number(run, model_folder, cifar512):
         run("fidelity", cifar512, "--reference", cifar512, "--set", "top_k=3")
 
 
-# ---- through the real network's layout; minutes, for FID's square root of a 2048 x 2048 matrix ------------------------
+# ---- through the real network's layout; minutes, for FID's square root of a 2048 x 2048 matrix
+# ------------------------
 
 
 @pytest.mark.slow
@@ -180,7 +193,19 @@ def test_sweep_prefix_and_reconstruction(run, model_folder, vq_pipe, cifar512, w
     ]
 
     out = tmp_path / "reconstruction"
-    words = ["reconstruction", model_folder, "--data", cifar512, "--split", "train", "-n", 8, *network, "--lpips", "none"]
+    words = [
+        "reconstruction",
+        model_folder,
+        "--data",
+        cifar512,
+        "--split",
+        "train",
+        "-n",
+        8,
+        *network,
+        "--lpips",
+        "none",
+    ]
     text = run(*words, "--perturb", "--shares", "0.9", "--out", out)
     result = read(out, "reconstruction")
     assert all("rfid" in row["values"] for row in result["values"])

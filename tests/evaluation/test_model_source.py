@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from digit.data.images import to_uint8
-from digit.errors import DigitError
+from digit.core.errors import DigitError
+from digit.core.images import to_uint8
 from digit.evaluation.model_source import SamplingRun, as_uint8, encode_all, open_images, pipe_size
 
 

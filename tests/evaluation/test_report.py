@@ -14,27 +14,27 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from digit.cli.app import app
-from digit.config import load_preset, preset_names
+from digit.core.config import load_preset, preset_names
+from digit.core.errors import DigitError
+from digit.core.files import read_json, write_json
 from digit.data.token_cache import build_token_cache
-from digit.errors import DigitError
 from digit.evaluation import paper
-from digit.evaluation.fidelity import FidelityOptions, fidelity
-from digit.evaluation.model_reconstruction import reconstruction_record
+from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
+from digit.evaluation.metrics.model_reconstruction import reconstruction_record
+from digit.evaluation.metrics.noise import Change
+from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, probe_record, split_off
+from digit.evaluation.metrics.stability import stability_record
+from digit.evaluation.metrics.toy import ToyConfig, pca_lda
 from digit.evaluation.model_source import SamplingRun, open_images
-from digit.evaluation.noise import Change
-from digit.evaluation.prefix import prefix_record
-from digit.evaluation.probe import ProbeData, ProbeOptions, probe_record, split_off
 from digit.evaluation.report import write_report
 from digit.evaluation.report.collect import Found, collect
 from digit.evaluation.report.curves import Curve, differences, matching, points, save_curve, save_only_run
 from digit.evaluation.report.html import Html, join, millions, number, table, tag
 from digit.evaluation.report.measures import fidelity_warnings
 from digit.evaluation.report.svg import Axis, Circle, Series, bubble_chart, line_chart
-from digit.evaluation.stability import stability_record
-from digit.evaluation.sweep import Reference, sweep_record
-from digit.evaluation.toy import ToyConfig, pca_lda
-from digit.files import read_json, write_json
-from digit.generation import generate_folder
+from digit.evaluation.studies.prefix import prefix_record
+from digit.evaluation.studies.sweep import Reference, sweep_record
+from digit.pipeline.generation import generate_folder
 from digit.training.build import build_task
 from digit.training.loop import train
 
@@ -93,7 +93,18 @@ def text_of(folders, out: Path, **options) -> str:
 
 def test_every_kind_has_its_section_and_nothing_is_unreadable(run, page):
     anchors = re.findall(r'<section id="(\w+)">', page)
-    expected = ["overview", "samples", "fidelity", "bubbles", "stability", "probe", "sweeps", "prefix", "reconstruction", "toy"]
+    expected = [
+        "overview",
+        "samples",
+        "fidelity",
+        "bubbles",
+        "stability",
+        "probe",
+        "sweeps",
+        "prefix",
+        "reconstruction",
+        "toy",
+    ]
     assert anchors == [*expected, "training", "paper"]
     assert re.findall(r'href="#(\w+)"', page) == anchors  # the menu
     assert not collect([run]).problems
@@ -153,7 +164,9 @@ def test_the_bubble_chart_pairs_probe_and_fid_of_one_model(run, page):
 
 
 def test_without_the_fid_of_the_same_model_there_is_no_bubble(copied, tmp_path):
-    (copied / "samples" / "generation.json").unlink()  # nothing says now whose pictures these are; they lie in the same folder
+    (
+        copied / "samples" / "generation.json"
+    ).unlink()  # nothing says now whose pictures these are; they lie in the same folder
     assert 'id="bubbles"' in text_of([copied], tmp_path / "a.html")
     shutil.copytree(copied, tmp_path / "other" / "demo")
     shutil.rmtree(tmp_path / "other" / "demo" / "probe")
@@ -302,7 +315,14 @@ def test_strings_are_escaped_and_markup_is_not():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(7.59134, "7.591"), (0.00001234, "1.23e-05"), (12345, "12,345"), (1234567.8, "1.23e+06"), (0.0, "0.000"), (True, "True")],
+    [
+        (7.59134, "7.591"),
+        (0.00001234, "1.23e-05"),
+        (12345, "12,345"),
+        (1234567.8, "1.23e+06"),
+        (0.0, "0.000"),
+        (True, "True"),
+    ],
 )
 def test_numbers_are_readable(value, text):
     assert number(value) == text

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from digit.config import from_dict, to_dict
-from digit.errors import DigitError
+from digit.core.config import from_dict, to_dict
+from digit.core.errors import DigitError
 from digit.models.component import load_component, save_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig

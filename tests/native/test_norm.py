@@ -70,7 +70,9 @@ def test_bfloat16_is_rounded_once():
         y = norm_silu(norm, x)
         exact = F.silu(norm(x.float()))
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), exact, rtol=2**-8, atol=1e-6)  # half of the last of 8 bits, and float32's own error
+    torch.testing.assert_close(
+        y.float(), exact, rtol=2**-8, atol=1e-6
+    )  # half of the last of 8 bits, and float32's own error
 
 
 def test_extreme_numbers_stay_finite():
@@ -99,7 +101,8 @@ def test_a_picture_is_the_same_in_any_batch_and_on_any_number_of_threads():
 
 
 def test_one_picture_gets_the_layout_too(calls):
-    """Its strides may say nothing: convolutions then answered in the usual layout, and the norms behind them were PyTorch's."""
+    """Its strides may say nothing: convolutions then answered in the usual layout, and the norms behind them were
+    PyTorch's."""
     states = torch.randn(1, 16, 48)
     x = states.transpose(1, 2).unflatten(2, (4, 4))  # (1, 48, 4, 4), channels side by side
     conv, norm = nn.Conv2d(48, 48, 3, padding=1).to(memory_format=torch.channels_last), layer()

@@ -1,7 +1,10 @@
-"""Pack fixture folders into one small archive: python tests/parity/slim.py FIXTURES tests/parity/fixtures/upstream_A.tar.xz
+"""Pack fixture folders into one small archive: python tests/parity/slim.py FIXTURES
+tests/parity/fixtures/upstream_A.tar.xz
 
-What no output depends on is set to zero: position rows beyond the longest sequence, and the rows of classes that are not used.
-Arrays and tensors are stored uncompressed inside, so that xz finds the encoders and VQGANs that several checkpoints share.
+What no output depends on is set to zero: position rows beyond the longest sequence, and the rows of classes that are
+    not used.
+Arrays and tensors are stored uncompressed inside, so that xz finds the encoders and VQGANs that several checkpoints
+share.
 """
 
 import io

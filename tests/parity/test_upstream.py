@@ -1,7 +1,7 @@
 """Our numbers against those that the authors' own code gave, for every fixture folder there is.
 
-Folders are read from ``tests/parity/fixtures`` (folders, and archives of folders), from ``../shared/upstream/fixtures`` beside the
-repository, and from ``$DIGIT_FIXTURES``. Nothing here knows their sizes: those come from the files.
+Folders are read from ``tests/parity/fixtures`` (folders, and archives of folders), from ``../shared/upstream/fixtures``
+beside the repository, and from ``$DIGIT_FIXTURES``. Nothing here knows their sizes: those come from the files.
 """
 
 import json
@@ -23,10 +23,10 @@ from digit.cli.convert import converters
 from digit.convert.torchfile import read_torch_file
 from digit.models.probe import LinearProbe, mean_states
 from digit.models.token_model import TokenModel
-from digit.pipeline import DigitPipeline
+from digit.models.vqgan import VQGAN
+from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling.engine import sample
 from digit.sampling.settings import SamplingSettings
-from digit.tokenizers.vqgan import VQGAN
 
 pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
@@ -110,7 +110,13 @@ class Case:
 
 
 def _option(kind: str) -> str:
-    return "--stage2-masked" if "nar" in kind else "--stage2" if kind.startswith("stage2") and "vq" not in kind else "--stage1"
+    return (
+        "--stage2-masked"
+        if "nar" in kind
+        else "--stage2"
+        if kind.startswith("stage2") and "vq" not in kind
+        else "--stage1"
+    )
 
 
 @cache
@@ -284,7 +290,13 @@ def _assets(folder: Path) -> Path:
 @pytest.mark.parametrize("folder", [folder for folder in CHECKPOINTS if _assets(folder).is_dir()], ids=_name)
 def test_separate_files_give_the_same_model(folder, tmp_path):
     about, assets, case = json.loads((folder / "meta.json").read_text()), _assets(folder), _convert(folder)
-    command = ["digit-upstream", _option(about["kind"]), str(folder / "checkpoint_last.pt"), "--out", str(tmp_path / "model")]
+    command = [
+        "digit-upstream",
+        _option(about["kind"]),
+        str(folder / "checkpoint_last.pt"),
+        "--out",
+        str(tmp_path / "model"),
+    ]
     if case.model.encoder is not None:
         command += ["--heads", str(about["vit"]["heads"]), "--encoder", str(next(assets.glob("*.pth")))]
         command += ["--codebook", str(next(assets.glob("*.npy")))]

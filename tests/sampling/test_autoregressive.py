@@ -6,13 +6,13 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 from digit.models.token_model import NO_LABEL
 from digit.sampling import SamplingSettings, sample
-from digit.sampling.acceleration import release, workshop
-from digit.sampling.filters import draw, kept_probabilities
+from digit.sampling.engines.acceleration import release, workshop
 from digit.sampling.guidance import guide, scales
-from digit.sampling.seeding import uniforms
+from digit.sampling.logits import draw, kept_probabilities
+from digit.sampling.rng import uniforms
 
 PLAIN = SamplingSettings(top_k=10)
 GUIDED = SamplingSettings(top_k=10, cfg_scale=3.0)
@@ -61,7 +61,9 @@ def without_cache(model, batch, settings, labels, prefix, given=None, mask=None)
 def test_the_cache_changes_nothing(tiny, role, settings):
     model = tiny(role, **KINDS[role])
     labels, prefix = inputs(model, 5)
-    assert torch.equal(sample(model, range(5), 0, settings, labels, prefix), without_cache(model, 5, settings, labels, prefix))
+    assert torch.equal(
+        sample(model, range(5), 0, settings, labels, prefix), without_cache(model, 5, settings, labels, prefix)
+    )
 
 
 @pytest.mark.parametrize("role", KINDS)
@@ -111,7 +113,9 @@ def test_the_unguided_half_is_not_computed_where_the_scale_is_one(tiny, monkeypa
     model = tiny()
     rows = []
     step = model.step
-    monkeypatch.setattr(model, "step", lambda cache, token, *rest: (rows.append(len(token)), step(cache, token, *rest))[1])
+    monkeypatch.setattr(
+        model, "step", lambda cache, token, *rest: (rows.append(len(token)), step(cache, token, *rest))[1]
+    )
     sample(model, range(3), 0, SamplingSettings(cfg_scale=2, cfg_interval=(0.5, 0.8)), torch.tensor([0, 1, 2]))
     assert rows == [3] * 5 + [6] * 4 + [3] * 2
 
@@ -178,11 +182,14 @@ def test_sampled_frequencies_fit_the_exact_distribution(tiny, role, settings):
     assert counts[exact == 0].sum() == 0
     kept = exact > 5 / n  # chi-square wants a few in every cell
     expected = (exact[kept] / exact[kept].sum() * counts[kept].sum()).double()
-    assert chisquare(counts[kept].double().numpy(), (expected / expected.sum() * counts[kept].sum()).numpy()).pvalue > 1e-4
+    assert (
+        chisquare(counts[kept].double().numpy(), (expected / expected.sum() * counts[kept].sum()).numpy()).pvalue > 1e-4
+    )
 
 
 def test_a_trained_model_reproduces_a_known_joint_distribution(tiny):
-    """Three binary tokens, the third the exclusive or of the others nine times in ten: the frequencies of all eight come back."""
+    """Three binary tokens, the third the exclusive or of the others nine times in ten: the frequencies of all eight
+    come back."""
     p = torch.tensor([[[0.36, 0.04], [0.02, 0.18]], [[0.03, 0.27], [0.09, 0.01]]])  # (2, 2, 2), sums to 1
     model = tiny(classes=0, vocab=2, length=3).train().requires_grad_(True)
     torch.manual_seed(0)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from digit.config import from_dict
-from digit.errors import DigitError
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
 from digit.sampling.guidance import guide, scales
 from digit.sampling.settings import SamplingSettings
 

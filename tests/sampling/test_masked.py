@@ -123,7 +123,9 @@ def test_guidance_moves_towards_the_label(tiny):
     model = tiny("masked")
     labels = torch.zeros(200, dtype=torch.long)
     everything, nothing = torch.ones(200, 12, dtype=torch.bool), torch.zeros(200, 12, dtype=torch.long)
-    ratio = model(nothing, labels, mask=everything).log_softmax(-1) - model(nothing, None, mask=everything).log_softmax(-1)
+    ratio = model(nothing, labels, mask=everything).log_softmax(-1) - model(nothing, None, mask=everything).log_softmax(
+        -1
+    )
 
     def mean(scale):
         out = sample(model, range(200), settings=SamplingSettings(steps=1, cfg_scale=scale), labels=labels)

@@ -5,16 +5,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from digit.errors import DigitError
-from digit.files import read_json, write_json
+from digit.core.errors import DigitError
+from digit.core.files import read_json, write_json
 from digit.training import checkpoint
 from digit.training.checkpoint import Checkpoint
 
-RUN = {"component": "prior", "model": {"dim": 8}, "training": {"lr": 0.1, "log_every": 5, "steps": 9, "schedule": "constant"}}
+RUN = {
+    "component": "prior",
+    "model": {"dim": 8},
+    "training": {"lr": 0.1, "log_every": 5, "steps": 9, "schedule": "constant"},
+}
 
 
 def example(step: int) -> Checkpoint:
-    tensors = {"modules": {"w": torch.arange(6.0).view(2, 3) + step}, "optimizers": {"model/w/step": torch.tensor(float(step))}}
+    tensors = {
+        "modules": {"w": torch.arange(6.0).view(2, 3) + step},
+        "optimizers": {"model/w/step": torch.tensor(float(step))},
+    }
     return Checkpoint(step, tensors, RUN, {"averages": {"loss": [0.1 + 0.2, 3]}})
 
 
@@ -67,16 +74,21 @@ def replace_fails_for(name: str):
         ("os.fsync", fail_with(errno.EDQUOT)),
     ],
 )
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, what
+) -> None:
     checkpoint.save(tmp_path, example(1), keep=1)
     monkeypatch.setattr(where, what)
     with pytest.raises(
-        DigitError, match=r"after step 2 was not written.*(disk is full|quota).*step-0000001; go on from it with --resume"
+        DigitError,
+        match=r"after step 2 was not written.*(disk is full|quota).*step-0000001; go on from it with --resume",
     ):
         checkpoint.save(tmp_path, example(2), keep=1)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-0000001"]
-    assert torch.equal(checkpoint.load(checkpoint.latest(tmp_path)).tensors["modules"]["w"], example(1).tensors["modules"]["w"])
+    assert torch.equal(
+        checkpoint.load(checkpoint.latest(tmp_path)).tensors["modules"]["w"], example(1).tensors["modules"]["w"]
+    )
     checkpoint.save(tmp_path, example(2), keep=1)
     assert checkpoint.latest(tmp_path).name == "step-0000002"
 

@@ -1,4 +1,5 @@
-"""Two real processes train like one: DDP and FSDP2, resumed from each other's checkpoints, started by accelerate and by hand."""
+"""Two real processes train like one: DDP and FSDP2, resumed from each other's checkpoints, started by accelerate and by
+hand."""
 
 import json
 import os
@@ -13,18 +14,19 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
+from digit.core.errors import DigitError
+from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
-from digit.errors import DigitError
-from digit.files import read_tensors
 from digit.training.config import TrainingConfig
 from digit.training.engine import Engine, check_launch
 from digit.training.logs import read_metrics
 
-# Sums of gradients are rounded in another order, and AdamW's first steps pass that on; 12 steps of float32 leave this much.
+# Sums of gradients are rounded in another order, and AdamW's first steps pass that on; 12 steps of float32 leave this
+# much.
 TOLERANCE = 2e-5
 PROGRAM = """
 import json, sys, torch
-from digit.config import load_preset
+from digit.core.config import load_preset
 from digit.training.build import build_task
 from digit.training.loop import train
 torch.set_num_threads(1)
@@ -40,7 +42,9 @@ SMALL = [
 Run = tuple[str, str, str, list[str], bool]
 
 
-def run(cache: TokenCache, out: Path, *changes: str, preset: str = "cifar10-tiny-prior-cond", resume: bool = False) -> Run:
+def run(
+    cache: TokenCache, out: Path, *changes: str, preset: str = "cifar10-tiny-prior-cond", resume: bool = False
+) -> Run:
     return (str(out), preset, str(cache.folder), [*SMALL, *changes], resume)
 
 
@@ -107,7 +111,8 @@ def test_two_processes_are_one(token_cache: TokenCache, whole: Path, tmp_path: P
 
 
 def test_one_process_where_two_were_asked_for_gets_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``accelerate launch --cpu --num_processes 2`` starts one process, with this environment (accelerate 1.0 to 1.15)."""
+    """``accelerate launch --cpu --num_processes 2`` starts one process, with this environment (accelerate 1.0 to
+    1.15)."""
     for name, value in {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(DigitError, match=r"started one process.*accelerate launch --multi_gpu.*torchrun"):

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from digit.config import load_preset
+from digit.core.config import load_preset
+from digit.core.errors import DigitError
+from digit.core.files import read_tensors
 from digit.data.dataset import ImageDataset
 from digit.encoders import load_encoder
-from digit.errors import DigitError
-from digit.files import read_tensors
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune
@@ -50,7 +50,15 @@ def build(images: ImageDataset, name: str, seed: int = 0, start: FineTune | None
 
 def training(**changes: object) -> TrainingConfig:
     return TrainingConfig(
-        **{"steps": 30, "batch_size": 64, "lr": 2e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1, **changes}
+        **{
+            "steps": 30,
+            "batch_size": 64,
+            "lr": 2e-3,
+            "schedule": "constant",
+            "warmup_steps": 0,
+            "log_every": 1,
+            **changes,
+        }
     )
 
 
@@ -76,13 +84,17 @@ def test_masked_patches_are_learned_and_the_teacher_does_not_collapse(images: Im
 
 
 @pytest.mark.parametrize("name", ["simclr", "ibot", "multi-crop"])
-def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(images: ImageDataset, tmp_path: Path, name: str) -> None:
+def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(
+    images: ImageDataset, tmp_path: Path, name: str
+) -> None:
     config = training(steps=4, batch_size=16, checkpoint_every=2, validate_every=0)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(build(images, name), config, whole, device="cpu", show=False)
     shutil.copytree(whole / "checkpoints" / "step-0000002", cut / "checkpoints" / "step-0000002")
     train(build(images, name, seed=1), config, cut, device="cpu", show=False, resume=True)
-    expected, found = (read_tensors(out / "checkpoints" / "step-0000004" / "modules.safetensors") for out in (whole, cut))
+    expected, found = (
+        read_tensors(out / "checkpoints" / "step-0000004" / "modules.safetensors") for out in (whole, cut)
+    )
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
     before = read_tensors(whole / "checkpoints" / "step-0000002" / "modules.safetensors")
@@ -127,7 +139,9 @@ def test_a_run_goes_on_from_a_saved_encoder(images: ImageDataset, tmp_path: Path
     saved = first.method.encoder.state_dict()
     for module in (whole.modules[name] for name in ("student", "teacher") if name in whole.modules):
         torch.testing.assert_close(module.encoder.state_dict(), saved)
-    heads = {key: value for key, value in first.modules["student"].state_dict().items() if not key.startswith("encoder.")}
+    heads = {
+        key: value for key, value in first.modules["student"].state_dict().items() if not key.startswith("encoder.")
+    }
     now = whole.modules["student"].state_dict()
     assert heads
     torch.testing.assert_close({key: now[key] for key in heads}, heads)
@@ -178,7 +192,9 @@ def test_masks_hide_the_share_asked_for(images: ImageDataset) -> None:
 
 def test_neighbours_of_an_image_are_of_its_class(images: ImageDataset) -> None:
     torch.manual_seed(0)
-    model, objective = (part(values, "test") for part, values in zip((model_from, objective_from), RUNS["simclr"], strict=True))
+    model, objective = (
+        part(values, "test") for part, values in zip((model_from, objective_from), RUNS["simclr"], strict=True)
+    )
     task = EncoderTask(model, objective, images, images.subset(range(128)))  # each is among its own neighbours
     task.modules.eval()
     with torch.no_grad():

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 import tiny
-from digit.config import load_preset
+from digit.core.config import load_preset
+from digit.core.errors import DigitError
+from digit.core.files import read_tensors, sha256_of, write_json
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache, open_token_cache
-from digit.errors import DigitError
-from digit.files import read_tensors, sha256_of, write_json
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.training.auxiliary import plain
 from digit.training.build import build_task
-from digit.training.extras import plain
 from digit.training.finetune import FineTune, add_lora, check_vocabulary
 from digit.training.logs import read_metrics
 from digit.training.loop import train
@@ -63,9 +63,9 @@ def test_begins_at_the_old_loss_on_old_data(token_cache: TokenCache, run_folder:
     assert task.validate()["nll"] == pytest.approx(old["validation/nll"], rel=1e-6)
     assert (
         task.description["start"]["weights"]
-        == build(token_cache, "cifar10-tiny-prior-cond", FineTune(source=str(run_folder / "model")))[0].description["start"][
-            "weights"
-        ]
+        == build(token_cache, "cifar10-tiny-prior-cond", FineTune(source=str(run_folder / "model")))[0].description[
+            "start"
+        ]["weights"]
     )
     folder = train(task, config, tmp_path, device="cpu", show=False)
     assert read_metrics(tmp_path)[-1]["validation/nll"] < old["validation/nll"]
@@ -155,7 +155,9 @@ def test_merged_low_rank_changes_give_the_same_outputs() -> None:
     assert torch.allclose(plain(model)(tokens), changed, atol=1e-5)
     # the trained model is untouched by its export
     assert torch.equal(model(tokens), changed)
-    trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad and ".blocks." not in name}
+    trained = {
+        name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad and ".blocks." not in name
+    }
     assert trained == {"start", "class_embedding"}
 
 
@@ -165,7 +167,9 @@ def test_refusals(token_cache: TokenCache, run_folder: Path, tmp_path: Path) -> 
 
     larger = token_cache.info | {"tokens": {"semantic": {"vocab_size": 20, "grid": [4, 4]}}}
     model = load_component(run_folder / "model", TokenModel, TokenModelConfig)
-    with pytest.raises(DigitError, match=r"knows 16 semantic tokens an image, from a vocabulary of 12; .* has 16 from 20"):
+    with pytest.raises(
+        DigitError, match=r"knows 16 semantic tokens an image, from a vocabulary of 12; .* has 16 from 20"
+    ):
         check_vocabulary(model.config, TokenCache(token_cache.folder, larger), TokenData(), str(run_folder))
     with pytest.raises(DigitError, match=r"predicts semantic tokens; .* asks for vq tokens"):
         build(token_cache, "cifar10-tiny-vq-prior", start())

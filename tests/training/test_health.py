@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import tiny
-from digit.config import load_preset
+from digit.core.config import load_preset
+from digit.core.errors import DigitError
+from digit.core.files import read_json
 from digit.data.token_cache import TokenCache
-from digit.errors import DigitError
-from digit.files import read_json
 from digit.training.build import build_task
 from digit.training.flops import forward_flops, peak_flops
 from digit.training.health import Counts, Guard, Meter
@@ -98,7 +98,11 @@ def test_bigrams_tell_a_chain_that_unigrams_cannot() -> None:
 
 def test_sequences_of_one_token() -> None:
     counts = Counts([torch.tensor([[0], [1], [1]])], vocab_size=2)
-    assert counts.bigram_nll(torch.tensor([[1]])) == counts.unigram_nll(torch.tensor([[1]])) == pytest.approx(-math.log(3 / 5))
+    assert (
+        counts.bigram_nll(torch.tensor([[1]]))
+        == counts.unigram_nll(torch.tensor([[1]]))
+        == pytest.approx(-math.log(3 / 5))
+    )
 
 
 def test_a_flipped_bit_in_the_cache_stops_before_training(token_cache: TokenCache, tmp_path: Path) -> None:

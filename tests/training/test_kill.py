@@ -1,4 +1,5 @@
-"""kill -9 at random moments: whatever was being written, the next start goes on, and the end is as if nothing had happened."""
+"""kill -9 at random moments: whatever was being written, the next start goes on, and the end is as if nothing had
+happened."""
 
 import contextlib
 import os
@@ -15,29 +16,31 @@ import pytest
 import torch
 
 import tiny
+from digit.core.files import read_tensors
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, open_token_cache
-from digit.files import read_tensors
 from digit.training import checkpoint
 from digit.training.health import SPEED
 from digit.training.logs import read_metrics
 
 KILLS = 15  # of training, and as many of caching
 STEPS = 400
-# The parent imports everything once and forks a process that works; a signal kills that one at once, as it would any other.
+# The parent imports everything once and forks a process that works; a signal kills that one at once, as it would any
+# other.
 WORKER = """
 import os, sys, torch
 torch.set_num_threads(1)
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import Views, build_token_cache
-from digit.pipeline import DigitPipeline
-from digit.config import load_preset
+from digit.pipeline.pipeline import DigitPipeline
+from digit.core.config import load_preset
 from digit.training.build import build_task
 from digit.training.loop import train
 import accelerate, tensorboard, torch.utils.tensorboard
 
 def cache(model, data, out):
-    build_token_cache(DigitPipeline.from_pretrained(model), open_dataset(data), out, Views(), shard_size=16, batch_size=8)
+    build_token_cache(DigitPipeline.from_pretrained(model), open_dataset(data), out, Views(), shard_size=16,
+    batch_size=8)
 
 def learn(data, out, *changes):
     task, config = build_task("prior", load_preset("cifar10-tiny-prior-cond", changes), data, "test")
@@ -104,7 +107,8 @@ def whole_files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_caching_survives_kill_9(cifar512: Path, tmp_path: Path) -> None:
-    """No image is cached twice or lost: every shard that is there is whole, is never made again, and all of them come to be."""
+    """No image is cached twice or lost: every shard that is there is whole, is never made again, and all of them come
+    to be."""
     tiny.pipeline().save_pretrained(tmp_path / "model")
     undisturbed = Worker("cache", tmp_path / "model", cifar512, tmp_path / "whole", errors=tmp_path / "whole.txt")
     seconds = undisturbed.seconds()
@@ -139,7 +143,8 @@ def end_of(out: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_training_survives_kill_9(token_cache: TokenCache, tmp_path: Path) -> None:
-    """Every start goes on from a whole checkpoint, and the last weights are those of a run that was left alone, bit for bit."""
+    """Every start goes on from a whole checkpoint, and the last weights are those of a run that was left alone, bit for
+    bit."""
     small = [
         f"training.steps={STEPS}", "training.batch_size=8", "training.log_every=20", "training.checkpoint_every=5", "data.held_out=16",
         "training.validate_every=100", "model.transformer.dim=32", "model.transformer.depth=1", "model.transformer.heads=2",

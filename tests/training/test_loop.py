@@ -12,9 +12,9 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from digit.config import from_dict
-from digit.errors import DigitError
-from digit.files import read_json, read_tensors
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
+from digit.core.files import read_json, read_tensors
 from digit.training import checkpoint
 from digit.training.config import TrainingConfig
 from digit.training.health import SPEED
@@ -38,7 +38,10 @@ class Regression:
 
     def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
         return {
-            "model": [{"params": list(self.net[0].parameters())}, {"params": list(self.net[3].parameters()), "lr_scale": 0.5}]
+            "model": [
+                {"params": list(self.net[0].parameters())},
+                {"params": list(self.net[3].parameters()), "lr_scale": 0.5},
+            ]
         }
 
     def to_device(self, device: str) -> None:
@@ -137,7 +140,11 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path: Path, stop: int) -> N
     with pytest.raises(Interrupted, match=rf"SIGTERM after step {stop + 1} of 40.*--resume") as caught:
         run(tmp_path / "parts", first, **settings)
     assert caught.value.exit_code == 143
-    assert caught.value.checkpoint == checkpoint.latest(tmp_path / "parts") == checkpoint.path_of(tmp_path / "parts", stop + 1)
+    assert (
+        caught.value.checkpoint
+        == checkpoint.latest(tmp_path / "parts")
+        == checkpoint.path_of(tmp_path / "parts", stop + 1)
+    )
     assert signal.getsignal(signal.SIGTERM) is before
     second = run(tmp_path / "parts", resume=True, **settings)
     assert second.steps == list(range(stop + 1, 40))
@@ -152,7 +159,8 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path: Path, stop: int) -> N
 
 
 def test_a_killed_run_forgets_what_it_did_after_the_checkpoint(tmp_path: Path) -> None:
-    """As after kill -9: lines beyond the checkpoint and a line cut in two are in the log, a checkpoint is half written."""
+    """As after kill -9: lines beyond the checkpoint and a line cut in two are in the log, a checkpoint is half
+    written."""
     whole = run(tmp_path / "whole")
     run(tmp_path / "parts", steps=20)
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as handle:
@@ -237,7 +245,8 @@ def test_a_second_loss_sees_moved_parameters_and_has_its_own_gradient_only(tmp_p
     assert task.biases == [after[0], after[0]] != [before[0], before[0]]
     logged = lines(tmp_path)[0]
     assert {"loss", "discriminator/loss", "gradient_norm", "discriminator/gradient_norm"} <= logged.keys()
-    # the first loss left 100 at the critic's bias; its own loss has at most 1/2 there, and at most |x| / 2 at its weight
+    # the first loss left 100 at the critic's bias; its own loss has at most 1/2 there, and at most |x| / 2 at its
+    # weight
     own = sum(task.slopes) / 2
     assert 0 < abs(own) <= 0.5
     assert abs(own) <= logged["discriminator/gradient_norm"] < 5
@@ -245,7 +254,8 @@ def test_a_second_loss_sees_moved_parameters_and_has_its_own_gradient_only(tmp_p
     assert after[1] - before[1] == pytest.approx(-1e-2 if own > 0 else 1e-2, rel=1e-3)
 
 
-# -- what goes wrong -------------------------------------------------------------------------------------------------------
+# -- what goes wrong
+# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -288,7 +298,9 @@ def test_a_spike_stops_before_the_weights_are_spoilt(tmp_path: Path) -> None:
 
     for resume in (False, True):
         task = Jump()
-        with pytest.raises(DigitError, match=r"jumped to .*max_spike=9 .*at step 33, on the images 3300, 3301.*step-0000030"):
+        with pytest.raises(
+            DigitError, match=r"jumped to .*max_spike=9 .*at step 33, on the images 3300, 3301.*step-0000030"
+        ):
             run(tmp_path, task, resume=resume, max_spike=9)
         assert task.steps == list(range(30 if resume else 0, 33))
     kept = checkpoint.load(checkpoint.latest(tmp_path)).numbers["recent"]

@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from digit.config import from_dict
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
 from digit.encoders.loading import small_conv, small_vit
-from digit.errors import DigitError
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
+from digit.training.losses.images import PictureObjective
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
-from digit.training.losses.pictures import PictureObjective
 from digit.training.losses.quantizer import EmaQuantizer, rotate
 from digit.training.neighbours import neighbour_accuracy
 from digit.training.views import ViewDraws, Views, apply_views, draw_views
@@ -24,7 +24,8 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# -- views -----------------------------------------------------------------------------------------------------------------
+# -- views
+# -----------------------------------------------------------------------------------------------------------------
 
 PLAIN = {"scale": (1.0, 1.0), "flip": 0.0, "jitter": 0.0, "gray": 0.0}
 
@@ -115,7 +116,8 @@ def test_views_of_a_seed_are_the_same_and_in_range() -> None:
     assert 0 <= first.min() < first.max() <= 1
 
 
-# -- the quantizer ---------------------------------------------------------------------------------------------------------
+# -- the quantizer
+# ---------------------------------------------------------------------------------------------------------
 
 
 def quantizer(codes: int = 16, dim: int = 4, **changes: object) -> EmaQuantizer:
@@ -142,16 +144,23 @@ def test_codes_are_the_nearest_and_the_gradient_passes_straight() -> None:
 
 
 def test_rotation_gives_the_codes_and_turns_the_gradient() -> None:
-    z, codes = torch.randn(5, 7, 4, generator=generator()).requires_grad_(), torch.randn(5, 7, 4, generator=generator(1))
+    z, codes = (
+        torch.randn(5, 7, 4, generator=generator()).requires_grad_(),
+        torch.randn(5, 7, 4, generator=generator(1)),
+    )
     out = rotate(z, codes)
     torch.testing.assert_close(out, codes, atol=1e-5, rtol=1e-5)
     wanted = torch.randn(5, 7, 4, generator=generator(2))
     (out * wanted).sum().backward()
     scale = codes.norm(dim=-1) / z.detach().norm(dim=-1)
-    # a rotation and a scaling keep lengths up to the scale, and the angle between gradient and code becomes that to the latent
+    # a rotation and a scaling keep lengths up to the scale, and the angle between gradient and code becomes that to the
+    # latent
     torch.testing.assert_close(z.grad.norm(dim=-1), wanted.norm(dim=-1) * scale)
     torch.testing.assert_close(
-        F.cosine_similarity(z.grad, z.detach(), dim=-1), F.cosine_similarity(wanted, codes, dim=-1), atol=1e-4, rtol=1e-4
+        F.cosine_similarity(z.grad, z.detach(), dim=-1),
+        F.cosine_similarity(wanted, codes, dim=-1),
+        atol=1e-4,
+        rtol=1e-4,
     )
 
 
@@ -247,7 +256,8 @@ def test_eval_changes_nothing() -> None:
     assert not part._recent
 
 
-# -- the discriminator -----------------------------------------------------------------------------------------------------
+# -- the discriminator
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dims", [(), (4, 5)])
@@ -280,7 +290,8 @@ def test_hinge_and_ramp_are_the_written_ones() -> None:
     assert ramp(0.3, 0.3, 0.0) == 1.0
 
 
-# -- perceptual ------------------------------------------------------------------------------------------------------------
+# -- perceptual
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [lambda: small_conv(widths=(8, 16, 32)), lambda: small_vit(dim=48, depth=2)])
@@ -310,12 +321,15 @@ def test_perceptual_encoder_wants_pictures_of_its_size() -> None:
 def test_lpips_without_weights_says_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("lpips")
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path))
-    monkeypatch.setattr("digit.evaluation.lpips._PUBLIC", {"vgg": ("https://127.0.0.1:9/vgg16.pth", "397923af")})
+    monkeypatch.setattr(
+        "digit.evaluation.metrics.lpips._PUBLIC", {"vgg": ("https://127.0.0.1:9/vgg16.pth", "397923af")}
+    )
     with pytest.raises(DigitError, match=r"Tried .*lpips-vgg\.safetensors.*set objective\.perceptual to"):
         LpipsDistance()
 
 
-# -- neighbours ------------------------------------------------------------------------------------------------------------
+# -- neighbours
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_neighbours_find_the_class_and_weigh_votes() -> None:

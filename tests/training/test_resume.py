@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
-from digit.files import read_tensors
 from digit.training.health import SPEED
 from digit.training.logs import read_metrics
 

@@ -3,8 +3,8 @@ import math
 
 import pytest
 
-from digit.config import from_dict
-from digit.errors import DigitError
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
 from digit.training.config import TrainingConfig
 from digit.training.schedules import learning_rate
 

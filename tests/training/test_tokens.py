@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import tiny
-from digit.config import from_dict, load_preset
+from digit.core.config import from_dict, load_preset
+from digit.core.errors import DigitError
+from digit.core.files import read_json
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache
-from digit.errors import DigitError
-from digit.files import read_json
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.sampling.engine import sample
@@ -36,7 +36,8 @@ def first_batch(task: TokenTask, **changes: int) -> dict[str, torch.Tensor]:
     return next(iter(task.batches(Stream(**{"start": 0, "stop": 1, "batch_size": 16, **changes}))))
 
 
-# -- the model's shape comes from the cache --------------------------------------------------------------------------------
+# -- the model's shape comes from the cache
+# --------------------------------------------------------------------------------
 
 
 def test_model_is_completed_from_the_cache(token_cache: TokenCache) -> None:
@@ -67,7 +68,8 @@ def test_what_does_not_fit_gets_a_sentence(token_cache: TokenCache, values: dict
         )
 
 
-# -- batches ---------------------------------------------------------------------------------------------------------------
+# -- batches
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_depends_on_seed_and_step_alone(token_cache: TokenCache) -> None:
@@ -130,7 +132,8 @@ def test_masks_are_maskgits() -> None:
     assert below == pytest.approx([0.75, 0.5, 0.25], abs=0.03)
 
 
-# -- losses ----------------------------------------------------------------------------------------------------------------
+# -- losses
+# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ["prior", "masked"])
@@ -183,7 +186,8 @@ def test_validation_is_the_mean_over_all_held_out_tokens(token_cache: TokenCache
     assert found["accuracy"] == pytest.approx(float(metrics["accuracy"]), abs=1e-6)
 
 
-# -- whole runs ------------------------------------------------------------------------------------------------------------
+# -- whole runs
+# ------------------------------------------------------------------------------------------------------------
 
 CASES = [
     ("cifar10-tiny-prior", "prior", 0.25),
@@ -195,8 +199,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("preset", "component", "share"), CASES)
-def test_every_preset_learns(token_cache: TokenCache, tmp_path: Path, preset: str, component: str, share: float) -> None:
-    """In 60 steps the held-out loss falls by a stated share of where it began, and below that of the tokens' frequencies."""
+def test_every_preset_learns(
+    token_cache: TokenCache, tmp_path: Path, preset: str, component: str, share: float
+) -> None:
+    """In 60 steps the held-out loss falls by a stated share of where it began, and below that of the tokens'
+    frequencies."""
     changes = ["training.steps=60", "training.warmup_steps=10", "training.batch_size=32", "training.sample_every=60"]
     small = ["model.transformer.dim=64", "model.transformer.depth=2", "training.log_every=1"]
     task, config = build_task(component, load_preset(preset, [*changes, *small]), token_cache.folder, preset)
@@ -221,7 +228,8 @@ def test_every_preset_learns(token_cache: TokenCache, tmp_path: Path, preset: st
 
 @pytest.mark.parametrize("role", ["prior", "ar", "masked"])
 def test_overfits_eight_images_to_exact_tokens(cifar512: Path, tmp_path: Path, role: str) -> None:
-    """A tiny model learns eight images, one of each class, by heart; sampling without chance then gives their exact tokens."""
+    """A tiny model learns eight images, one of each class, by heart; sampling without chance then gives their exact
+    tokens."""
     images = open_dataset(cifar512)
     eight = images.subset([int(np.flatnonzero(images.labels == label)[0]) for label in range(8)])
     cache = build_token_cache(tiny.pipeline(), eight, tmp_path / "cache", Views(flip=False))

@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from digit.config import from_dict, load_preset
+from digit.core.config import from_dict, load_preset
+from digit.core.errors import DigitError
+from digit.core.files import read_tensors
 from digit.data.dataset import ImageDataset
 from digit.encoders.loading import small_conv
-from digit.errors import DigitError
-from digit.files import read_tensors
-from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune
@@ -72,13 +72,17 @@ def test_eight_images_are_learned_by_heart(images: ImageDataset, tmp_path: Path)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
-def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(images: ImageDataset, tmp_path: Path, ema: float) -> None:
+def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(
+    images: ImageDataset, tmp_path: Path, ema: float
+) -> None:
     config = training(steps=6, checkpoint_every=3, ema_decay=ema)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train(build(images, **GAN), config, whole, device="cpu", show=False)
     shutil.copytree(whole / "checkpoints" / "step-0000003", cut / "checkpoints" / "step-0000003")
     train(build(images, seed=1, **GAN), config, cut, device="cpu", show=False, resume=True)
-    expected, found = (read_tensors(out / "checkpoints" / "step-0000006" / "modules.safetensors") for out in (whole, cut))
+    expected, found = (
+        read_tensors(out / "checkpoints" / "step-0000006" / "modules.safetensors") for out in (whole, cut)
+    )
     assert {"quantizer.codebook", "quantizer.uses", "quantizer.sums", "quantizer.updates"} <= expected.keys()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
@@ -217,7 +221,12 @@ def test_what_does_not_fit_gets_a_sentence(images: ImageDataset, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["cifar10-tiny-vqgan", "cifar10-vqgan"])
 def test_presets_build_their_task(cifar512: Path, name: str) -> None:
-    changes = ["data.held_out_split=null", "data.held_out=51", "objective.perceptual=none", "objective.perceptual_encoder=null"]
+    changes = [
+        "data.held_out_split=null",
+        "data.held_out=51",
+        "objective.perceptual=none",
+        "objective.perceptual_encoder=null",
+    ]
     task, _ = build_task("vqgan", load_preset(name, changes), cifar512, name)
     assert isinstance(task, VqganTask)
     assert task.examples == 461

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 
 import tiny
-from digit.data.images import encode_png, to_pil
-from digit.pipeline import DigitPipeline
+from digit.core.images import encode_png, to_pil
+from digit.pipeline.pipeline import DigitPipeline
 from digit.web.limits import MIB
 from serving import BAD_UPLOADS, bad_upload, running
 
@@ -215,7 +215,11 @@ def test_the_documented_client(server, tmp_path, monkeypatch, capsys):
 def test_only_what_the_page_needs_is_open(server):
     for path in ("/gradio_api/upload", "/gradio_api/run/predict", "/docs", "/api/../etc/passwd", "/login"):
         assert ask(server, path, {})[0] in (404, 405), path
-    for path in ("/gradio_api/file=/etc/passwd", "/gradio_api/file=../../etc/passwd", "/gradio_api/proxy=http://example.com"):
+    for path in (
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../etc/passwd",
+        "/gradio_api/proxy=http://example.com",
+    ):
         status, _ = ask(server, path)
         assert status == 404, path
 

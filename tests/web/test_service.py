@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 
 import tiny
-from digit.data.images import encode_png, to_pil, to_tensor
-from digit.editing import edit_region
-from digit.errors import DigitError
-from digit.pipeline import Tokens
-from digit.tokenizers.atlas import Atlas, build_atlas
+from digit.clustering.patches import Atlas, build_atlas
+from digit.core.errors import DigitError
+from digit.core.images import encode_png, to_pil, to_tensor
+from digit.pipeline.editing import edit_region
+from digit.pipeline.pipeline import Tokens
 from digit.web.limits import Gone, Limits, Refused, TooLarge, Visit
 from digit.web.service import Edit, Generate, Look, Service, Shake
 from digit.web.uploads import read_picture
@@ -153,7 +153,7 @@ def test_more_noise_flips_more_tokens(service, picture):
 
 
 def test_cells_become_pixels_that_touch_no_other_cell(service):
-    from digit.editing import cells
+    from digit.pipeline.editing import cells
 
     for chosen in ([0], [5, 6, 15], list(range(16))):
         found = cells(service.region(chosen)[None], (4, 4))[0]
@@ -163,7 +163,9 @@ def test_cells_become_pixels_that_touch_no_other_cell(service):
 def test_editing_is_the_librarys_own(service, picture):
     made = service.edit(picture, Edit(cells=[0, 5], label="dog", num=2, seed=3, decoder="masked"), visit())
     images = to_tensor(picture)[None].expand(2, -1, -1, -1)
-    own = edit_region(service.pipe, images, service.region([0, 5]), labels=torch.tensor([1, 1]), seed=3, decoder="masked")
+    own = edit_region(
+        service.pipe, images, service.region([0, 5]), labels=torch.tensor([1, 1]), seed=3, decoder="masked"
+    )
     assert made.tokens.sha256() == own.sha256()
     kept = service.edit(picture, Edit(rows=2, num=1), visit())
     before = service.pipe.tokenizer.encode(to_tensor(picture)[None])

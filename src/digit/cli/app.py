@@ -10,7 +10,7 @@ from rich.console import Console
 
 from digit import __version__
 from digit.cli import convert, data, doctor, evaluate, evaluate_model, generate, hub, model, report, serve, toy, train
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 
 app = typer.Typer(
     name="digit",

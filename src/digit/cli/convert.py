@@ -29,19 +29,26 @@ def digit_upstream(
     stage2: Annotated[Given, typer.Option(help="AR decoder: fairseq checkpoint.")] = None,
     stage2_masked: Annotated[Given, typer.Option(help="Masked decoder (NAR): fairseq checkpoint.")] = None,
     codebook: Annotated[Given, typer.Option(help="km_*.npy; by default the centroids inside the checkpoints.")] = None,
-    vqgan: Annotated[Given, typer.Option(help="vqgan_jax_strongaug.ckpt; by default the one inside the checkpoints.")] = None,
+    vqgan: Annotated[
+        Given, typer.Option(help="vqgan_jax_strongaug.ckpt; by default the one inside the checkpoints.")
+    ] = None,
     encoder: Annotated[
         Given, typer.Option(help="dinov2_*_reg4_pretrain.pth; by default the one inside the checkpoints.")
     ] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Attention heads of the encoder; by default width / 64.")] = None,
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the encoder; by default width / 64.")
+    ] = None,
     half_precision_tokens: Annotated[
-        bool, typer.Option("--half-precision-tokens", help="Assign semantic tokens in float16, as the authors' runs did.")
+        bool,
+        typer.Option("--half-precision-tokens", help="Assign semantic tokens in float16, as the authors' runs did."),
     ] = False,
     name: Annotated[str | None, typer.Option(help="Name of the model; by default the folder's.")] = None,
 ) -> None:
-    """Convert what the DiGIT authors publish to one model folder. Their checkpoints hold encoder, codebook and VQGAN too.
+    """Convert what the DiGIT authors publish to one model folder. Their checkpoints hold encoder, codebook and VQGAN
+    too.
 
-    Example:  digit convert digit-upstream --stage1 stage1/checkpoint_last.pt --stage2 stage2/checkpoint_last.pt --out digit-base
+    Example:  digit convert digit-upstream --stage1 stage1/checkpoint_last.pt --stage2 stage2/checkpoint_last.pt --out
+        digit-base
     """
     from digit.convert.upstream import convert_upstream
 
@@ -82,7 +89,9 @@ def encoder(
     layer: Annotated[int | None, typer.Option(help="Block whose output is taken, from the end. The paper: -3.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images that come in.")] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="Side that the network sees.")] = None,
-    family: Annotated[str | None, typer.Option(help="dinov2, dino, ibot, mae or mocov3, where the file does not tell.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="dinov2, dino, ibot, mae or mocov3, where the file does not tell.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; by default as published.")] = None,
     positions: Annotated[str | None, typer.Option(help="hub, or dinov2-offset as the DiGIT authors.")] = None,
 ) -> None:
@@ -90,8 +99,8 @@ def encoder(
 
     Example:  digit convert encoder facebook/dinov2-with-registers-base --out encoder
     """
+    from digit.core.errors import DigitError
     from digit.encoders import load_encoder
-    from digit.errors import DigitError
 
     if positions not in (None, "hub", "dinov2-offset"):
         raise DigitError(f"--positions {positions} was given; expected hub or dinov2-offset.")
@@ -120,7 +129,7 @@ def info(
     """
     from rich.console import Console
 
-    from digit.hub import resolve_model
-    from digit.info import model_tree
+    from digit.pipeline.hub import resolve_model
+    from digit.pipeline.info import model_tree
 
     Console().print(model_tree(resolve_model(model, variant=variant), batch))

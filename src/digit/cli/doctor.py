@@ -19,7 +19,7 @@ def doctor() -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from digit.doctor import examine
+    from digit.cli.diagnosis import examine
 
     findings = examine()
     marks = {"ok": Text("ok", "green"), "note": Text("note", "yellow"), "broken": Text("broken", "bold red")}

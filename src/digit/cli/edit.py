@@ -7,18 +7,37 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.generate import Decoder, Device, Dtype, Images, Out, RequiredModel, Seed, load, parse_labels, read_pictures
+from digit.cli.generate import (
+    Decoder,
+    Device,
+    Dtype,
+    Images,
+    Out,
+    RequiredModel,
+    Seed,
+    load,
+    parse_labels,
+    read_pictures,
+)
 
 
 def edit(
     model: RequiredModel,
     images: Images,
-    mask: Annotated[Path | None, typer.Option(help="A picture, white where to sample anew and black where to keep.")] = None,
-    prefix: Annotated[int | None, typer.Option(min=0, help="Keep the first rows of tokens and continue from them.")] = None,
-    vary: Annotated[float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="A picture, white where to sample anew and black where to keep.")
+    ] = None,
+    prefix: Annotated[
+        int | None, typer.Option(min=0, help="Keep the first rows of tokens and continue from them.")
+    ] = None,
+    vary: Annotated[
+        float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")
+    ] = None,
     out: Out = Path("edited"),
     num: Annotated[int, typer.Option("--num", "-n", min=1, help="Results for each picture.")] = 4,
-    labels: Annotated[str | None, typer.Option(help="The class of each picture by number or name, or one for all.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="The class of each picture by number or name, or one for all.")
+    ] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Iterations of the masked decoder.")] = None,
@@ -28,7 +47,8 @@ def edit(
     dtype: Dtype = "fp32",
     device: Device = None,
 ) -> None:
-    """Edit pictures: sample a region anew (--mask), continue from the first rows (--prefix), or make variations (--vary).
+    """Edit pictures: sample a region anew (--mask), continue from the first rows (--prefix), or make variations
+    (--vary).
 
     Writes NAME-0.png ... for each picture, and edits.png: each picture and its results in a row.
 
@@ -39,11 +59,13 @@ def edit(
 
       digit edit cifar10 cat.png --vary 0.3 --out variations
     """
-    from digit.editing_run import edit_pictures
-    from digit.errors import DigitError
+    from digit.core.errors import DigitError
+    from digit.pipeline.editing_run import edit_pictures
 
     if sum(way is not None for way in (mask, prefix, vary)) != 1:
-        raise DigitError("Say what to do with the pictures: exactly one of --mask FILE, --prefix ROWS or --vary FRACTION.")
+        raise DigitError(
+            "Say what to do with the pictures: exactly one of --mask FILE, --prefix ROWS or --vary FRACTION."
+        )
     pipe = load(model, device, dtype)
     files, pixels = read_pictures(images, pipe.image_size)
     sheet = edit_pictures(

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from digit.files import write_json
+from digit.core.files import write_json
 
 if TYPE_CHECKING:
     from digit.evaluation.model_source import SamplingRun
@@ -41,17 +41,23 @@ def fidelity(
     source: Annotated[
         str, typer.Argument(help="A folder of images, tar shards, a data set, a .npz of statistics, or a model.")
     ],
-    reference: Annotated[str | None, typer.Option(help="The real images or their .npz; none measures only --isc.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The real images or their .npz; none measures only --isc.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the source, such as test.")] = None,
     reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
     fid: Annotated[bool, typer.Option(help="Frechet Inception Distance.")] = True,
     kid: Annotated[bool, typer.Option("--kid", help="Kernel Inception Distance.")] = False,
     prc: Annotated[bool, typer.Option("--prc", help="Precision and recall.")] = False,
     isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
-    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many images; a model generates as many.")] = None,
+    num: Annotated[
+        int | None, typer.Option(min=2, help="Take at most so many images; a model generates as many.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of a model's generation.")] = 0,
     decoder: Annotated[str | None, typer.Option(help="A model's decoder: ar, masked.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="A model's sampling setting, such as top_k=200.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A model's sampling setting, such as top_k=200.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step; the values do not depend on it.")] = 64,
     kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
     weights: Weights = "auto",
@@ -65,10 +71,10 @@ def fidelity(
 
       digit evaluate fidelity cifar10 --num 10000 --reference data/cifar10 --set top_k=50
     """
-    from digit.evaluation.features import is_statistics
-    from digit.evaluation.fidelity import FidelityOptions
-    from digit.evaluation.fidelity import fidelity as measure_fidelity
-    from digit.evaluation.inception import open_extractor
+    from digit.evaluation.metrics.features import is_statistics
+    from digit.evaluation.metrics.fidelity import FidelityOptions
+    from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
+    from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.result import describe_model, hardware, versions
 
     wanted = {"fid": fid and reference is not None, "kid": kid, "prc": prc, "isc": isc}
@@ -97,8 +103,8 @@ def _sampling_run(
     source: str, num: int | None, seed: int, decoder: str | None, settings: list[str], batch_size: int, device: str
 ) -> SamplingRun | None:
     """A run of generation where the source is a model: a folder, or the name of a packaged one."""
-    from digit.errors import DigitError
-    from digit.hub import INDEX, packaged_models
+    from digit.core.errors import DigitError
+    from digit.pipeline.hub import INDEX, packaged_models
 
     if not (Path(source) / INDEX).is_file() and source not in packaged_models():
         if decoder or settings:
@@ -108,7 +114,7 @@ def _sampling_run(
         raise DigitError("How many images the model should generate is not said; give --num, such as --num 10000.")
     from digit.cli.generate import load
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.sweep import parse_settings
+    from digit.evaluation.studies.sweep import parse_settings
 
     run = SamplingRun(load(source, device), num, seed, None, decoder, batch_size, parse_settings(settings))
     run.check()
@@ -133,9 +139,9 @@ def statistics(
 
     Example:  digit evaluate statistics data/cifar10 --split train --num 10000 --features --out real.npz
     """
-    from digit.evaluation.features import measure
-    from digit.evaluation.inception import open_extractor
-    from digit.evaluation.statistics import save_statistics
+    from digit.evaluation.metrics.features import measure
+    from digit.evaluation.metrics.inception import open_extractor
+    from digit.evaluation.metrics.statistics import save_statistics
 
     extractor, metrics = open_extractor(weights, backend, device), ("fid", *(["kid"] if features else []))
     found = measure(images, extractor, metrics, batch_size=batch_size, split=split, total=num)

@@ -13,14 +13,18 @@ from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers, show
 from digit.cli.generate import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
 
 if TYPE_CHECKING:
-    from digit.evaluation.fidelity import FidelityOptions
-    from digit.evaluation.sweep import Reference
+    from digit.evaluation.metrics.fidelity import FidelityOptions
+    from digit.evaluation.studies.sweep import Reference
 
 Split = Annotated[str, typer.Option(help="Split of the images.")]
-Metrics = Annotated[str, typer.Option(help="Any of fid, kid, prc (precision, recall), isc (Inception Score); comma separated.")]
+Metrics = Annotated[
+    str, typer.Option(help="Any of fid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
+]
 Images = Annotated[int, typer.Option("--num", "-n", min=2, help="Images a point.")]
 RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
-Fixed = Annotated[list[str] | None, typer.Option("--set", help="A setting of sampling, such as top_k=200; may be repeated.")]
+Fixed = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting of sampling, such as top_k=200; may be repeated.")
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,8 +39,8 @@ def fidelity_options(metrics: str, batch_size: int) -> FidelityOptions:
     Raises:
         DigitError: an unknown metric, or none.
     """
-    from digit.errors import DigitError
-    from digit.evaluation.fidelity import METRICS, FidelityOptions
+    from digit.core.errors import DigitError
+    from digit.evaluation.metrics.fidelity import METRICS, FidelityOptions
 
     chosen = tuple(part.strip() for part in metrics.split(",") if part.strip())
     if not chosen or not set(chosen) <= set(METRICS):
@@ -48,9 +52,9 @@ def open_reference(
     reference: str, split: str | None, options: FidelityOptions, weights: str, backend: str, device: str | None
 ) -> Reference:
     """The real images, measured now."""
-    from digit.devices import pick_device
-    from digit.evaluation.inception import open_extractor
-    from digit.evaluation.sweep import Reference
+    from digit.core.devices import pick_device
+    from digit.evaluation.metrics.inception import open_extractor
+    from digit.evaluation.studies.sweep import Reference
 
     return Reference.of(reference, open_extractor(weights, backend, str(pick_device(device))), options, split)
 
@@ -64,7 +68,9 @@ def reconstruction(
     lpips: Annotated[str, typer.Option(help="Backbone of LPIPS: alex or vgg; none leaves it out.")] = "alex",
     lpips_weights: Annotated[str, typer.Option(help="Weights of the backbone: auto or a file.")] = "auto",
     perturb: Annotated[bool, typer.Option("--perturb", help="Also the FID under perturbed tokens (pFID).")] = False,
-    shares: Annotated[str | None, typer.Option(help="For --perturb: shares of replaced tokens, comma separated.")] = None,
+    shares: Annotated[
+        str | None, typer.Option(help="For --perturb: shares of replaced tokens, comma separated.")
+    ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     weights: Weights = "auto",
@@ -73,11 +79,12 @@ def reconstruction(
     device: Device = None,
     variant: Variant = None,
 ) -> None:
-    """How well real images come back (ceilings of tables 3 and 4): through the VQGAN, and through semantic tokens and decoders.
+    """How well real images come back (ceilings of tables 3 and 4): through the VQGAN, and through semantic tokens and
+    decoders.
 
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
-    from digit.evaluation.model_reconstruction import SHARES, reconstruction_record
+    from digit.evaluation.metrics.model_reconstruction import SHARES, reconstruction_record
     from digit.evaluation.model_source import open_images
 
     images, pipe = open_images(data, split, num), load(model, device, variant=variant)
@@ -87,7 +94,9 @@ def reconstruction(
         pipe, images, out, extractor, distance, reasons, perturb, chosen, seed=seed, batch_size=batch_size
     )
     metrics = {"rfid": "rFID", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
-    table = [[row["name"], *(f"{row['values'][m]:.4f}" if m in row["values"] else "-" for m in metrics)] for row in rows]
+    table = [
+        [row["name"], *(f"{row['values'][m]:.4f}" if m in row["values"] else "-" for m in metrics)] for row in rows
+    ]
     table += [[f"{row['space']} tokens, perturbed: pFID", f"{row['pfid']:.4f}", "", "", ""] for row in perturbed]
     show(record, ("path", *metrics.values()), table, out)
     for reason in dict.fromkeys(reason for row in rows for reason in row["not_measured"].values()):
@@ -97,10 +106,12 @@ def reconstruction(
 def _networks(
     rfid: bool, lpips: str, lpips_weights: str, weights: str, backend: str, device: str
 ) -> tuple[Any, Any, dict[str, str]]:
-    """The networks of rFID and LPIPS; where one cannot be had, None and the reason, for the other values are still worth it."""
-    from digit.errors import DigitError
-    from digit.evaluation.inception import open_extractor
-    from digit.evaluation.lpips import load_lpips
+    """The networks of rFID and LPIPS; where one cannot be had, None and the reason, for the other values are still
+    worth it.
+    """
+    from digit.core.errors import DigitError
+    from digit.evaluation.metrics.inception import open_extractor
+    from digit.evaluation.metrics.lpips import load_lpips
 
     extractor, distance, reasons = None, None, {}
     if rfid:
@@ -141,10 +152,11 @@ def sweep(
 ) -> None:
     """Fidelity over top-k, top-p, temperature, guidance, steps (figure 6). Repeat an interrupted command to go on.
 
-    Example:  digit evaluate sweep cifar10 --reference data/cifar10 --vary top_k=0,20,50 --vary decoder_top_p=0.8,1 --num 1000
+    Example:  digit evaluate sweep cifar10 --reference data/cifar10 --vary top_k=0,20,50 --vary decoder_top_p=0.8,1
+        --num 1000
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.sweep import TITLES, measured, parse_axes, parse_settings, planned_runs, sweep_record
+    from digit.evaluation.studies.sweep import TITLES, measured, parse_axes, parse_settings, planned_runs, sweep_record
 
     axes = parse_axes(vary)
     settings = parse_settings(fixed or [])
@@ -170,13 +182,17 @@ def sweep(
 def prefix(
     model: RequiredModel,
     data: Data,
-    baseline: Annotated[str | None, typer.Option(help="A second model for comparison, such as one over VQ tokens.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="A second model for comparison, such as one over VQ tokens.")
+    ] = None,
     split: Split = "test",
     num: Num = None,
     shares: Annotated[
         str, typer.Option(help="Shares of the tokens that are given, comma separated.")
     ] = "0,0.125,0.25,0.5,0.75,1",
-    reference: Annotated[str | None, typer.Option(help="Real images or their .npz; those of --data if left out.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Real images or their .npz; those of --data if left out.")
+    ] = None,
     reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
     fixed: Fixed = None,
     metrics: Metrics = "fid,isc",
@@ -193,8 +209,8 @@ def prefix(
     Example:  digit evaluate prefix cifar10 --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/prefix
     """
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.prefix import as_runs, prefix_record
-    from digit.evaluation.sweep import TITLES, measured, parse_settings
+    from digit.evaluation.studies.prefix import as_runs, prefix_record
+    from digit.evaluation.studies.sweep import TITLES, measured, parse_settings
 
     images = open_images(data, split, num)
     pipes = [load(name, device) for name in (model, baseline) if name]

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
     from digit.data.dataset import ImageDataset
     from digit.evaluation.result import Record
 
-Data = Annotated[str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")]
+Data = Annotated[
+    str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
+]
 Split = Annotated[str, typer.Option(help="Split of the images.")]
-Num = Annotated[int | None, typer.Option("--num", "-n", min=2, help="How many images, spread over the set; all if left out.")]
+Num = Annotated[
+    int | None, typer.Option("--num", "-n", min=2, help="How many images, spread over the set; all if left out.")
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for result.json, plots and tables.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the values.")]
 
@@ -38,7 +42,7 @@ def numbers(text: str, option: str) -> list[float]:
     Raises:
         DigitError: something else.
     """
-    from digit.errors import DigitError
+    from digit.core.errors import DigitError
 
     try:
         return [float(part) for part in text.split(",")]
@@ -70,10 +74,14 @@ def stability(
     data: Data,
     split: Split = "train",
     num: Num = None,
-    snr: Annotated[str | None, typer.Option(help="Levels in dB, comma separated; the paper's eight if left out.")] = None,
+    snr: Annotated[
+        str | None, typer.Option(help="Levels in dB, comma separated; the paper's eight if left out.")
+    ] = None,
     signal: Annotated[str, typer.Option(help="Signal power of an image: power (mean square) or variance.")] = "power",
     clip: Annotated[bool, typer.Option(help="Cut noisy pixels back to 0..1.")] = True,
-    noise_only: Annotated[bool, typer.Option("--noise-only", help="Leave out JPEG, blur, shift and brightness.")] = False,
+    noise_only: Annotated[
+        bool, typer.Option("--noise-only", help="Leave out JPEG, blur, shift and brightness.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     batch_size: BatchSize = 64,
     out: Out = Path("stability"),
@@ -84,11 +92,11 @@ def stability(
 
     Example:  digit evaluate stability cifar10 --data data/cifar10 --split test --num 2000 --out runs/stability
     """
-    from digit.config import from_dict
+    from digit.core.config import from_dict
     from digit.evaluation import paper
+    from digit.evaluation.metrics.noise import Change, NoiseLaw
+    from digit.evaluation.metrics.stability import MEASURES, OTHERS, paper_value, stability_record
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.noise import Change, NoiseLaw
-    from digit.evaluation.stability import MEASURES, OTHERS, paper_value, stability_record
 
     law = from_dict(NoiseLaw, {"signal": signal, "clip": clip, "seed": seed}, "The noise")
     levels = numbers(snr, "--snr") if snr else paper.SNRS
@@ -99,7 +107,9 @@ def stability(
     for row in rows:
         theirs = [paper_value(row, measure) for measure in MEASURES[:2]]
         ours = [str(getattr(row, measure)) for measure in MEASURES]
-        cells.append([row.space, str(row.change), *ours, *("" if value is None else f"{value:.3f}" for value in theirs)])
+        cells.append(
+            [row.space, str(row.change), *ours, *("" if value is None else f"{value:.3f}" for value in theirs)]
+        )
     cosines = ("cosine of features", "of codes", "of centred codes")
     columns = ("tokens", "change", "changed", *cosines, "paper: changed", "paper: cosine")
     show(record, columns, cells, out)
@@ -112,7 +122,9 @@ def probe(
     test_split: Annotated[str, typer.Option(help="Split that they are judged on.")] = "test",
     holdout: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Judge on this share of the training split instead; for data without a test split."),
+        typer.Option(
+            min=0, max=1, help="Judge on this share of the training split instead; for data without a test split."
+        ),
     ] = 0.0,
     num: Num = None,
     layers: Annotated[
@@ -138,9 +150,9 @@ def probe(
 
     Example:  digit evaluate probe cifar10 --data data/cifar10 --layers all --lr 0.1,0.4,1.6 --out runs/probe
     """
-    from digit.config import from_dict
+    from digit.core.config import from_dict
+    from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, probe_record
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.probe import ProbeData, ProbeOptions, probe_record
 
     given = {"epochs": epochs, "lrs": numbers(lr, "--lr"), "standardize": standardize, "neighbours": knn, "seed": seed}
     options = from_dict(ProbeOptions, given, "The probe")
@@ -150,7 +162,12 @@ def probe(
         pipe, ProbeData(train, test, views, seed, batch_size, out), out, options, layers, encoder
     )
     rows = [
-        [name, f"{100 * score.best[0]:.2f}", f"{score.best[1]:g}", "" if score.knn is None else f"{100 * score.knn:.2f}"]
+        [
+            name,
+            f"{100 * score.best[0]:.2f}",
+            f"{score.best[1]:g}",
+            "" if score.knn is None else f"{100 * score.knn:.2f}",
+        ]
         for name, score in [
             *((f"state {s.state}" + (" (embedding)" if s.state == 0 else ""), s) for s in scores),
             *([("encoder", ceiling)] if ceiling else []),
@@ -159,11 +176,13 @@ def probe(
     show(record, ("features", "top-1, %", "best lr", "k-NN, %"), rows, out)
 
 
-def train_and_test(train: ImageDataset, data: str, test_split: str, holdout: float) -> tuple[ImageDataset, ImageDataset]:
+def train_and_test(
+    train: ImageDataset, data: str, test_split: str, holdout: float
+) -> tuple[ImageDataset, ImageDataset]:
     """The images to learn from and those to be judged on."""
-    from digit.errors import DigitError
+    from digit.core.errors import DigitError
+    from digit.evaluation.metrics.probe import split_off
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.probe import split_off
 
     if holdout:
         return split_off(train, holdout)
@@ -177,12 +196,18 @@ def train_and_test(train: ImageDataset, data: str, test_split: str, holdout: flo
 
 
 def screen(
-    models: Annotated[list[str], typer.Argument(help="Models with encoder and codebook, or with a VQGAN; prior not needed.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Models with encoder and codebook, or with a VQGAN; prior not needed.")
+    ],
     data: Data,
-    clusters: Annotated[str | None, typer.Option(help="Fit codebooks of these sizes for each encoder, such as 64,256.")] = None,
+    clusters: Annotated[
+        str | None, typer.Option(help="Fit codebooks of these sizes for each encoder, such as 64,256.")
+    ] = None,
     split: Split = "train",
     test_split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test",
-    holdout: Annotated[float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")] = 0.0,
+    holdout: Annotated[
+        float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")
+    ] = 0.0,
     num: Num = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the short training.")] = 300,
     dim: Annotated[int, typer.Option(min=8, help="Width of the small prior.")] = 128,
@@ -193,11 +218,12 @@ def screen(
 ) -> None:
     """Rank tokens (codebook sizes, encoders, layers) by a short training of a small prior, before training for days.
 
-    Example:  digit evaluate screen runs/conv/model runs/vit/model --clusters 64,256,1024 --data data/cifar10 --out runs/screen
+    Example:  digit evaluate screen runs/conv/model runs/vit/model --clusters 64,256,1024 --data data/cifar10 --out
+        runs/screen
     """
-    from digit.config import from_dict
-    from digit.evaluation.ablation import ScreenOptions, candidates, screen_record
+    from digit.core.config import from_dict
     from digit.evaluation.model_source import open_images
+    from digit.evaluation.studies.ablation import ScreenOptions, candidates, screen_record
 
     heads = max(1, dim // 32)
     given = {"steps": steps, "dim": dim, "depth": depth, "heads": heads if dim % heads == 0 else 1, "seed": seed}
@@ -223,7 +249,9 @@ def ablation(
     data: Data,
     split: Split = "train",
     test_split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test",
-    holdout: Annotated[float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")] = 0.0,
+    holdout: Annotated[
+        float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")
+    ] = 0.0,
     num: Annotated[
         int | None, typer.Option("--num", "-n", min=2, help="How many images prior and decoder learn; all if left out.")
     ] = None,
@@ -233,7 +261,9 @@ def ablation(
             "--set", help="Change a field of the ablation, such as base.prior_set=[training.steps=50]; may be repeated."
         ),
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Some of nll (held-out loss), probe, fid; comma separated.")] = "nll,probe,fid",
+    metrics: Annotated[
+        str, typer.Option(help="Some of nll (held-out loss), probe, fid; comma separated.")
+    ] = "nll,probe,fid",
     reference: Annotated[
         str | None, typer.Option(help="For FID: images or their .npz; the training images if left out.")
     ] = None,
@@ -241,17 +271,19 @@ def ablation(
     out: Out = Path("ablation"),
     device: Device = None,
 ) -> None:
-    """Vary one thing (K, encoder, layer, decoder, size of the prior), share the rest, train and measure: figures 3a, 3b, 4a.
+    """Vary one thing (K, encoder, layer, decoder, size of the prior), share the rest, train and measure: figures 3a,
+    3b, 4a.
 
     Repeat an interrupted command to go on; what is finished is not done again.
 
     Example:  digit evaluate ablation cifar10-clusters --data data/cifar10 --num 10000 --out runs/clusters
 
-    Example:  digit evaluate ablation cifar10-encoder --data data/cifar10 --num 10000 --metrics nll,probe --out runs/encoders
+    Example:  digit evaluate ablation cifar10-encoder --data data/cifar10 --num 10000 --metrics nll,probe --out
+        runs/encoders
     """
-    from digit.evaluation.ablation_plan import load_ablation
-    from digit.evaluation.ablation_run import run_ablation
     from digit.evaluation.model_source import open_images
+    from digit.evaluation.studies.ablation_plan import load_ablation
+    from digit.evaluation.studies.ablation_run import run_ablation
     from digit.training.loop import Interrupted
 
     chosen = load_ablation(name, settings or [])
@@ -280,7 +312,14 @@ def ablation(
         ]
         for line in lines
     ]
-    columns = ("variant", "codes", "tokens", "prior, M", *(shown[key] for key in keys), *(f"paper: {key}" for key in theirs))
+    columns = (
+        "variant",
+        "codes",
+        "tokens",
+        "prior, M",
+        *(shown[key] for key in keys),
+        *(f"paper: {key}" for key in theirs),
+    )
     show(record, columns, rows, out)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from digit.pipeline import DigitPipeline
+    from digit.pipeline.pipeline import DigitPipeline
 
 Model = Annotated[
     str | None, typer.Argument(help="A model folder, a Hub id, or a packaged model; the packaged one if left out.")
@@ -35,12 +35,14 @@ def add_to(app: typer.Typer) -> None:
     app.command()(reconstruct)
 
 
-def load(model: str | None, device: str | None = None, dtype: str = "fp32", variant: str | None = None) -> DigitPipeline:
+def load(
+    model: str | None, device: str | None = None, dtype: str = "fp32", variant: str | None = None
+) -> DigitPipeline:
     """A pipeline on its device, from what the user typed."""
     import torch
 
-    from digit.devices import pick_device, pick_dtype
-    from digit.pipeline import DigitPipeline
+    from digit.core.devices import pick_device, pick_dtype
+    from digit.pipeline.pipeline import DigitPipeline
 
     if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one device a process, as torchrun numbers them
@@ -63,7 +65,9 @@ def generate(
     cfg_schedule: Annotated[str | None, typer.Option(help="constant, linear, cosine or power-cosine.")] = None,
     temperature: Annotated[float | None, typer.Option(help="Of the prior; 0 takes the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Of the prior: keep the k likeliest tokens; 0 keeps all.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of the prior: keep the likeliest tokens up to probability p.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Of the prior: keep the likeliest tokens up to probability p.")
+    ] = None,
     decoder_temperature: Annotated[float | None, typer.Option(help="The same, of the decoder.")] = None,
     decoder_top_k: Annotated[int | None, typer.Option(help="The same, of the decoder.")] = None,
     decoder_top_p: Annotated[float | None, typer.Option(help="The same, of the decoder.")] = None,
@@ -76,7 +80,9 @@ def generate(
             help="Compile the sampling steps, or run plain PyTorch. Default: on a CPU a step in C++; else compile if there is much to do.",
         ),
     ] = None,
-    quantize: Annotated[str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
     dtype: Dtype = "fp32",
     device: Device = None,
@@ -84,8 +90,8 @@ def generate(
 ) -> None:
     """Generate pictures into a folder: 00000.png ..., grid.png, generation.json.
 
-    A run that was stopped goes on when the same command is given again. Under torchrun or accelerate launch, every process makes its
-    share of the pictures.
+    A run that was stopped goes on when the same command is given again. Under torchrun or accelerate launch, every
+    process makes its share of the pictures.
 
     Examples:
       digit generate --out pictures
@@ -94,7 +100,7 @@ def generate(
 
       digit generate DAMO-NLP-SG/DiGIT --variant base-cond --labels 207 --top-k 300 --out dogs
     """
-    from digit.generation import generate_folder
+    from digit.pipeline.generation import generate_folder
 
     pipe = load(model, device, dtype, variant)
     record = generate_folder(
@@ -124,8 +130,8 @@ def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
 
 def read_pictures(paths: list[Path], size: int):  # type: ignore[no-untyped-def]
     """Paths of images and folders, and the images (B, 3, size, size)."""
-    from digit.data.images import EXTENSIONS, load_images
-    from digit.errors import DigitError
+    from digit.core.errors import DigitError
+    from digit.core.images import EXTENSIONS, load_images
 
     files: list[Path] = []
     for path in paths:
@@ -151,8 +157,8 @@ def tokenize(
     """
     import torch
 
-    from digit.generation import save_tokens_file
-    from digit.pipeline import Tokens
+    from digit.pipeline.generation import save_tokens_file
+    from digit.pipeline.pipeline import Tokens
 
     pipe = load(model, device)
     size = pipe.vqgan.config.resolution if pipe.vqgan is not None else pipe.tokenizer.image_size
@@ -177,9 +183,9 @@ def decode(
 
     Example:  digit decode cifar10 tokens.npz --out decoded
     """
-    from digit.data.images import save_png, to_pil
-    from digit.generation import load_tokens_file
-    from digit.visual import picture_grid
+    from digit.core.grids import picture_grid
+    from digit.core.images import save_png, to_pil
+    from digit.pipeline.generation import load_tokens_file
 
     pipe = load(model, device)
     grids = load_tokens_file(tokens)
@@ -202,8 +208,8 @@ def reconstruct(
 
     Example:  digit reconstruct cifar10 photos/ --out reconstructed
     """
-    from digit.data.images import save_png
-    from digit.reconstruction import reconstruction_sheet
+    from digit.core.images import save_png
+    from digit.pipeline.reconstruction import reconstruction_sheet
 
     pipe = load(model, device)
     files, pixels = read_pictures(images, pipe.image_size)

@@ -33,20 +33,28 @@ def card(
 
     Example:  digit card runs/model --results runs --license mit --data uoft-cs/cifar10
     """
-    from digit.card import with_facts
-    from digit.pipeline import DigitPipeline
+    from digit.pipeline.card import with_facts
+    from digit.pipeline.pipeline import DigitPipeline
 
     pipe = with_facts(DigitPipeline.from_folder(model), results or [], license, data or [])
     pipe.write_index(model)
-    typer.echo(f"{len(pipe.card.results)} measured numbers, licence {pipe.card.license or 'not stated'}: {model / 'README.md'}")
+    typer.echo(
+        f"{len(pipe.card.results)} measured numbers, licence {pipe.card.license or 'not stated'}: {model / 'README.md'}"
+    )
 
 
 def push(
     model: RequiredModel,
     repository: Annotated[str, typer.Argument(help="Where to: OWNER/NAME; made if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository readable by its owner alone.")] = False,
-    revision: Annotated[str | None, typer.Option(help="Branch to write to, made if it does not exist. Default: main.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Folder of the repository, for one that holds several models.")] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository readable by its owner alone.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to write to, made if it does not exist. Default: main.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Folder of the repository, for one that holds several models.")
+    ] = None,
     message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
 ) -> None:
@@ -54,7 +62,7 @@ def push(
 
     Example:  digit push runs/model somebody/cifar10-digit --private
     """
-    from digit.hub import push_folder, resolve_model
+    from digit.pipeline.hub import push_folder, resolve_model
 
     address = push_folder(
         resolve_model(model), repository, private, None, revision, variant=variant, message=message, create_pr=create_pr

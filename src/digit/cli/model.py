@@ -28,21 +28,25 @@ def assemble(
     name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,
     default: Annotated[
-        list[str] | None, typer.Option(help="A default of sampling, such as prior.cfg_scale=1.5 or ar.top_p=0.9; repeatable.")
+        list[str] | None,
+        typer.Option(help="A default of sampling, such as prior.cfg_scale=1.5 or ar.top_p=0.9; repeatable."),
     ] = None,
     default_decoder: Annotated[str | None, typer.Option(help="Kind of decoder used when none is asked for.")] = None,
-    dtype: Annotated[str, typer.Option(help="Numbers to store weights in: fp32, bf16, fp16; half of the size.")] = "fp32",
+    dtype: Annotated[
+        str, typer.Option(help="Numbers to store weights in: fp32, bf16, fp16; half of the size.")
+    ] = "fp32",
 ) -> None:
-    """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for caching tokens.
+    """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for
+    caching tokens.
 
     A training run's folder may be given for a part: its model/ is taken.
 
     Example:  digit assemble --encoder runs/encoder --codebook runs/codebook --vqgan runs/vqgan --out runs/tokenizers
     Example:  digit assemble --base runs/model --default prior.cfg_scale=1.5 --dtype fp16 --out small
     """
-    from digit.assembly import assemble as put_together
-    from digit.assembly import with_defaults
-    from digit.devices import pick_dtype
+    from digit.core.devices import pick_dtype
+    from digit.pipeline.assembly import assemble as put_together
+    from digit.pipeline.assembly import with_defaults
 
     names = None if class_names is None else [n.strip() for n in class_names.split(",")]
     pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name, names)
@@ -54,16 +58,21 @@ def assemble(
 
 def tour(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the models and pictures.")] = Path("runs/tour"),
-    data: Annotated[Path | None, typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Take raw photographs through every stage at a small preset: encoder, codebook, VQGAN, tokens, prior, decoders, pictures.
+    """Take raw photographs through every stage at a small preset: encoder, codebook, VQGAN, tokens, prior, decoders,
+    pictures.
 
     Leaves samples.png, reconstructions.png, loss.png, summary.json and the model. Takes about ten minutes on two cores.
     """
-    from digit.tour import run_tour
+    from digit.evaluation.studies.tour import run_tour
 
     summary = run_tour(out, data, seed)
     for name in ("samples.png", "reconstructions.png", "loss.png", "summary.json"):
         typer.echo(f"  {out / name}")
-    typer.echo(f"The tour took {summary['seconds'] / 60:.1f} minutes. Generate more: digit generate {out / 'model'} --out more")
+    typer.echo(
+        f"The tour took {summary['seconds'] / 60:.1f} minutes. Generate more: digit generate {out / 'model'} --out more"
+    )

@@ -15,15 +15,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders; everything below them is looked at.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Run folders; everything below them is looked at.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "digit report",
-    curves: Annotated[list[Path] | None, typer.Option(help="A folder with more reference curves; may be repeated.")] = None,
+    curves: Annotated[
+        list[Path] | None, typer.Option(help="A folder with more reference curves; may be repeated.")
+    ] = None,
     save_curve: Annotated[
         Path | None, typer.Option(help="Write the one training run under DIR as a reference curve here, and no page.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: results beside the paper's figures, loss curves, pictures, settings, hardware.
+    """Write one self-contained HTML page: results beside the paper's figures, loss curves, pictures, settings,
+    hardware.
 
     Example:  digit report runs --out report.html
     """

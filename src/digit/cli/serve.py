@@ -20,12 +20,15 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
     auth: Annotated[
-        str | None, typer.Option(envvar="DIGIT_AUTH", help="USER:PASSWORD that visitors must give. Default: nobody is asked.")
+        str | None,
+        typer.Option(envvar="DIGIT_AUTH", help="USER:PASSWORD that visitors must give. Default: nobody is asked."),
     ] = None,
     share: Annotated[
         bool, typer.Option("--share", help="Also get a public address, through Gradio's tunnel; needs --auth.")
     ] = False,
-    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told that the server is busy.")] = 64,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that may wait; more are told that the server is busy.")
+    ] = 64,
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures a request may ask for.")] = 16,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds a request may be worked on.")] = 120.0,
     max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded picture.")] = 10,
@@ -43,9 +46,9 @@ def serve(
       DIGIT_AUTH=me:secret digit serve cifar10 --host 0.0.0.0
     """
     from digit.cli.generate import load
-    from digit.config import from_dict
-    from digit.errors import DigitError
-    from digit.hub import resolve_model
+    from digit.core.config import from_dict
+    from digit.core.errors import DigitError
+    from digit.pipeline.hub import resolve_model
     from digit.web.limits import Limits
     from digit.web.server import LOCAL, make_app, open_atlas
     from digit.web.server import serve as run
@@ -70,7 +73,9 @@ def serve(
 
 def atlas(
     model: RequiredModel,
-    data: Annotated[str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")],
+    data: Annotated[
+        str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
+    ],
     split: Annotated[str, typer.Option(help="Split of the images.")] = "train",
     num: Annotated[
         int, typer.Option("--num", "-n", min=1, help="How many images to look through, spread over the set.")
@@ -78,17 +83,18 @@ def atlas(
     each: Annotated[int, typer.Option(min=1, help="Patches a cluster.")] = 8,
     device: Device = None,
 ) -> None:
-    """Find what each cluster looks like: the patches of real pictures nearest to its centroid. The page of digit serve shows them.
+    """Find what each cluster looks like: the patches of real pictures nearest to its centroid. The page of digit serve
+    shows them.
 
     Writes codebook/patches.safetensors into the model's folder.
 
     Example:  digit atlas runs/model --data data/cifar10
     """
     from digit.cli.generate import load
+    from digit.clustering.patches import FILE, build_atlas
+    from digit.core.progress import track
     from digit.evaluation.model_source import image_batches, open_images
-    from digit.hub import resolve_model
-    from digit.progress import track
-    from digit.tokenizers.atlas import FILE, build_atlas
+    from digit.pipeline.hub import resolve_model
 
     folder = resolve_model(model)
     tokenizer = load(str(folder), device).tokenizer

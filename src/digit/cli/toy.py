@@ -23,8 +23,8 @@ def pca_lda(
     seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
 ) -> None:
     """Draw two overlapping classes and their PCA and LDA projections, and the accuracy of each under growing noise."""
-    from digit.evaluation.toy import PLOT, ToyConfig
-    from digit.evaluation.toy import pca_lda as make_figure
+    from digit.evaluation.metrics.toy import PLOT, ToyConfig
+    from digit.evaluation.metrics.toy import pca_lda as make_figure
 
     result = make_figure(out, ToyConfig(samples=samples, repeats=repeats, seed=seed))
     typer.echo("noise      " + "".join(f"{level:7.2f}" for level in result.noise))

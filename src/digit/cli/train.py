@@ -14,7 +14,8 @@ from digit.cli.generate import Device
 Workers = Annotated[int, typer.Option(min=0, help="Threads that read and cut images.")]
 Split = Annotated[str, typer.Option(help="Which part of the dataset.")]
 Data = Annotated[
-    str, typer.Option("--data", help="A dataset: a folder made by digit data, a folder of images, tar shards, a Hub id.")
+    str,
+    typer.Option("--data", help="A dataset: a folder made by digit data, a folder of images, tar shards, a Hub id."),
 ]
 
 
@@ -58,7 +59,7 @@ class Crop(str, Enum):
 
 def _presets(begun: str) -> list[str]:
     """For the shell's completion."""
-    from digit.config import preset_names
+    from digit.core.config import preset_names
 
     return [name for name in preset_names() if name.startswith(begun)]
 
@@ -71,7 +72,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def fit_codebook(
-    encoder: Annotated[str, typer.Option("--encoder", help="A folder (a training run too), a checkpoint file, or a Hub id.")],
+    encoder: Annotated[
+        str, typer.Option("--encoder", help="A folder (a training run too), a checkpoint file, or a Hub id.")
+    ],
     data: Data,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Tokens in the vocabulary, K.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The codebook folder to write.")],
@@ -79,11 +82,17 @@ def fit_codebook(
     images: Annotated[int | None, typer.Option(min=1, help="Use this many random images; all if left out.")] = None,
     random_crops: Annotated[
         bool,
-        typer.Option("--random-crops", help="Cut images anywhere and mirror half of them, as the paper did; else the middle."),
+        typer.Option(
+            "--random-crops", help="Cut images anywhere and mirror half of them, as the paper did; else the middle."
+        ),
     ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Of k-means; the paper: 20.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of the choice of images and vectors, and of the first centroids.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; changes the result of mini-batches only.")] = 64,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Of the choice of images and vectors, and of the first centroids.")
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images at a time; changes the result of mini-batches only.")
+    ] = 64,
     backend: Annotated[
         Backend, typer.Option(help="faiss: on the CPU. torch: on the device, and on several with torchrun.")
     ] = Backend.faiss,
@@ -106,25 +115,28 @@ def fit_codebook(
 
     Example:  digit fit-codebook --encoder facebook/dinov2-with-registers-base --data data/photos -k 8192 --out codebook
 
-    On several GPUs:  torchrun --nproc_per_node 8 -m digit fit-codebook --backend torch --mode whole --encoder ... --out codebook
+    On several GPUs:  torchrun --nproc_per_node 8 -m digit fit-codebook --backend torch --mode whole --encoder ... --out
+        codebook
     """
     import numpy as np
 
-    from digit.assembly import part_folder
+    from digit.clustering.kmeans import fit_codebook as fit
+    from digit.core.devices import pick_device
+    from digit.core.errors import DigitError
+    from digit.core.transforms import Transform
     from digit.data.dataset import open_dataset
     from digit.data.sampling import Batches, OrderedSampler
-    from digit.data.transforms import Transform
-    from digit.devices import pick_device
     from digit.encoders import load_encoder
-    from digit.errors import DigitError
-    from digit.tokenizers.kmeans import fit_codebook as fit
+    from digit.pipeline.assembly import part_folder
 
     where = pick_device(device)
     dataset = open_dataset(data, split)
     if images is not None and images < len(dataset):
         dataset = dataset.subset(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:images]))
     network: Any = load_encoder(part_folder(encoder) if Path(encoder, "model").is_dir() else encoder)
-    transform = Transform(size=network.preprocessing.image_size, crop="random" if random_crops else "center", flip=random_crops)
+    transform = Transform(
+        size=network.preprocessing.image_size, crop="random" if random_crops else "center", flip=random_crops
+    )
     facts = {"data": {"name": dataset.name, "split": split, "images": len(dataset), "fingerprint": dataset.fingerprint}}
     common: dict[str, Any] = {"seed": seed, "iterations": iterations, "total": len(dataset), "provenance": facts}
     if backend is Backend.faiss:
@@ -133,7 +145,7 @@ def fit_codebook(
         batches = Batches(dataset, OrderedSampler(len(dataset), batch_size), transform, seed=seed, workers=workers)
         codebook = fit(network, batches, clusters, device=where, **common)
     else:
-        from digit.tokenizers import kmeans_torch, streams
+        from digit.clustering import kmeans_torch, streams
 
         with streams.process_group(where) as (rank, world, place):
 
@@ -164,7 +176,9 @@ def cache_tokens(
     crop: Annotated[Crop, typer.Option(help="random: anywhere. random-resized: of varying size too.")] = Crop.random,
     seed: Annotated[int, typer.Option(min=0, help="Of the random cuts.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images a shard; a shard is written whole or not at all.")] = 8192,
+    shard_size: Annotated[
+        int, typer.Option(min=1, help="Images a shard; a shard is written whole or not at all.")
+    ] = 8192,
     workers: Workers = 2,
     device: Device = None,
 ) -> None:
@@ -194,15 +208,23 @@ def cache_tokens(
     if cache is None:
         typer.echo(f"This process has made its shards; others are still at work: {out}")
     else:
-        kinds = ", ".join(f"{space.length} {kind} tokens of {space.vocab_size:,}" for kind, space in cache.spaces.items())
+        kinds = ", ".join(
+            f"{space.length} {kind} tokens of {space.vocab_size:,}" for kind, space in cache.spaces.items()
+        )
         typer.echo(f"{len(cache):,} images in {len(cache.views)} views ({', '.join(cache.views)}), each {kinds}: {out}")
 
 
 def train(
     component: Annotated[Component, typer.Argument(help="What to train.")],
-    preset: Annotated[str, typer.Option("--preset", "-p", autocompletion=_presets, help="Name of a preset, or a YAML file.")],
-    data: Annotated[str, typer.Option("--data", help="Encoder, VQGAN, one-pass decoder: a dataset. Others: a token cache.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The run's folder: config, checkpoints, metrics, and the model.")],
+    preset: Annotated[
+        str, typer.Option("--preset", "-p", autocompletion=_presets, help="Name of a preset, or a YAML file.")
+    ],
+    data: Annotated[
+        str, typer.Option("--data", help="Encoder, VQGAN, one-pass decoder: a dataset. Others: a token cache.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The run's folder: config, checkpoints, metrics, and the model.")
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a field of the preset, such as training.steps=1000; may be repeated."),
@@ -223,25 +245,30 @@ def train(
         ),
     ] = None,
     lora: Annotated[
-        int, typer.Option(min=0, help="With --from, train changes of this rank instead of the weights (LoRA); 0 is off.")
+        int,
+        typer.Option(min=0, help="With --from, train changes of this rank instead of the weights (LoRA); 0 is off."),
     ] = 0,
     workers: Annotated[int | None, typer.Option(min=0, help="Data loading threads; default: the preset's.")] = None,
     device: Device = None,
 ) -> None:
-    """Train a part of the pipeline. Ctrl-C or SIGTERM saves a checkpoint; the same command with --resume then goes on exactly.
+    """Train a part of the pipeline. Ctrl-C or SIGTERM saves a checkpoint; the same command with --resume then goes on
+    exactly.
 
     Example:  digit train prior --preset cifar10-tiny-prior --data runs/tokens --out runs/prior
 
-    Example:  digit train decoder --preset cifar10-tiny-masked --set training.steps=2000 --data runs/tokens --out runs/decoder
+    Example:  digit train decoder --preset cifar10-tiny-masked --set training.steps=2000 --data runs/tokens --out
+        runs/decoder
 
-    Example:  digit train decoder --preset cifar10-onepass --data data/cifar10 --model runs/tokenizers --out runs/onepass
+    Example:  digit train decoder --preset cifar10-onepass --data data/cifar10 --model runs/tokenizers --out
+        runs/onepass
 
-    Example:  digit train prior --from runs/prior --preset cifar10-tiny-prior-cond --data my-tokens --lora 8 --out runs/mine
+    Example:  digit train prior --from runs/prior --preset cifar10-tiny-prior-cond --data my-tokens --lora 8 --out
+        runs/mine
 
     On several GPUs:  accelerate launch --num_processes 8 -m digit train prior --preset ... --data ... --out ...
     """
-    from digit.config import load_preset
-    from digit.errors import DigitError
+    from digit.core.config import load_preset
+    from digit.core.errors import DigitError
     from digit.training.build import build_task
     from digit.training.finetune import FineTune
     from digit.training.loop import Interrupted
@@ -253,7 +280,7 @@ def train(
     origin = None if start is None else FineTune(source=start, freeze=tuple(freeze or ()), lora=lora)
     parts = vqgan = None
     if model is not None:
-        from digit.pipeline import DigitPipeline
+        from digit.pipeline.pipeline import DigitPipeline
 
         parts = DigitPipeline.from_pretrained(model)
         vqgan = parts.vqgan

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from digit.convert.stream import Component
-from digit.errors import DigitError
-from digit.tokenizers.codebook import CodebookConfig
+from digit.core.errors import DigitError
+from digit.models.codebook import CodebookConfig
 
 
 def read_centroids(path: str | Path) -> Tensor:
@@ -24,13 +24,19 @@ def read_centroids(path: str | Path) -> Tensor:
         raise DigitError(f"There is no codebook file {path}.")
     with open(path, "rb") as handle:
         if handle.read(6) != b"\x93NUMPY":
-            raise DigitError(f"{path} is not a NumPy array (.npy); a codebook of k-means centroids (K, D) was expected.")
+            raise DigitError(
+                f"{path} is not a NumPy array (.npy); a codebook of k-means centroids (K, D) was expected."
+            )
     try:
         values = np.load(path, allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
-        raise DigitError(f"{path} cannot be read as a codebook: it is truncated or holds Python objects ({error}).") from error
+        raise DigitError(
+            f"{path} cannot be read as a codebook: it is truncated or holds Python objects ({error})."
+        ) from error
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
-        raise DigitError(f"{path} holds {values.dtype} of shape {values.shape}; expected centroids (K, D) in floating point.")
+        raise DigitError(
+            f"{path} holds {values.dtype} of shape {values.shape}; expected centroids (K, D) in floating point."
+        )
     return torch.from_numpy(values.astype(np.float32))
 
 

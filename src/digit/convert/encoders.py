@@ -30,10 +30,10 @@ from torch import Tensor
 from digit.convert.keys import Keys
 from digit.convert.stream import Component, Parts
 from digit.convert.torchfile import read_torch_file
+from digit.core.errors import DigitError
+from digit.core.files import sha256_of
 from digit.encoders.base import Preprocessing
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
-from digit.errors import DigitError
-from digit.files import sha256_of
 
 FAMILY_NAMES = ("dinov2", "dino", "ibot", "mae", "mocov3")
 _ANCHOR = "patch_embed.proj.weight"
@@ -135,8 +135,8 @@ def encoder_component(
     """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out.
 
     Args:
-        keys: the backbone's tensors: of :func:`encoder_keys`, or ``keys.under("pretrained_encoder.")`` of a checkpoint. The caller
-            calls their ``check()``.
+        keys: the backbone's tensors: of :func:`encoder_keys`, or ``keys.under("pretrained_encoder.")`` of a checkpoint.
+            The caller calls their ``check()``.
         heads: attention heads; None takes width / 64, as every published DINOv2 has.
         provenance: kept with the encoder.
         layer: which block's output, from the end.
@@ -195,7 +195,9 @@ def _backbone(state: Any, where: str) -> tuple[Keys, str]:
     prefixes = [name.removesuffix(_ANCHOR) for name in inner if isinstance(name, str) and name.endswith(_ANCHOR)]
     if not prefixes:
         held = ", ".join(map(str, list(inner)[:5])) or "nothing"
-        raise DigitError(f"{where} has no vision transformer: no tensor is named '...{_ANCHOR}' (it holds {held}, ...).")
+        raise DigitError(
+            f"{where} has no vision transformer: no tensor is named '...{_ANCHOR}' (it holds {held}, ...)."
+        )
     # MoCo v3's own evaluation reads the base encoder, not its moving average
     prefix = min(prefixes, key=lambda name: ("base_encoder" not in name, len(name)))
     tensors = {
@@ -220,7 +222,9 @@ def _convert(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any]
     """Config, tensors by their names on the hub, and facts. What does not fit is noted in ``keys``."""
     dinov2 = "blocks.0.ls1.gamma" in keys  # among these families, LayerScale is DINOv2's alone
     if dinov2 != (family == "dinov2"):
-        raise DigitError(f"{keys.where}: as family '{family}' it should {'not ' * dinov2}have LayerScale (blocks.0.ls1.gamma).")
+        raise DigitError(
+            f"{keys.where}: as family '{family}' it should {'not ' * dinov2}have LayerScale (blocks.0.ls1.gamma)."
+        )
     dim, _, patch, _ = keys.shape(_ANCHOR)
     swiglu = "blocks.0.mlp.w3.weight" in keys
     hidden = keys.shape("blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight")[1]
@@ -254,7 +258,9 @@ def _convert(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any]
     if registers:
         parts["embeddings.register_tokens"] = [keys.take("register_tokens", 1, registers, dim)]
     if dinov2:  # only pre-training uses it; some files leave it out
-        parts["embeddings.mask_token"] = [keys.take("mask_token", 1, dim) if "mask_token" in keys else torch.zeros(1, dim)]
+        parts["embeddings.mask_token"] = [
+            keys.take("mask_token", 1, dim) if "mask_token" in keys else torch.zeros(1, dim)
+        ]
     for index in range(depth):
         block = _block(keys.under(f"blocks.{index}."), dim, hidden, dinov2, swiglu, bias)
         parts |= {f"encoder.layer.{index}.{name}": [value] for name, value in block.items()}

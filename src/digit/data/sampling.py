@@ -1,6 +1,7 @@
 """Which images a training step sees, as a pure function of the seed and the step.
 
-Neither the number of processes, nor that of worker threads, nor where a run was interrupted changes it: the global batch of
+Neither the number of processes, nor that of worker threads, nor where a run was interrupted changes it: the global
+    batch of
 step t is always the same set of images, each augmented in the same way.
 """
 
@@ -18,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from digit.core.errors import DigitError
+from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
-from digit.data.transforms import Transform, build_transform
-from digit.errors import DigitError
 
 Positions = NDArray[np.int64]
 
@@ -61,7 +62,9 @@ class StepSampler:
                 f"A sampler needs at least one image and a batch size of at least 1, not {length} and {batch_size}."
             )
         if batch_size % world_size or not 0 <= rank < world_size:
-            raise DigitError(f"A batch of {batch_size} cannot be shared by {world_size} processes equally; choose a multiple.")
+            raise DigitError(
+                f"A batch of {batch_size} cannot be shared by {world_size} processes equally; choose a multiple."
+            )
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self._share = batch_size // world_size
         self._first = rank * self._share
@@ -108,8 +111,8 @@ class OrderedSampler:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator that augments image ``index`` in pass ``epoch``: streams of a counter-based generator (Philox4x64), one
-    for each triple, so that it does not matter who draws when.
+    """The generator that augments image ``index`` in pass ``epoch``: streams of a counter-based generator (Philox4x64),
+    one for each triple, so that it does not matter who draws when.
 
     Args:
         seed: of the run, 0 or more.

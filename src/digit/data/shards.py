@@ -1,9 +1,9 @@
 """Tar shards in the WebDataset convention, with an index that makes every image one read away.
 
 A shard is a plain tar file; a sample is a run of members with one key, the name up to the first dot of its last part:
-``KEY.png`` or ``KEY.jpg``, and ``KEY.cls`` (the class id as text) or ``KEY.json`` (with a field ``label``). The index holds
-where each image lies, so shards can be streamed in order or read at random. Names in archives are keys; they are never
-used as paths.
+``KEY.png`` or ``KEY.jpg``, and ``KEY.cls`` (the class id as text) or ``KEY.json`` (with a field ``label``). The index
+holds where each image lies, so shards can be streamed in order or read at random. Names in archives are keys; they are
+never used as paths.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from digit.data.images import EXTENSIONS
-from digit.errors import DigitError
-from digit.files import write_file
-from digit.progress import track
+from digit.core.errors import DigitError
+from digit.core.files import write_file
+from digit.core.images import EXTENSIONS
+from digit.core.progress import track
 
 BLOCK = 512  # tar pads everything to this
 _MOST_LABEL_BYTES = 1 << 20
@@ -69,7 +69,9 @@ class ShardIndex:
         return self.key_text[start : int(self.key_end[i])].tobytes().decode("utf-8", "replace")
 
     def fingerprint(self) -> str:
-        """SHA-256 over the keys, labels, lengths and digests in order: the same images in other shards give the same."""
+        """SHA-256 over the keys, labels, lengths and digests in order: the same images in other shards give the
+        same.
+        """
         digest = hashlib.sha256()
         for array in (self.key_text, self.key_end, self.label, self.length, self.digest):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -155,8 +157,8 @@ def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
 
 
 def read_span(path: str | Path, offset: int, length: int) -> bytes:
-    """Read ``length`` bytes at ``offset``. The file is opened for each read, which costs microseconds and is safe in threads
-    and in forked processes.
+    """Read ``length`` bytes at ``offset``. The file is opened for each read, which costs microseconds and is safe in
+    threads and in forked processes.
 
     Raises:
         DigitError: the shard is missing or shorter than that.
@@ -197,7 +199,9 @@ def scan_shard(path: Path) -> Iterator[Span]:
                     yield span
             # tarfile takes a file that stops between two members for a whole one
             if tar.offset + 2 * BLOCK > path.stat().st_size:
-                raise DigitError(f"The shard {path} is truncated: the end mark of a tar file is missing. Copy it again.")
+                raise DigitError(
+                    f"The shard {path} is truncated: the end mark of a tar file is missing. Copy it again."
+                )
     except FileNotFoundError as error:
         raise DigitError(f"There is no shard {path}.") from error
     except tarfile.TarError as error:

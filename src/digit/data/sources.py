@@ -1,4 +1,6 @@
-"""Where images come from: indexed tar shards, a folder, a Hub dataset. Each gives the bytes, the label and the key of image i."""
+"""Where images come from: indexed tar shards, a folder, a Hub dataset. Each gives the bytes, the label and the key of
+image i.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from digit.data.images import EXTENSIONS
+from digit.core.errors import DigitError, require
+from digit.core.images import EXTENSIONS
 from digit.data.shards import NO_LABEL, ShardIndex, read_span, scan_shards, short_digest
-from digit.errors import DigitError, require
 
 logger = logging.getLogger(__name__)
 SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test"})
@@ -53,7 +55,9 @@ class ShardSource:
             if Path(name).name != name or not path.is_file():
                 raise DigitError(f"The shard {path} is missing.")
             if path.stat().st_size != size:
-                raise DigitError(f"The shard {path} has {path.stat().st_size:,} bytes, its index says {size:,}; copy it again.")
+                raise DigitError(
+                    f"The shard {path} has {path.stat().st_size:,} bytes, its index says {size:,}; copy it again."
+                )
 
     def __len__(self) -> int:
         return len(self.index)
@@ -216,8 +220,8 @@ class Survey(NamedTuple):
 def survey_folder(folder: Path, images_only: bool) -> Survey:
     """List a folder's files with their classes.
 
-    The first folder of a path is its class. If the folders at the top are all called train, val, valid, validation or test,
-    they are splits, and the classes are one level down.
+    The first folder of a path is its class. If the folders at the top are all called train, val, valid, validation or
+    test, they are splits, and the classes are one level down.
     """
     files, others = list_folder(folder)
     if images_only:
@@ -244,10 +248,15 @@ def open_folder(folder: Path, split: str) -> tuple[FolderSource, tuple[str, ...]
     if not survey.files:
         raise DigitError(f"There is no image in the folder {folder}; it has {len(survey.others)} other files.")
     if split not in survey.splits:
-        raise DigitError(f"The folder {folder} has no split '{split}'; it has: {', '.join(sorted(set(survey.splits)))}.")
+        raise DigitError(
+            f"The folder {folder} has no split '{split}'; it has: {', '.join(sorted(set(survey.splits)))}."
+        )
     if survey.others:
         logger.warning(
-            "%d files in %s do not end like images and are left out: %s", len(survey.others), folder, _some(survey.others)
+            "%d files in %s do not end like images and are left out: %s",
+            len(survey.others),
+            folder,
+            _some(survey.others),
         )
     chosen = np.flatnonzero(np.array(survey.splits) == split)
     return FolderSource(folder, [survey.files[i] for i in chosen], survey.labels[chosen]), survey.classes
@@ -267,7 +276,9 @@ def open_tars(paths: Sequence[Path], cache: Path) -> ShardSource:
             return ShardSource(folder, ShardIndex.load(known))
     index = scan_shards(paths)
     if not len(index):
-        raise DigitError(f"There is no image in {_some([str(path) for path in paths])}; it is not a WebDataset of images.")
+        raise DigitError(
+            f"There is no image in {_some([str(path) for path in paths])}; it is not a WebDataset of images."
+        )
     try:
         index.save(beside)
     except DigitError:  # read-only, or full: the index is small, and the home folder may do

@@ -1,10 +1,12 @@
 """The token cache: encoder and VQGAN run once over a dataset, and training then reads integers only.
 
-A cache is a folder of ``index.json`` (source, views, vocabularies, checksum of the models) and shards ``shard-00000/`` of plain
-``.npy`` arrays, memory-mapped when read: ``semantic`` (n, views, N) and ``vq`` (n, views, M), uint16 where the vocabulary fits and
-uint32 else, and ``labels`` (n,) int64. A shard appears whole or not at all, so building one again goes on where it stopped.
+A cache is a folder of ``index.json`` (source, views, vocabularies, checksum of the models) and shards ``shard-00000/``
+of plain ``.npy`` arrays, memory-mapped when read: ``semantic`` (n, views, N) and ``vq`` (n, views, M), uint16 where the
+vocabulary fits and uint32 else, and ``labels`` (n,) int64. A shard appears whole or not at all, so building one again
+goes on where it stopped.
 
-A *view* is a way to cut an image: the centre, its mirror image, and random crops. Crop v of image i is drawn from (seed, v, i) alone.
+A *view* is a way to cut an image: the centre, its mirror image, and random crops. Crop v of image i is drawn from
+(seed, v, i) alone.
 """
 
 from __future__ import annotations
@@ -26,15 +28,15 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from torch import Tensor
 
-from digit.config import config, to_dict
+from digit.core.config import config, to_dict
+from digit.core.errors import DigitError
+from digit.core.files import read_json, sha256_of, write_file, write_folder, write_json
+from digit.core.images import to_tensor
+from digit.core.progress import bar
+from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
-from digit.data.images import to_tensor
 from digit.data.sampling import sample_rng
-from digit.data.transforms import Transform, build_transform
-from digit.errors import DigitError
-from digit.files import read_json, sha256_of, write_file, write_folder, write_json
-from digit.pipeline import DigitPipeline
-from digit.progress import bar
+from digit.pipeline.pipeline import DigitPipeline
 
 FORMAT = "digit-token-cache"
 VERSION = 1
@@ -167,7 +169,9 @@ class TokenCache:
         """
         if kind not in self.spaces:
             missing = "an encoder and a codebook" if kind == "semantic" else "a VQGAN"
-            raise DigitError(f"The cache {self.folder} holds no {kind} tokens; build one with a model that has {missing}.")
+            raise DigitError(
+                f"The cache {self.folder} holds no {kind} tokens; build one with a model that has {missing}."
+            )
         return self.spaces[kind]
 
     def verify(self) -> None:
@@ -236,7 +240,8 @@ def build_token_cache(
     """Tokenize every view of every image of a dataset; go on if ``out`` holds a part of the same cache.
 
     Args:
-        model: with encoder and codebook, a VQGAN, or all; it decides which kinds of tokens are made, and runs where it is.
+        model: with encoder and codebook, a VQGAN, or all; it decides which kinds of tokens are made, and runs where it
+            is.
         dataset: the images.
         out: the cache's folder.
         views: which cuts of an image.
@@ -310,8 +315,15 @@ def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
         write_json(out / "index.json", info)
     saved = read_json(out / "index.json")
     info = json.loads(json.dumps(info))
-    names = {"models": "another model", "tokens": "another model", "image_size": "another model", "views": "other views"}
-    differing = {names.get(key, "another dataset") for key in info if key != "shard_size" and saved.get(key) != info[key]}
+    names = {
+        "models": "another model",
+        "tokens": "another model",
+        "image_size": "another model",
+        "views": "other views",
+    }
+    differing = {
+        names.get(key, "another dataset") for key in info if key != "shard_size" and saved.get(key) != info[key]
+    }
     if not differing and saved.get("shard_size") != info["shard_size"]:
         differing = {"another shard size"}
     if differing:

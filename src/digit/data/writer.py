@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from digit.core.errors import DigitError
+from digit.core.files import write_folder, write_json
 from digit.data.dataset import FORMAT, VERSION, read_description
 from digit.data.shards import BLOCK, NO_LABEL, IndexBuilder, Span, short_digest, tar_member
-from digit.errors import DigitError
-from digit.files import write_folder, write_json
 
 SHARD_BYTES = 256 << 20
 """A shard is closed when it has grown to this."""
@@ -25,7 +25,9 @@ class DatasetWriter:
         self.splits: dict[str, _Split] = {}
         self._sizes: set[tuple[int, int]] = set()
 
-    def add(self, split: str, key: str, data: bytes, extension: str, size: tuple[int, int], label: int = NO_LABEL) -> None:
+    def add(
+        self, split: str, key: str, data: bytes, extension: str, size: tuple[int, int], label: int = NO_LABEL
+    ) -> None:
         """Append an image.
 
         Args:
@@ -66,7 +68,9 @@ class _Split:
         self._end_shard()
         index = self._builder.build()
         index.save(self._folder / f"{self._name}.index.npz")
-        shards = [{"name": name, "bytes": size} for name, size in zip(self._builder.shards, self._builder.sizes, strict=True)]
+        shards = [
+            {"name": name, "bytes": size} for name, size in zip(self._builder.shards, self._builder.sizes, strict=True)
+        ]
         return {"count": len(index), "checksum": index.fingerprint(), "shards": shards}
 
     def _shard_name(self) -> str:
@@ -86,7 +90,9 @@ class _Split:
 
 
 @contextmanager
-def write_dataset(path: str | Path, name: str, classes: Sequence[str], source: str, licence: str) -> Iterator[DatasetWriter]:
+def write_dataset(
+    path: str | Path, name: str, classes: Sequence[str], source: str, licence: str
+) -> Iterator[DatasetWriter]:
     """Create a dataset folder; it appears when the block ends without an error, and else not at all.
 
     An older dataset at ``path`` is replaced.
@@ -129,7 +135,9 @@ def write_dataset(path: str | Path, name: str, classes: Sequence[str], source: s
 
 
 def refuse_to_replace(path: Path) -> None:
-    """Raise DigitError if something that is not a dataset stands at ``path``, so that nobody's folder is ever replaced."""
+    """Raise DigitError if something that is not a dataset stands at ``path``, so that nobody's folder is ever
+    replaced.
+    """
     if path.is_dir() and any(path.iterdir()):
         if not (path / "dataset.json").is_file():
             raise DigitError(f"The folder {path} exists and is not a dataset; choose another --out or empty it first.")

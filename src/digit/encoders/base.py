@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.config import config
+from digit.core.config import config
 from digit.models.transformer import PositiveInt
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -19,7 +19,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @config
 class Preprocessing:
-    """From pictures in 0..1 to what the network sees. It is saved with the encoder, so fitting and tokenizing cannot differ.
+    """From pictures in 0..1 to what the network sees. It is saved with the encoder, so fitting and tokenizing cannot
+    differ.
 
     The order is that of the authors' code: normalise first, then resize (DAMO-NLP-SG/DiGIT at cd6d8ca, model.py).
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config
+from digit.core.config import config
+from digit.core.errors import DigitError
 from digit.encoders.base import Preprocessing
 from digit.encoders.transformers_encoder import check_images
-from digit.errors import DigitError
 from digit.models.component import load_component, save_component
 from digit.models.transformer import PositiveInt
 
@@ -57,7 +57,9 @@ class _Block(nn.Module):
         self.norm1, self.norm2 = _norm(width_in, norm), _norm(width, norm)
         self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.shortcut = nn.Conv2d(width_in, width, 1, stride=stride, bias=False) if width_in != width or stride > 1 else None
+        self.shortcut = (
+            nn.Conv2d(width_in, width, 1, stride=stride, bias=False) if width_in != width or stride > 1 else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width_in, H, W) to (B, width, H / stride, W / stride)."""
@@ -94,8 +96,9 @@ class ConvEncoder(nn.Module):
         self.norm = nn.LayerNorm(before)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, H, W) of any side that the factor divides, to features (B, H / factor * W / factor, D)."""
-        # channels last is the layout in which CPU and GPU convolve fastest
+        """Normalised pixels (B, 3, H, W) of any side that the factor divides, to features (B, H / factor * W / factor,
+        D).
+        """  # channels last is the layout in which CPU and GPU convolve fastest
         x: Tensor = self.blocks(self.stem(pixels.contiguous(memory_format=torch.channels_last)))  # (B, D, h, w)
         out: Tensor = self.norm(x.flatten(2).transpose(1, 2))  # (B, h * w, D)
         return out

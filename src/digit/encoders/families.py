@@ -1,7 +1,8 @@
-"""The networks of `transformers` that serve as encoders: one row of facts a family, and how such a network is built and filled.
+"""The networks of `transformers` that serve as encoders: one row of facts a family, and how such a network is built and
+filled.
 
-Files are written and read through `transformers`' own save and load, so tensors on disk carry the names that the public hub
-uses, whatever names the installed version gives them in memory.
+Files are written and read through `transformers`' own save and load, so tensors on disk carry the names that the public
+hub uses, whatever names the installed version gives them in memory.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from digit.core.errors import DigitError, require
 from digit.encoders.base import IMAGENET_MEAN, IMAGENET_STD
-from digit.errors import DigitError, require
 
 
 @dataclass(frozen=True)
@@ -116,12 +117,14 @@ def build_network(family: Family, config: Any) -> nn.Module:
 
 
 def load_network(family: Family, config: Any, source: Path | Mapping[str, Tensor], where: str) -> nn.Module:
-    """A network with weights, in float32. Tensors of blocks that the config leaves out, of heads and poolers are not read.
+    """A network with weights, in float32. Tensors of blocks that the config leaves out, of heads and poolers are not
+    read.
 
     Args:
         family: its facts.
         config: from :func:`network_config`.
-        source: a folder with ``model.safetensors`` (or what else transformers reads), or tensors by their names on the hub.
+        source: a folder with ``model.safetensors`` (or what else transformers reads), or tensors by their names on the
+            hub.
         where: what is being read, for the message.
 
     Raises:

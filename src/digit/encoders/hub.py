@@ -1,4 +1,6 @@
-"""A repository of the public hub as a local folder: the cache first, then the hub, and at once a sentence if it is out of reach."""
+"""A repository of the public hub as a local folder: the cache first, then the hub, and at once a sentence if it is out
+of reach.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,14 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 
 
 def looks_like_repository(name: str) -> bool:
     """Whether this could be a hub id, ``owner/name``, rather than a path."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not name.endswith((".pth", ".pt", ".safetensors"))
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not name.endswith(
+        (".pth", ".pt", ".safetensors")
+    )
 
 
 def repository_folder(name: str, weights: str = "*.safetensors", fallback: str | None = None) -> Path:
@@ -37,10 +41,14 @@ def repository_folder(name: str, weights: str = "*.safetensors", fallback: str |
         return cached
     tried = f"'{name}': there is no such local folder, and it is not in the cache ({constants.HF_HUB_CACHE})"
     if offline():
-        raise DigitError(f"{tried}; the hub was not asked because HF_HUB_OFFLINE is set. Download it, or give a local folder.")
+        raise DigitError(
+            f"{tried}; the hub was not asked because HF_HUB_OFFLINE is set. Download it, or give a local folder."
+        )
     reason = unreachable()
     if reason:
-        raise DigitError(f"{tried}; the hub ({constants.ENDPOINT}) is out of reach: {reason}. Give a local folder instead.")
+        raise DigitError(
+            f"{tried}; the hub ({constants.ENDPOINT}) is out of reach: {reason}. Give a local folder instead."
+        )
     for pattern in patterns:
         folder = _snapshot(name, ["*.json", pattern], local=False)
         if folder is not None and _holds(folder, [pattern]):
@@ -50,7 +58,9 @@ def repository_folder(name: str, weights: str = "*.safetensors", fallback: str |
 
 def _snapshot(name: str, patterns: Sequence[str], local: bool) -> Path | None:
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(patterns) or None, local_files_only=local))
+        return Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=list(patterns) or None, local_files_only=local)
+        )
     except (errors.LocalEntryNotFoundError, errors.RepositoryNotFoundError, errors.GatedRepoError):
         return None
     except errors.HfHubHTTPError as error:

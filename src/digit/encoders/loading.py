@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from digit.core.errors import DigitError
+from digit.core.files import read_json
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, plain_config
 from digit.encoders.hub import looks_like_repository, repository_folder
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
-from digit.errors import DigitError
-from digit.files import read_json
 
 Positions = Literal["hub", "dinov2-offset"]
 
@@ -30,13 +30,13 @@ def load_encoder(
 ) -> TransformersEncoder | ConvEncoder:
     """Load a frozen encoder, in float32 and eval mode.
 
-    A foreign network takes the paper's choices where nothing is said: ``layer=-3`` with the final norm, images of 256 seen at
-    224. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above ``image_size``.
-    One of our own folders keeps what it was saved with.
+    A foreign network takes the paper's choices where nothing is said: ``layer=-3`` with the final norm, images of 256
+    seen at 224. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above
+    ``image_size``. One of our own folders keeps what it was saved with.
 
     Args:
-        source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT, MAE,
-            MoCo v3), or a hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
+        source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
+            MAE, MoCo v3), or a hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
         layer, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
         image_size, resize: see :class:`~digit.encoders.base.Preprocessing`.
         family: of an original checkpoint file, where its tensors do not tell; see :mod:`digit.convert.encoders`.
@@ -57,7 +57,9 @@ def load_encoder(
         return TransformersEncoder.from_weights(config, tensors, str(path), {"source": path.name, **facts.provenance})
     if not path.is_dir():
         if not looks_like_repository(str(source)):
-            raise DigitError(f"There is no encoder '{source}': no such file or folder, and it is not a hub id (owner/name).")
+            raise DigitError(
+                f"There is no encoder '{source}': no such file or folder, and it is not a hub id (owner/name)."
+            )
         path = repository_folder(str(source), fallback="pytorch_model*.bin")
     return _load_folder(path, str(source), options, image_size, resize)
 
@@ -71,14 +73,18 @@ def _load_folder(
     kind = values.get("type")
     if kind == "ConvEncoder":
         if options or resize or image_size:
-            raise DigitError(f"{name} is a convolutional encoder: its layer and sizes are fixed; leave those options out.")
+            raise DigitError(
+                f"{name} is a convolutional encoder: its layer and sizes are fixed; leave those options out."
+            )
         return ConvEncoder.from_pretrained(folder)
     if kind == "TransformersEncoder":
         if image_size or resize:
             options["preprocessing"] = _resized(values["config"], image_size, resize)
         return TransformersEncoder.from_pretrained(folder, **options)
     if "model_type" not in values:
-        raise DigitError(f"{folder / 'config.json'} describes no encoder: it has neither our 'type' nor a 'model_type'.")
+        raise DigitError(
+            f"{folder / 'config.json'} describes no encoder: it has neither our 'type' nor a 'model_type'."
+        )
     config = _foreign_config(plain_config(values, name), folder, image_size, resize, options)
     return TransformersEncoder.from_weights(config, folder, name, {"source": name})
 
@@ -114,7 +120,9 @@ def _tiled(size: int, hf_config: dict[str, Any]) -> int:
     return int(size // patch * patch)
 
 
-def small_vit(image_size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3) -> TransformersEncoder:
+def small_vit(
+    image_size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3
+) -> TransformersEncoder:
     """A DINOv2 network of random weights for small images, with all its blocks and ready to train.
 
     Args:
@@ -130,7 +138,9 @@ def small_vit(image_size: int = 32, patch: int = 4, dim: int = 192, depth: int =
         "image_size": image_size,
         "patch_size": patch,
     }
-    return TransformersEncoder(EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=Preprocessing(image_size=image_size)))
+    return TransformersEncoder(
+        EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=Preprocessing(image_size=image_size))
+    )
 
 
 def small_conv(

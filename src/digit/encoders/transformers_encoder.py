@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.config import config, to_dict
+from digit.core.config import config, to_dict
+from digit.core.errors import DigitError
+from digit.core.files import write_folder, write_json
 from digit.encoders.base import Preprocessing
 from digit.encoders.families import (
     FAMILIES,
@@ -23,8 +25,6 @@ from digit.encoders.families import (
     network_config,
     quiet_transformers,
 )
-from digit.errors import DigitError
-from digit.files import write_folder, write_json
 from digit.models.component import read_component_config
 
 
@@ -60,7 +60,9 @@ class EncoderConfig:
         """
         depth = network_config(self.hf_config).num_hidden_layers
         if not -depth <= self.layer <= -1:
-            raise DigitError(f"layer={self.layer} was given; this network has {depth} blocks: -{depth} (first) to -1 (last).")
+            raise DigitError(
+                f"layer={self.layer} was given; this network has {depth} blocks: -{depth} (first) to -1 (last)."
+            )
         return network_config(self.hf_config, blocks=depth + self.layer + 1)
 
 
@@ -103,7 +105,8 @@ class TransformersEncoder(nn.Module):
             embeddings.interpolate_pos_encoding = functools.partial(offset_positions, embeddings)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in 0..1 to features (B, N, dim), row by row; S is the preprocessing's size in, or the size seen.
+        """Images (B, 3, S, S) in 0..1 to features (B, N, dim), row by row; S is the preprocessing's size in, or the
+        size seen.
 
         Raises:
             DigitError: images of another shape.
@@ -139,8 +142,8 @@ class TransformersEncoder(nn.Module):
 
         Args:
             folder: where it is.
-            changes: fields of :class:`EncoderConfig` to replace. An earlier layer than the saved one is always possible;
-                a later one only if the folder has its blocks.
+            changes: fields of :class:`EncoderConfig` to replace. An earlier layer than the saved one is always
+                possible; a later one only if the folder has its blocks.
 
         Raises:
             DigitError: files are missing or damaged, or do not fit; the message names them.
@@ -185,7 +188,8 @@ def check_images(images: Tensor, preprocessing: Preprocessing) -> None:
 def offset_positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Tensor:
     """Positions (1, 1 + N, D) for another grid, stretched by (side + 0.1) / table side: bicubic, no antialiasing.
 
-    The 0.1 shifts every sample by a little, so this differs from a resize to the same grid. Source: DINOv2's first published
+    The 0.1 shifts every sample by a little, so this differs from a resize to the same grid. Source: DINOv2's first
+        published
     code, which the authors' vits.py keeps (DAMO-NLP-SG/DiGIT at cd6d8ca).
 
     Args:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digit.core.errors import DigitError
+from digit.core.images import to_uint8
+from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset, open_dataset
-from digit.data.images import to_uint8
 from digit.data.sampling import Batch, Batches, OrderedSampler
-from digit.data.transforms import Transform
-from digit.errors import DigitError
-from digit.pipeline import DigitPipeline, Tokens
+from digit.pipeline.pipeline import DigitPipeline, Tokens
 from digit.sampling.engine import check_request, sample
 
 _LABELS_SHOWN = 100
@@ -38,7 +38,9 @@ def open_images(path: str | Path, split: str = "train", num: int | None = None) 
     return dataset.subset(np.arange(num) * len(dataset) // num)
 
 
-def image_batches(dataset: ImageDataset, size: int, batch_size: int, dtype: torch.dtype = torch.float32) -> Iterator[Batch]:
+def image_batches(
+    dataset: ImageDataset, size: int, batch_size: int, dtype: torch.dtype = torch.float32
+) -> Iterator[Batch]:
     """All images in order as (B, 3, size, size) in 0..1 (or uint8): shorter side scaled, middle cut out."""
     return iter(Batches(dataset, OrderedSampler(len(dataset), batch_size), Transform(size=size), dtype=dtype))
 
@@ -56,7 +58,7 @@ def describe_data(dataset: ImageDataset, path: str | Path | None = None) -> dict
 
 def encode_all(pipe: DigitPipeline, dataset: ImageDataset, batch_size: int) -> Tensor:
     """The tokens (n, N) that the prior of ``pipe`` would have to predict for real images."""
-    from digit.progress import track
+    from digit.core.progress import track
 
     batches = image_batches(dataset, pipe_size(pipe), batch_size)
     total = -(-len(dataset) // batch_size)
@@ -137,7 +139,9 @@ class SamplingRun:
             kind = pipe.pick_decoder(self.decoder)
             check_request(pipe.decoders[kind], pipe.settings_for(kind, later)[0], None)
         elif later or self.decoder:
-            raise DigitError(f"The model '{pipe.name}' predicts VQ tokens itself; it has no decoder to choose or to set.")
+            raise DigitError(
+                f"The model '{pipe.name}' predicts VQ tokens itself; it has no decoder to choose or to set."
+            )
 
     def describe(self) -> dict[str, Any]:
         """What a result says about this run."""

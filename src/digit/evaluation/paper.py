@@ -1,7 +1,7 @@
 """What the paper reports: tables and figures of arXiv 2410.12490 as data, for results to stand beside.
 
-Figures of Tables 2 to 4 are also in the authors' README (DAMO-NLP-SG/DiGIT at cd6d8ca). The curves of figures 3b, 4b, 5 and 6 were
-published as pictures only and are not repeated here.
+Figures of Tables 2 to 4 are also in the authors' README (DAMO-NLP-SG/DiGIT at cd6d8ca). The curves of figures 3b, 4b, 5
+and 6 were published as pictures only and are not repeated here.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ CONDITIONAL = (
     FidelityRow("AR", "DiGIT+VQGAN", 219, "200", 4.79, 142.87),
     FidelityRow("AR", "DiGIT+VQGAN", 732, "200", 3.39, 205.96),
 )
-"""Table 4: class-conditional ImageNet 256 x 256. The authors' README now says 400 epochs for the 219M row, the paper 200."""
+"""Table 4: class-conditional ImageNet 256 x 256. The authors' README now says 400 epochs for the 219M row, the paper
+200."""
 
 CEILING = (
     FidelityRow("validation data", "DiGIT + VQ", None, "", 1.92, 184.40),

@@ -1,4 +1,6 @@
-"""What every measurement leaves behind: ``result.json`` with the values and all that decides whether they may be compared."""
+"""What every measurement leaves behind: ``result.json`` with the values and all that decides whether they may be
+compared.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from digit.core.errors import require
+from digit.core.files import write_file, write_json
 from digit.encoders.base import weights_checksum
-from digit.errors import require
-from digit.files import write_file, write_json
 
 if TYPE_CHECKING:
-    from digit.pipeline import DigitPipeline
+    from digit.pipeline.pipeline import DigitPipeline
 
 RESULT = "result.json"
 
@@ -93,7 +95,12 @@ def versions() -> dict[str, str]:
 
 def describe_model(pipe: DigitPipeline) -> dict[str, Any]:
     """A pipeline's name, and parameters and checksum of each of its parts."""
-    parts: dict[str, Any] = {"encoder": pipe.encoder, "codebook": pipe.codebook, "prior": pipe.prior, "vqgan": pipe.vqgan}
+    parts: dict[str, Any] = {
+        "encoder": pipe.encoder,
+        "codebook": pipe.codebook,
+        "prior": pipe.prior,
+        "vqgan": pipe.vqgan,
+    }
     parts |= {f"decoder/{kind}": model for kind, model in pipe.decoders.items()}
     modules = {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
     return {
@@ -117,7 +124,13 @@ def figure(path: str | Path, columns: int = 1, size: tuple[float, float] = (5.6,
     """
     matplotlib = require("matplotlib", "eval", "Drawing plots")
     canvas = require("matplotlib.backends.backend_agg", "eval", "Drawing plots").FigureCanvasAgg
-    style = {"font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
+    style = {
+        "font.size": 11,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
     with matplotlib.rc_context(style):
         drawing = require("matplotlib.figure", "eval", "Drawing plots").Figure(
             (size[0] * columns, size[1]), layout="constrained"

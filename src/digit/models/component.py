@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from digit.config import from_dict, to_dict
-from digit.errors import DigitError
-from digit.files import read_json, read_tensors, write_folder, write_json, write_tensors
+from digit.core.config import from_dict, to_dict
+from digit.core.errors import DigitError
+from digit.core.files import read_json, read_tensors, write_folder, write_json, write_tensors
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,7 +28,7 @@ def save_component(
     Args:
         folder: where; replaced if it exists.
         module: its state dict is saved.
-        config: a config made with :func:`digit.config.config`.
+        config: a config made with :func:`digit.core.config.config`.
         provenance: where the weights come from: data, steps, metrics, converted file; kept under "provenance".
         dtype: store floating-point tensors in it (bfloat16 or float16 halve the file); None keeps them.
     """
@@ -67,7 +67,8 @@ def load_component(folder: str | Path, module_class: type[M], config_class: type
     """
     config, provenance = read_component_config(folder, config_class)
     tensors = {
-        k: v.float() if v.is_floating_point() else v for k, v in read_tensors(Path(folder) / "model.safetensors").items()
+        k: v.float() if v.is_floating_point() else v
+        for k, v in read_tensors(Path(folder) / "model.safetensors").items()
     }
     with torch.device("meta"):
         module = module_class(config)

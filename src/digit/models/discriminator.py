@@ -1,7 +1,10 @@
-"""The discriminator of a VQGAN: one judgement for every small part of a picture, of its pixels and of what an encoder sees in it.
+"""The discriminator of a VQGAN: one judgement for every small part of a picture, of its pixels and of what an encoder
+sees in it.
 
-Sources: [0] Isola et al. 2017, arXiv 1611.07004 (patches). [1] Miyato et al. 2018, arXiv 1802.05957 (spectral norm, which keeps it
-smooth without statistics of a batch). [2] Sauer et al. 2021, arXiv 2111.01007 (judging the features of a frozen network).
+Sources: [0] Isola et al. 2017, arXiv 1611.07004 (patches). [1] Miyato et al. 2018, arXiv 1802.05957 (spectral norm,
+    which keeps it
+smooth without statistics of a batch). [2] Sauer et al. 2021, arXiv 2111.01007 (judging the features of a frozen
+network).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from digit.config import config
+from digit.core.config import config
 from digit.models.transformer import PositiveInt
 
 
@@ -53,7 +56,8 @@ class Discriminator(nn.Module):
         self.pixels = nn.Sequential(*layers)
         hidden = config.feature_channels
         self.features = nn.ModuleList(
-            nn.Sequential(_convolution(dim, hidden, 1), nn.LeakyReLU(0.2), _convolution(hidden, 1, 3)) for dim in feature_dims
+            nn.Sequential(_convolution(dim, hidden, 1), nn.LeakyReLU(0.2), _convolution(hidden, 1, 3))
+            for dim in feature_dims
         )
 
     def forward(self, images: Tensor, features: Sequence[Tensor] = ()) -> list[Tensor]:
@@ -71,8 +75,8 @@ class Discriminator(nn.Module):
 
 
 def _unit(layer: Tensor) -> Tensor:
-    """Features (B, C, h, w) whose channels have a mean square of 1 everywhere. A perceptual encoder gives unit vectors, of which
-    many channels leave each one small, and a judge whose steepness is bounded could say little about those.
+    """Features (B, C, h, w) whose channels have a mean square of 1 everywhere. A perceptual encoder gives unit vectors,
+    of which many channels leave each one small, and a judge whose steepness is bounded could say little about those.
     """
     return F.normalize(layer, dim=1) * math.sqrt(layer.shape[1])
 

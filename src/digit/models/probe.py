@@ -1,6 +1,7 @@
 """The linear probe: one linear classifier per hidden state of a frozen prior, over the mean of its positions.
 
-Source: the paper's linear probing; DAMO-NLP-SG/DiGIT at cd6d8ca: classifier n reads state n averaged over all positions, the start
+Source: the paper's linear probing; DAMO-NLP-SG/DiGIT at cd6d8ca: classifier n reads state n averaged over all
+    positions, the start
 position included. State 0 is the embedding, state n the output of block n; the output of the last block is not probed.
 """
 
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from digit.config import config
+from digit.core.config import config
 from digit.models.component import load_component, save_component
 from digit.models.transformer import PositiveInt
 

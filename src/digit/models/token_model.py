@@ -1,7 +1,8 @@
 """The token model: one network for the prior, the AR decoder, the masked decoder and the VQ-token baselines.
 
-A sequence is ``[prefix | start | tokens]``. The prefix are the semantic tokens a decoder is conditioned on (the prior has none);
-the start position holds the class, or a learned start vector where there is no class; the tokens are what the model predicts.
+A sequence is ``[prefix | start | tokens]``. The prefix are the semantic tokens a decoder is conditioned on (the prior
+has none); the start position holds the class, or a learned start vector where there is no class; the tokens are what
+the model predicts.
 
 | role | prefix | attention | the output at a place is |
 |---|---|---|---|
@@ -9,10 +10,12 @@ the start position holds the class, or a learned start vector where there is no 
 | AR decoder (stage 2) | semantic | causal | the next VQ token |
 | masked decoder (stage 2), MaskGIT | semantic or - | both ways | the token that a mask hides there |
 
-Ids are plain: 0..vocab_size-1. Start, class and mask are embeddings of their own. The null class of classifier-free guidance *is*
+Ids are plain: 0..vocab_size-1. Start, class and mask are embeddings of their own. The null class of classifier-free
+    guidance *is*
 the start vector: dropping a label in training (``class_dropout``) and generating without one are the same thing.
 
-Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; [0] Chang et al. 2022, arXiv 2202.04200
+Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; [0] Chang et al. 2022, arXiv
+    2202.04200
 (MaskGIT); [1] Ho & Salimans 2022, arXiv 2207.12598 (label dropout).
 """
 
@@ -25,8 +28,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config
-from digit.errors import DigitError
+from digit.core.config import config
+from digit.core.errors import DigitError
 from digit.models.transformer import KVCache, PositiveInt, Probability, Transformer, TransformerConfig, init_weights
 
 NO_LABEL = -1
@@ -45,7 +48,8 @@ class TokenModelConfig:
         prefix_length: how many stand in front.
         num_classes: 0 for an unconditional model.
         class_dropout: probability that a training label is replaced by the start vector; 0 makes guidance impossible.
-        embedding_scale: token, start and class vectors are multiplied by it (the paper's code: sqrt(dim)); positions are not.
+        embedding_scale: token, start and class vectors are multiplied by it (the paper's code: sqrt(dim)); positions
+            are not.
         label_smoothing: of the training loss.
         transformer: the network.
     """
@@ -99,7 +103,8 @@ class TokenModel(nn.Module):
                 if table is not None:
                     nn.init.normal_(table.weight, std=dim**-0.5)
 
-    # -- embeddings --------------------------------------------------------------------------------------------------------
+    # -- embeddings
+    # --------------------------------------------------------------------------------------------------------
 
     def embed_start(self, labels: Tensor | None, batch: int) -> Tensor:
         """The vectors at the start position, (B, 1, D), without their position: the class, or the start vector."""
@@ -121,7 +126,9 @@ class TokenModel(nn.Module):
         x: Tensor = self.token_embedding(tokens)
         if mask is not None:
             if self.mask_vector is None:
-                raise DigitError(f"A mask was given to a model of role '{self.config.role}'; only role 'masked' takes one.")
+                raise DigitError(
+                    f"A mask was given to a model of role '{self.config.role}'; only role 'masked' takes one."
+                )
             x = torch.where(mask[..., None], self.mask_vector, x)
         return x * self.config.embedding_scale
 
@@ -148,7 +155,8 @@ class TokenModel(nn.Module):
         if labels is not None and not c.num_classes and bool((labels >= 0).any()):
             raise DigitError("Class labels were given to an unconditional model; leave them out.")
 
-    # -- whole sequences ---------------------------------------------------------------------------------------------------
+    # -- whole sequences
+    # ---------------------------------------------------------------------------------------------------
 
     def forward(
         self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
@@ -162,8 +170,8 @@ class TokenModel(nn.Module):
             mask: (B, n) bool, True where the token is hidden; role "masked" only.
 
         Returns:
-            Role "masked": (B, n, vocab), place i predicts token i. Else (B, n + 1, vocab), place i predicts token i from the
-            tokens before it; the last place stands after all that were given.
+            Role "masked": (B, n, vocab), place i predicts token i. Else (B, n + 1, vocab), place i predicts token i
+            from the tokens before it; the last place stands after all that were given.
         """
         x = self.transformer(self.embed(tokens, labels, prefix, mask))
         skip = self.config.prefix_length + (1 if self.config.role == "masked" else 0)
@@ -184,8 +192,8 @@ class TokenModel(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy in nats and its parts.
 
-        For role "masked" the mean runs over the masked places of the whole batch, else over all tokens. ``z_loss`` weighs
-        mean(log Z ^ 2), with Z the sum that the softmax divides by (PaLM, arXiv 2204.02311, section 5).
+        For role "masked" the mean runs over the masked places of the whole batch, else over all tokens. ``z_loss``
+        weighs mean(log Z ^ 2), with Z the sum that the softmax divides by (PaLM, arXiv 2204.02311, section 5).
 
         Returns:
             The loss with label smoothing, and ``{"nll", "accuracy"}`` without.
@@ -211,11 +219,14 @@ class TokenModel(nn.Module):
         return loss, {"nll": nll, "accuracy": accuracy}
 
     def drop_labels(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Replace labels (B,) by ``NO_LABEL`` with probability ``class_dropout``: what makes guidance possible later."""
+        """Replace labels (B,) by ``NO_LABEL`` with probability ``class_dropout``: what makes guidance possible
+        later.
+        """
         drop = torch.rand(labels.shape, generator=generator, device=labels.device) < self.config.class_dropout
         return torch.where(drop, torch.full_like(labels, NO_LABEL), labels)
 
-    # -- token by token ----------------------------------------------------------------------------------------------------
+    # -- token by token
+    # ----------------------------------------------------------------------------------------------------
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for ``batch`` sequences of full length, on the model's device and in its dtype."""
@@ -234,7 +245,8 @@ class TokenModel(nn.Module):
     ) -> Tensor:
         """Run prefix, start and any given tokens (B, n) in one pass; the logits (B, vocab) of the next token.
 
-        With ``prefix_cached`` the cache holds the prefix already (it does not depend on labels or tokens) and is only added to.
+        With ``prefix_cached`` the cache holds the prefix already (it does not depend on labels or tokens) and is only
+        added to.
         """
         if tokens is None:
             tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.start.device)

@@ -1,9 +1,12 @@
-"""The one transformer that every role in the house uses: causal or not, norm before or after, with or without a KV cache.
+"""The one transformer that every role in the house uses: causal or not, norm before or after, with or without a KV
+cache.
 
 It sees vectors only. What a token, a position or a class is belongs to :mod:`digit.models.token_model`.
 
-Sources: [0] Vaswani et al. 2017, section 3 (post-norm). [1] Xiong et al. 2020, arXiv 2002.04745 (pre-norm). The arithmetic of the
-published checkpoints (fairseq 0.12.2, DAMO-NLP-SG/DiGIT at cd6d8ca) is reproduced exactly: biases everywhere, exact GELU.
+Sources: [0] Vaswani et al. 2017, section 3 (post-norm). [1] Xiong et al. 2020, arXiv 2002.04745 (pre-norm). The
+    arithmetic of the
+published checkpoints (fairseq 0.12.2, DAMO-NLP-SG/DiGIT at cd6d8ca) is reproduced exactly: biases everywhere, exact
+GELU.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from digit.config import config
+from digit.core.config import config
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -31,7 +34,8 @@ class TransformerConfig:
         depth: number of blocks L.
         heads: attention heads; must divide ``dim``.
         ffn_dim: hidden width of the feed-forward layers; 4 x dim when None.
-        norm: "pre" (norm inside the residual branch, and one after the last block) or "post" (after the sum, none at the end).
+        norm: "pre" (norm inside the residual branch, and one after the last block) or "post" (after the sum, none at
+            the end).
         causal: each position sees itself and what is before it; False sees everything.
         dropout: after the embedding sum, the attention output and the feed-forward output.
         norm_eps: epsilon of every LayerNorm.
@@ -117,7 +121,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, slot: Slot | None = None) -> Tensor:
-        """Attend from (B, T, D) to (B, T, D); with a ``slot`` the inputs are added to its cache and see what is in it."""
+        """Attend from (B, T, D) to (B, T, D); with a ``slot`` the inputs are added to its cache and see what is in
+        it.
+        """
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 of (B, H, T, d)
         if slot is None:
@@ -195,7 +201,9 @@ class Transformer(nn.Module):
         return out
 
     def states(self, x: Tensor) -> list[Tensor]:
-        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: what a linear probe reads."""
+        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: what a linear probe
+        reads.
+        """
         states = [x]
         for block in self.blocks:
             states.append(block(states[-1]))

@@ -14,8 +14,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from digit.errors import DigitError
-from digit.files import write_file
+from digit.core.errors import DigitError
+from digit.core.files import write_file
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("step.cpp", "draw.cpp", "norm.cpp"))
@@ -53,7 +53,18 @@ def library() -> ctypes.CDLL:
     for name, arguments in {
         "digit_room": [pointer, integer, integer, integer],
         "digit_step": [pointer, pointer, ctypes.c_int, ctypes.c_int, integer, pointer, pointer, pointer],
-        "digit_draw": [pointer, pointer, number, *(integer,) * 3, ctypes.c_int, pointer, number, integer, number, pointer],
+        "digit_draw": [
+            pointer,
+            pointer,
+            number,
+            *(integer,) * 3,
+            ctypes.c_int,
+            pointer,
+            number,
+            integer,
+            number,
+            pointer,
+        ],
         "digit_norm": [pointer, pointer, *(integer,) * 4, *(pointer,) * 4, number, ctypes.c_int, ctypes.c_int],
     }.items():
         getattr(loaded, name).argtypes = arguments

@@ -34,8 +34,8 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None = None, offset:
 def arranged(x: Tensor, norm: nn.GroupNorm) -> Tensor:
     """The input (B, C, H, W) of a network of convolutions and such norms, in the layout in which it is quickest.
 
-    That is channels last where the norms run in C++. Else, on a CPU without gradients, it is the usual one: then PyTorch computes all
-    norms on the way, whatever the batch. In training and on GPUs x stays as it is.
+    That is channels last where the norms run in C++. Else, on a CPU without gradients, it is the usual one: then
+    PyTorch computes all norms on the way, whatever the batch. In training and on GPUs x stays as it is.
     """
     if _suits(norm, x):
         return channels_last(x)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from digit.models.token_model import TokenModel
-from digit.sampling.acceleration import workshop
+from digit.sampling.engines.acceleration import workshop
 from digit.sampling.guidance import scales
 from digit.sampling.settings import SamplingSettings
 
@@ -25,12 +25,12 @@ def sample_autoregressive(
 ) -> Tensor:
     """Sample sequences token by token.
 
-    With guidance a sequence runs twice, with its label and without, as two halves of one batch; only where the scale is not 1. Kept
-    tokens inside ``mask`` are forced when their turn comes: what is drawn before them has not seen them.
+    With guidance a sequence runs twice, with its label and without, as two halves of one batch; only where the scale is
+    not 1. Kept tokens inside ``mask`` are forced when their turn comes: what is drawn before them has not seen them.
 
     Args:
         model: of role "prior" or "ar".
-        uniform: (B, length) numbers in [0, 1), one a token; see :mod:`digit.sampling.seeding`.
+        uniform: (B, length) numbers in [0, 1), one a token; see :mod:`digit.sampling.rng`.
         settings: temperature, top-k, top-p and guidance.
         labels: (B,) classes.
         prefix: (B, P) semantic tokens, for decoders.

@@ -1,4 +1,6 @@
-"""One entrance to sampling: checks what was asked, makes each image's random numbers, and calls the engine of the model's role."""
+"""One entrance to sampling: checks what was asked, makes each image's random numbers, and calls the engine of the
+model's role.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from digit.errors import DigitError
-from digit.models.onepass import OnePassDecoder, StageTwo
+from digit.core.errors import DigitError
+from digit.models.feedforward import OnePassDecoder, StageTwo
 from digit.sampling.autoregressive import sample_autoregressive
+from digit.sampling.feedforward import noise, sample_onepass
 from digit.sampling.masked import sample_masked
-from digit.sampling.onepass import noise, sample_onepass
-from digit.sampling.seeding import uniforms
+from digit.sampling.rng import uniforms
 from digit.sampling.settings import SamplingSettings
 
 
@@ -73,7 +75,9 @@ def sample(
 
 
 def check_request(model: StageTwo, settings: SamplingSettings, labels: Tensor | None) -> None:
-    """Refuse labels that the model does not know and guidance that it was not trained for, before anything is sampled."""
+    """Refuse labels that the model does not know and guidance that it was not trained for, before anything is
+    sampled.
+    """
     config = model.config
     if labels is not None and bool(((labels >= config.num_classes) | (labels < -1)).any()):
         bad = next(int(x) for x in labels if x >= config.num_classes or x < -1)
@@ -85,6 +89,8 @@ def check_request(model: StageTwo, settings: SamplingSettings, labels: Tensor | 
     if settings.cfg_scale != 1:
         if not config.can_guide:
             reason = "has no classes" if not config.num_classes else "was trained without label dropout"
-            raise DigitError(f"cfg_scale {settings.cfg_scale} was given, but this model {reason}; guidance needs both. Use 1.")
+            raise DigitError(
+                f"cfg_scale {settings.cfg_scale} was given, but this model {reason}; guidance needs both. Use 1."
+            )
         if labels is None:
             raise DigitError(f"cfg_scale {settings.cfg_scale} needs class labels; give --labels, or use a scale of 1.")

@@ -1,7 +1,9 @@
 """Classifier-free guidance: how strong at which point of the sequence, and the combination of the two predictions.
 
-Sources: [0] Ho & Salimans 2022, arXiv 2207.12598. Schedules that start without guidance: [1] Chang et al. 2023, arXiv 2301.00704
-(linear), [2] Gao et al. 2023, arXiv 2303.14389 (power-cosine). Interval: [3] Kynkäänniemi et al. 2024, arXiv 2404.07724.
+Sources: [0] Ho & Salimans 2022, arXiv 2207.12598. Schedules that start without guidance: [1] Chang et al. 2023, arXiv
+    2301.00704
+(linear), [2] Gao et al. 2023, arXiv 2303.14389 (power-cosine). Interval: [3] Kynkäänniemi et al. 2024, arXiv
+2404.07724.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from digit.sampling.settings import SamplingSettings
 
 
 def scales(settings: SamplingSettings, count: int) -> list[float]:
-    """The guidance scale at each of ``count`` tokens or steps; exactly 1.0 where the unguided half need not be computed."""
+    """The guidance scale at each of ``count`` tokens or steps; exactly 1.0 where the unguided half need not be
+    computed.
+    """
     return [_scale(settings, index / max(1, count - 1), index / count) for index in range(count)]
 
 
 def _scale(settings: SamplingSettings, progress: float, fraction: float) -> float:
-    """``progress`` runs from 0 to 1 inclusive and shapes the growth; ``fraction`` in [0, 1) is compared with the interval."""
+    """``progress`` runs from 0 to 1 inclusive and shapes the growth; ``fraction`` in [0, 1) is compared with the
+    interval.
+    """
     low, high = settings.cfg_interval
     if settings.cfg_scale == 1 or not low <= fraction < high:
         return 1.0

@@ -1,7 +1,9 @@
 """The masked engine: all tokens at once, the most confident ones kept, the others drawn again; a few iterations.
 
-Source: [0] Chang et al. 2022, arXiv 2202.04200 (MaskGIT), in the arithmetic of the authors' decoder (DAMO-NLP-SG/DiGIT at cd6d8ca): after
-iteration t of S the floor(n * schedule((t + 1) / S)) least confident of the n tokens stay masked, at least one fewer than before.
+Source: [0] Chang et al. 2022, arXiv 2202.04200 (MaskGIT), in the arithmetic of the authors' decoder (DAMO-NLP-SG/DiGIT
+    at cd6d8ca): after
+iteration t of S the floor(n * schedule((t + 1) / S)) least confident of the n tokens stay masked, at least one fewer
+than before.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import torch
 from torch import Tensor
 
 from digit.models.token_model import NO_LABEL, TokenModel
-from digit.sampling.filters import draw
 from digit.sampling.guidance import guide, scales
+from digit.sampling.logits import draw
 from digit.sampling.settings import SamplingSettings
 
 _SCHEDULES: dict[str, Callable[[float], float]] = {

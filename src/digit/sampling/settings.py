@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from digit.config import config
+from digit.core.config import config
 from digit.models.transformer import PositiveInt
 
 
@@ -17,7 +17,8 @@ class SamplingSettings:
     Attributes:
         temperature: divides the logits; 0 takes the most likely token.
         top_k: keep the k most likely tokens; 0 keeps all. The paper: 200 (base), 400 (large), 300 (class-conditional).
-        top_p: keep the smallest set of most likely tokens whose probability reaches p; 1 keeps all. The paper's AR decoder: 0.8.
+        top_p: keep the smallest set of most likely tokens whose probability reaches p; 1 keeps all. The paper's AR
+            decoder: 0.8.
         cfg_scale: classifier-free guidance; 1 is none.
         cfg_schedule: how the scale grows from 1 over the sequence (or the steps); see :mod:`digit.sampling.guidance`.
         cfg_power: exponent of the power-cosine schedule.

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from digit.config import from_dict
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
 from digit.data.token_cache import TokenCache, open_token_cache
-from digit.errors import DigitError
 from digit.models.token_model import TokenModel
-from digit.pipeline import DigitPipeline
-from digit.tokenizers.vqgan import VQGAN
+from digit.models.vqgan import VQGAN
+from digit.pipeline.pipeline import DigitPipeline
+from digit.training.auxiliary import Extras, load_centroids, set_embeddings
 from digit.training.config import TrainingConfig
 from digit.training.engine import seed_everything
-from digit.training.extras import Extras, load_centroids, set_embeddings
 from digit.training.finetune import FineTune, start_model
 from digit.training.task import Task
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
@@ -34,7 +34,9 @@ def training_config(preset: Mapping[str, Any], where: str) -> TrainingConfig:
     unknown = set(preset) - _SECTIONS
     if unknown or "training" not in preset or "model" not in preset:
         problem = f"unknown sections: {', '.join(sorted(unknown))}" if unknown else "'model' and 'training' are needed"
-        raise DigitError(f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}.")
+        raise DigitError(
+            f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}."
+        )
     return from_dict(TrainingConfig, preset["training"], f"{where}, training")
 
 
@@ -47,11 +49,12 @@ def build_task(
     start: FineTune | None = None,
     parts: DigitPipeline | None = None,
 ) -> tuple[Task, TrainingConfig]:
-    """Everything that :func:`digit.training.loop.train` needs, with fresh weights from the preset's seed, or those of a saved model.
+    """Everything that :func:`digit.training.loop.train` needs, with fresh weights from the preset's seed, or those of a
+    saved model.
 
     Args:
         component: "encoder", "vqgan", "prior" or "decoder".
-        preset: its sections; see :func:`digit.config.load_preset`.
+        preset: its sections; see :func:`digit.core.config.load_preset`.
         data: a dataset for an encoder, a VQGAN or a one-pass decoder, a token cache for a prior or another decoder.
         where: the preset's name, for messages.
         vqgan: shows the samples of a token model as pictures.
@@ -63,13 +66,15 @@ def build_task(
     """
     where = f"preset {where}"
     if preset.get("component") != component:
-        raise DigitError(f"The {where} is for the component '{preset.get('component')}', but '{component}' is to be trained.")
+        raise DigitError(
+            f"The {where} is for the component '{preset.get('component')}', but '{component}' is to be trained."
+        )
     config = training_config(preset, where)
     seed_everything(config.seed)
     if component == "decoder" and preset["model"].get("role") == "onepass":
-        from digit.training.tasks import onepass_build
+        from digit.training.tasks import feedforward_build
 
-        return onepass_build.build(preset, data, where, parts, start), config
+        return feedforward_build.build(preset, data, where, parts, start), config
     if component in ("prior", "decoder"):
         return _tokens(component, preset, data, where, config, vqgan, start), config
     if component == "encoder":

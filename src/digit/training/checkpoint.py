@@ -1,7 +1,7 @@
 """Checkpoints: ``OUT/checkpoints/step-0000100/``, whole or absent, with everything a run needs to go on exactly.
 
-A folder holds ``modules.safetensors`` (every network), ``optimizers.safetensors``, ``ema.safetensors`` where there is an average,
-and ``state.json`` (the step, the run's description and small numbers). Nothing is pickled.
+A folder holds ``modules.safetensors`` (every network), ``optimizers.safetensors``, ``ema.safetensors`` where there is
+an average, and ``state.json`` (the step, the run's description and small numbers). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from digit.errors import DigitError
-from digit.files import read_json, read_tensors, write_folder, write_json, write_tensors
+from digit.core.errors import DigitError
+from digit.core.files import read_json, read_tensors, write_folder, write_json, write_tensors
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{7,})")
@@ -62,12 +62,21 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
             with write_folder(folder) as aside:
                 for name, tensors in checkpoint.tensors.items():
                     write_tensors(aside / f"{name}.safetensors", tensors)
-                state = {"format": FORMAT, "step": checkpoint.step, "run": checkpoint.run, "numbers": checkpoint.numbers}
+                state = {
+                    "format": FORMAT,
+                    "step": checkpoint.step,
+                    "run": checkpoint.run,
+                    "numbers": checkpoint.numbers,
+                }
                 write_json(aside / "state.json", state)
                 _flush(aside)
         except DigitError as error:
             last = latest(out)
-            kept = f"The last whole checkpoint is {last}; go on from it with --resume." if last else "There is none before it."
+            kept = (
+                f"The last whole checkpoint is {last}; go on from it with --resume."
+                if last
+                else "There is none before it."
+            )
             raise DigitError(f"The checkpoint after step {checkpoint.step} was not written. {error} {kept}") from error
         _flush(folder.parent)
     for old in _all(out)[:-keep]:
@@ -89,7 +98,9 @@ def load(folder: Path, device: str = "cpu") -> Checkpoint:
     """
     state = read_json(folder / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise DigitError(f"{folder} is not a checkpoint of format {FORMAT}, the one that this release writes and reads.")
+        raise DigitError(
+            f"{folder} is not a checkpoint of format {FORMAT}, the one that this release writes and reads."
+        )
     names = sorted(path.stem for path in folder.glob("*.safetensors"))
     tensors = {name: read_tensors(folder / f"{name}.safetensors", device) for name in names}
     return Checkpoint(state["step"], tensors, state["run"], state["numbers"])
@@ -114,7 +125,9 @@ def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], where: Pa
     ]
     if differing:
         shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
-        raise DigitError(f"{where} belongs to another run: {shown}. Give the same settings, or another --out for a new run.")
+        raise DigitError(
+            f"{where} belongs to another run: {shown}. Give the same settings, or another --out for a new run."
+        )
 
 
 def remove_unfinished(out: Path) -> None:

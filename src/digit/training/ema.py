@@ -14,8 +14,8 @@ from digit.training.sharding import like, local
 class EMA:
     """Averages of named parameters, on their device and in their dtype.
 
-    After step k the average moves by ``1 - min(decay, (1 + k) / (10 + k))``, so that a short run is not dominated by its
-    random start (the same ramp as TensorFlow's ExponentialMovingAverage with ``num_updates``).
+    After step k the average moves by ``1 - min(decay, (1 + k) / (10 + k))``, so that a short run is not dominated by
+    its random start (the same ramp as TensorFlow's ExponentialMovingAverage with ``num_updates``).
 
     Attributes:
         averages: by parameter name.

@@ -1,4 +1,6 @@
-"""Where the arithmetic runs: devices, processes and precision through Accelerate, optimizers, and the global random state."""
+"""Where the arithmetic runs: devices, processes and precision through Accelerate, optimizers, and the global random
+state.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from digit.devices import pick_device
-from digit.errors import DigitError, require
+from digit.core.devices import pick_device
+from digit.core.errors import DigitError, require
 from digit.models.transformer import Transformer
 from digit.training import sharding
 from digit.training.config import TrainingConfig
@@ -35,7 +37,11 @@ def check_launch() -> None:
     Raises:
         DigitError: on CPUs it needs MPI for more than one, and starts only one without a word.
     """
-    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+    if (
+        os.environ.get("ACCELERATE_USE_CPU") == "True"
+        and "MASTER_ADDR" in os.environ
+        and "WORLD_SIZE" not in os.environ
+    ):
         mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
         if not mpi:
             raise DigitError(
@@ -71,10 +77,13 @@ class Engine:
         fused = self.device.type == "cuda" if config.fused is None else config.fused
         raw = {name: _adamw(config, parts, fused) for name, parts in groups.items()}
         self.trained = {name: _named(self.networks, optimizer) for name, optimizer in raw.items()}
-        self.optimizers: dict[str, Any] = {name: self._accelerator.prepare(optimizer) for name, optimizer in raw.items()}
+        self.optimizers: dict[str, Any] = {
+            name: self._accelerator.prepare(optimizer) for name, optimizer in raw.items()
+        }
         self._wrap(task)
 
-    # -- where ---------------------------------------------------------------------------------------------------------------
+    # -- where
+    # ---------------------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +123,8 @@ class Engine:
             return value
         return int(self._accelerator.gather(torch.tensor([value], device=self.device)).max())
 
-    # -- a step --------------------------------------------------------------------------------------------------------------
+    # -- a step
+    # --------------------------------------------------------------------------------------------------------------
 
     def set_learning_rate(self, step: Step) -> float:
         """Set every optimizer's rate for a step; the rate of a group whose ``lr_scale`` is 1."""
@@ -156,7 +166,8 @@ class Engine:
         """Move an optimizer's parameters."""
         self.optimizers[name].step()
 
-    # -- state ---------------------------------------------------------------------------------------------------------------
+    # -- state
+    # ---------------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def assembled(self) -> Iterator[None]:
@@ -165,7 +176,9 @@ class Engine:
             yield
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU for the main process, nothing for the others; all processes must call this together."""
+        """Whole tensors on the CPU for the main process, nothing for the others; all processes must call this
+        together.
+        """
         found = ((name, sharding.whole(tensor)) for name, tensor in tensors.items())
         return {name: tensor.detach().cpu() for name, tensor in found if self.is_main}
 
@@ -195,7 +208,8 @@ class Engine:
         """The gradient scaler of fp16, else None."""
         return self._accelerator.scaler
 
-    # -- set-up --------------------------------------------------------------------------------------------------------------
+    # -- set-up
+    # --------------------------------------------------------------------------------------------------------------
 
     def _check_batch(self) -> None:
         parts = self.world * self.config.accumulation
@@ -215,7 +229,9 @@ class Engine:
                 f"{len(self.networks)} ({', '.join(self.networks)}); leave it out, they are small enough for DDP."
             )
         if self.config.precision == "fp16":
-            raise DigitError("training.shard goes with precision 'bf16' or 'no': the loss scaling of 'fp16' is for DDP.")
+            raise DigitError(
+                "training.shard goes with precision 'bf16' or 'no': the loss scaling of 'fp16' is for DDP."
+            )
         for network in self.networks.values():
             sharding.shard(network, self.device)
             self._sharded.append(network)
@@ -241,7 +257,11 @@ def _accelerator(config: TrainingConfig, device: str | None) -> Any:
     alone = "WORLD_SIZE" not in os.environ
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=alone)
     cpu = device is not None and pick_device(device).type == "cpu"
-    with accelerate.utils.patch_environment(ACCELERATE_TORCH_DEVICE=device) if alone and device and not cpu else nullcontext():
+    with (
+        accelerate.utils.patch_environment(ACCELERATE_TORCH_DEVICE=device)
+        if alone and device and not cpu
+        else nullcontext()
+    ):
         return accelerate.Accelerator(cpu=cpu, mixed_precision=config.precision)
 
 

@@ -1,11 +1,13 @@
 """Fine-tuning: begin a run with the weights of a saved token model instead of random ones.
 
-The network is the saved model's; of the preset's ``model`` section only what concerns training counts (dropout, label dropout,
-label smoothing). Classes may be other ones: those that both know by name keep their vector, a new one begins as the mean of the
-known, and a model without classes gives its start vector to all, so that it begins exactly where it ended.
+The network is the saved model's; of the preset's ``model`` section only what concerns training counts (dropout, label
+dropout, label smoothing). Classes may be other ones: those that both know by name keep their vector, a new one begins
+as the mean of the known, and a model without classes gives its start vector to all, so that it begins exactly where it
+ended.
 
-Source of the low-rank changes: Hu et al. 2021, arXiv 2106.09685 (LoRA), with alpha = 2 x rank on all matrices of the blocks. They
-are a parametrization of the weights, not the ``peft`` package: this needs no other layers, names or merging code of its own, and
+Source of the low-rank changes: Hu et al. 2021, arXiv 2106.09685 (LoRA), with alpha = 2 x rank on all matrices of the
+blocks. They are a parametrization of the weights, not the ``peft`` package: this needs no other layers, names or
+    merging code of its own, and
 ``peft`` loads all of transformers.
 """
 
@@ -21,15 +23,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from digit.assembly import part_folder
-from digit.config import config, to_dict
+from digit.core.config import config, to_dict
+from digit.core.errors import DigitError
 from digit.data.token_cache import TokenCache
 from digit.encoders.base import weights_checksum
-from digit.errors import DigitError
-from digit.hub import resolve_model
 from digit.models.component import load_component
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.pipeline import read_index
+from digit.pipeline.assembly import part_folder
+from digit.pipeline.hub import resolve_model
+from digit.pipeline.pipeline import read_index
 from digit.training import checkpoint
 from digit.training.tasks.tokens import TokenData, token_model_config
 
@@ -45,9 +47,11 @@ class FineTune:
 
     Attributes:
         source: a saved prior, decoder, encoder or VQGAN, the run that made it, or a whole model.
-        freeze: parts of a token model that stay as they are: "embeddings" (tokens and positions), "classes" (and the start
-            vector), "blocks", "blocks:N" (the first N), "head" (with the norm before it); of a VQGAN "tokens" (encoder, codebook).
-        lora: rank of the changes of the blocks' matrices; all else but the classes then stays as it is. 0 trains the weights.
+        freeze: parts of a token model that stay as they are: "embeddings" (tokens and positions), "classes" (and the
+            start vector), "blocks", "blocks:N" (the first N), "head" (with the norm before it); of a VQGAN "tokens"
+            (encoder, codebook).
+        lora: rank of the changes of the blocks' matrices; all else but the classes then stays as it is. 0 trains the
+            weights.
     """
 
     source: str
@@ -213,7 +217,9 @@ def freeze(model: TokenModel, parts: Sequence[str]) -> None:
 
 
 class LowRank(nn.Module):
-    """A weight (out, in) plus 2 B A, with A (rank, in) and B (out, rank); B begins at zero, so nothing changes at first."""
+    """A weight (out, in) plus 2 B A, with A (rank, in) and B (out, rank); B begins at zero, so nothing changes at
+    first.
+    """
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -229,7 +235,7 @@ class LowRank(nn.Module):
 def add_lora(model: TokenModel, rank: int) -> None:
     """Freeze a model but for its classes, and give the matrices of its blocks changes of low rank that are trained.
 
-    :func:`digit.training.extras.plain` merges them.
+    :func:`digit.training.auxiliary.plain` merges them.
     """
     model.requires_grad_(False)
     for name in _CLASSES:

@@ -1,7 +1,8 @@
 """How much arithmetic a step of training is, and how much the machine could do: the two halves of MFU.
 
-MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the multiplications and additions that the model's
-matrix products need, over what the processors could do in that time. Recomputed activations do not count as work.
+MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the multiplications and additions
+that the model's matrix products need, over what the processors could do in that time. Recomputed activations do not
+count as work.
 """
 
 from __future__ import annotations
@@ -14,8 +15,17 @@ from torch import nn
 
 from digit.models.token_model import TokenModel, TokenModelConfig
 
-# FLOP/s of dense bf16 and fp16 products, from the makers' data sheets; the first name that a device's name contains counts
-_SHEETS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "L4": 121e12}
+# FLOP/s of dense bf16 and fp16 products, from the makers' data sheets; the first name that a device's name contains
+# counts
+_SHEETS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "L4": 121e12,
+}
 
 
 def forward_flops(config: TokenModelConfig) -> int:
@@ -38,7 +48,9 @@ def token_model_in(networks: nn.Module) -> TokenModel | None:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that a device can do: from the maker's data sheet for 16 bits on known GPUs, else measured with a product of matrices."""
+    """FLOP/s that a device can do: from the maker's data sheet for 16 bits on known GPUs, else measured with a product
+    of matrices.
+    """
     if device.type == "cuda" and precision != "no":
         name = torch.cuda.get_device_name(device)
         for known, flops in _SHEETS.items():

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from digit.errors import DigitError
-from digit.files import write_json
+from digit.core.errors import DigitError
+from digit.core.files import write_json
 from digit.training import checkpoint
 from digit.training.flops import forward_flops, peak_flops, token_model_in
 from digit.training.task import Batch, Step
@@ -35,7 +35,8 @@ class Meter:
         self._model, self._device, self._precision, self._world = token_model_in(networks), device, precision, world
 
     def read(self, examples_per_second: float) -> dict[str, float]:
-        """``examples_per_second``, for token models ``tokens_per_second`` and ``mfu`` (0 to 1), and ``memory_gib``, the most so far.
+        """``examples_per_second``, for token models ``tokens_per_second`` and ``mfu`` (0 to 1), and ``memory_gib``, the
+        most so far.
 
         Memory is that of the GPU, or of the whole process on a CPU, in GiB.
         """
@@ -127,7 +128,9 @@ class Counts:
             pairs["keys"].append(keys)
             pairs["counts"].append(counts)
         self.ones = ones
-        self._keys, where = torch.unique(torch.cat(pairs["keys"]), return_inverse=True)  # the pairs that occur, ascending
+        self._keys, where = torch.unique(
+            torch.cat(pairs["keys"]), return_inverse=True
+        )  # the pairs that occur, ascending
         self._pairs = torch.zeros(len(self._keys), dtype=torch.long).index_add_(0, where, torch.cat(pairs["counts"]))
 
     @property
@@ -136,14 +139,16 @@ class Counts:
         return float((self.ones > 0).float().mean())
 
     def unigram_nll(self, tokens: Tensor) -> float:
-        """Mean negative log-likelihood in nats a token of sequences (B, N) under the frequencies, one added to every count."""
+        """Mean negative log-likelihood in nats a token of sequences (B, N) under the frequencies, one added to every
+        count.
+        """
         return float(-self._log_frequencies()[tokens].mean())
 
     def bigram_nll(self, tokens: Tensor) -> float:
         """The same, where every token but the first is told by the one before it.
 
-        The frequency after a token is drawn towards the overall frequency as if that had been seen ``vocab_size ** 0.5`` times
-        (a Dirichlet prior; MacKay & Peto 1995): rare pairs need it.
+        The frequency after a token is drawn towards the overall frequency as if that had been seen ``vocab_size **
+        0.5`` times (a Dirichlet prior; MacKay & Peto 1995): rare pairs need it.
         """
         before, after = tokens[:, :-1], tokens[:, 1:]
         keys = (before * self.vocab_size + after).flatten()

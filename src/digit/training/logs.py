@@ -1,5 +1,5 @@
-"""What a run writes down: ``metrics.jsonl``, sample pictures, TensorBoard events where that is installed, and Weights & Biases too
-where that is installed and the environment variable ``WANDB_PROJECT`` names a project.
+"""What a run writes down: ``metrics.jsonl``, sample pictures, TensorBoard events where that is installed, and Weights &
+Biases too where that is installed and the environment variable ``WANDB_PROJECT`` names a project.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from digit.data.images import save_png
-from digit.errors import DigitError, require
-from digit.files import write_bytes
+from digit.core.errors import DigitError, require
+from digit.core.files import write_bytes
+from digit.core.images import save_png
 
 
 class Log:

@@ -1,6 +1,7 @@
 """The one training loop. See :mod:`digit.training.task` for what it asks of a component.
 
-A run folder: ``config.yaml`` (what is trained and how), ``metrics.jsonl``, ``tensorboard/``, ``samples/``, ``checkpoints/``, and
+A run folder: ``config.yaml`` (what is trained and how), ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
+    ``checkpoints/``, and
 at the end ``model/``, the finished component.
 """
 
@@ -19,11 +20,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from digit.config import to_dict
-from digit.errors import DigitError
+from digit.core.config import to_dict
+from digit.core.errors import DigitError
+from digit.core.files import write_bytes
+from digit.core.progress import bar
 from digit.evaluation.result import hardware
-from digit.files import write_bytes
-from digit.progress import bar
 from digit.training import checkpoint, sharding
 from digit.training.checkpoint import Checkpoint
 from digit.training.config import TrainingConfig
@@ -65,12 +66,14 @@ def train(
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
-        DigitError: ``out`` holds a run and ``resume`` is False, or it is another run's; the loss is no longer finite, or jumped;
-            a file cannot be written.
+        DigitError: ``out`` holds a run and ``resume`` is False, or it is another run's; the loss is no longer finite,
+            or jumped; a file cannot be written.
     """
     run = _Run(task, config, Path(out), device)
     run.begin(resume)
-    what = f"Training {task.description.get('component', 'a component')}" + (f" from step {run.done}" if run.done else "")
+    what = f"Training {task.description.get('component', 'a component')}" + (
+        f" from step {run.done}" if run.done else ""
+    )
     stream = Stream(
         start=run.done,
         stop=run.total,
@@ -109,7 +112,8 @@ class _Run:
         self.validated: dict[str, float] = {}
         self._since = (0, time.perf_counter())
 
-    # -- begin and end -------------------------------------------------------------------------------------------------------
+    # -- begin and end
+    # -------------------------------------------------------------------------------------------------------
 
     def begin(self, resume: bool) -> None:
         """Prepare the folder, or go on from its newest checkpoint."""
@@ -153,7 +157,8 @@ class _Run:
             },
         }
 
-    # -- a step --------------------------------------------------------------------------------------------------------------
+    # -- a step
+    # --------------------------------------------------------------------------------------------------------------
 
     def step(self, batch: Batch) -> float:
         """Make the next step, and log, validate, sample and save if it is time; the loss."""
@@ -207,7 +212,8 @@ class _Run:
     def _due(self, every: int) -> bool:
         return self.done == self.total or (every > 0 and self.done % every == 0)
 
-    # -- what is written -----------------------------------------------------------------------------------------------------
+    # -- what is written
+    # -----------------------------------------------------------------------------------------------------
 
     def _log(self, rate: float) -> None:
         metrics = self.engine.mean(self.averages.take())
@@ -251,7 +257,8 @@ class _Run:
             with self.ema.applied():
                 yield
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ---------------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Write a checkpoint of the steps done so far."""

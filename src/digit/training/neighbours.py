@@ -14,7 +14,12 @@ _CHUNK = 1000
 
 
 def neighbour_accuracy(
-    memory: Tensor, memory_labels: Tensor, queries: Tensor, labels: Tensor, neighbours: int = 20, temperature: float = 0.07
+    memory: Tensor,
+    memory_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    neighbours: int = 20,
+    temperature: float = 0.07,
 ) -> float:
     """Share of queries whose class wins the vote of their nearest neighbours.
 
@@ -31,7 +36,9 @@ def neighbour_accuracy(
         classes = int(torch.cat([memory_labels, labels]).max()) + 1
         right = 0
         for chunk, expected in zip(torch.split(queries, _CHUNK), torch.split(labels, _CHUNK), strict=True):
-            similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(min(neighbours, memory.shape[1]), dim=1)
+            similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(
+                min(neighbours, memory.shape[1]), dim=1
+            )
             votes = similar.new_zeros(len(chunk), classes)
             votes.scatter_add_(1, memory_labels[nearest], (similar / temperature).exp())
             right += int((votes.argmax(1) == expected).sum())

@@ -1,7 +1,8 @@
 """FSDP2: weights, gradients and optimizer state cut over the processes, and whole where somebody must read them.
 
-A cut parameter is a ``DTensor`` (Zhao et al. 2023, arXiv 2304.11277; ``torch.distributed.fsdp.fully_shard``). Checkpoints and exported
-models always hold whole tensors, so the number of processes and the way of cutting may change in the course of a run.
+A cut parameter is a ``DTensor`` (Zhao et al. 2023, arXiv 2304.11277; ``torch.distributed.fsdp.fully_shard``).
+Checkpoints and exported models always hold whole tensors, so the number of processes and the way of cutting may change
+in the course of a run.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         RuntimeError: names or shapes differ.
     """
     own = network.state_dict()
-    ready = {name: like(t, own[name]) if name in own and own[name].shape == t.shape else t for name, t in tensors.items()}
+    ready = {
+        name: like(t, own[name]) if name in own and own[name].shape == t.shape else t for name, t in tensors.items()
+    }
     network.load_state_dict(ready)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 
 
 class Interrupted(DigitError):
@@ -38,7 +38,8 @@ class Caught:
 
 @contextmanager
 def caught_signals() -> Iterator[Caught]:
-    """Note SIGTERM and SIGINT instead of dying while the block runs; the second SIGINT raises KeyboardInterrupt at once.
+    """Note SIGTERM and SIGINT instead of dying while the block runs; the second SIGINT raises KeyboardInterrupt at
+    once.
 
     Outside the main thread signals cannot be caught, and nothing is.
     """

@@ -1,13 +1,15 @@
 """What the training loop needs to know about a component: its networks, its batches and its losses.
 
-A task owns the networks and the data; the loop owns optimizers, schedules, precision, processes, checkpoints and logs. So that
-one process, several (DDP, FSDP2) and a resumed run all train alike:
+A task owns the networks and the data; the loop owns optimizers, schedules, precision, processes, checkpoints and logs.
+So that one process, several (DDP, FSDP2) and a resumed run all train alike:
 
-* a task computes its losses by *calling* the modules in ``modules`` (``self.modules["model"](...)``, their ``forward``), never
+* a task computes its losses by *calling* the modules in ``modules`` (``self.modules["model"](...)``, their
+``forward``), never
   another method of a module that is trained: the loop may replace an entry by a wrapper;
 * a batch depends on (seed, step) alone. What is random about data (order, crops, masks, dropped labels) is drawn in
-  ``batches``; what is random about the network (dropout, noise) draws from torch's global generator, which the loop seeds from
-  (seed, step, rank) at the start of every step. Neither is ever saved, and a resumed run is exact all the same.
+  ``batches``; what is random about the network (dropout, noise) draws from torch's global generator, which the loop
+  seeds from (seed, step, rank) at the start of every step. Neither is ever saved, and a resumed run is exact all the
+  same.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
-"""Named tensors on the CPU, each with the examples of this process in its first dimension, so that the loop can cut them into
-``accumulation`` equal parts and move them to the device. ``"index"`` (B,) int64 is always there: where in the dataset the
-examples stand, for the message about a bad batch."""
+"""Named tensors on the CPU, each with the examples of this process in its first dimension, so that the loop can cut
+them into ``accumulation`` equal parts and move them to the device. ``"index"`` (B,) int64 is always there: where in the
+dataset the examples stand, for the message about a bad batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +80,9 @@ class Loss(NamedTuple):
     Attributes:
         optimizer: a key of ``parameters_by_optimizer``: whose parameters move.
         value: () the loss, a mean over the examples of the batch that was given.
-        metrics: () tensors worth logging, without gradients; the loop logs ``value`` itself as "loss" ("discriminator/loss" for
-            the optimizer "discriminator") and averages all of them over accumulation, processes and steps between two log lines.
+        metrics: () tensors worth logging, without gradients; the loop logs ``value`` itself as "loss"
+            ("discriminator/loss" for the optimizer "discriminator") and averages all of them over accumulation,
+            processes and steps between two log lines.
     """
 
     optimizer: str
@@ -91,8 +94,8 @@ class Task(Protocol):
     """A component in training.
 
     Attributes:
-        modules: every network a checkpoint must keep: what is trained, and EMA teachers and codebook buffers too. Frozen networks
-            that only serve a loss (LPIPS, a tokenizer) are kept elsewhere and moved by ``to_device``.
+        modules: every network a checkpoint must keep: what is trained, and EMA teachers and codebook buffers too.
+            Frozen networks that only serve a loss (LPIPS, a tokenizer) are kept elsewhere and moved by ``to_device``.
         description: plain JSON values that make the run what it is: ``component``, ``model`` (its config), ``data`` (a
             fingerprint). A checkpoint is resumed only under the same description and training config.
         examples: how many training examples an epoch has.
@@ -106,7 +109,8 @@ class Task(Protocol):
         """The torch parameter groups of each optimizer.
 
         ``"model"`` is always there (EMA and validation belong to it); a GAN adds ``"discriminator"``. A group is
-        ``{"params": [...]}`` with, if need be, ``weight_decay`` and ``lr_scale`` (a factor on the scheduled learning rate).
+        ``{"params": [...]}`` with, if need be, ``weight_decay`` and ``lr_scale`` (a factor on the scheduled learning
+        rate).
         """
         ...
 
@@ -121,8 +125,10 @@ class Task(Protocol):
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """Yield the losses of a step, in order.
 
-        The loop runs backward, clips and steps the optimizer of a loss before it resumes the generator: what is computed after a
-        ``yield`` sees the updated parameters. With accumulation one generator runs for each part of the batch, side by side.
+        The loop runs backward, clips and steps the optimizer of a loss before it resumes the generator: what is
+            computed after a
+        ``yield`` sees the updated parameters. With accumulation one generator runs for each part of the batch, side by
+        side.
         """
         ...
 
@@ -131,7 +137,9 @@ class Task(Protocol):
         ...
 
     def validate(self) -> dict[str, float]:
-        """Metrics over held-out examples, the same ones every time; in eval mode and without gradients, as the loop sets up."""
+        """Metrics over held-out examples, the same ones every time; in eval mode and without gradients, as the loop
+        sets up.
+        """
         ...
 
     def sample(self, step: Step) -> Image.Image | None:
@@ -139,5 +147,7 @@ class Task(Protocol):
         ...
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the finished component as its class's ``save_pretrained`` does, with ``provenance`` in its ``config.json``."""
+        """Write the finished component as its class's ``save_pretrained`` does, with ``provenance`` in its
+        ``config.json``.
+        """
         ...

@@ -1,10 +1,12 @@
 """Random views of a batch of images, made with tensors alone: fast on a GPU, and on two CPU cores beside the training.
 
-Drawing and applying are two steps: :func:`draw_views` draws the numbers on the CPU, example by example, so that a seed gives the
-same views on every device; :func:`apply_views` makes the pictures wherever the images are. The recipe is SimCLR's and DINO's
-(random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; torchvision is not needed.
+Drawing and applying are two steps: :func:`draw_views` draws the numbers on the CPU, example by example, so that a seed
+    gives the
+same views on every device; :func:`apply_views` makes the pictures wherever the images are. The recipe is SimCLR's and
+DINO's (random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; torchvision is not needed.
 
-Sources: [0] Chen et al. 2020, arXiv 2002.05709, appendix A. [1] Caron et al. 2021, arXiv 2104.14294, section 3. Unlike there, the
+Sources: [0] Chen et al. 2020, arXiv 2002.05709, appendix A. [1] Caron et al. 2021, arXiv 2104.14294, section 3. Unlike
+    there, the
 four colour changes are applied in one order, as one affine map of the three channels, and clamped once.
 """
 
@@ -18,7 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from digit.config import config
+from digit.core.config import config
 from digit.models.transformer import PositiveInt
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -42,8 +44,9 @@ class Views:
         jitter: chance that the four colour changes above are applied.
         gray: chance of a grey picture.
         blur: chance of a Gaussian blur, whose sigma is 0.1 to 2 in units of size / 32 pixels.
-        noise: chance of white noise, whose deviation is up to 0.15 (10 dB below a usual picture). Features are stable under what the
-            views differ in; SimCLR and DINO have no noise, and small encoders learn no stability under it by themselves.
+        noise: chance of white noise, whose deviation is up to 0.15 (10 dB below a usual picture). Features are stable
+            under what the views differ in; SimCLR and DINO have no noise, and small encoders learn no stability under
+            it by themselves.
     """
 
     size: PositiveInt = 32
@@ -104,7 +107,9 @@ def draw_views(count: int, views: Views, generator: torch.Generator) -> ViewDraw
     to_gray = torch.tensor(_LUMA).expand(3, 3)  # every channel becomes the luma
     saturate = saturation[:, None, None] * torch.eye(3) + (1 - saturation)[:, None, None] * to_gray  # (B, 3, 3)
     jittered = chance(views.jitter)
-    color = torch.where(jittered[:, None, None], brightness[:, None, None] * saturate @ _hue_rotation(angle), torch.eye(3))
+    color = torch.where(
+        jittered[:, None, None], brightness[:, None, None] * saturate @ _hue_rotation(angle), torch.eye(3)
+    )
     contrast = torch.where(jittered, contrast, 1.0)
     color = torch.where(chance(views.gray)[:, None, None], to_gray @ color, color)
     sigma = torch.where(chance(views.blur), uniform(0.1, 2.0) * views.size / 32, 0.0)

@@ -3,11 +3,12 @@
     GET  /api/model            what the model is and what may be asked
     POST /api/generate         {"labels": ["cat", 3], "num": 4, "seed": 0, ...}         -> pictures
     POST /api/tokenize         {"image": "<base64>"}                                    -> tokens and reconstructions
-    POST /api/stability        {"image": "<base64>", "snr": 25}                         -> tokens that change under noise
-    POST /api/edit             {"image": "<base64>", "cells": [0, 1], "num": 2, ...}    -> pictures
+    POST /api/stability        {"image": "<base64>", "snr": 25}                         -> tokens that change under
+    noise POST /api/edit             {"image": "<base64>", "cells": [0, 1], "num": 2, ...}    -> pictures
     GET  /api/clusters/NUMBER  what a cluster looks like
 
-An answer that is not 200 is ``{"error": "<sentences for people>"}``; 429 says that the server is full and worth asking again.
+An answer that is not 200 is ``{"error": "<sentences for people>"}``; 429 says that the server is full and worth asking
+again.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from digit.config import from_dict
-from digit.data.images import encode_png
-from digit.errors import DigitError
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
+from digit.core.images import encode_png
 from digit.web.limits import Desk, Gone, Refused, Visit
 from digit.web.service import Edit, Flips, Generate, Look, Pictures, Service, Shake
 from digit.web.uploads import read_picture

@@ -55,7 +55,8 @@ class Guard:
         limits: size of a request.
         budget: bytes that requests may hold together.
         auth: (user, password) asked by HTTP Basic, or None for everybody.
-        hosts: names under which the server may be addressed, so that no other web site can point its own name here; None for any.
+        hosts: names under which the server may be addressed, so that no other web site can point its own name here;
+            None for any.
     """
 
     def __init__(
@@ -80,7 +81,9 @@ class Guard:
         headers = Headers(scope=scope)
         if not self._knows(headers):
             asking = {"WWW-Authenticate": 'Basic realm="digit", charset="UTF-8"'}
-            await JSONResponse({"error": "This server asks for a user and a password."}, 401, asking)(scope, receive, send)
+            await JSONResponse({"error": "This server asks for a user and a password."}, 401, asking)(
+                scope, receive, send
+            )
             return
         try:
             self._check(scope, headers)
@@ -142,7 +145,9 @@ class Guard:
 
     def _check_size(self, size: int) -> None:
         if size > self.limits.body_bytes:
-            raise TooLarge(f"The request is larger than what is taken here: files of up to {self.limits.upload_mb} MiB.")
+            raise TooLarge(
+                f"The request is larger than what is taken here: files of up to {self.limits.upload_mb} MiB."
+            )
 
 
 async def _drop(receive: Receive) -> None:

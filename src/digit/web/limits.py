@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import Field
 
-from digit.config import config
-from digit.errors import DigitError
+from digit.core.config import config
+from digit.core.errors import DigitError
 from digit.models.transformer import PositiveInt
 
 T = TypeVar("T")
@@ -183,8 +183,8 @@ class Desk:
     async def run(self, work: Callable[[Visit], T], tell: Callable[[Any], None] | None = None) -> T:
         """Wait for a turn and do the work in the worker's thread.
 
-        When the task that awaits this is cancelled, a request that waits gives up its chair at once, and one that is worked on stops at
-        its next :meth:`Visit.check`.
+        When the task that awaits this is cancelled, a request that waits gives up its chair at once, and one that is
+        worked on stops at its next :meth:`Visit.check`.
 
         Args:
             work: called with its visit.

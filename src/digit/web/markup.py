@@ -34,7 +34,9 @@ def grid_url(tokens: Tensor, grid: tuple[int, int], colors: np.ndarray) -> str:
 
 def notice(text: str, error: bool = False) -> str:
     """A sentence in the place of a result."""
-    return f'<p class="dg-notice{" dg-error" if error else ""}" role="{"alert" if error else "status"}">{escape(text)}</p>'
+    return (
+        f'<p class="dg-notice{" dg-error" if error else ""}" role="{"alert" if error else "status"}">{escape(text)}</p>'
+    )
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
@@ -47,7 +49,8 @@ def filling(frame: Frame, service: Service) -> str:
     unit = "iteration" if frame.total != frame.tokens.shape[1] else "token"
     open_ones = int((frame.tokens[0] < 0).sum())
     figures = "".join(
-        f'<figure><img class="dg-pixels dg-open" src="{grid_url(row, grid, colors)}" alt=""></figure>' for row in frame.tokens
+        f'<figure><img class="dg-pixels dg-open" src="{grid_url(row, grid, colors)}" alt=""></figure>'
+        for row in frame.tokens
     )
     words = f"{name}: {unit} {frame.done} of {frame.total}"
     return (
@@ -99,7 +102,9 @@ def class_title(service: Service, label: int) -> str:
 
 def inside(picture: Image.Image, seen: Inside, service: Service) -> str:
     """A picture beside its tokens and what becomes of it."""
-    figures = [_plain("The picture", data_url(picture), f"{picture.width} x {picture.height} pixels, as the model sees it")]
+    figures = [
+        _plain("The picture", data_url(picture), f"{picture.width} x {picture.height} pixels, as the model sees it")
+    ]
     if seen.semantic is not None:
         figures.append(_tokens_over(picture, seen.semantic, "semantic", service))
     if seen.vq is not None:
@@ -156,7 +161,9 @@ def _clusters(tokens: Tensor, service: Service) -> str:
     if not strips:
         return notice("None of these clusters has patches in the model's atlas.")
     width = max(strip.shape[1] for strip in strips)
-    sheet = np.concatenate([np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0))) for s in strips])  # (rows * side, width, 3)
+    sheet = np.concatenate(
+        [np.pad(s, ((0, 0), (0, width - s.shape[1]), (0, 0))) for s in strips]
+    )  # (rows * side, width, 3)
     side = strips[0].shape[0]
     about = f"the nearest patches of {service.atlas.images:,} pictures{' of ' + service.atlas.source if service.atlas.source else ''}"
     return (

@@ -1,6 +1,7 @@
 """The page: three tabs over the service, made with Gradio.
 
-Pictures go to and fro inside the requests, as data URLs: nothing is written on the server's disk, and its memory holds a picture for
+Pictures go to and fro inside the requests, as data URLs: nothing is written on the server's disk, and its memory holds
+    a picture for
 one request only. What needs the browser (dropping and painting, walking over cells, the history) is in ``page.js``.
 """
 
@@ -15,8 +16,8 @@ from typing import Any
 
 from PIL import Image
 
-from digit.config import from_dict
-from digit.errors import DigitError, require
+from digit.core.config import from_dict
+from digit.core.errors import DigitError, require
 from digit.web import markup
 from digit.web.limits import Desk, Visit
 from digit.web.service import Edit, Frame, Generate, Look, Pictures, Service, Shake
@@ -52,7 +53,9 @@ def build_page(service: Service, desk: Desk) -> Any:
 def look_of_page() -> dict[str, Any]:
     """Theme, styles and script, as ``gradio.mount_gradio_app`` takes them; fonts are those of the visitor's system."""
     gr = require("gradio", "web", "The page of digit serve")
-    theme = gr.themes.Default(primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
     files = resources.files("digit") / "web"
     script, style = ((files / name).read_text(encoding="utf-8") for name in ("page.js", "page.css"))
     return {"theme": theme, "css": style, "head": f"<script>{script}</script>", "footer_links": []}
@@ -92,7 +95,9 @@ async def pictures(service: Service, desk: Desk, work: Callable[[Visit], Picture
     yield markup.notice(f"Waiting: {waiting} before you." if waiting else "Starting.")
     try:
         async for item in stream(desk, work):
-            yield markup.filling(item, service) if isinstance(item, Frame) else markup.gallery(item, service, seed, name)
+            yield (
+                markup.filling(item, service) if isinstance(item, Frame) else markup.gallery(item, service, seed, name)
+            )
     except DigitError as error:
         yield markup.notice(str(error), error=True)
 
@@ -102,7 +107,9 @@ async def pictures(service: Service, desk: Desk, work: Callable[[Visit], Picture
 
 def _generate_tab(gr: Any, service: Service, desk: Desk) -> None:
     if not service.can_generate:
-        gr.HTML(markup.notice("This model lacks a prior, a decoder or a VQGAN, so it cannot generate pictures."), **PLAIN)
+        gr.HTML(
+            markup.notice("This model lacks a prior, a decoder or a VQGAN, so it cannot generate pictures."), **PLAIN
+        )
         return
     defaults, most = service.defaults("prior"), service.limits.pictures
     with gr.Row(elem_classes="dg-row"):
@@ -114,7 +121,9 @@ def _generate_tab(gr: Any, service: Service, desk: Desk) -> None:
             go = gr.Button("Generate", variant="primary", elem_id="dg-go")
             with gr.Row():
                 fresh = gr.Button("New seed", size="sm", min_width=70)
-                other = gr.Button("Same seed, other class", size="sm", min_width=140, visible=service.pipe.num_classes > 1)
+                other = gr.Button(
+                    "Same seed, other class", size="sm", min_width=140, visible=service.pipe.num_classes > 1
+                )
                 stop = gr.Button("Stop", size="sm", min_width=50)
             guidance = gr.Slider(
                 1, 10, defaults.cfg_scale, step=0.1, label="Guidance", info="1 is none", visible=service.can_guide
@@ -217,7 +226,11 @@ def _tokens_tab(gr: Any, service: Service, desk: Desk) -> None:
             picture = _picture_of(service, value)
             inside = service.look(picture, Look(), visit)
             shaken = service.shake(picture, Shake(snr=snr), visit)
-            return {"picture": markup.data_url(picture)}, markup.inside(picture, inside, service), markup.flips(shaken, service)
+            return (
+                {"picture": markup.data_url(picture)},
+                markup.inside(picture, inside, service),
+                markup.flips(shaken, service),
+            )
 
         try:
             async for item in stream(desk, work):
@@ -315,7 +328,9 @@ def _edit_tab(gr: Any, service: Service, desk: Desk) -> None:
         async for html in edit(value, {"rows": int(keep)}, label, seed, count, decoder, steps):
             yield html
 
-    async def edit(value: Any, what: dict[str, Any], label: int, seed: float, count: int, decoder: str, steps: int) -> Any:
+    async def edit(
+        value: Any, what: dict[str, Any], label: int, seed: float, count: int, decoder: str, steps: int
+    ) -> Any:
         values = {
             **what, "label": None if label == NO_CLASS else label, "seed": int(seed or 0), "num": int(count),
             "decoder": decoder or None, "steps": int(steps),

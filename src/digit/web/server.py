@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from digit.errors import DigitError, require
-from digit.pipeline import DigitPipeline
-from digit.tokenizers.atlas import FILE, Atlas
+from digit.clustering.patches import FILE, Atlas
+from digit.core.errors import DigitError, require
+from digit.pipeline.pipeline import DigitPipeline
 from digit.web.limits import Desk
 from digit.web.service import Service
 
@@ -21,11 +21,18 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 def open_atlas(folder: Path, pipe: DigitPipeline) -> Atlas | None:
     """The atlas of a model folder, if it has one."""
     path = folder / "codebook" / FILE
-    return Atlas(path, pipe.tokenizer) if path.is_file() and pipe.encoder is not None and pipe.codebook is not None else None
+    return (
+        Atlas(path, pipe.tokenizer)
+        if path.is_file() and pipe.encoder is not None and pipe.codebook is not None
+        else None
+    )
 
 
 def make_app(
-    service: Service, auth: tuple[str, str] | None = None, hosts: tuple[str, ...] | None = None, desk: Desk | None = None
+    service: Service,
+    auth: tuple[str, str] | None = None,
+    hosts: tuple[str, ...] | None = None,
+    desk: Desk | None = None,
 ) -> Any:
     """The whole as an ASGI application.
 
@@ -49,7 +56,9 @@ def make_app(
     app.router.routes.extend(api_routes(service, desk))
     page = build_page(service, desk)
     page.state_session_capacity = service.limits.sessions
-    app = gr.mount_gradio_app(app, page, path="/", show_error=False, ssr_mode=False, run_history=False, **look_of_page())
+    app = gr.mount_gradio_app(
+        app, page, path="/", show_error=False, ssr_mode=False, run_history=False, **look_of_page()
+    )
     return Guard(app, service.limits, desk.budget, auth, hosts)
 
 
@@ -78,7 +87,9 @@ def serve(app: Any, host: str, port: int, share: bool = False) -> None:
     try:
         socket = config.bind_socket()
     except SystemExit as error:  # which uvicorn raises after it has said why
-        raise DigitError(f"Port {port} of {host} cannot be used; is another server running? Choose one with --port.") from error
+        raise DigitError(
+            f"Port {port} of {host} cannot be used; is another server running? Choose one with --port."
+        ) from error
     place = socket.getsockname()[1]
     Server(config).run(sockets=[socket])
 

@@ -1,7 +1,7 @@
 """What can be asked of a model over the web, as plain functions: generate, look inside, shake, edit.
 
-They know nothing of pages and requests. Everything that a stranger can choose is a field of a request class with limits of its own.
-Nothing is kept between two calls.
+They know nothing of pages and requests. Everything that a stranger can choose is a field of a request class with limits
+of its own. Nothing is kept between two calls.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from digit.config import config, to_dict
-from digit.data.images import to_pil, to_tensor
-from digit.editing import continue_rows, edit_region
-from digit.errors import DigitError
+from digit.clustering.patches import Atlas
+from digit.core.config import config, to_dict
+from digit.core.errors import DigitError
+from digit.core.grids import token_colors
+from digit.core.images import to_pil, to_tensor
+from digit.evaluation.metrics.noise import NoiseLaw, add_noise, realised_snr
+from digit.evaluation.metrics.stability import token_spaces
 from digit.evaluation.model_source import pipe_size
-from digit.evaluation.noise import NoiseLaw, add_noise, realised_snr
-from digit.evaluation.stability import token_spaces
-from digit.pipeline import DigitPipeline, Tokens
+from digit.pipeline.editing import continue_rows, edit_region
+from digit.pipeline.pipeline import DigitPipeline, Tokens
 from digit.sampling.settings import SamplingSettings
-from digit.tokenizers.atlas import Atlas
-from digit.visual import token_colors
 from digit.web.limits import Limits, Refused, TooLarge, Visit
 
 Count = Annotated[int, Field(ge=1)]
@@ -202,7 +202,8 @@ class Service:
     def __init__(self, pipe: DigitPipeline, limits: Limits | None = None, atlas: Atlas | None = None) -> None:
         self.pipe, self.limits, self.atlas = pipe, limits or Limits(), atlas
 
-    # -- what the model is -------------------------------------------------------------------------------------------------
+    # -- what the model is
+    # -------------------------------------------------------------------------------------------------
 
     @cached_property
     def image_size(self) -> int:
@@ -246,7 +247,9 @@ class Service:
     def can_edit(self) -> bool:
         """Whether it can tokenize pictures as well."""
         return (
-            self.can_generate and self.pipe.space in self.grids and (self.pipe.space == "vq" or self.pipe.encoder is not None)
+            self.can_generate
+            and self.pipe.space in self.grids
+            and (self.pipe.space == "vq" or self.pipe.encoder is not None)
         )
 
     @property
@@ -279,7 +282,8 @@ class Service:
             "limits": to_dict(self.limits),
         }
 
-    # -- what it does ------------------------------------------------------------------------------------------------------
+    # -- what it does
+    # ------------------------------------------------------------------------------------------------------
 
     def generate(self, wish: Generate, visit: Visit) -> Pictures:
         """New pictures; tells :class:`Frame` by frame how far they are.
@@ -312,7 +316,9 @@ class Service:
 
     @torch.inference_mode()
     def shake(self, picture: Image.Image, wish: Shake, visit: Visit) -> Shaken:
-        """Add white noise to a picture of the model's size and see which tokens change: the paper's Table 1, for one picture."""
+        """Add white noise to a picture of the model's size and see which tokens change: the paper's Table 1, for one
+        picture.
+        """
         images, law = self._batch(picture), NoiseLaw(seed=wish.seed)
         noisy = add_noise(images, wish.snr, [0], law)
         flips = {}
@@ -327,7 +333,7 @@ class Service:
 
         Raises:
             Refused: both or neither of cells and rows, or cells outside of the grid.
-            DigitError: see :mod:`digit.editing`.
+            DigitError: see :mod:`digit.pipeline.editing`.
         """
         if (wish.cells is None) == (wish.rows is None):
             raise Refused("Say what to sample anew: exactly one of 'cells' and 'rows'.")
@@ -350,7 +356,9 @@ class Service:
             DigitError: the model has no atlas, or no such cluster.
         """
         if self.atlas is None:
-            raise DigitError("This model has no patches of its clusters; its owner can add them: digit atlas MODEL --data D")
+            raise DigitError(
+                "This model has no patches of its clusters; its owner can add them: digit atlas MODEL --data D"
+            )
         if not 0 <= number < len(self.colors["semantic"]):
             raise DigitError(f"There is no cluster {number}; expected 0 to {len(self.colors['semantic']) - 1}.")
         return self.atlas.patches(number)
@@ -367,7 +375,8 @@ class Service:
             marked[top : (row + 1) * size // rows, left : (column + 1) * size // columns] = True
         return marked
 
-    # -- help --------------------------------------------------------------------------------------------------------------
+    # -- help
+    # --------------------------------------------------------------------------------------------------------------
 
     def _check_count(self, count: int) -> None:
         if count > self.limits.pictures:
@@ -376,7 +385,9 @@ class Service:
     def _label(self, name: int | str) -> int:
         number = self.pipe.class_number(name)
         if not 0 <= number < self.pipe.num_classes:
-            known = f"knows 0 to {self.pipe.num_classes - 1}" if self.pipe.num_classes else "has no classes; leave it out"
+            known = (
+                f"knows 0 to {self.pipe.num_classes - 1}" if self.pipe.num_classes else "has no classes; leave it out"
+            )
             raise Refused(f"The label {number} was given; this model {known}.")
         return number
 

@@ -7,8 +7,8 @@ import binascii
 
 from PIL import Image
 
-from digit.data.images import decode
-from digit.data.transforms import center_crop, resize_shorter
+from digit.core.images import decode
+from digit.core.transforms import center_crop, resize_shorter
 from digit.web.limits import MIB, Limits, Refused, TooLarge
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -40,7 +40,9 @@ def from_base64(text: str, limits: Limits) -> bytes:
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
-            raise Refused("The picture is a data URL without ';base64'; expected base64 of a PNG, JPEG, WebP, GIF or BMP file.")
+            raise Refused(
+                "The picture is a data URL without ';base64'; expected base64 of a PNG, JPEG, WebP, GIF or BMP file."
+            )
     if len(text) > limits.body_bytes:
         raise TooLarge(f"The picture is larger than {limits.upload_mb} MiB, which is the most that is taken here.")
     try:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from digit import __version__
-from digit.errors import DigitError
+from digit.core.errors import DigitError
+from digit.core.files import write_bytes
 from digit.evaluation.paper import SOURCE
 from digit.evaluation.report import measures, others, overview, runs, sweeps
 from digit.evaluation.report.collect import GENERATION, TRAINING, Found, Problem, collect
@@ -17,7 +18,6 @@ from digit.evaluation.report.curves import known_curves
 from digit.evaluation.report.html import Html, join, tag
 from digit.evaluation.report.parts import Context
 from digit.evaluation.report.style import CSS
-from digit.files import write_bytes
 
 KNOWN = {"fidelity", "stability", "probe", "sweep", "prefix", "reconstruction", "screen", "toy", GENERATION, TRAINING}
 _ICON = (
@@ -47,7 +47,8 @@ def write_report(
     title: str = "digit report",
     curves: Sequence[str | Path] = (),
 ) -> Report:
-    """Write one self-contained HTML page about runs: measurements beside the paper's figures, training curves, pictures.
+    """Write one self-contained HTML page about runs: measurements beside the paper's figures, training curves,
+    pictures.
 
     Args:
         folders: run folders; everything below them is looked at.
@@ -93,7 +94,9 @@ def page(context: Context, title: str) -> str:
     menu = [tag("li", tag("a", Html(name), href=f"#{anchor}")) for anchor, name in map(_heading, sections)]
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     count = len({*context.collection.problems})
-    trouble = tag("p", tag("a", f"{count} file{'s' * (count > 1)} could not be read", href="#problems")) if count else None
+    trouble = (
+        tag("p", tag("a", f"{count} file{'s' * (count > 1)} could not be read", href="#problems")) if count else None
+    )
     head = tag(
         "head",
         tag("meta", charset="utf-8"),

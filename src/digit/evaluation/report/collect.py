@@ -1,4 +1,6 @@
-"""What lies under run folders: results of measurements, generation runs and training runs; and what could not be read."""
+"""What lies under run folders: results of measurements, generation runs and training runs; and what could not be
+read.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from digit.errors import DigitError
-from digit.files import read_json
+from digit.core.errors import DigitError
+from digit.core.files import read_json
 from digit.training.logs import read_metrics
 
 GENERATION, TRAINING = "generation", "training"

@@ -1,7 +1,8 @@
 """Reference curves: how a training run with a packaged preset went, for other runs of that preset to stand beside.
 
-A curve is a JSON file in ``digit/presets/curves``, written by ``digit report RUN --save-curve FILE``. A run is recognised by what it
-trains (component, model, objective), not by a name; where its data or training settings differ, the report says so.
+A curve is a JSON file in ``digit/presets/curves``, written by ``digit report RUN --save-curve FILE``. A run is
+recognised by what it trains (component, model, objective), not by a name; where its data or training settings differ,
+the report says so.
 """
 
 from __future__ import annotations
@@ -12,13 +13,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from digit.errors import DigitError
+from digit.core.errors import DigitError
+from digit.core.files import read_json, write_json
 from digit.evaluation.report.collect import TRAINING, Found, collect
 from digit.evaluation.report.html import flatten
-from digit.files import read_json, write_json
 
 POINTS = 200
-_INCIDENTAL = {"log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "validate_every", "workers", "compile"}
+_INCIDENTAL = {
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "validate_every",
+    "workers",
+    "compile",
+}
 _INCIDENTAL |= {"fused", "gradient_checkpointing"}
 
 _WHAT = ("component", "model", "objective")

@@ -32,7 +32,9 @@ def join(children: Child) -> Html:
 
 
 def tag(name: str, *children: Child, **attributes: Any) -> Html:
-    """An element; ``class_`` becomes ``class``, ``a_b`` becomes ``a-b``, an attribute that is None or False is left out."""
+    """An element; ``class_`` becomes ``class``, ``a_b`` becomes ``a-b``, an attribute that is None or False is left
+    out.
+    """
     given = []
     for key, value in attributes.items():
         if value is None or value is False:
@@ -95,18 +97,26 @@ def table(head: Sequence[Child], groups: Mapping[str, Rows] | Rows, text: Collec
         name = tag("span", title.lstrip("*"))
         first = tag("tr", tag("th", name, colspan=len(head), class_="group", scope="rowgroup")) if title else None
         lines = [
-            tag("tr", tag("th", row[0], scope="row"), [tag("td", c, class_=w) for c, w in zip(row[1:], words[1:], strict=True)])
+            tag(
+                "tr",
+                tag("th", row[0], scope="row"),
+                [tag("td", c, class_=w) for c, w in zip(row[1:], words[1:], strict=True)],
+            )
             for row in rows
         ]
         bodies.append(tag("tbody", first, lines, class_="ours" if ours else None))
-    columns = tag("thead", tag("tr", [tag("th", cell, scope="col", class_=w) for cell, w in zip(head, words, strict=True)]))
+    columns = tag(
+        "thead", tag("tr", [tag("th", cell, scope="col", class_=w) for cell, w in zip(head, words, strict=True)])
+    )
     return tag("div", tag("table", columns, bodies), class_="scroll", tabindex="0")
 
 
 def flatten(values: Any, prefix: str = "") -> list[tuple[str, str]]:
     """Nested values as (dotted name, text) pairs."""
     if isinstance(values, Mapping):
-        return [pair for key, value in values.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))]
+        return [
+            pair for key, value in values.items() for pair in flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
     if isinstance(values, (list, tuple)):
         plain = all(not isinstance(v, (Mapping, list, tuple)) for v in values)
         return [(prefix, ", ".join(_exactly(v) for v in values) if plain else json.dumps(values, ensure_ascii=False))]

@@ -99,7 +99,9 @@ def fidelity_warnings(items: Sequence[Found]) -> list[str]:
         name = str(reference.get("name")).lower()
         if not ("imagenet" in name and "val" in name and reference.get("images") == 50_000 and count == 50_000):
             shown = "an unknown number of" if reference.get("images") is None else number(reference["images"])
-            against[item.data["source"]["name"]] = f"{number(count)} images against {reference['name']} ({shown} images)"
+            against[item.data["source"]["name"]] = (
+                f"{number(count)} images against {reference['name']} ({shown} images)"
+            )
     lines = []
     if against:
         which = "; ".join(f"{name}: {how}" for name, how in against.items())
@@ -133,9 +135,7 @@ _MEASURES = {
 def stability(context: Context) -> Html | None:
     """Table 1, and the same under other changes."""
     cards = context.each(context.collection.of("stability"), _stability)
-    intro = (
-        "Share of an image's tokens that change, and cosine similarity before and after; mean over images with 95% intervals."
-    )
+    intro = "Share of an image's tokens that change, and cosine similarity before and after; mean over images with 95% intervals."
     return section("stability", "Stability of tokens", intro, cards) if cards else None
 
 
@@ -170,7 +170,9 @@ def _noise_chart(rows: Sequence[Mapping[str, Any]], measure: str) -> Html:
         values = paper.STABILITY[space][measure.partition("_")[0]]
         series.append(Series(f"{_SPACES[space]}, paper (ImageNet)", paper.SNRS, values, 0, dash=space == "vq"))
     title = "Tokens that change under noise" if measure == "changed" else "Cosine similarity under noise"
-    return line_chart(title, series, "signal-to-noise ratio of the pixels, dB", "", reverse=True, zero=measure == "changed")
+    return line_chart(
+        title, series, "signal-to-noise ratio of the pixels, dB", "", reverse=True, zero=measure == "changed"
+    )
 
 
 def _noise_table(rows: Sequence[Mapping[str, Any]]) -> Html:
@@ -178,12 +180,15 @@ def _noise_table(rows: Sequence[Mapping[str, Any]]) -> Html:
     groups: dict[str, list[list[Child]]] = {}
     for space in _spaces(rows):
         by_level = {row["level"]: row for row in rows if row["space"] == space}
-        ours: list[list[Child]] = [[name, *(_estimate(by_level[v][key]) for v in levels)] for key, name in _MEASURES.items()]
+        ours: list[list[Child]] = [
+            [name, *(_estimate(by_level[v][key]) for v in levels)] for key, name in _MEASURES.items()
+        ]
         groups[f"*{_SPACES[space]}, measured here"] = ours
         table_1 = [dict(zip(paper.SNRS, paper.STABILITY[space][key], strict=True)) for key in ("changed", "cosine")]
         names = (_MEASURES["changed"], "Cosine similarity ↑")
         groups[f"{_SPACES[space]}, paper"] = [
-            [name, *(f"{row[v]:.3f}" if v in row else DASH for v in levels)] for name, row in zip(names, table_1, strict=True)
+            [name, *(f"{row[v]:.3f}" if v in row else DASH for v in levels)]
+            for name, row in zip(names, table_1, strict=True)
         ]
     return table(["SNR, dB", *(f"{v:g}" for v in levels)], groups)
 
@@ -201,7 +206,7 @@ def _changes_table(rows: Sequence[Mapping[str, Any]]) -> Html:
 
 
 def _change(kind: str, level: float) -> str:
-    from digit.evaluation.noise import Change
+    from digit.evaluation.metrics.noise import Change
 
     return str(Change(kind=kind, level=level))  # type: ignore[arg-type]
 
@@ -221,7 +226,9 @@ def probe(context: Context) -> Html | None:
     if not cards:
         return None
     ours = context.each(items, _probe_row)
-    rows = [[r.method, r.tokens, r.width, millions(r.parameters), number(r.accuracy, 3), "ImageNet"] for r in paper.PROBE]
+    rows = [
+        [r.method, r.tokens, r.width, millions(r.parameters), number(r.accuracy, 3), "ImageNet"] for r in paper.PROBE
+    ]
     head = ["", "Tokens", "Width", "Parameters", "Top-1, % ↑", "Images"]
     groups: dict[str, Any] = {"*Measured here, best layer": ours, "Paper, Table 2": rows}
     lines = [

@@ -32,7 +32,10 @@ def _reconstruction(item: Found) -> Html:
     return card(
         item,
         item.data["title"],
-        table(["", *_RECONSTRUCTION.values(), "Images"], {"*Measured here": rows, "Paper, ImageNet validation images": theirs}),
+        table(
+            ["", *_RECONSTRUCTION.values(), "Images"],
+            {"*Measured here": rows, "Paper, ImageNet validation images": theirs},
+        ),
         tag("h4", "FID when tokens are replaced by near ones") if perturbed else None,
         grid([_perturbed(row) for row in perturbed]) if perturbed else None,
     )
@@ -123,7 +126,9 @@ def _toy(context: Context, item: Found) -> Html:
     )
     rows = [[method, *(f"{v:.1%}" for v in mean)] for method, mean in values["accuracy"].items()]
     pictures = plots(context, item)
-    return card(item, item.data["title"], pictures, grid(chart), table(["Noise", *(f"{v:g}" for v in values["noise"])], rows))
+    return card(
+        item, item.data["title"], pictures, grid(chart), table(["Noise", *(f"{v:g}" for v in values["noise"])], rows)
+    )
 
 
 def plots(context: Context, item: Found) -> Html | None:

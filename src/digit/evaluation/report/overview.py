@@ -50,15 +50,20 @@ def problems(found: Sequence[Problem]) -> Html | None:
 
 
 def bubbles(context: Context) -> Html | None:
-    """Figure 1: FID against probe accuracy, the area stands for parameters; the paper's models and those measured here."""
+    """Figure 1: FID against probe accuracy, the area stands for parameters; the paper's models and those measured
+    here.
+    """
     pairs = [pair for pair in map(lambda p: _pair(context, p), context.collection.of("probe")) if pair]  # noqa: C417
     if not pairs:
         return None
     theirs = [Circle(b.name, b.accuracy, b.fid, b.parameters, ours=False) for b in paper.BUBBLES]
     ours = [circle for circle, _, _ in pairs]
-    chart = bubble_chart("FID against linear probe", [*theirs, *ours], "linear probe, top-1 in %", "FID, lower is better")
+    chart = bubble_chart(
+        "FID against linear probe", [*theirs, *ours], "linear probe, top-1 in %", "FID, lower is better"
+    )
     rows: list[list[Child]] = [
-        [c.name, number(c.x, 3), number(c.y), millions(c.size), f"{probe.place}; {fid.place}"] for c, probe, fid in pairs
+        [c.name, number(c.x, 3), number(c.y), millions(c.size), f"{probe.place}; {fid.place}"]
+        for c, probe, fid in pairs
     ]
     known = [
         [
@@ -74,15 +79,15 @@ def bubbles(context: Context) -> Html | None:
     foreign = [probe for _, probe, _ in pairs if "imagenet" not in str(probe.data["data"]["train"]["name"]).lower()]
     lines = fidelity_warnings([fid for _, _, fid in pairs])
     lines += ["The paper's probes are of ImageNet's 1,000 classes, those here are not."] if foreign else []
-    intro = (
-        "A model that knows what it draws stands low and right. The area of a circle is the number of parameters of the prior."
-    )
+    intro = "A model that knows what it draws stands low and right. The area of a circle is the number of parameters of the prior."
     body = table(["", "Top-1, %", "FID", "Parameters", "From"], groups, {4})
     return section("bubbles", "Knowing and making", intro, warn(lines), grid(chart), body)
 
 
 def _pair(context: Context, probe: Found) -> tuple[Circle, Found, Found] | None:
-    """The best layer of a probe, with the FID of the same model: by its name, else the only one in the same given folder."""
+    """The best layer of a probe, with the FID of the same model: by its name, else the only one in the same given
+    folder.
+    """
     try:
         name = probe.data["model"]["name"]
         accuracy = 100 * max(layer["accuracy"] for layer in probe.data["values"]["layers"])
@@ -106,7 +111,9 @@ def _model_of(context: Context, item: Found) -> str | None:
         return str(model["name"])
     source = str((item.data.get("source") or {}).get("name", "")).rstrip("/")
     for run in context.collection.of(GENERATION):
-        if source and (source == str(run.folder) or run.place.endswith(source) or str(run.folder).endswith("/" + source)):
+        if source and (
+            source == str(run.folder) or run.place.endswith(source) or str(run.folder).endswith("/" + source)
+        ):
             return str(run.data["model"])
     return None
 
@@ -118,7 +125,8 @@ def ablations() -> Html:
     """Figures 3a and 4a, which own ablations stand beside."""
     steps = [[r.method, millions(r.parameters), r.epochs, number(r.fid), number(r.inception)] for r in paper.ADDITIVE]
     encoders = [
-        [r.encoder, r.kind or DASH, number(r.fid), number(r.inception), number(r.probe), number(r.own)] for r in paper.ENCODERS
+        [r.encoder, r.kind or DASH, number(r.fid), number(r.inception), number(r.probe), number(r.own)]
+        for r in paper.ENCODERS
     ]
     return section(
         "paper",

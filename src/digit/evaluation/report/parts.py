@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from digit.errors import DigitError
+from digit.core.errors import DigitError
 from digit.evaluation.report.collect import Collection, Found, Problem
 from digit.evaluation.report.curves import Curve
 from digit.evaluation.report.html import Child, Html, bullets, details, join, notice, pairs, seconds, tag

@@ -31,18 +31,18 @@ a { color: var(--c1); }
 .notes ul { margin: .4rem 0; padding-left: 1.2rem; }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; padding: 0; margin: .8rem 0; list-style: none; }
 nav a { display: inline-block; padding: .35rem 0; }
-.card { --here: var(--card); background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding: 1rem; margin: 1rem 0; }
-.notice { background: var(--notice); border-left: .3rem solid var(--notice-line); padding: .4rem .9rem; margin: .8rem 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .8rem 1.4rem; margin: .6rem 0; }
-.scroll { overflow-x: auto; margin: .8rem 0; }
+.card { --here: var(--card); background: var(--card); border: 1px solid var(--line); border-radius: .5rem; padding:
+1rem; margin: 1rem 0; } .notice { background: var(--notice); border-left: .3rem solid var(--notice-line); padding: .4rem
+.9rem; margin: .8rem 0; } .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr));
+gap: .8rem 1.4rem; margin: .6rem 0; } .scroll { overflow-x: auto; margin: .8rem 0; }
 .scroll:focus-visible { outline: 2px solid var(--c1); }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; min-width: 100%; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
-td { max-width: 26rem; overflow-wrap: anywhere; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; overflow-wrap: normal;
+min-width: 100%; } th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
+vertical-align: top; white-space: nowrap; } td { max-width: 26rem; overflow-wrap: anywhere; }
 td.text { white-space: normal; min-width: 11rem; }
 th.text, td.text { text-align: left; }
-th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; max-width: 22rem; overflow-wrap: break-word; }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4rem; }
+th:first-child { text-align: left; white-space: normal; min-width: 7.5rem; max-width: 22rem; overflow-wrap: break-word;
+} thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; white-space: normal; min-width: 4rem; }
 tbody th { font-weight: 500; }
 tbody th[scope=row], thead th:first-child { position: sticky; left: 0; background: var(--here); }
 tbody th.group { color: var(--soft); font-weight: 600; padding-top: .8rem; max-width: none; }
@@ -67,9 +67,9 @@ svg .grid { stroke: var(--line); stroke-width: 1; }
 .bubble { stroke: var(--bg); stroke-width: 1; fill-opacity: .75; }
 svg .ring { fill: none; stroke-width: 1.5; stroke-dasharray: 2 2; }
 svg .dashed { stroke-dasharray: 5 4; }
-.legend { display: flex; flex-wrap: wrap; gap: .15rem 1rem; list-style: none; margin: .2rem 0 0; padding: 0; color: var(--soft); }
-.key { display: inline-block; width: 1.5em; height: 0; border-top: 3px solid; vertical-align: middle; margin-right: .4em; }
-.key.dashed { border-top-style: dashed; }
+.legend { display: flex; flex-wrap: wrap; gap: .15rem 1rem; list-style: none; margin: .2rem 0 0; padding: 0; color:
+var(--soft); } .key { display: inline-block; width: 1.5em; height: 0; border-top: 3px solid; vertical-align: middle;
+margin-right: .4em; } .key.dashed { border-top-style: dashed; }
 .picture { margin: .8rem 0; overflow-x: auto; }
 img { max-width: 100%; height: auto; display: block; background: #fff; border-radius: .25rem; }
 img.wide { max-width: none; width: 100%; min-width: 44rem; }

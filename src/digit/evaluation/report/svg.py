@@ -141,7 +141,9 @@ def line_chart(
     seen = [v for s in series for part in (s.y, *(s.band or ())) for v in part] + [value for _, value, _ in levels]
     y = Axis(seen, HEIGHT - BOTTOM, TOP, log=log_y, zero=zero)
     lines = [_level(y(value), color) for _, value, color in levels] + [_line(s, x, y) for s in series]
-    legend = [(f"c{s.color}", s.dash, s.name) for s in series] + [(f"c{color}", True, name) for name, _, color in levels]
+    legend = [(f"c{s.color}", s.dash, s.name) for s in series] + [
+        (f"c{color}", True, name) for name, _, color in levels
+    ]
     return _figure(title, x, y, x_label, y_label, lines, legend, names)
 
 
@@ -162,7 +164,9 @@ def bubble_chart(title: str, circles: Sequence[Circle], x_label: str, y_label: s
         box = _name_box(circle.name, place, taken)
         taken.append(box)
         drawn.append(tag("text", circle.name, x=_n(box[0]), y=_n(box[3] - 3), class_="name"))
-    return _figure(title, x, y, x_label, y_label, drawn, [("c1", False, "measured here"), ("c0", False, "the paper, ImageNet")])
+    return _figure(
+        title, x, y, x_label, y_label, drawn, [("c1", False, "measured here"), ("c0", False, "the paper, ImageNet")]
+    )
 
 
 def _name_box(text: str, place: tuple[float, float, float], taken: Sequence[Box]) -> Box:
@@ -176,7 +180,9 @@ def _name_box(text: str, place: tuple[float, float, float], taken: Sequence[Box]
     boxes = [(min(max(a, LEFT + 2), WIDTH - 2 - width), b) for a, b in corners]
     room = [(a, b, a + width, b + height) for a, b in boxes]
     free = [
-        box for box in room if not any(_overlap(box, other) for other in taken) and box[1] >= TOP and box[3] <= HEIGHT - BOTTOM
+        box
+        for box in room
+        if not any(_overlap(box, other) for other in taken) and box[1] >= TOP and box[3] <= HEIGHT - BOTTOM
     ]
     return (free or room)[0]
 
@@ -216,7 +222,11 @@ def _figure(
     shown = dict.fromkeys(legend)
     keys = [tag("li", tag("span", class_=f"key {c}{' dashed' if dash else ''}"), name) for c, dash, name in shown]
     return tag(
-        "figure", tag("figcaption", title), picture, tag("ul", keys, class_="legend") if len(keys) > 1 else None, class_="plot"
+        "figure",
+        tag("figcaption", title),
+        picture,
+        tag("ul", keys, class_="legend") if len(keys) > 1 else None,
+        class_="plot",
     )
 
 

@@ -9,7 +9,7 @@ from digit.evaluation.report.collect import Found
 from digit.evaluation.report.html import DASH, Html, details, number, table
 from digit.evaluation.report.parts import Context, card, grid, section
 from digit.evaluation.report.svg import Series, line_chart
-from digit.evaluation.sweep import SHOWN, TITLES, in_order, measured, setting_text
+from digit.evaluation.studies.sweep import SHOWN, TITLES, in_order, measured, setting_text
 
 _LOWER = ("fid", "kid_mean")
 _SPACES = {"semantic": "semantic tokens", "vq": "VQ tokens"}
@@ -19,7 +19,9 @@ Point = Mapping[str, Any]
 def sweeps(context: Context) -> Html | None:
     """Fidelity over sampling settings."""
     cards = context.each(context.collection.of("sweep"), _sweep)
-    intro = "The paper's figure 6 sweeps top-k and top-p of the base model; its values were published as a picture only."
+    intro = (
+        "The paper's figure 6 sweeps top-k and top-p of the base model; its values were published as a picture only."
+    )
     return section("sweeps", "Sweeps of sampling settings", intro, cards) if cards else None
 
 
@@ -33,7 +35,9 @@ def _sweep(item: Found) -> Html:
     metrics = [metric for metric in SHOWN if any(metric in point["values"] for point in points)]
     rows = [
         [
-            ", ".join(f"{name.replace('_', ' ')} {setting_text(name, value)}" for name, value in point["settings"].items()),
+            ", ".join(
+                f"{name.replace('_', ' ')} {setting_text(name, value)}" for name, value in point["settings"].items()
+            ),
             *(number(point["values"][m]) if m in point["values"] else DASH for m in metrics),
         ]
         for point in points
@@ -44,11 +48,15 @@ def _sweep(item: Found) -> Html:
 
 
 def _axis_chart(name: str, values: Sequence[Any], points: Sequence[Point], metric: str) -> Html:
-    """One metric over the values of one setting, as places of equal distance; a line for each choice of the other settings."""
+    """One metric over the values of one setting, as places of equal distance; a line for each choice of the other
+    settings.
+    """
     order = in_order(name, values)
     lines: dict[str, dict[Any, float]] = {}
     for point in points:
-        others = ", ".join(f"{k.replace('_', ' ')} {setting_text(k, v)}" for k, v in point["settings"].items() if k != name)
+        others = ", ".join(
+            f"{k.replace('_', ' ')} {setting_text(k, v)}" for k, v in point["settings"].items() if k != name
+        )
         lines.setdefault(others or "measured here", {})[point["settings"][name]] = point["values"][metric]
     series = []
     for number_, (title, at) in enumerate(lines.items()):
@@ -79,8 +87,12 @@ def _prefix(item: Found) -> Html:
         series = []
         for color, curve in enumerate(curves, 1):
             x, y = [100 * p["share"] for p in curve["points"]], [p["values"][metric] for p in curve["points"]]
-            series.append(Series(f"{curve['name']}, {_SPACES.get(curve['space'], curve['space'])}", x, y, (color - 1) % 6 + 1))
-        charts.append(line_chart(f"{TITLES[metric]} by given prefix", series, "given prefix, % of the tokens", _axis(metric)))
+            series.append(
+                Series(f"{curve['name']}, {_SPACES.get(curve['space'], curve['space'])}", x, y, (color - 1) % 6 + 1)
+            )
+        charts.append(
+            line_chart(f"{TITLES[metric]} by given prefix", series, "given prefix, % of the tokens", _axis(metric))
+        )
     groups = {
         f"*{curve['name']}, {_SPACES.get(curve['space'], curve['space'])}": [
             [f"{100 * p['share']:g}% ({p['given']} tokens)", *(number(p["values"].get(m)) for m in metrics)]

@@ -10,7 +10,9 @@ from torch import Tensor
 
 
 def discriminator_hinge(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """() from maps of logits: real ones should be above 1, fake ones below -1. Every map counts alike, whatever its size."""
+    """() from maps of logits: real ones should be above 1, fake ones below -1. Every map counts alike, whatever its
+    size.
+    """
     terms = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(terms).mean() / 2
 

@@ -1,6 +1,8 @@
-"""Learning from a teacher that is a moving average of the student: DINO on images, iBOT on masked patches, as DINOv2 joins them.
+"""Learning from a teacher that is a moving average of the student: DINO on images, iBOT on masked patches, as DINOv2
+joins them.
 
-Sources: [0] Caron et al. 2021, arXiv 2104.14294. [1] Zhou et al. 2021, arXiv 2111.07832. [2] Oquab et al. 2023, arXiv 2304.07193.
+Sources: [0] Caron et al. 2021, arXiv 2104.14294. [1] Zhou et al. 2021, arXiv 2111.07832. [2] Oquab et al. 2023, arXiv
+    2304.07193.
 The losses and heads are lightly's.
 """
 
@@ -14,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config
-from digit.errors import DigitError, require
+from digit.core.config import config
+from digit.core.errors import DigitError, require
 from digit.models.transformer import PositiveInt
 from digit.training.config import NonNegative, NonNegativeInt
 from digit.training.losses.pairs import spread, taken
@@ -105,7 +107,9 @@ class DistillationMethod:
         order = torch.rand(count, self.patches**2, generator=generator).argsort(1).argsort(1)  # (B, N) ranks
         return order < (share * self.patches**2).round()[:, None]
 
-    def loss(self, modules: nn.ModuleDict, images: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, modules: nn.ModuleDict, images: Tensor, batch: Batch, step: Step
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
         objective = self.objective
         large = torch.cat([apply_views(images, taken(batch, f"view{i}"), objective.views.size) for i in range(2)])
@@ -153,7 +157,11 @@ def _with_heads(encoder: TrainableEncoder, objective: DistillationObjective) -> 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly's head uses torch's older weight_norm
             made: nn.Module = heads.DINOProjectionHead(
-                encoder.dim, objective.hidden, objective.bottleneck, objective.prototypes, batch_norm=objective.batch_norm
+                encoder.dim,
+                objective.hidden,
+                objective.bottleneck,
+                objective.prototypes,
+                batch_norm=objective.batch_norm,
             )
         return made
 

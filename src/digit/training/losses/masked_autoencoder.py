@@ -1,6 +1,8 @@
-"""The masked autoencoder: rebuild hidden patches from visible ones. The reconstructive baseline that the paper's Fig 4a calls MAE.
+"""The masked autoencoder: rebuild hidden patches from visible ones. The reconstructive baseline that the paper's Fig 4a
+calls MAE.
 
-Source: He et al. 2021, arXiv 2111.06377: 75% of the patches hidden, only visible ones encoded, a light decoder, the mean
+Source: He et al. 2021, arXiv 2111.06377: 75% of the patches hidden, only visible ones encoded, a light decoder, the
+    mean
 squared error on the hidden patches' pixels, each patch normalised.
 """
 
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config
+from digit.core.config import config
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.transformer import PositiveInt, Transformer, TransformerConfig, init_weights
 from digit.training.losses.pairs import taken
@@ -103,7 +105,9 @@ class MaskedAutoencoderMethod:
         batch = {f"view0.{k}": v for k, v in draw_views(count, self.objective.views, generator)._asdict().items()}
         return {**batch, "order": torch.rand(count, self.patches, generator=generator).argsort(1)}
 
-    def loss(self, modules: nn.ModuleDict, images: Tensor, batch: Batch, _step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, modules: nn.ModuleDict, images: Tensor, batch: Batch, _step: Step
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
         view = apply_views(images, taken(batch, "view0"), self.encoder.preprocessing.image_size)
         return modules["student"](view, batch["order"]), {}

@@ -11,8 +11,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config
-from digit.errors import require
+from digit.core.config import config
+from digit.core.errors import require
 from digit.models.transformer import PositiveInt
 from digit.training.losses.projection import Projection, TrainableEncoder, check_trainable, exact
 from digit.training.task import Batch, Step
@@ -64,7 +64,9 @@ class PairMethod:
         first, second = (draw_views(count, self.objective.views, generator) for _ in range(2))
         return {f"view{i}.{k}": v for i, draws in enumerate((first, second)) for k, v in draws._asdict().items()}
 
-    def loss(self, modules: nn.ModuleDict, images: Tensor, batch: Batch, _step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, modules: nn.ModuleDict, images: Tensor, batch: Batch, _step: Step
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
         size = self.objective.views.size
         views = [apply_views(images, taken(batch, f"view{i}"), size) for i in range(2)]

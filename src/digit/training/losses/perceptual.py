@@ -1,9 +1,9 @@
 """Perceptual distances: how different two batches of pictures look to a network that is not trained here.
 
-"lpips" is Zhang et al. 2018, arXiv 1801.03924, with VGG16 (:mod:`digit.evaluation.lpips`; its weights are fetched once).
-"encoder" is the same idea without any download: unit features of a frozen encoder of this library, layer by layer where it is
-convolutional, all channels weighted alike. A self-supervised encoder ignores what its augmentations change (colour, a little
-blur), so it stands beside a pixel loss and does not replace it.
+"lpips" is Zhang et al. 2018, arXiv 1801.03924, with VGG16 (:mod:`digit.evaluation.metrics.lpips`; its weights are
+fetched once). "encoder" is the same idea without any download: unit features of a frozen encoder of this library, layer
+by layer where it is convolutional, all channels weighted alike. A self-supervised encoder ignores what its
+augmentations change (colour, a little blur), so it stands beside a pixel loss and does not replace it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from digit.core.errors import DigitError
 from digit.encoders.conv import ConvEncoder
 from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
-from digit.errors import DigitError
-from digit.evaluation.lpips import load_lpips
+from digit.evaluation.metrics.lpips import load_lpips
 
 
 class LpipsDistance(nn.Module):
@@ -59,7 +59,9 @@ class EncoderView(nn.Module):
         self.encoder = encoder.eval().requires_grad_(False)
         self.dims: list[int] = [encoder.dim]
         if isinstance(encoder, ConvEncoder):
-            self.dims = [width for width, n in zip(encoder.config.widths, encoder.config.blocks, strict=True) for _ in range(n)]
+            self.dims = [
+                width for width, n in zip(encoder.config.widths, encoder.config.blocks, strict=True) for _ in range(n)
+            ]
 
     @classmethod
     def from_pretrained(cls, source: str, size: int) -> EncoderView:

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from digit.core.errors import DigitError
 from digit.encoders.conv import ConvEncoder
 from digit.encoders.transformers_encoder import TransformersEncoder
-from digit.errors import DigitError
 
 TrainableEncoder = ConvEncoder | TransformersEncoder
 
 
-def summary_and_patches(encoder: TrainableEncoder, images: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def summary_and_patches(
+    encoder: TrainableEncoder, images: Tensor, masked: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One vector an image and its patch features: the CLS token of a ViT, the mean of a convolutional grid.
 
     Args:

@@ -1,7 +1,9 @@
-"""Vector quantisation in training: a codebook that follows the latents by moving averages, and codes that are never dead.
+"""Vector quantisation in training: a codebook that follows the latents by moving averages, and codes that are never
+dead.
 
 Sources: [0] van den Oord et al. 2017, arXiv 1711.00937, appendix A.1 (moving averages). [1] Dhariwal et al. 2020, arXiv
-2005.00341, section 3.1 (codes that fall out of use are put on a random latent). [2] Fifty et al. 2024, arXiv 2410.06424 (rotation).
+2005.00341, section 3.1 (codes that fall out of use are put on a random latent). [2] Fifty et al. 2024, arXiv 2410.06424
+(rotation).
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.tokenizers.codebook import nearest
+from digit.models.codebook import nearest
 
 _KMEANS_STEPS = 5
 _SMOOTH = 1e-5
@@ -44,7 +46,8 @@ class EmaQuantizer(nn.Module):
 
         Args:
             codebook: (V, D) without gradients.
-            decay: of the moving averages; less at first, min(decay, (1 + k) / (10 + k)) at update k, while latents move fast.
+            decay: of the moving averages; less at first, min(decay, (1 + k) / (10 + k)) at update k, while latents move
+                fast.
             dead_below: a code whose average use falls below this share of the mean use is put on a recent latent.
             gradient: how it passes the rounding: "straight-through" copies it; "rotation" turns and scales it with the
                 rotation that takes a latent to its code [2].
@@ -68,8 +71,8 @@ class EmaQuantizer(nn.Module):
             latents: (B, D, h, w).
 
         Returns:
-            Codes (B, D, h, w) through which gradients pass, tokens (B, h * w) int64, and the commitment loss (): the mean
-            squared distance of a latent's elements from its code's.
+            Codes (B, D, h, w) through which gradients pass, tokens (B, h * w) int64, and the commitment loss (): the
+            mean squared distance of a latent's elements from its code's.
         """
         with torch.autocast(latents.device.type, enabled=False):
             z = latents.float().flatten(2).transpose(1, 2)  # (B, M, D)
@@ -140,11 +143,16 @@ class EmaQuantizer(nn.Module):
         """Share of the codes in use, and the perplexity of their average use (V if all are used alike)."""
         share = self.uses / self.uses.sum().clamp(min=_SMOOTH)
         perplexity = torch.exp(-(share * (share + 1e-10).log()).sum())
-        return {"codebook_use": (self.uses >= self.dead_below * self.uses.mean()).float().mean(), "perplexity": perplexity}
+        return {
+            "codebook_use": (self.uses >= self.dead_below * self.uses.mean()).float().mean(),
+            "perplexity": perplexity,
+        }
 
 
 def rotate(z: Tensor, codes: Tensor) -> Tensor:
-    """The codes (..., D), as the rotation and scaling of the latents (..., D) that takes each to its code, held constant [2]."""
+    """The codes (..., D), as the rotation and scaling of the latents (..., D) that takes each to its code, held
+    constant [2].
+    """
     with torch.no_grad():
         length = z.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         scale = codes.norm(dim=-1, keepdim=True) / length

@@ -1,7 +1,7 @@
 """Training an encoder for small images, self-supervised: SimCLR, VICReg, DINO with iBOT, or a masked autoencoder.
 
-An encoder preset has the sections ``model`` (:class:`ConvModel` or :class:`VitModel`), ``objective`` (by its ``method``),
-``data`` (:class:`EncoderData`) and ``training``.
+An encoder preset has the sections ``model`` (:class:`ConvModel` or :class:`VitModel`), ``objective`` (by its
+``method``), ``data`` (:class:`EncoderData`) and ``training``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from digit.config import config, from_dict, to_dict
+from digit.core.config import config, from_dict, to_dict
+from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset
 from digit.encoders.base import weights_checksum
 from digit.encoders.loading import load_encoder, small_conv, small_vit
-from digit.errors import DigitError
 from digit.models.transformer import PositiveInt
 from digit.training.config import NonNegativeInt
 from digit.training.finetune import FineTune, start_folder, take_modules
@@ -68,8 +68,8 @@ class EncoderData:
 
     Attributes:
         split: of the training images.
-        held_out_split: of the images that are classified by their neighbours (without classes only their spread is measured);
-            None keeps some of the training images back.
+        held_out_split: of the images that are classified by their neighbours (without classes only their spread is
+            measured); None keeps some of the training images back.
         held_out: how many of them; 0 takes all.
         memory: how many training images are the neighbours; 0 takes all.
     """
@@ -106,7 +106,9 @@ class Method(Protocol):
         """The random numbers of ``count`` examples, each tensor with them in its first dimension."""
         ...
 
-    def loss(self, modules: nn.ModuleDict, images: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(
+        self, modules: nn.ModuleDict, images: Tensor, batch: Batch, step: Step
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
         ...
 
@@ -201,7 +203,9 @@ class EncoderTask:
         tensors = saved.state_dict()
         mine = {name: tensor.shape for name, tensor in self.method.encoder.state_dict().items()}
         if mine != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise DigitError(f"The encoder {start.source} is of another shape than the preset's model section describes.")
+            raise DigitError(
+                f"The encoder {start.source} is of another shape than the preset's model section describes."
+            )
         take_modules(self.modules, start.source, tuple(self.modules))
         for name in {"student", "teacher"} & set(self.modules):
             cast(nn.Module, self.modules[name].encoder).load_state_dict(tensors)
@@ -233,7 +237,9 @@ class EncoderTask:
         self.method.after_step(self.modules, step)
 
     def validate(self) -> dict[str, float]:
-        """20-NN accuracy of the mean patch feature on held-out images, and how spread these features are (0 is collapse)."""
+        """20-NN accuracy of the mean patch feature on held-out images, and how spread these features are (0 is
+        collapse).
+        """
         if self.held_out is None:
             return {}
         queries = self._pooled(self.held_out)
@@ -259,7 +265,8 @@ class EncoderTask:
 
 
 def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> EncoderTask:
-    """The task of an encoder preset over a dataset, with random weights from torch's global generator or those of a saved encoder.
+    """The task of an encoder preset over a dataset, with random weights from torch's global generator or those of a
+    saved encoder.
 
     Raises:
         DigitError: a section is wrong, the dataset cannot be opened, or ``start`` does not fit.

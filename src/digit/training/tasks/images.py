@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.sampling import Batches, OrderedSampler, StepSampler
-from digit.data.transforms import Transform
 from digit.training.task import Batch, Stream
 
 _CHUNK = 250
@@ -24,7 +24,8 @@ def open_images(
 ) -> tuple[ImageDataset, ImageDataset | None]:
     """The images to train on, and ``held_out`` that measure (0: all there are).
 
-    They come from another split, or, where ``held_out_split`` is None, are kept back from the training images: at most a tenth.
+    They come from another split, or, where ``held_out_split`` is None, are kept back from the training images: at most
+        a tenth.
     """
     train = open_dataset(data, split)
     if held_out_split is not None:
@@ -76,7 +77,9 @@ def image_chunks(images: ImageDataset, size: int, device: str) -> Iterator[Tenso
 
 
 def some_images(images: ImageDataset, count: int) -> ImageDataset:
-    """The same random ``count`` of them every time (folders come class by class, so the first ones would not do); 0: all."""
+    """The same random ``count`` of them every time (folders come class by class, so the first ones would not do); 0:
+    all.
+    """
     if not 0 < count < len(images):
         return images
     return images.subset(np.sort(np.random.default_rng(_SUBSET_SEED).permutation(len(images))[:count]))

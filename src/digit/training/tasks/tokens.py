@@ -24,21 +24,23 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config, from_dict, to_dict
-from digit.data.images import to_pil
+from digit.core.config import config, from_dict, to_dict
+from digit.core.errors import DigitError
+from digit.core.grids import picture_grid, token_picture
+from digit.core.images import to_pil
 from digit.data.sampling import StepSampler
 from digit.data.token_cache import TokenCache
-from digit.errors import DigitError
 from digit.models.component import save_component
 from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.vqgan import VQGAN
 from digit.sampling.engine import sample
-from digit.tokenizers.vqgan import VQGAN
-from digit.training.extras import Extras, ExtrasLoss, neighbours, plain
+from digit.training.auxiliary import Extras, ExtrasLoss, neighbours, plain
 from digit.training.health import Counts
 from digit.training.task import Batch, Loss, Step, Stream
-from digit.visual import picture_grid, token_picture
 
-_HELD_OUT_SEED = 20241031  # which images are held out never changes, or a resumed or repeated run would learn its own test
+_HELD_OUT_SEED = (
+    20241031  # which images are held out never changes, or a resumed or repeated run would learn its own test
+)
 _MASK_SEED = 7  # of the masks that validation hides tokens with
 _VALIDATION_BATCH = 64
 _COUNTED = 50_000  # images whose tokens are counted for the baselines of validation
@@ -70,7 +72,8 @@ class TokenData:
 
 
 def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str) -> TokenModelConfig:
-    """The config of a model for a cache: vocabularies, lengths and classes that ``values`` leaves out come from the cache.
+    """The config of a model for a cache: vocabularies, lengths and classes that ``values`` leaves out come from the
+    cache.
 
     Args:
         values: fields of :class:`TokenModelConfig`.
@@ -91,7 +94,9 @@ def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: Token
         if int(cache.labels.min()) < 0:
             raise DigitError(f"{where} asks for class labels, but images of the cache {cache.folder} have none.")
     wrong = [
-        f"{name} = {values[name]} (the cache: {value})" for name, value in known.items() if values.get(name, value) != value
+        f"{name} = {values[name]} (the cache: {value})"
+        for name, value in known.items()
+        if values.get(name, value) != value
     ]
     if wrong:
         raise DigitError(f"{where} does not fit the cache {cache.folder}: {', '.join(wrong)}. Leave these fields out.")
@@ -122,8 +127,9 @@ class TokenTask:
         component: "prior" or "decoder", as the user calls it.
         z_loss: see :meth:`TokenModel.loss`.
         vqgan: turns samples of VQ tokens into pictures for the log; without it they are shown as coloured cells.
-        extras: what is trained besides; see :mod:`digit.training.extras`.
-        centroids: (K, D) of the kinds of tokens that ``extras`` need, as :func:`~digit.training.extras.load_centroids` gives them.
+        extras: what is trained besides; see :mod:`digit.training.auxiliary`.
+        centroids: (K, D) of the kinds of tokens that ``extras`` need, as
+            :func:`~digit.training.auxiliary.load_centroids` gives them.
         start: for the run's description, from which weights it begins, if not from random ones.
     """
 
@@ -159,7 +165,8 @@ class TokenTask:
         more = {"objective": self.extras.chosen, "start": dict(start or {})}
         self.description = {**self.description, **{name: value for name, value in more.items() if value}}
 
-    # -- the protocol --------------------------------------------------------------------------------------------------------
+    # -- the protocol
+    # --------------------------------------------------------------------------------------------------------
 
     def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
         """All parameters that learn, in one group: the paper decays norms and biases too."""
@@ -175,7 +182,8 @@ class TokenTask:
     def batches(self, stream: Stream) -> Iterator[Batch]:
         """Tokens of a random view of each image, with masks and dropped labels already drawn.
 
-        Random choices are drawn for the whole global batch and then cut, so they do not depend on the number of processes.
+        Random choices are drawn for the whole global batch and then cut, so they do not depend on the number of
+        processes.
         """
         sampler = StepSampler(self.examples, stream.batch_size, stream.seed)
         for step in range(stream.start, stream.stop):
@@ -190,7 +198,8 @@ class TokenTask:
         shown = self.extras.disturb(batch, step.progress, self._near)
         value, metrics = self.modules["model"](**{name: batch.get(name) for name in _INPUTS} | shown)
         if "mask" in batch:
-            # the mean is over the masked places of the global batch, of which this part may hold more or less than its share
+            # the mean is over the masked places of the global batch, of which this part may hold more or less than its
+            # share
             value = value * (batch["mask"].sum() / batch["expected"].sum())
         yield Loss("model", value, metrics)
 
@@ -198,7 +207,8 @@ class TokenTask:
         """Nothing to do."""
 
     def validate(self) -> dict[str, float]:
-        """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of counting tokens and pairs of them.
+        """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of counting tokens and
+        pairs of them.
 
         Held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens.
         """
@@ -223,7 +233,9 @@ class TokenTask:
         }
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002 - the picture does not depend on it
-        """Sixteen samples of seed 0: the classes in turn; for a decoder, from the semantic tokens of held-out images."""
+        """Sixteen samples of seed 0: the classes in turn; for a decoder, from the semantic tokens of held-out
+        images.
+        """
         numbers, c = range(_PICTURES), self.model.config
         labels = torch.tensor([i % c.num_classes for i in numbers]) if c.num_classes else None
         prefix = None
@@ -245,7 +257,8 @@ class TokenTask:
         }
         save_component(folder, plain(self.model), self.model.config, {**provenance, **more})
 
-    # -- batches -------------------------------------------------------------------------------------------------------------
+    # -- batches
+    # -------------------------------------------------------------------------------------------------------------
 
     def _batch(self, images: np.ndarray, views: np.ndarray, generator: torch.Generator, training: bool = True) -> Batch:
         batch = {"index": torch.from_numpy(images), "tokens": self.cache.tokens(self.data.target, images, views)}
@@ -267,7 +280,9 @@ class TokenTask:
         view = int(self._views[0])
 
         def parts(images: np.ndarray) -> Iterator[Tensor]:
-            return (self.cache.tokens(self.data.target, images[i : i + 4096], view) for i in range(0, len(images), 4096))
+            return (
+                self.cache.tokens(self.data.target, images[i : i + 4096], view) for i in range(0, len(images), 4096)
+            )
 
         counts = Counts(parts(self._train[:: math.ceil(len(self._train) / _COUNTED)]), self.model.config.vocab_size)
         held_out = torch.cat(list(parts(self._held_out)))
@@ -281,7 +296,8 @@ class TokenTask:
 def random_masks(batch: int, length: int, generator: torch.Generator) -> Tensor:
     """MaskGIT's training masks: a share cos(pi u / 2) of the tokens, u uniform, at random places.
 
-    As DAMO-NLP-SG/DiGIT at cd6d8ca has it: floor(length * cos(pi u / 2) + 1) tokens, at most all, at the lowest of random scores.
+    As DAMO-NLP-SG/DiGIT at cd6d8ca has it: floor(length * cos(pi u / 2) + 1) tokens, at most all, at the lowest of
+    random scores.
 
     Returns:
         (batch, length) bool, True where the token is hidden; at least one in every row.
@@ -296,7 +312,9 @@ def _view_numbers(cache: TokenCache, names: tuple[str, ...] | None) -> np.ndarra
     chosen = cache.views if names is None else list(names)
     unknown = [name for name in chosen if name not in cache.views]
     if unknown or not chosen:
-        raise DigitError(f"The views {', '.join(unknown) or '(none)'} were asked for; the cache has: {', '.join(cache.views)}.")
+        raise DigitError(
+            f"The views {', '.join(unknown) or '(none)'} were asked for; the cache has: {', '.join(cache.views)}."
+        )
     return np.array([cache.views.index(name) for name in chosen])
 
 

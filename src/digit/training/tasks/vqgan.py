@@ -1,10 +1,10 @@
 """Training a VQGAN: pixels, a perceptual distance, a patch discriminator, and a codebook that follows the latents.
 
-A VQGAN preset has the sections ``model`` (:class:`~digit.tokenizers.vqgan.VQGANConfig`), ``objective``
+A VQGAN preset has the sections ``model`` (:class:`~digit.models.vqgan.VQGANConfig`), ``objective``
 (:class:`VqganObjective`), ``data`` (:class:`VqganData`) and ``training``.
 
 Source: Esser et al. 2021, arXiv 2012.09841, section 3.1. Unlike there, the codebook moves by averages; see also
-:mod:`digit.training.losses.pictures`.
+:mod:`digit.training.losses.images`.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.config import config, from_dict, to_dict
+from digit.core.config import config, from_dict, to_dict
+from digit.core.errors import DigitError
+from digit.core.grids import picture_grid
+from digit.core.images import to_pil
 from digit.data.dataset import ImageDataset
-from digit.data.images import to_pil
 from digit.encoders.base import weights_checksum
-from digit.errors import DigitError
 from digit.models.component import load_component
 from digit.models.transformer import Probability
-from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.training.config import NonNegative, NonNegativeInt
 from digit.training.finetune import FineTune, start_folder, take_modules
-from digit.training.losses.pictures import PictureLoss, PictureObjective
+from digit.training.losses.images import PictureLoss, PictureObjective
 from digit.training.losses.quantizer import EmaQuantizer
 from digit.training.task import Batch, Loss, Step, Stream
 from digit.training.tasks.images import errors, image_batches, image_chunks, mirrored, open_images, some_images
-from digit.visual import picture_grid
 
 _PICTURES = 8
 
 
 @config
 class VqganObjective(PictureObjective):
-    """What a VQGAN is trained for: pictures like those that went in (:class:`PictureObjective`), and codes that are all used.
+    """What a VQGAN is trained for: pictures like those that went in (:class:`PictureObjective`), and codes that are all
+    used.
 
     Attributes:
         commitment: weight of the latents' squared distance from their codes.
@@ -137,11 +138,14 @@ class VqganTask:
         self.vqgan.load_state_dict(saved.state_dict())
         return {"weights": weights_checksum(saved), "freeze": list(start.freeze)}
 
-    # -- the protocol --------------------------------------------------------------------------------------------------------
+    # -- the protocol
+    # --------------------------------------------------------------------------------------------------------
 
     def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
         """Encoder and decoder, and the discriminator apart. The codebook has no optimizer."""
-        parameters = [p for name in ("encoder", "decoder") if name in self.modules for p in self.modules[name].parameters()]
+        parameters = [
+            p for name in ("encoder", "decoder") if name in self.modules for p in self.modules[name].parameters()
+        ]
         return {"model": [{"params": parameters}], **self.pictures.optimizers()}
 
     def to_device(self, device: str) -> None:
@@ -188,7 +192,9 @@ class VqganTask:
             self.quantizer.update()
 
     def validate(self) -> dict[str, float]:
-        """PSNR in dB (mean over images) and mean absolute error of held-out reconstructions, and how they use the codes."""
+        """PSNR in dB (mean over images) and mean absolute error of held-out reconstructions, and how they use the
+        codes.
+        """
         if self.held_out is None:
             return {}
         psnr, error, uses = 0.0, 0.0, torch.zeros(self.vqgan.config.codes)
@@ -212,7 +218,9 @@ class VqganTask:
         _, rebuilt = self._reconstruct(images)
         rows = [*torch.split(images, _PICTURES), *torch.split(rebuilt, _PICTURES)]
         ordered = [row for pair in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True) for row in pair]
-        return picture_grid([to_pil(image.cpu()) for row in ordered for image in row], columns=min(_PICTURES, len(images)))
+        return picture_grid(
+            [to_pil(image.cpu()) for row in ordered for image in row], columns=min(_PICTURES, len(images))
+        )
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the VQGAN."""
@@ -225,10 +233,12 @@ class VqganTask:
 
 
 def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> VqganTask:
-    """The task of a VQGAN preset over a dataset, with random weights from torch's global generator or those of a saved VQGAN.
+    """The task of a VQGAN preset over a dataset, with random weights from torch's global generator or those of a saved
+    VQGAN.
 
     Raises:
-        DigitError: a section is wrong, the dataset cannot be opened, the perceptual network is missing, or ``start`` does not fit.
+        DigitError: a section is wrong, the dataset cannot be opened, the perceptual network is missing, or ``start``
+            does not fit.
     """
     model: VQGANConfig = from_dict(VQGANConfig, preset["model"], f"{where}, model")
     objective: VqganObjective = from_dict(VqganObjective, preset.get("objective") or {}, f"{where}, objective")

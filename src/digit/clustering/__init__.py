@@ -1,0 +1,1 @@
+"""Fitting codebooks with k-means."""

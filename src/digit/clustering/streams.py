@@ -1,0 +1,195 @@
+"""Streams of feature vectors that several processes share: who reads what, and a uniform sample that does not depend on
+it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from digit.data.sampling import Positions
+
+_CHUNK = 65536  # vectors of a sample at a time
+
+
+class Points(NamedTuple):
+    """A part of a stream of feature vectors."""
+
+    numbers: Tensor
+    """(n,) int64, each vector's own, whichever process reads it."""
+    features: Tensor
+    """(n, D) float32 on the device that computes."""
+
+
+Stream = Callable[[int], Iterable[Points]]
+"""Gives the vectors of this process in a pass, the same ones in every pass; called with the number of the pass."""
+
+
+class PassSampler:
+    """All images once, in a random order of the pass; every process gets its part of each batch.
+
+    A :class:`digit.data.sampling.Sampler`. A part is empty where the last batch has fewer images than there are
+    processes.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int, number: int, rank: int = 0, world: int = 1) -> None:
+        self._order = np.random.default_rng([seed, number]).permutation(length).astype(np.int64)
+        self._batch_size, self._rank, self._world = batch_size, rank, world
+
+    @property
+    def steps(self) -> int:
+        """Number of batches, the same for every process."""
+        return -(-len(self._order) // self._batch_size)
+
+    def indices(self, step: int) -> Positions:
+        """The images of this process in batch ``step``."""
+        batch = self._order[step * self._batch_size : (step + 1) * self._batch_size]
+        return np.array_split(batch, self._world)[self._rank]
+
+    def epochs(self, step: int) -> Positions:
+        """Zeros: an image is cut in the same way in every pass."""
+        return np.zeros_like(self.indices(step))
+
+
+class Sample:
+    """A uniform sample of a stream that several processes share: the vectors whose hashed numbers are the smallest.
+
+    It depends on the seed and the numbers alone, not on the order nor on who reads what.
+
+    Attributes:
+        points: this process's part, on the CPU, smallest hash first; final after :meth:`settle`.
+        seen: vectors that went by in all processes; final after :meth:`settle`.
+        total: size of the sample over all processes.
+    """
+
+    def __init__(self, capacity: int, seed: int) -> None:
+        self._capacity, self._seed = capacity, seed
+        self._keys = torch.zeros(0, dtype=torch.long)
+        self.points = Points(torch.zeros(0, dtype=torch.long), torch.zeros(0, 0))
+        self.seen = self.total = 0
+        self._waiting: list[tuple[Tensor, Points]] = []
+        self._limit = torch.iinfo(torch.int64).max
+
+    def add(self, points: Points) -> None:
+        """Show it the next vectors."""
+        self.seen += len(points.numbers)
+        if not self.points.features.shape[1]:
+            self.points = Points(self.points.numbers, torch.zeros(0, points.features.shape[1]))
+        keys = hashed(points.numbers, self._seed)
+        small = keys < self._limit
+        if bool(small.any()):
+            self._waiting.append(
+                (keys[small], Points(points.numbers[small], points.features[small.to(points.features.device)].cpu()))
+            )
+        if sum(len(keys) for keys, _ in self._waiting) > self._capacity // 4 + _CHUNK:
+            self._merge()
+
+    def settle(self, device: str | torch.device) -> None:
+        """Agree with the other processes on which vectors belong to the sample."""
+        self._merge()
+        keys = gathered(self._keys.to(device)).cpu().sort().values[: self._capacity]
+        self.total = len(keys)
+        if self.total:
+            mine = int((self._keys <= keys[-1]).sum())
+            self._keys, self.points = self._keys[:mine], Points(self.points.numbers[:mine], self.points.features[:mine])
+        self.seen = int(summed(torch.tensor([self.seen], device=device)))
+
+    def smallest(self, count: int, device: str | torch.device) -> Tensor:
+        """The ``count`` vectors (m, D) of the sample with the smallest hashes, of all processes."""
+        keys = gathered(self._keys[:count].to(device))
+        vectors = gathered(self.points.features[:count].to(device))
+        return vectors[keys.argsort()[:count]]
+
+    def stream(self, device: str | torch.device) -> Stream:
+        """The part of the sample that lies here, in every pass."""
+
+        def parts(_number: int) -> Iterator[Points]:
+            for begin in range(0, len(self.points.numbers), _CHUNK):
+                numbers, features = (values[begin : begin + _CHUNK] for values in self.points)
+                yield Points(numbers, features.to(device))
+
+        return parts
+
+    def forget(self) -> None:
+        """Give the memory back."""
+        self._keys = self._keys[:0]
+        self.points = Points(self.points.numbers[:0].clone(), self.points.features[:0].clone())
+
+    def _merge(self) -> None:
+        if not self._waiting:
+            return
+        old = [(self._keys, self.points)] if len(self._keys) else []
+        parts, self._waiting = [*old, *self._waiting], []
+        keys = torch.cat([k for k, _ in parts])
+        self._keys, order = keys.sort()
+        order = order[: self._capacity]
+        self._keys = self._keys[: self._capacity].clone()
+        numbers, features = (torch.cat([part[i] for _, part in parts])[order] for i in (0, 1))
+        self.points = Points(numbers, features)
+        if len(self._keys) == self._capacity:
+            self._limit = int(self._keys[-1])
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
+    """Join the processes that ``torchrun`` started, if it did, for as long as the block runs.
+
+    Yields:
+        (number of this process, how many there are, its device): on CUDA each process gets a GPU of its own.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1, device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield dist.get_rank(), world, device
+    finally:
+        dist.destroy_process_group()
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over the processes."""
+    if _together():
+        value = value.clone()
+        dist.all_reduce(value)
+    return value
+
+
+def gathered(value: Tensor) -> Tensor:
+    """The rows of all processes, one after the other."""
+    if not _together():
+        return value
+    sizes = [torch.zeros(1, dtype=torch.long, device=value.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(value)], device=value.device))
+    longest = int(max(size.item() for size in sizes))
+    padded = value.new_zeros(longest, *value.shape[1:])
+    padded[: len(value)] = value
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+
+
+def hashed(numbers: Tensor, seed: int) -> Tensor:
+    """A random-looking (n,) int64, 0 or more, for each number and seed: the finalizer of splitmix64 (Steele et al.
+    2014).
+    """
+    x = numbers.cpu().numpy().astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+    x ^= x >> np.uint64(31)
+    return torch.from_numpy((x >> np.uint64(1)).astype(np.int64))

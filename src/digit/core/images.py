@@ -1,0 +1,244 @@
+"""Pictures in and out: any file to 8-bit RGB, RGB to tensors in 0..1, and back without a change.
+
+Colour profiles are not applied: the stored numbers are taken as sRGB, as every published ImageNet pipeline does.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from digit.core.errors import DigitError
+from digit.core.files import write_file
+from digit.core.transforms import center_crop, resize_shorter
+
+MAX_PIXELS = 89_478_485
+"""Larger pictures are refused, for a small file can unpack into gigabytes. It is Pillow's own figure, 256 MiB of
+RGB."""
+
+EXTENSIONS = frozenset(
+    {"png", "jpg", "jpeg", "jpe", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2"}
+)
+"""File name endings that are taken for pictures when a folder or an archive is opened without looking inside each
+file."""
+
+_ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class Decoded(NamedTuple):
+    """A picture and what had to be done to it."""
+
+    image: Image.Image
+    """8-bit RGB, upright."""
+    notes: tuple[str, ...]
+    """What was changed, such as "palette" or "animated, 12 frames"; empty for plain 8-bit RGB."""
+    format: str
+    """Pillow's name of the file format, such as "JPEG"."""
+
+
+def decode(
+    source: str | Path | bytes, name: object = None, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+) -> Decoded:
+    """Read any picture Pillow knows as upright 8-bit RGB.
+
+    Palettes, CMYK, grey and 16 bits are converted; transparency is laid on white; the EXIF orientation is applied; of
+    an animation the first frame is taken.
+
+    Args:
+        source: a path, or the bytes of a file.
+        name: how to call it in an error, anything with a ``str``; by default its path.
+        max_pixels: refuse anything with more pixels.
+        formats: Pillow's names of the file formats that are accepted; None accepts all.
+
+    Raises:
+        DigitError: names the file: missing, unreadable, not an image, truncated or damaged, or too large.
+    """
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), name or f"the image of {len(source):,} bytes", max_pixels, formats)
+    path = Path(source)
+    if not path.is_file():
+        raise DigitError(
+            f"There is no image file {path}." if not path.exists() else f"{path} is not a file but a folder."
+        )
+    try:
+        with open(path, "rb") as handle:
+            return _decode(handle, name or str(path), max_pixels, formats)
+    except OSError as error:
+        raise DigitError(f"Cannot read {path}: {error.strerror or error}.") from error
+
+
+def _decode(handle: BinaryIO, name: object, max_pixels: int, formats: Sequence[str] | None) -> Decoded:
+    try:
+        image = Image.open(handle, formats=None if formats is None else list(formats))
+        if image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError
+        notes = _frames(image)
+        deep = any("16" in str(tile[3]) for tile in image.tile)
+        image.load()
+        if deep and image.mode == "RGB":  # Pillow itself keeps the high byte of 16-bit colour
+            notes.append("16 bits a channel")
+        upright = _turn_upright(image, notes)
+        return Decoded(_to_rgb(upright, notes, name), tuple(notes), image.format or "")
+    except DigitError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DigitError(
+            f"{name} has more than {max_pixels:,} pixels, which is refused as a safeguard; scale it down first."
+        ) from error
+    except UnidentifiedImageError as error:
+        known = "any format that Pillow can read" if formats is None else f"one of the formats {', '.join(formats)}"
+        raise DigitError(f"{name} is not an image in {known}.") from error
+    except Exception as error:  # the decoders raise a dozen different types on damaged files
+        raise DigitError(f"{name} is damaged or truncated and cannot be decoded ({error}).") from error
+
+
+def _frames(image: Image.Image) -> list[str]:
+    # MPO is what cameras write for one photograph with previews
+    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+    return [f"animated, {frames} frames, the first one used"] if frames > 1 else []
+
+
+def _turn_upright(image: Image.Image, notes: list[str]) -> Image.Image:
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
+    except Exception:  # a broken EXIF block does not spoil the picture
+        turn = None
+    if turn is None:
+        return image
+    notes.append("EXIF rotation")
+    return image.transpose(turn)
+
+
+def _to_rgb(image: Image.Image, notes: list[str], name: object) -> Image.Image:
+    mode = image.mode
+    if mode in ("I", "F") or mode.startswith("I;"):
+        notes.append("16 bits a pixel" if mode != "F" else "floating point")
+        rgb = _scale_deep(image, name)
+    elif mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        notes.append(f"transparency ({mode}), laid on white")
+        rgba = image.convert("RGBA")
+        rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    elif mode == "RGB":
+        rgb = image.copy()
+    else:
+        notes.append({"P": "palette", "L": "grey", "1": "black and white"}.get(mode, mode))
+        rgb = image.convert("RGB")
+    rgb.info = {}
+    return rgb
+
+
+def _scale_deep(image: Image.Image, name: object) -> Image.Image:
+    """16-bit grey (0..65535) or floating-point grey (0..1) to 8 bits; Pillow's own conversion would clip at 255."""
+    values = np.asarray(image, dtype=np.float64)
+    top = 1.0 if image.mode == "F" else 65535.0
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > top:
+        raise DigitError(f"{name} holds values outside 0..{top:g} (mode {image.mode}); save it as 8-bit RGB first.")
+    return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8)).convert("RGB")
+
+
+def load_image(source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read one picture as upright 8-bit RGB; see :func:`decode`. Of an animation the first frame is taken, with a
+    warning.
+
+    Raises:
+        DigitError: names the file: missing, not an image, truncated, or too large.
+    """
+    image, notes, _ = decode(source, name, max_pixels)
+    for note in notes:
+        if note.startswith("animated"):
+            warnings.warn(
+                f"{name or (source if not isinstance(source, bytes) else 'The image')} is {note}.", stacklevel=2
+            )
+    return image
+
+
+def load_images(paths: str | Path | Sequence[str | Path | bytes], size: int | None = None) -> torch.Tensor:
+    """Read pictures into one tensor.
+
+    Args:
+        paths: one path, or a sequence of paths or file contents.
+        size: scale the shorter side to this many pixels (bicubic) and cut the square in the middle. Without it the
+            pictures must all have one size.
+
+    Returns:
+        float32 (B, 3, H, W) in 0..1.
+
+    Raises:
+        DigitError: nothing was given, a picture cannot be read, or the sizes differ and no ``size`` was given.
+    """
+    sources = [paths] if isinstance(paths, (str, Path)) else list(paths)
+    if not sources:
+        raise DigitError("No images were given; expected at least one path.")
+    images = [load_image(source) for source in sources]
+    if size is not None:
+        images = [center_crop(resize_shorter(image, size), size) for image in images]
+    for source, image in zip(sources, images, strict=True):
+        if image.size != images[0].size:
+            name = source if not isinstance(source, bytes) else "one"
+            raise DigitError(
+                f"The images differ in size: {name} is {image.width}x{image.height}, the first is "
+                f"{images[0].width}x{images[0].height}. Give a size to scale them all to."
+            )
+    return torch.stack([to_tensor(image) for image in images])
+
+
+def to_tensor(image: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
+    """8-bit RGB to float32 in 0..1 by division by 255: a picture or (H, W, 3) to (3, H, W), (B, H, W, 3) to (B, 3, H,
+    W).
+    """
+    pixels = torch.from_numpy(
+        np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
+    )  # (..., H, W, 3)
+    return pixels.movedim(-1, -3).contiguous().float().div_(255)
+
+
+def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:
+    """(..., 3, H, W) in 0..1, of any float type, to 8 bits (..., H, W, 3).
+
+    Values are clamped to 0..1, multiplied by 255 and rounded to the nearest integer (halves to even), so that
+    ``to_uint8(to_tensor(x))`` is ``x``.
+
+    Raises:
+        DigitError: there is a NaN in it.
+    """
+    values = images.detach().float()
+    if torch.isnan(values).any():
+        raise DigitError("The images hold NaN, so the model that made them has diverged or its weights are damaged.")
+    pixels = values.clamp(0, 1).mul(255).round().to(torch.uint8).movedim(-3, -1)  # (..., H, W, 3)
+    array: NDArray[np.uint8] = pixels.cpu().contiguous().numpy()
+    return array
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """One image (3, H, W) in 0..1 as a Pillow picture; for the rounding see :func:`to_uint8`."""
+    return Image.fromarray(to_uint8(image))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The bytes of a PNG file with the picture's pixels and nothing else."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def save_png(image: Image.Image | torch.Tensor, path: str | Path) -> Path:
+    """Write a picture or a (3, H, W) tensor in 0..1 as PNG, whole or not at all, making folders as needed."""
+    data = encode_png(image if isinstance(image, Image.Image) else to_pil(image))
+    return write_file(path, lambda aside: aside.write_bytes(data))

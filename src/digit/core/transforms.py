@@ -1,0 +1,128 @@
+"""Cutting, scaling and mirroring pictures, on Pillow alone. Everything random takes its generator as an argument.
+
+The random resized crop is that of "Going deeper with convolutions" (Szegedy et al. 2015, section 6): an area in a range
+and an aspect ratio from 3/4 to 4/3, drawn log-uniformly.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+from pydantic import Field
+
+from digit.core.config import config
+from digit.core.errors import DigitError
+
+Step = Callable[[Image.Image, np.random.Generator], Image.Image]
+Box = tuple[int, int, int, int]
+
+
+@config
+class Transform:
+    """How a picture becomes a square of ``size`` pixels."""
+
+    size: Annotated[int, Field(ge=1)]
+    """Side of the result, in pixels."""
+    crop: Literal["center", "random", "random-resized", "none"] = "center"
+    """center and random: the shorter side is scaled to ``size``, then the square is cut in the middle or anywhere.
+    random-resized: a random part of the picture is scaled to the square. none: the picture must have the size
+    already."""
+    flip: bool = False
+    """Mirror left to right with probability one half."""
+    scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
+    """For random-resized: the least and the greatest share of the picture's area."""
+
+    def __post_init__(self) -> None:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale must go from less to more, not from {self.scale[0]} to {self.scale[1]}")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether two passes over one picture can differ."""
+        return self.flip or self.crop in ("random", "random-resized")
+
+
+def build_transform(transform: Transform) -> Step:
+    """The function (picture, generator) -> picture of ``size`` x ``size`` that a config describes.
+
+    The generator is drawn from in a fixed order, crop first, so one generator state gives one picture.
+    """
+    crops: dict[str, Step] = {
+        "center": lambda image, _: center_crop(resize_shorter(image, transform.size), transform.size),
+        "random": lambda image, rng: random_crop(resize_shorter(image, transform.size), transform.size, rng),
+        "random-resized": lambda image, rng: random_resized_crop(image, transform.size, transform.scale, rng),
+        "none": lambda image, _: _must_be(image, transform.size),
+    }
+    crop = crops[transform.crop]
+    if not transform.flip:
+        return crop
+    return lambda image, rng: random_flip(crop(image, rng), rng)
+
+
+def resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    """Scale so that the shorter side has ``size`` pixels (bicubic with antialiasing); the longer one is rounded."""
+    width, height = image.size
+    if min(width, height) == size:
+        return image
+    ratio = size / min(width, height)
+    new = (size, max(size, round(height * ratio))) if width <= height else (max(size, round(width * ratio)), size)
+    return image.resize(new, Image.Resampling.BICUBIC)
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """The square of ``size`` pixels in the middle; of an odd margin the smaller half is at the left and top."""
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return _crop(image, (left, top, left + size, top + size))
+
+
+def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """A square of ``size`` pixels anywhere inside the picture."""
+    left = int(rng.integers(image.width - size + 1))
+    top = int(rng.integers(image.height - size + 1))
+    return _crop(image, (left, top, left + size, top + size))
+
+
+def random_resized_crop(
+    image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+) -> Image.Image:
+    """A random part of the picture, with a share of its area in ``scale``, stretched to ``size`` x ``size``
+    (bicubic).
+    """
+    box = _random_box(image.size, scale, rng)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Mirror left to right, one time in two."""
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def _random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    width, height = size
+    for _ in range(10):  # a tall box may not fit a wide picture: draw again
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _crop(image: Image.Image, box: Box) -> Image.Image:
+    return image if box == (0, 0, *image.size) else image.crop(box)
+
+
+def _must_be(image: Image.Image, size: int) -> Image.Image:
+    if image.size != (size, size):
+        raise DigitError(
+            f"An image of {image.width}x{image.height} pixels was met where {size}x{size} is expected and crop is 'none'; "
+            "choose crop 'center', or import the images with: digit data folder SRC --size"
+        )
+    return image

@@ -1,0 +1,1 @@
+"""Measurements of one model or of one set of images."""

@@ -1,0 +1,123 @@
+"""The codebook: k-means centroids, and the assignment of features to the nearest one.
+
+Source: the paper's section 3; the distance is the authors' (DAMO-NLP-SG/DiGIT at cd6d8ca): |x|^2 - 2 x.c + |c|^2, the
+    lowest id
+on ties. They compute it in half precision; here it is float32 whatever the model runs in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from digit.core.config import config
+from digit.core.errors import DigitError
+from digit.models.component import load_component, save_component
+from digit.models.transformer import PositiveInt
+
+_CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
+
+
+def nearest(features: Tensor, centroids: Tensor, half: bool = False) -> Tensor:
+    """The id of the nearest centroid (squared Euclidean distance, the lowest id on ties).
+
+    Memory stays near 64 MiB beyond the inputs, whatever the batch and K.
+
+    Args:
+        features: (..., D), any float dtype.
+        centroids: (K, D).
+        half: compute distances in float16, as the authors' training and sampling did. Near ties then fall otherwise.
+
+    Returns:
+        (...) int64 ids in [0, K).
+
+    Raises:
+        DigitError: the widths D differ.
+    """
+    if features.shape[-1] != centroids.shape[-1]:
+        raise DigitError(
+            f"The features are {features.shape[-1]} wide and the codebook {centroids.shape[-1]}: "
+            "this codebook was fitted on another encoder or layer."
+        )
+    dtype = torch.float16 if half else torch.float32
+    flat = features.reshape(-1, features.shape[-1])  # (n, D)
+    with torch.autocast(flat.device.type, enabled=False):
+        transposed = centroids.to(dtype).T.contiguous()  # (D, K)
+        norms = transposed.square().sum(0)  # (K,)
+        ids = torch.empty(len(flat), dtype=torch.long, device=flat.device)
+        rows = max(1, _CHUNK_ELEMENTS // len(centroids))
+        for start in range(0, len(flat), rows):
+            x = flat[start : start + rows].to(dtype)  # (r, D)
+            # |x|^2 changes no order in exact arithmetic, but in half precision it decides the near ties
+            distances = (
+                x.square().sum(1, keepdim=True) - 2 * (x @ transposed) + norms if half else norms - 2 * (x @ transposed)
+            )
+            ids[start : start + rows] = distances.argmin(1)  # (r,)
+    return ids.view(features.shape[:-1])
+
+
+@config
+class CodebookConfig:
+    """Shape and arithmetic of a codebook.
+
+    Attributes:
+        clusters: K.
+        dim: D, the encoder's feature width.
+        half_precision: assign in float16, as the authors' runs did; see :func:`nearest`.
+    """
+
+    clusters: PositiveInt
+    dim: PositiveInt
+    half_precision: bool = False
+
+
+class Codebook(nn.Module):
+    """K centroids (K, D).
+
+    Attributes:
+        provenance: how it was fitted: encoder, layer, preprocessing, data, seed, inertia, used and dead clusters,
+            perplexity.
+    """
+
+    provenance: dict[str, Any]
+
+    def __init__(self, config: CodebookConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.centroids = nn.Parameter(torch.zeros(config.clusters, config.dim), requires_grad=False)
+
+    @classmethod
+    def from_centroids(
+        cls, centroids: Tensor, provenance: dict[str, Any] | None = None, half_precision: bool = False
+    ) -> Codebook:
+        """A codebook of given centroids (K, D)."""
+        clusters, dim = centroids.shape
+        book = cls(CodebookConfig(clusters=clusters, dim=dim, half_precision=half_precision))
+        book.centroids.data = centroids.float().clone()
+        book.provenance = provenance or {}
+        return book.eval()
+
+    def assign(self, features: Tensor) -> Tensor:
+        """Features (..., D) to ids (...) int64 in [0, K)."""
+        return nearest(features, self.centroids, self.config.half_precision)
+
+    def lookup(self, tokens: Tensor) -> Tensor:
+        """Ids (...) to centroids (..., D)."""
+        return self.centroids[tokens]
+
+    def __repr__(self) -> str:
+        from digit.pipeline.info import one_line
+
+        return one_line(self)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``."""
+        save_component(folder, self, self.config, getattr(self, "provenance", None))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Codebook:
+        """Read a folder written by :meth:`save_pretrained`."""
+        return load_component(folder, cls, CodebookConfig)

@@ -1,0 +1,277 @@
+"""The one-pass decoder (stage 2): semantic tokens to pixels, or to all VQ tokens, in a single pass.
+
+The paper names its second autoregressive model as the weak spot of its design and asks for "direct pixel prediction
+from the discrete tokens" (section 6). Here a transformer that looks both ways reads the semantic tokens, and a head
+gives either
+
+| ``head`` | the output |
+|---|---|
+| pixels | images, through a light convolutional network that doubles the side a few times |
+| vq | logits of all VQ tokens at once, for the VQGAN's decoder |
+
+Tokens do not say everything about a picture: those of a self-supervised encoder hardly know its colours. What they
+    leave open is
+decided by a small vector of noise, one for each picture (:func:`digit.sampling.feedforward.noise`).
+
+Sources: [0] Zheng et al. 2025, arXiv 2507.08441 (VFMTok: tokens of a foundation model, decoded in one pass); [1] Zhu et
+    al. 2017,
+arXiv 1711.11586 (BicycleGAN: a noise vector that means something); this project's layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from digit.core.config import config
+from digit.core.errors import DigitError
+from digit.core.files import read_json
+from digit.models.component import load_component
+from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.models.transformer import PositiveInt, Probability, Transformer, TransformerConfig, init_weights
+from digit.models.vqgan import ResidualBlock
+from digit.native.norm import channels_last, norm_silu
+
+
+@config
+class PixelHeadConfig:
+    """From the transformer's states to pixels.
+
+    Attributes:
+        resolution: side of the images.
+        widths: channels at the side of the token grid, then at twice that side, and so on.
+        blocks: residual blocks a side.
+        patch: pixels along a side that a place of the last, largest side becomes; 1 is one.
+        groups: of the group norms; must divide every width.
+    """
+
+    resolution: PositiveInt = 32
+    widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (128, 64, 32)
+    blocks: PositiveInt = 1
+    patch: PositiveInt = 1
+    groups: PositiveInt = 8
+
+    def __post_init__(self) -> None:
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"groups={self.groups} does not divide every width {list(self.widths)}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a semantic token spans along a side."""
+        return self.patch << (len(self.widths) - 1)
+
+
+@config
+class OnePassConfig:
+    """What a one-pass decoder reads and gives. Names are those of :class:`~digit.models.token_model.TokenModelConfig`.
+
+    Attributes:
+        role: "onepass".
+        prefix_vocab_size: K, the semantic vocabulary.
+        grid: (rows, columns) of the semantic tokens.
+        head: "pixels" or "vq"; see the module.
+        pixels: shape of the head "pixels"; None otherwise.
+        vocab_size: V, codes of the VQGAN, for the head "vq"; 0 otherwise. There are as many VQ tokens as semantic ones.
+        noise_dim: length of the noise vector; 0 for a decoder that always gives the same picture.
+        local_noise: numbers that every place makes of the noise vector with weights of its own, so that equal tokens
+            side by side need not become equal patches; 0 tells all places the same.
+        num_classes: 0 for a decoder that is told no class.
+        class_dropout: probability that a training label is hidden.
+        transformer: the network; not causal.
+    """
+
+    role: Literal["onepass"] = "onepass"
+    prefix_vocab_size: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]
+    head: Literal["pixels", "vq"] = "pixels"
+    pixels: PixelHeadConfig | None = None
+    vocab_size: Annotated[int, Field(ge=0)] = 0
+    noise_dim: Annotated[int, Field(ge=0)] = 32
+    local_noise: Annotated[int, Field(ge=0)] = 0
+    num_classes: Annotated[int, Field(ge=0)] = 0
+    class_dropout: Probability = 0.1
+    transformer: TransformerConfig
+
+    def __post_init__(self) -> None:
+        if self.transformer.causal:
+            raise ValueError("role 'onepass' needs transformer.causal = False")
+        if (self.head == "pixels") != (self.pixels is not None) or (self.head == "vq") != (self.vocab_size > 0):
+            raise ValueError(
+                "head 'pixels' needs 'pixels' and no vocab_size; head 'vq' needs vocab_size and no 'pixels'"
+            )
+        if self.pixels is not None:
+            sides = [side * self.pixels.factor for side in self.grid]
+            if any(side != self.pixels.resolution for side in sides):
+                raise ValueError(
+                    f"a grid of {self.grid[0]} x {self.grid[1]} tokens becomes {sides[0]} x {sides[1]} pixels with "
+                    f"{len(self.pixels.widths)} widths and patch={self.pixels.patch}, not resolution={self.pixels.resolution}"
+                )
+
+    @property
+    def prefix_length(self) -> int:
+        """Semantic tokens an image, N."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def length(self) -> int:
+        """VQ tokens an image, for the head "vq"."""
+        return self.prefix_length
+
+    @property
+    def can_guide(self) -> bool:
+        """False: there is no unconditional half to push away from in one pass."""
+        return False
+
+
+class PixelHead(nn.Module):
+    """States (B, D, rows, columns) and noise to images (B, 3, S, S), nominally 0..1, not clamped.
+
+    The noise reaches the head once more, as a gain and an offset of its last features: light and colours of the whole
+        picture.
+    """
+
+    def __init__(self, dim: int, config: PixelHeadConfig, noise_dim: int) -> None:
+        super().__init__()
+        self.patch = config.patch
+        self.levels = nn.ModuleList()  # smallest side first
+        before = config.widths[0]
+        self.conv_in = nn.Conv2d(dim, before, 1)
+        for width in config.widths:
+            inputs = [before] + [width] * (config.blocks - 1)
+            self.levels.append(nn.ModuleList(ResidualBlock(w, width, config.groups) for w in inputs))
+            before = width
+        self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
+        self.conv_out = nn.Conv2d(before, 3 * config.patch**2, 3, padding=1)
+        # training begins near grey
+        nn.init.normal_(self.conv_out.weight, std=0.01)
+        nn.init.constant_(cast(Tensor, self.conv_out.bias), 0.5)
+        self.style = nn.Linear(noise_dim, 2 * before, bias=False) if noise_dim else None
+        if self.style is not None:
+            nn.init.normal_(self.style.weight, std=0.1 * noise_dim**-0.5)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Decode; each level after the first works at twice the side of the one before."""
+        # channels last is the layout in which CPU and GPU convolve fastest
+        x = self.conv_in(channels_last(x))
+        for index, level in enumerate(self.levels):
+            for number, block in enumerate(cast(nn.ModuleList, level)):
+                x = block(
+                    x, doubled=bool(index) and not number
+                )  # (B, C, 2 H, 2 W) from the second level's first block on
+        gain = offset = None
+        if noise is not None and self.style is not None:
+            gain, offset = self.style(noise).chunk(2, 1)  # (B, C) each
+        images = F.pixel_shuffle(self.conv_out(norm_silu(self.norm_out, x, gain, offset)), self.patch)
+        return _smooth(images) if self.patch > 1 else images
+
+
+def _smooth(images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) without what alternates from pixel to pixel.
+
+    The pixels of a patch come from filters of their own, and judges that halve the side can be pleased by a net of such
+    a pattern; a fixed filter behind the shuffle makes it impossible (Sugawara et al. 2018, arXiv 1806.02658).
+    """
+    row = images.new_tensor([0.25, 0.5, 0.25])
+    kernel = (row[:, None] * row).expand(3, 1, 3, 3)
+    return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
+
+
+class OnePassDecoder(nn.Module):
+    """Embeddings, a transformer that looks both ways, and the head."""
+
+    def __init__(self, config: OnePassConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.transformer.dim
+        self.token_embedding = nn.Embedding(config.prefix_vocab_size, dim)
+        self.position_embedding = nn.Embedding(config.prefix_length, dim)
+        self.start = nn.Parameter(torch.zeros(dim))  # added everywhere where there is no class
+        self.class_embedding = nn.Embedding(config.num_classes, dim) if config.num_classes else None
+        self.noise_embedding = nn.Linear(config.noise_dim, dim, bias=False) if config.noise_dim else None
+        self.places = self.place_embedding = None
+        if config.noise_dim and config.local_noise:
+            self.places = nn.Linear(config.noise_dim, config.prefix_length * config.local_noise, bias=False)
+            self.place_embedding = nn.Linear(config.local_noise, dim, bias=False)
+        self.transformer = Transformer(config.transformer)
+        init_weights(self)
+        if self.noise_embedding is not None:  # as loud as a token
+            nn.init.normal_(self.noise_embedding.weight, std=0.02 * config.noise_dim**-0.5)
+        if self.places is not None and self.place_embedding is not None:
+            nn.init.normal_(self.places.weight, std=config.noise_dim**-0.5)
+            nn.init.normal_(self.place_embedding.weight, std=0.02 * config.local_noise**-0.5)
+        if config.pixels is not None:
+            self.head: nn.Module = PixelHead(dim, config.pixels, config.noise_dim)
+        else:
+            self.head = nn.Linear(dim, config.vocab_size, bias=False)
+            init_weights(self.head)
+
+    def forward(self, tokens: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Decode.
+
+        Args:
+            tokens: (B, N) semantic ids.
+            noise: (B, noise_dim), standard normal; None is zeros, the middle of all pictures.
+            labels: (B,) classes, ``NO_LABEL`` for none; None is all none.
+
+        Returns:
+            Images (B, 3, S, S), nominally 0..1, not clamped; with the head "vq", logits (B, N, V).
+
+        Raises:
+            DigitError: another number of tokens, or labels for a decoder that knows no classes.
+        """
+        x = self._embed(tokens, noise, labels)
+        if not self.training and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # the sums too: a fifth of the time went into copies
+        x = self.transformer(x)  # (B, N, D)
+        if self.config.pixels is None:
+            logits: Tensor = self.head(x)
+            return logits
+        images: Tensor = self.head(
+            x.transpose(1, 2).unflatten(2, self.config.grid), noise
+        )  # from (B, D, rows, columns)
+        return images
+
+    def drop_labels(self, labels: Tensor, uniform: Tensor) -> Tensor:
+        """Hide the labels (B,) whose number (B,) in [0, 1) is below ``class_dropout``."""
+        return torch.where(uniform < self.config.class_dropout, torch.full_like(labels, NO_LABEL), labels)
+
+    def _embed(self, tokens: Tensor, noise: Tensor | None, labels: Tensor | None) -> Tensor:
+        c = self.config
+        if tokens.ndim != 2 or tokens.shape[1] != c.prefix_length:
+            raise DigitError(
+                f"Tokens {tuple(tokens.shape)} were given; this decoder reads (B, {c.prefix_length}) semantic tokens."
+            )
+        everywhere = self.start.expand(len(tokens), -1)  # (B, D)
+        if labels is not None:
+            if self.class_embedding is not None:
+                everywhere = torch.where((labels >= 0)[:, None], self.class_embedding(labels.clamp(min=0)), everywhere)
+            elif bool((labels >= 0).any()):
+                raise DigitError("Class labels were given to a one-pass decoder without classes; leave them out.")
+        if noise is not None and self.noise_embedding is not None:
+            everywhere = everywhere + self.noise_embedding(noise)
+        x: Tensor = self.token_embedding(tokens) + self.position_embedding.weight + everywhere[:, None]
+        if noise is not None and self.places is not None and self.place_embedding is not None:
+            x = x + self.place_embedding(self.places(noise).unflatten(1, (c.prefix_length, c.local_noise)))  # (B, N, D)
+        return x
+
+
+StageTwo: TypeAlias = TokenModel | OnePassDecoder
+"""A decoder of any kind."""
+
+
+def load_decoder(folder: str | Path) -> StageTwo:
+    """Read a saved decoder of any kind.
+
+    Raises:
+        DigitError: it is no decoder, or damaged.
+    """
+    path = Path(folder) / "config.json"
+    kind = read_json(path).get("type") if path.is_file() else None
+    if kind == OnePassDecoder.__name__:
+        return load_component(folder, OnePassDecoder, OnePassConfig)
+    return load_component(folder, TokenModel, TokenModelConfig)

@@ -1,0 +1,1 @@
+"""The pipeline of all components, and what is done with it."""

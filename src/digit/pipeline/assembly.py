@@ -1,0 +1,102 @@
+"""Putting trained parts together to a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from digit.core.config import from_dict, read_value, to_dict
+from digit.core.errors import DigitError
+from digit.encoders import load_encoder
+from digit.models.codebook import Codebook
+from digit.models.component import load_component
+from digit.models.feedforward import load_decoder
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.vqgan import VQGAN
+from digit.pipeline.pipeline import DigitPipeline
+from digit.sampling.settings import SamplingSettings
+
+
+def part_folder(path: str | Path) -> Path:
+    """The folder of a component, given that or the folder of the training run that made it.
+
+    Raises:
+        DigitError: neither.
+    """
+    path = Path(path)
+    for folder in (path, path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise DigitError(f"{path} is not a saved part: there is no config.json in it or in {path / 'model'}.")
+
+
+def assemble(
+    encoder: str | Path | None = None,
+    codebook: str | Path | None = None,
+    vqgan: str | Path | None = None,
+    prior: str | Path | None = None,
+    decoders: Sequence[str | Path] = (),
+    base: str | None = None,
+    name: str | None = None,
+    class_names: list[str] | None = None,
+) -> DigitPipeline:
+    """Load parts and put them into one pipeline; what ``base`` has and is not given is taken over.
+
+    A prior that was trained on VQ tokens makes a baseline in VQ space.
+    """
+    parts: dict[str, Any] = {}
+    if encoder is not None:
+        parts["encoder"] = load_encoder(part_folder(encoder))
+    if codebook is not None:
+        parts["codebook"] = Codebook.from_pretrained(part_folder(codebook))
+    if vqgan is not None:
+        parts["vqgan"] = VQGAN.from_pretrained(part_folder(vqgan))
+    if prior is not None:
+        parts["prior"] = load_component(part_folder(prior), TokenModel, TokenModelConfig)
+        provenance = getattr(parts["prior"], "provenance", {})
+        parts["class_names"] = list(provenance.get("class_names", []))
+        parts["space"] = provenance.get("space", "semantic")
+    if decoders:
+        models = [load_decoder(part_folder(d)) for d in decoders]
+        parts["decoders"] = {m.config.role: m for m in models}
+    if class_names is not None:
+        parts["class_names"] = class_names
+    if name is not None:
+        parts["name"] = name
+    if base is None:
+        return DigitPipeline(**parts)
+    start = DigitPipeline.from_pretrained(base)
+    if "decoders" in parts:
+        parts["decoders"] = {**start.decoders, **parts["decoders"]}
+    return start.with_parts(**parts)
+
+
+def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str | None = None) -> DigitPipeline:
+    """A copy of a model that samples differently when nothing is asked for.
+
+    Args:
+        pipe: the model.
+        items: ``STAGE.NAME=VALUE``, such as "prior.cfg_scale=1.5" or "ar.top_p=0.9"; the others stay as they were.
+        decoder: the kind that is used by default; None leaves it.
+
+    Raises:
+        DigitError: not of that form, a stage that the model lacks, or an unknown setting.
+    """
+    settings = {stage: to_dict(chosen) for stage, chosen in pipe.settings.items()}
+    stages = ["prior", *pipe.decoders]
+    for item in items:
+        place, separator, value = item.partition("=")
+        stage, dot, name = place.partition(".")
+        if not (separator and dot and name) or stage not in stages:
+            raise DigitError(
+                f"--default {item} was given; expected STAGE.NAME=VALUE, such as prior.cfg_scale=1.5; the stages of this model are: "
+                f"{', '.join(stages)}."
+            )
+        settings.setdefault(stage, {})[name] = read_value(value)
+    chosen = {
+        stage: from_dict(SamplingSettings, values, f"The defaults of {stage}") for stage, values in settings.items()
+    }
+    return pipe.with_parts(
+        settings=chosen, default_decoder=pipe.pick_decoder(decoder) if decoder else pipe.default_decoder
+    )

@@ -1,0 +1,277 @@
+"""From the name of a model to its folder: a local folder, a packaged model, the cache, or the Hub. And back to the Hub.
+
+The DiGIT authors' checkpoints are on the Hub in their own layout; they are downloaded, converted once, and kept in the
+cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import errors
+
+from digit.core.errors import DigitError
+from digit.data.dataset import cache_folder
+from digit.encoders.hub import looks_like_repository, offline, unreachable
+
+AUTHORS = "DAMO-NLP-SG/DiGIT"
+VQGAN_NAME = "vqgan_jax_strongaug.ckpt"
+VQGAN_LINK = "https://drive.google.com/file/d/13S_unB87n6KKuuMdyMnyExW0G1kplTbP/view"
+INDEX = "model_index.json"
+PARTS = ("encoder", "codebook", "prior", "decoder", "vqgan")
+"""The folders of a model."""
+_LOGIN = "A private model, and publishing, need a token: hf auth login, or the variable HF_TOKEN."
+
+
+@dataclass(frozen=True)
+class Published:
+    """The files of the authors that make a model."""
+
+    stage1: str
+    stage2: str
+
+
+def _checkpoint(run: str) -> str:
+    return f"outputs/{run}/checkpoints/checkpoint_last.pt"
+
+
+_BASE_DECODER, _LARGE_DECODER = _checkpoint("base_8k_stage2_400epoch"), _checkpoint("large_16k_stage2")
+VARIANTS = {
+    "base": Published(_checkpoint("base_8k_stage1_400epoch"), _BASE_DECODER),
+    "base-cond": Published(_checkpoint("base_8k_stage1_cls"), _BASE_DECODER),
+    "large": Published(_checkpoint("large_16k_stage1"), _LARGE_DECODER),
+    "large-cond": Published(_checkpoint("large_16k_stage1_cls"), _LARGE_DECODER),
+}
+
+
+def resolve_model(
+    name: str | Path | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache: str | Path | None = None,
+) -> Path:
+    """The folder of a model.
+
+    Args:
+        name: looked for as a local folder, a packaged model, in the cache, and on the Hub, in this order; None is the
+            packaged one.
+        variant: which of the models of a Hub repository: for ``DAMO-NLP-SG/DiGIT`` one of :data:`VARIANTS`, else a
+            folder in it.
+        revision: branch, tag or commit on the Hub.
+        token: for private repositories; see huggingface_hub.
+        cache: where converted models are kept; None: ``$DIGIT_CACHE``, else ``~/.cache/digit``.
+
+    Raises:
+        DigitError: it is in none of these places; the message says what was tried.
+
+    ``$DIGIT_HUB_DIR`` may name a folder that mirrors the Hub (``OWNER/NAME/FILES...``), which then stands for it.
+    """
+    packaged = packaged_models()
+    if name is None:
+        if not packaged:
+            raise DigitError(
+                "No model was named, and this installation has no packaged one. Give a folder or a Hub id."
+            )
+        return next(iter(packaged.values()))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    text = str(name)
+    if text in packaged:
+        return packaged[text]
+    if not looks_like_repository(text):
+        known = f" (packaged: {', '.join(packaged)})" if packaged else ""
+        raise DigitError(
+            f"There is no model '{text}': no such folder, no packaged model of this name{known}, and it is not a Hub id (owner/name)."
+        )
+    store = Path(cache) if cache is not None else cache_folder()
+    if text == AUTHORS:
+        return _authors_model(variant, revision, token, store)
+    return _published_model(text, variant, revision, token)
+
+
+def packaged_models() -> dict[str, Path]:
+    """The models that come with the package, by name."""
+    found = sorted((Path(__file__).parents[1] / "packaged").glob(f"*/{INDEX}"))
+    return {path.parent.name: path.parent for path in found}
+
+
+def _authors_model(variant: str | None, revision: str | None, token: str | bool | None, store: Path) -> Path:
+    """One of the authors' models, converted; from the cache if it was converted before."""
+    if variant not in VARIANTS:
+        given = f"variant '{variant}' was given" if variant else "no variant was given"
+        raise DigitError(f"{AUTHORS} holds several models and {given}; choose one of: {', '.join(VARIANTS)}.")
+    folder = store / "models" / AUTHORS.replace("/", "--") / (variant if revision is None else f"{variant}@{revision}")
+    if (folder / INDEX).is_file():
+        return folder
+    files = VARIANTS[variant]
+    tried = f"'{AUTHORS}' ({variant}) is neither a local folder nor converted in the cache ({folder})"
+    stage1, stage2 = (_file(AUTHORS, name, revision, token, tried) for name in (files.stage1, files.stage2))
+    from digit.convert.fairseq import read_checkpoint
+    from digit.convert.upstream import convert_upstream
+
+    vqgan = None
+    if not read_checkpoint(stage2).keys.under("vqgan.").names():
+        vqgan = store / VQGAN_NAME
+        if not vqgan.is_file():
+            store.mkdir(parents=True, exist_ok=True)
+            raise DigitError(
+                f"{stage2} has no VQGAN inside, and MAGE's is on a Google Drive, from where programs cannot fetch it. "
+                f"Download {VQGAN_LINK} in a browser, save it as {vqgan}, and try again."
+            )
+    return convert_upstream(folder, stage1, stage2, vqgan=vqgan, name=f"{AUTHORS} {variant}")
+
+
+def _published_model(name: str, variant: str | None, revision: str | None, token: str | bool | None) -> Path:
+    """A model in our format on the Hub, all of one commit; a variant is a folder of the repository.
+
+    A branch is asked for its newest commit; where the Hub cannot be asked, the one in the cache serves.
+    """
+    inside = f"{variant}/" if variant else ""
+    tried = f"'{name}' is neither a local folder nor a packaged model"
+
+    def download(local: bool) -> Path:
+        wanted = [f"{inside}{place}" for place in (INDEX, "README.md", *(f"{part}/*" for part in PARTS))]
+        root = Path(
+            huggingface_hub.snapshot_download(
+                name, revision=revision, token=token, endpoint=endpoint(), allow_patterns=wanted, local_files_only=local
+            )
+        )
+        if not (root / inside / INDEX).is_file():
+            raise errors.EntryNotFoundError(f"{inside}{INDEX}")
+        return root / inside
+
+    return _fetch(name, f"{inside}{INDEX}", tried, download, newest=True)
+
+
+def _file(repository: str, name: str, revision: str | None, token: str | bool | None, tried: str) -> Path:
+    """A file of a Hub repository on this machine: from the mirror, the Hub's own cache, or the network."""
+
+    def download(local: bool) -> Path:
+        return Path(
+            huggingface_hub.hf_hub_download(
+                repository, name, revision=revision, token=token, endpoint=endpoint(), local_files_only=local
+            )
+        )
+
+    return _fetch(repository, name, tried, download, newest=False)
+
+
+def _fetch(repository: str, name: str, tried: str, download: Callable[[bool], Path], newest: bool) -> Path:
+    """Run a download of the Hub's client.
+
+    Args:
+        repository, name: what is fetched, for the messages and the mirror.
+        tried: how the message begins.
+        download: told whether to look into the client's cache alone.
+        newest: ask the Hub first; else the cache.
+    """
+    mirror = os.environ.get("DIGIT_HUB_DIR")
+    if mirror:
+        path = Path(mirror) / repository / name
+        if not path.is_file():
+            raise DigitError(f"{tried}, and the mirror in DIGIT_HUB_DIR has no {path}.")
+        return path.parent if newest else path
+    where = f"{name} is not in the Hub's cache ({huggingface_hub.constants.HF_HUB_CACHE})"
+    barrier = out_of_reach() if newest else ""
+    if not newest or barrier:
+        with contextlib.suppress(errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
+            return download(True)
+        barrier = barrier or out_of_reach()
+        if barrier:
+            raise DigitError(f"{tried}; {where}, and {barrier}. Give a local folder instead.")
+    try:
+        return download(False)
+    except errors.LocalEntryNotFoundError as error:
+        raise DigitError(f"{tried}; the download of {name} failed: {error.__cause__ or error}") from error
+    except errors.EntryNotFoundError as error:
+        raise DigitError(f"{tried}; the Hub's {repository} has no file {name}.") from error
+    except errors.RevisionNotFoundError as error:
+        raise DigitError(f"{tried}; the Hub's {repository} has no branch, tag or commit of that name.") from error
+    except errors.RepositoryNotFoundError as error:
+        raise DigitError(f"{tried}; the Hub has no repository {repository} that may be read. {_LOGIN}") from error
+    except (errors.HfHubHTTPError, OSError) as error:
+        raise DigitError(f"{tried}; the download of {name} failed: {str(error).strip().splitlines()[0]}") from error
+
+
+def endpoint() -> str:
+    """The address of the Hub."""
+    return os.environ.get("HF_ENDPOINT") or str(huggingface_hub.constants.ENDPOINT)
+
+
+def out_of_reach() -> str:
+    """Why the Hub cannot be asked, as a clause, or ""."""
+    if offline():
+        return "the Hub was not asked because HF_HUB_OFFLINE is set"
+    reason = unreachable(endpoint())
+    return f"the Hub ({endpoint()}) is out of reach: {reason}" if reason else ""
+
+
+# -- publishing --------------------------------------------------------------------------------------------------------
+
+
+def push_folder(
+    folder: str | Path,
+    repository: str,
+    private: bool = False,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    message: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Publish a saved model on the Hub. Other files of the repository stay; parts that the model no longer has go.
+
+    Args:
+        folder: the model.
+        repository: ``owner/name``; made if it does not exist.
+        private: make it readable by its owner alone. One that exists stays as it is.
+        token: see huggingface_hub; None: what ``hf auth login`` or ``$HF_TOKEN`` has left.
+        revision: the branch to write to, made if it does not exist; None: main.
+        variant: a folder of the repository, for one that holds several models.
+        message: of the commit.
+        create_pr: propose the change as a pull request.
+
+    Returns:
+        The address of the commit, or of the pull request.
+
+    Raises:
+        DigitError: not a model, no such place, or the Hub refuses.
+    """
+    from digit.pipeline.pipeline import read_index
+
+    index = read_index(folder)
+    if not looks_like_repository(repository):
+        raise DigitError(f"The repository '{repository}' was given; expected owner/name, such as somebody/my-model.")
+    if barrier := out_of_reach():
+        raise DigitError(f"The model was not published: {barrier}.")
+    api = huggingface_hub.HfApi(endpoint=endpoint(), token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None and not create_pr:
+            api.create_branch(repository, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            path_in_repo=variant,
+            revision=None if create_pr else revision,
+            create_pr=create_pr,
+            commit_message=message or f"{index['name']}, saved by digit {index['digit_version']}",
+            delete_patterns=[f"{part}/*" for part in PARTS],
+        )
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code if error.response is not None else None
+        login = f" {_LOGIN}" if code in (401, 403, 404) else ""
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise DigitError(f"The Hub did not take the model for {repository}: {reason}.{login}") from error
+    except (errors.LocalTokenNotFoundError, OSError) as error:
+        raise DigitError(
+            f"The model was not published: {str(error).strip().splitlines()[0].rstrip('.')}. {_LOGIN}"
+        ) from error
+    return str(commit.pr_url or commit.commit_url)

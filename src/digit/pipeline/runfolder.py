@@ -1,0 +1,175 @@
+"""The folder of a run of generation: its record, which pictures are there, and several processes that share it.
+
+``generation.json`` is written first, so that a killed run can go on, and nobody mixes pictures of other settings into
+it. Until the run is complete the hidden folder ``.run`` keeps the tokens of what is done. Processes divide the images
+by index and need not talk: whichever finds everything done puts the run together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from digit.core.errors import DigitError
+from digit.core.files import read_json, write_file, write_json
+from digit.pipeline.pipeline import DigitPipeline, Tokens
+
+RECORD = "generation.json"
+
+
+def share() -> tuple[int, int]:
+    """The number of this process and the count of processes, as torchrun and accelerate launch set them."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def weights_digest(pipe: DigitPipeline) -> str:
+    """Tells models apart without reading every weight: 64 numbers of each tensor, the same on any device."""
+    digest = hashlib.sha256()
+    for part in (pipe.prior, *pipe.decoders.values(), pipe.vqgan):
+        for name, value in part.state_dict().items() if part is not None else ():
+            few = value.flatten()[:: max(1, value.numel() // 64)][:64]
+            digest.update(name.encode() + few.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+class RunFolder:
+    """A folder being filled.
+
+    Args:
+        path: the folder; made if missing.
+        identity: what determines the pictures; kept in the record.
+        overwrite: begin anew in a folder that holds another run.
+
+    Raises:
+        DigitError: it is a file, or holds pictures of another run.
+    """
+
+    def __init__(self, path: str | Path, identity: dict[str, Any], overwrite: bool = False) -> None:
+        self.path = Path(path)
+        self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # as it reads when it comes back from the file
+        self.rank, self.processes = share()
+        if self.path.exists() and not self.path.is_dir():
+            raise DigitError(f"--out {path} is a file; expected a folder.")
+        if overwrite and self.processes > 1:
+            raise DigitError(
+                f"--overwrite and several processes do not go together; empty the folder {path} beforehand."
+            )
+        if overwrite:
+            self._clear()
+        record = self.path / RECORD
+        if record.is_file():
+            self._compare(read_json(record))
+        elif any(self.path.glob("[0-9]*.png")):
+            raise DigitError(
+                f"The folder {path} holds pictures and no {RECORD} that says how they were made; choose another --out, or "
+                "--overwrite."
+            )
+        else:
+            write_json(record, {**self.identity, "finished": False})
+        if self.rank == 0:  # of a process that was killed while it put the run together
+            with suppress(OSError):
+                (self.path / ".run" / "claimed").rmdir()
+
+    def _clear(self) -> None:
+        for file in (*self.path.glob("[0-9]*.png"), *(self.path / n for n in ("grid.png", "tokens.npz", RECORD))):
+            file.unlink(missing_ok=True)
+        shutil.rmtree(self.path / ".run", ignore_errors=True)
+
+    def _compare(self, there: Any) -> None:
+        if not isinstance(there, dict):
+            raise DigitError(f"{self.path / RECORD} is damaged; choose another --out, or --overwrite.")
+        for name, value in self.identity.items():
+            if there.get(name) != value:
+                raise DigitError(
+                    f"The folder {self.path} holds a run with {name} = {_short(there.get(name))}; now {_short(value)} was given. "
+                    "Choose another --out, or --overwrite."
+                )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run is complete and all its pictures are there."""
+        return bool(self.record()["finished"]) and all(self.picture(i).is_file() for i in range(self.identity["num"]))
+
+    def record(self) -> dict[str, Any]:
+        """What ``generation.json`` holds now."""
+        return dict(read_json(self.path / RECORD))
+
+    def picture(self, image: int) -> Path:
+        """The file of a picture."""
+        return self.path / f"{image:05d}.png"
+
+    def missing(self, mine: bool = True) -> list[int]:
+        """Images not made yet, of this process's share or of all."""
+        done = set(self._done())
+        images = range(self.rank, self.identity["num"], self.processes) if mine else range(self.identity["num"])
+        return [i for i in images if i not in done or not self.picture(i).is_file()]
+
+    def keep(self, images: Sequence[int], tokens: Tokens) -> None:
+        """Store the tokens of a batch: before its pictures, so that a picture always has its tokens."""
+        grids = {"semantic": tokens.semantic, "vq": tokens.vq, "images": torch.as_tensor(list(images))}
+        tag = zlib.crc32(repr(list(images)).encode())
+        write_arrays(self.path / ".run" / f"{images[0]:09d}-{tag:08x}.npz", grids)
+
+    def tokens(self) -> Tokens:
+        """The tokens of all images, in order."""
+        rows = self._done()
+        order = [rows[i] for i in range(self.identity["num"])]
+        semantic, vq = (
+            torch.from_numpy(np.stack([row[name] for row in order])).long() if name in order[0] else None
+            for name in ("semantic", "vq")
+        )
+        return Tokens(semantic, vq)
+
+    def _done(self) -> dict[int, dict[str, np.ndarray]]:
+        """Tokens by image, of every batch kept so far."""
+        rows: dict[int, dict[str, np.ndarray]] = {}
+        for file in sorted((self.path / ".run").glob("*.npz")):
+            if file.name.startswith("."):  # being written
+                continue
+            with np.load(file, allow_pickle=False) as arrays:
+                grids = {name: arrays[name] for name in arrays.files}
+            for place, image in enumerate(grids.pop("images").tolist()):
+                rows[image] = {name: grid[place] for name, grid in grids.items()}
+        return rows
+
+    def claim(self) -> bool:
+        """True for one process alone: the first that asks when nothing is missing."""
+        if self.missing(mine=False):
+            return False
+        with suppress(FileExistsError, FileNotFoundError):
+            (self.path / ".run" / "claimed").mkdir()
+            return True
+        return False
+
+    def finish(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Complete the record and drop what was kept aside."""
+        record = {**self.identity, **results, "finished": True}
+        write_json(self.path / RECORD, record)
+        shutil.rmtree(self.path / ".run", ignore_errors=True)
+        return record
+
+
+def write_arrays(path: Path, grids: dict[str, torch.Tensor | None]) -> Path:
+    """Write integer tensors as a compressed ``.npz`` of int32 arrays, whole or not at all."""
+    arrays = {name: grid.cpu().numpy().astype(np.int32) for name, grid in grids.items() if grid is not None}
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as handle:
+            np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
+
+    return write_file(path, write)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""How the decoding steps run: plain, compiled, CUDA graph, native (C++)."""

@@ -1,0 +1,221 @@
+"""One token step on a CPU in C++: all layers in one call (``native/step.cpp``), and the draw (``native/draw.cpp``).
+
+What it is for: at small batches a step should cost no more than reading the weights once. It does what
+    :meth:`TokenModel.step` and
+:func:`digit.sampling.logits.draw` do, which stay the definition and run wherever this cannot: on other devices, in
+float16, in training mode, without a compiler.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import weakref
+from ctypes import POINTER, c_float, c_int64, c_void_p
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from digit.models.token_model import TokenModel
+from digit.models.transformer import Block, KVCache
+from digit.native import library
+from digit.sampling.engines.quantize import Int8Linear, quantized
+from digit.sampling.logits import Knobs
+
+LANES, PANEL = 16, 64  # as in the source
+_DRAWS_A_THREAD = 8192  # numbers that are worth another thread
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("bias", c_void_p),
+        ("inputs", c_int64),
+        ("outputs", c_int64),
+    )
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (("qkv", _Matrix), ("out", _Matrix), ("ffn_in", _Matrix), ("ffn_out", _Matrix))
+
+
+class _Network(ctypes.Structure):
+    _fields_ = (
+        ("layers", POINTER(_Layer)),
+        ("norms", POINTER(_Norm)),
+        ("head", _Matrix),
+        *((name, c_int64) for name in ("depth", "width", "heads", "hidden", "post_norm", "weights", "half_cache")),
+        ("epsilon", c_float),
+    )
+
+
+class _Cache(ctypes.Structure):
+    _fields_ = (("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("row", c_int64), ("head", c_int64))
+
+
+def suits(model: TokenModel) -> bool:
+    """Whether the C++ step covers this model.
+
+    It does on the CPU, in float32 or bfloat16, for one token after the other, where the widths of a head and of the
+    feed-forward layers are multiples of 16, and not in training mode, for it knows no dropout.
+    """
+    config = model.config.transformer
+    widths = (config.head_dim, config.ffn_dim or 4 * config.dim)
+    kinds = {(p.device.type, p.dtype) for p in model.parameters()}
+    return (
+        config.causal
+        and not model.training
+        and not any(width % LANES for width in widths)
+        and kinds in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)})
+    )
+
+
+class NativeStep:
+    """The packed weights of one model, and its step. Weights that change later are not seen: make another.
+
+    Args:
+        model: one that :func:`suits`; it is not kept alive.
+        quantize: "int8" for the matrices of :func:`digit.sampling.engines.quantize.quantized`.
+
+    Raises:
+        NoCompiler: see :func:`digit.native.library`.
+    """
+
+    def __init__(self, model: TokenModel, quantize: str | None = None) -> None:
+        self._library = library()
+        self._model = weakref.proxy(model)
+        self._kept: list[Tensor] = []  # what the structures below point to
+        self._room = torch.empty(0, dtype=torch.uint8)
+        source = quantized(model) if quantize else model
+        config, last = model.config.transformer, source.transformer.norm
+        blocks = [b for b in source.transformer.blocks if isinstance(b, Block)]
+        linears = [m for b in blocks for m in (b.attention.qkv, b.attention.out, b.ffn_in, b.ffn_out)]
+        self._free = _memory(sum(_size(m.weight) for m in (*linears, source.head)))
+        matrices = [self._matrix(m) for m in linears]
+        layers = [_Layer(*matrices[i : i + 4]) for i in range(0, len(matrices), 4)]
+        inside = [self._norm(norm) for b in blocks for norm in (b.attention_norm, b.ffn_norm)]
+        # pre: before each half of a block, and a last one; post: after each half, which is before the next
+        norms = [*inside, self._norm(last)] if isinstance(last, nn.LayerNorm) else [_Norm(), *inside]
+        self._network = _Network(
+            layers=(_Layer * len(layers))(*layers),
+            norms=(_Norm * len(norms))(*norms),
+            head=self._matrix(source.head),
+            depth=config.depth,
+            width=config.dim,
+            heads=config.heads,
+            hidden=config.ffn_dim or 4 * config.dim,
+            post_norm=config.norm == "post",
+            weights=FORMATS[source.head.weight.dtype],
+            half_cache=model.start.dtype == torch.bfloat16,
+            epsilon=config.norm_eps,
+        )
+        self._pointer = ctypes.byref(self._network)
+
+    def step(self, cache: KVCache, token: Tensor, index: int | Tensor) -> Tensor:
+        """As :meth:`TokenModel.step`: feed token number ``index``, ids (B,); float32 logits (B, vocab) of the next."""
+        model, place = self._model, int(index) + 1
+        x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
+        x, rows = x.float().contiguous(), len(x)
+        threads = max(1, min(torch.get_num_threads(), self._network.hidden // PANEL))  # more would find nothing to do
+        logits = torch.empty(rows, self._network.head.outputs)
+        needed = self._library.digit_room(self._pointer, rows, threads, cache.length)
+        if len(self._room) < needed:
+            self._room = torch.empty(needed, dtype=torch.uint8)
+        pointers = c_void_p * len(cache.keys)
+        keys, values = (pointers(*(t.data_ptr() for t in part)) for part in (cache.keys, cache.values))
+        where = _Cache(keys, values, *cache.keys[0].stride()[:2])
+        last = model.config.prefix_length + place
+        self._library.digit_step(
+            self._pointer,
+            ctypes.byref(where),
+            threads,
+            rows,
+            last,
+            x.data_ptr(),
+            self._room.data_ptr(),
+            logits.data_ptr(),
+        )
+        return logits[:, : model.config.vocab_size]
+
+    def _keep(self, tensor: Tensor) -> int:
+        self._kept.append(tensor.contiguous())
+        return self._kept[-1].data_ptr()
+
+    def _norm(self, norm: nn.LayerNorm) -> _Norm:
+        return _Norm(self._keep(norm.weight.float()), self._keep(norm.bias.float()))
+
+    def _matrix(self, linear: nn.Linear | Int8Linear) -> _Matrix:
+        panels, size = pack(linear.weight), _size(linear.weight)
+        place, self._free = self._free[:size], self._free[size:]
+        place.view(panels.dtype).view(panels.shape).copy_(panels)
+        outputs = panels.shape[0] * PANEL
+        extra = outputs - len(linear.weight)
+        bias = torch.zeros(outputs) if linear.bias is None else F.pad(linear.bias.float(), (0, extra))
+        scale = F.pad(linear.scale.float(), (0, extra)) if isinstance(linear, Int8Linear) else bias  # read by int8 only
+        return _Matrix(self._keep(place), self._keep(scale), self._keep(bias), linear.weight.shape[1], outputs)
+
+
+def fast_draw(
+    logits: Tensor, uniform: Tensor, knobs: Knobs, unguided: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """As :func:`digit.sampling.logits.draw`, on the CPU, for logits (B, V) and uniform (B,).
+
+    With ``unguided`` logits (B, V) as :func:`digit.sampling.guidance.guide` before it.
+    """
+    logits = _rows(logits)
+    rows, vocab = logits.shape
+    unguided = None if unguided is None else _rows(unguided)
+    if unguided is not None and unguided.stride() != logits.stride():
+        logits, unguided = logits.contiguous(), unguided.contiguous()
+    uniform, tokens = uniform.contiguous(), torch.empty(rows, dtype=torch.long)
+    threads = max(1, min(torch.get_num_threads(), rows * vocab // _DRAWS_A_THREAD))
+    temperature, top_p = float(knobs.temperature), float(knobs.top_p)
+    library().digit_draw(
+        logits.data_ptr(),
+        None if unguided is None else unguided.data_ptr(),
+        scale,
+        rows,
+        vocab,
+        logits.stride(0),
+        threads,
+        uniform.data_ptr(),
+        temperature,
+        knobs.top_k,
+        top_p,
+        tokens.data_ptr(),
+    )
+    return tokens
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """In float32, with the numbers of a row side by side; rows may lie apart."""
+    logits = logits.float()
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _memory(size: int) -> Tensor:
+    """Bytes in large pages where the system has them: else a step looks up thousands of pages within a millisecond."""
+    area = mmap.mmap(-1, size)
+    with contextlib.suppress(AttributeError, OSError):
+        area.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(area, dtype=torch.uint8)
+
+
+def _size(weight: Tensor) -> int:
+    """Bytes of a matrix in panels."""
+    return -(-len(weight) // PANEL) * PANEL * weight.shape[1] * weight.element_size()
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Matrix (out, in) to panels (out / 64, in / g, 4, 16, g), filled up with zeros; g = 1 for float32, else 2."""
+    group = 1 if weight.dtype == torch.float32 else 2
+    filled = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
+    return filled.view(-1, PANEL // LANES, LANES, weight.shape[1] // group, group).permute(0, 3, 1, 2, 4).contiguous()

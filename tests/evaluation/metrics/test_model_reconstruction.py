@@ -1,0 +1,101 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+from digit.core.errors import DigitError
+from digit.core.images import to_tensor
+from digit.evaluation.metrics.fidelity import fidelity
+from digit.evaluation.metrics.model_reconstruction import (
+    perturbation_rows,
+    perturbed_path,
+    reconstruction_record,
+    reconstruction_rows,
+)
+from digit.evaluation.model_source import open_images
+from digit.pipeline.pipeline import Tokens
+
+
+@pytest.fixture(scope="module")
+def images(cifar512):
+    return open_images(cifar512, num=40)
+
+
+@pytest.fixture(scope="module")
+def tensors(images):
+    return torch.stack([to_tensor(images[i].image) for i in range(40)])
+
+
+def as_bytes(x):
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def test_every_path_is_measured_as_by_hand(pipe, images, tensors, pooling):
+    rows = reconstruction_rows(pipe, images, pooling, None, {"lpips": "left out."}, seed=4, batch_size=16)
+    assert [row["name"] for row in rows] == [
+        "VQGAN alone",
+        "semantic tokens, ar decoder",
+        "semantic tokens, masked decoder",
+    ]
+    with torch.inference_mode():
+        semantic = pipe.tokenizer.encode(tensors)
+        expected = [
+            pipe.to_pixels(Tokens(None, pipe.vqgan.encode(tensors))),
+            pipe.decode(semantic, 4, "ar"),
+            pipe.decode(semantic, 4, "masked"),
+        ]
+    for row, pictures in zip(rows, expected, strict=True):
+        pairs = list(zip(as_bytes(tensors).numpy(), as_bytes(pictures).numpy(), strict=True))
+        psnr = np.mean([peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs])
+        assert row["values"]["psnr"] == pytest.approx(psnr, abs=1e-3)
+        rfid = fidelity([as_bytes(pictures)], [as_bytes(tensors)], extractor=pooling)
+        assert row["values"]["rfid"] == pytest.approx(rfid.values["fid"], abs=1e-4)
+        assert row["not_measured"]["lpips"] == "not measured: left out."
+        assert row["images"] == 40
+
+
+def test_no_perturbation_is_the_plain_path(pipe, tensors):
+    numbers = range(40)
+    plain = perturbed_path(pipe, "vq", 0, 5)(tensors, numbers)
+    assert torch.equal(plain, as_bytes(pipe.to_pixels(Tokens(None, pipe.vqgan.encode(tensors)))))
+    plain = perturbed_path(pipe, "semantic", 0, 5)(tensors, numbers)
+    assert torch.equal(plain, as_bytes(pipe.decode(pipe.tokenizer.encode(tensors))))
+
+
+def test_pfid_is_the_mean_over_shares_and_neighbourhoods(pipe, images, tensors, pooling):
+    vq, semantic = perturbation_rows(pipe, images, pooling, shares=(0.1, 0.9), neighbourhoods=(0.2, 1.0))
+    assert (vq["space"], semantic["space"]) == ("vq", "semantic")
+    assert [(p["neighbours"], p["share"]) for p in vq["points"]] == [(4, 0.1), (4, 0.9), (20, 0.1), (20, 0.9)]
+    for row in (vq, semantic):
+        for point in row["points"]:
+            path = perturbed_path(pipe, row["space"], point["share"], point["neighbours"])
+            expected = fidelity([path(tensors, range(40))], [as_bytes(tensors)], extractor=pooling).values["fid"]
+            assert point["fid"] == pytest.approx(expected, abs=1e-3)
+        assert row["pfid"] == pytest.approx(np.mean([p["fid"] for p in row["points"]]))
+    # a token that is drawn from the whole codebook is noise: nine tenths of it are further from the image than one
+    # tenth
+    few, many = (perturbed_path(pipe, "vq", share, 20)(tensors, range(40)) for share in (0.1, 0.9))
+    plain = perturbed_path(pipe, "vq", 0, 20)(tensors, range(40)).float()
+    assert 0 < (few - plain).abs().mean() < (many - plain).abs().mean()
+
+
+def test_record(pipe, images, pooling, tmp_path):
+    _, rows, perturbed = reconstruction_record(
+        pipe, images, tmp_path, pooling, None, perturb=True, shares=(0.5, 0.9), neighbourhoods=(0.1, 0.5)
+    )
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert [row["values"]["rfid"] for row in result["values"]] == [row["values"]["rfid"] for row in rows]
+    assert result["settings"]["perturbation"] == perturbed
+    assert result["paper"]["VQ only"] == 1.67
+    assert Image.open(tmp_path / "perturbation.png").width > 1200
+
+
+def test_baseline_and_missing_parts(vq_pipe, pipe, images, tmp_path):
+    assert [row["name"] for row in reconstruction_rows(vq_pipe, images, None, None)] == ["VQGAN alone"]
+    with pytest.raises(DigitError, match="no vqgan"):
+        reconstruction_rows(pipe.with_parts(vqgan=None), images, None, None)
+    with pytest.raises(DigitError, match="needs the FID network: no network"):
+        reconstruction_record(pipe, images, tmp_path, None, None, {"rfid": "no network"}, perturb=True)

@@ -1,0 +1,143 @@
+import pytest
+import torch
+
+from digit.core.config import from_dict
+from digit.core.errors import DigitError
+from digit.models.component import load_component, save_component
+from digit.models.feedforward import OnePassConfig, OnePassDecoder
+from digit.sampling.feedforward import noise, sample_onepass
+from digit.sampling.settings import SamplingSettings
+
+SHAPE = {
+    "prefix_vocab_size": 12,
+    "grid": (4, 4),
+    "noise_dim": 8,
+    "transformer": {"dim": 32, "depth": 2, "heads": 2, "causal": False},
+}
+PIXELS = {"pixels": {"resolution": 32, "widths": (16, 8, 8), "patch": 2, "groups": 4}}
+
+
+def decoder(**changes) -> OnePassDecoder:
+    torch.manual_seed(0)
+    values = {**SHAPE, **(PIXELS if changes.get("head") != "vq" else {"vocab_size": 20}), **changes}
+    return OnePassDecoder(from_dict(OnePassConfig, values, "test")).eval()
+
+
+@pytest.fixture
+def tokens() -> torch.Tensor:
+    return torch.randint(12, (3, 16), generator=torch.Generator().manual_seed(1))
+
+
+def test_pixels_and_vq_logits(tokens: torch.Tensor) -> None:
+    images = decoder()(tokens)
+    assert images.shape == (3, 3, 32, 32)
+    assert 0.2 < float(images.detach().mean()) < 0.8  # begins around grey
+    assert decoder(head="vq")(tokens).shape == (3, 16, 20)
+
+
+def test_pictures_hold_no_net() -> None:
+    model = decoder()
+    out = model.head.conv_out
+    torch.nn.init.zeros_(out.weight)
+    out.bias.data = torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(3)  # the four pixels of a patch, a chessboard
+    images = model(torch.zeros(1, 16, dtype=torch.long))
+    torch.testing.assert_close(
+        images[..., 1:-1, 1:-1], torch.full((1, 3, 30, 30), 0.5)
+    )  # at the border a pixel sees itself again
+
+
+def test_a_grid_need_not_be_square_and_every_token_counts() -> None:
+    values = {**PIXELS["pixels"], "widths": (16,), "patch": 8}
+    with pytest.raises(DigitError, match="2 x 4 tokens becomes 16 x 32 pixels"):
+        decoder(grid=(2, 4), pixels=values)
+    model = decoder()
+    one = torch.zeros(1, 16, dtype=torch.long)
+    for place in (0, 15):
+        other = one.clone()
+        other[0, place] = 5
+        changed = (model(one) - model(other)).abs().sum((0, 1))  # (32, 32)
+        row, column = divmod(int(changed.argmax()), 32)
+        assert (row < 16) == (column < 16) == (place == 0)  # most where the token stands
+        assert float(changed.detach().min()) > 0  # and a little everywhere, for it looks both ways
+
+
+def test_noise_belongs_to_the_picture_and_moves_it(tokens: torch.Tensor) -> None:
+    model = decoder()
+    all_at_once = noise(model.config, [0, 1, 2], seed=3)
+    assert torch.equal(all_at_once[2], noise(model.config, [2], seed=3)[0])
+    assert not torch.equal(all_at_once, noise(model.config, [0, 1, 2], seed=4))
+    many = noise(model.config, range(4000))
+    assert abs(float(many.mean())) < 0.02
+    assert abs(float(many.std()) - 1) < 0.02
+    assert torch.equal(noise(model.config, [0], temperature=0.0), torch.zeros(1, 8))
+    assert not torch.allclose(model(tokens, all_at_once), model(tokens))
+    with torch.no_grad():
+        batch, alone = model(tokens, all_at_once), model(tokens[1:2], all_at_once[1:2])
+    torch.testing.assert_close(batch[1:2], alone, atol=1e-5, rtol=1e-5)
+    silent = decoder(noise_dim=0)
+    assert torch.equal(silent(tokens, noise(silent.config, [0, 1, 2])), silent(tokens))
+
+
+def test_every_place_may_make_its_own_of_the_noise() -> None:
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    for local, same in ((0, True), (4, False)):
+        model = decoder(local_noise=local)
+        model.position_embedding.weight.data.zero_()
+        states = model._embed(tokens, noise(model.config, [0]), None)[0]  # (N, D)
+        assert torch.equal(states, states[:1].expand_as(states)) == same
+
+
+def test_classes(tokens: torch.Tensor) -> None:
+    model = decoder(num_classes=3)
+    free, some = model(tokens), model(tokens, None, torch.tensor([0, -1, 2]))
+    assert torch.equal(free[1], some[1])
+    assert not torch.allclose(free[0], some[0])
+    with pytest.raises(DigitError, match="without classes"):
+        decoder()(tokens, None, torch.tensor([0, 1, 2]))
+    dropped = model.drop_labels(torch.tensor([1, 1]), torch.tensor([0.05, 0.5]))
+    assert dropped.tolist() == [-1, 1]
+
+
+def test_saved_and_loaded_it_is_the_same(tokens: torch.Tensor, tmp_path) -> None:
+    model = decoder(num_classes=2)
+    save_component(tmp_path / "decoder", model, model.config)
+    again = load_component(tmp_path / "decoder", OnePassDecoder, OnePassConfig)
+    z = noise(model.config, range(3))
+    assert again.config == model.config
+    assert torch.equal(again(tokens, z), model(tokens, z))
+
+
+def test_vq_tokens_of_a_place_depend_on_its_number_alone(tokens: torch.Tensor) -> None:
+    model = decoder(head="vq")
+    torch.nn.init.normal_(model.head.weight)
+    uniform, z = torch.rand(3, 16), noise(model.config, range(3))
+    drawn = sample_onepass(model, uniform, z, SamplingSettings(), tokens)
+    assert torch.equal(drawn[1:2], sample_onepass(model, uniform[1:2], z[1:2], SamplingSettings(), tokens[1:2]))
+    greedy = sample_onepass(model, uniform, z, SamplingSettings(temperature=0), tokens)
+    assert torch.equal(greedy, model(tokens, z).argmax(-1))
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask[:, 3] = True
+    given = torch.full((3, 16), 7)
+    kept = sample_onepass(model, uniform, z, SamplingSettings(), tokens, given=given, mask=mask)
+    assert torch.equal(kept[~mask], given[~mask])
+    assert torch.equal(kept[mask], drawn[mask])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"transformer": {"dim": 32, "depth": 1, "heads": 2}}, "causal = False"),
+        ({"head": "vq", "vocab_size": 0}, "needs vocab_size"),
+        ({"vocab_size": 20}, "no vocab_size"),
+        ({"pixels": {**PIXELS["pixels"], "groups": 3}}, "groups=3 does not divide"),
+        ({"grid": (8, 8)}, "becomes 64 x 64 pixels"),
+    ],
+)
+def test_a_shape_that_cannot_be(changes, message: str) -> None:
+    with pytest.raises(DigitError, match=message):
+        decoder(**changes)
+
+
+def test_other_tokens_than_it_reads(tokens: torch.Tensor) -> None:
+    with pytest.raises(DigitError, match=r"reads \(B, 16\)"):
+        decoder()(tokens[:, :9])

@@ -1,0 +1,257 @@
+"""The C++ step against the plain one, over every kind of transformer, format and number of rows; and what happens
+without a compiler."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.transformer import TransformerConfig
+from digit.sampling import SamplingSettings, native, sample
+from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
+from digit.sampling.engines.native import NativeStep, pack, suits
+from digit.sampling.engines.quantize import quantized
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+SHAPES = {
+    "pre": {},
+    "post": {"norm": "post"},
+    "a decoder": {"prefix": 6, "norm": "post"},
+    "narrow": {"dim": 32, "heads": 2, "ffn_dim": 48, "vocab": 9},
+    "wide heads": {"dim": 160, "heads": 2, "depth": 1},
+    "long": {"length": 70},
+    "another epsilon": {"norm_eps": 0.1},
+}
+ROWS = [1, 2, 6, 7, 8, 13]
+GUIDED = SamplingSettings(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
+
+
+def build(dtype=torch.float32, prefix=0, vocab=24, length=12, depth=2, **transformer) -> TokenModel:
+    """A model of large random weights, so that predictions are far from uniform."""
+    torch.manual_seed(0)
+    config = TokenModelConfig(
+        role="ar" if prefix else "prior",
+        vocab_size=vocab,
+        length=length,
+        prefix_vocab_size=9 if prefix else 0,
+        prefix_length=prefix,
+        num_classes=4,
+        transformer=TransformerConfig(**{"dim": 64, "heads": 2, "depth": depth, **transformer}),
+    )
+    model = TokenModel(config).eval().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.to(dtype)
+
+
+@torch.inference_mode()
+def distance(model, plain, step, rows):
+    """The largest relative distance of the logits over all tokens of ``rows`` sequences, each step with a cache of its
+    own."""
+    caches = [model.new_cache(rows) for _ in range(2)]
+    prefix = torch.arange(rows * 6).view(rows, 6) % 9 if model.config.prefix_length else None
+    for cache in caches:
+        model.prefill(cache, rows, None, prefix)
+    worst = 0.0
+    for i in range(model.config.length - 1):
+        token = (torch.arange(rows) * 5 + i) % model.config.vocab_size
+        a, b = (s.step(c, token, torch.tensor(i)).float() for s, c in zip((plain, step), caches, strict=True))
+        assert b.shape == (rows, model.config.vocab_size)
+        worst = max(worst, ((a - b).norm() / a.norm()).item())
+    return worst
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logits_are_those_of_the_plain_step(shape, rows):
+    """In float32 up to the order of the sums; in bfloat16 nearer to float32 than the plain step's; int8 differs by its
+    rounding."""
+    full, half = build(**shape), build(torch.bfloat16, **shape)
+    assert suits(full)
+    assert suits(half)
+    assert distance(full, full, NativeStep(full), rows) < 3e-6
+    assert distance(half, half, NativeStep(half), rows) < 0.02
+    assert distance(full, quantized(full), NativeStep(full, "int8"), rows) < 0.02
+
+
+def test_bfloat16_is_no_further_from_the_truth_than_the_plain_step():
+    half = build(torch.bfloat16)
+    exact = build(torch.bfloat16).float()  # the same rounded weights
+    step = NativeStep(half)
+    caches = [m.new_cache(4) for m in (exact, half, half)]
+    errors = torch.zeros(2)
+    with torch.inference_mode():
+        for m, c in zip((exact, half, half), caches, strict=True):
+            m.prefill(c, 4)
+        for i in range(11):
+            token = (torch.arange(4) * 5 + i) % 24
+            truth, *others = (
+                s.step(c, token, torch.tensor(i)).float() for s, c in zip((exact, half, step), caches, strict=True)
+            )
+            errors += torch.stack([(x - truth).norm() for x in others])
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("shape", ["pre", "post", "a decoder"])
+def test_float32_tokens_are_those_of_the_plain_step(shape):
+    model = build(**SHAPES[shape])
+    labels = torch.arange(40) % 4
+    prefix = torch.arange(240).view(40, 6) % 9 if model.config.prefix_length else None
+    for settings in (SamplingSettings(top_k=10), SamplingSettings(top_p=0.8, temperature=1.3), GUIDED):
+        accelerate(model)
+        fast = sample(model, range(40), 3, settings, labels, prefix)
+        assert engine(model) == "C++"
+        accelerate(model, native=False)
+        assert torch.equal(sample(model, range(40), 3, settings, labels, prefix), fast)
+        assert engine(model) == "plain"
+
+
+@pytest.mark.parametrize("kind", [{}, {"dtype": torch.bfloat16}, {"quantize": "int8"}], ids=["fp32", "bf16", "int8"])
+def test_a_picture_is_the_same_in_any_batch_and_on_any_number_of_threads(kind):
+    """To the last bit: a sum's order depends on neither."""
+    model = build(kind.get("dtype", torch.float32), depth=3)
+    step = NativeStep(model, kind.get("quantize"))
+    token = torch.arange(37) % 24
+
+    @torch.inference_mode()
+    def logits(rows, threads):
+        cache = model.new_cache(len(rows))
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            return [step.step(cache, (token[rows] + i) % 24, torch.tensor(i)) for i in range(8)][-1]
+        finally:
+            torch.set_num_threads(before)
+
+    whole = logits(list(range(37)), 1)
+    for rows, threads in (([4], 1), ([3, 9], 2), (list(range(7)), 3), (list(range(13)), 2), (list(range(37)), 2)):
+        assert torch.equal(logits(rows, threads), whole[rows])
+
+
+def test_changed_weights_are_packed_again():
+    model = build()
+    before = sample(model, range(3))
+    with torch.no_grad():
+        model.transformer.blocks[0].ffn_in.weight.mul_(-1)
+    changed = sample(model, range(3))
+    assert engine(model) == "C++"
+    accelerate(model, native=False)
+    assert torch.equal(changed, sample(model, range(3)))
+    assert not torch.equal(before, changed)
+
+
+def test_weights_are_packed_once_for_all_batch_sizes(monkeypatch):
+    model, packed = build(), []
+    monkeypatch.setattr(native, "pack", lambda w: (packed.append(w.shape), pack(w))[1])
+    for batch in (3, 4, 1):
+        sample(model, range(batch))
+    assert len(packed) == 2 * 4 + 1
+    release(model)
+    assert engine(model) == ""
+    sample(model, [0])
+    assert len(packed) == 2 * (2 * 4 + 1)
+
+
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (build(heads=8), "heads of 8"),
+        (build(ffn_dim=100), "a hidden width of 100"),
+        (build(torch.float16), "float16"),
+        (build().train(), "training"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_it_does_not_cover_runs_the_plain_step(other, why):
+    assert not suits(other)
+    sample(other, range(2), settings=SamplingSettings(top_k=5))
+    assert engine(other) == "plain"
+
+
+def test_training_mode_is_noticed_between_calls():
+    model = build(dropout=0.5)
+    sample(model, range(2))
+    assert engine(model) == "C++"
+    sample(model.train(), range(2))
+    assert engine(model) == "plain"
+    sample(model.eval(), range(2))
+    assert engine(model) == "C++"
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, {folder!r})
+from test_native import build
+from digit import native
+from digit.sampling import sample
+from digit.sampling.engines.acceleration import compile_seconds, engine
+if {flags!r}:
+    native.FLAGS = tuple(f for f in native.FLAGS if f != "-march=native") + {flags!r}
+model = build()
+tokens = sample(model, range(3))
+print(engine(model), compile_seconds(model), tokens.flatten().tolist(), sep="|")
+"""
+
+
+def in_another_process(cache, flags=(), **environment):
+    script = SCRIPT.format(folder=os.path.dirname(__file__), flags=flags)  # noqa: PTH120
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    name, seconds, tokens = done.stdout.strip().split("|")
+    return name, float(seconds), tokens
+
+
+def test_it_is_built_once_and_kept_for_later_processes(tmp_path):
+    first, again = in_another_process(tmp_path), in_another_process(tmp_path)
+    assert first[0] == again[0] == "C++"
+    assert first[2] == again[2] == str(sample(build(), range(3)).flatten().tolist())
+    assert [p.suffix for p in (tmp_path / "digit").iterdir()] == [".so"]
+    assert first[1] > 2 * again[1]
+
+
+def test_a_processor_without_wide_vectors_gives_the_same_tokens(tmp_path):
+    """Built without this processor's instructions, so with the portable code."""
+    name, _, tokens = in_another_process(tmp_path, ("-march=x86-64-v3",))
+    assert name == "C++"
+    assert tokens == str(sample(build(), range(3)).flatten().tolist())
+
+
+def test_without_a_compiler_the_plain_step_runs(tmp_path):
+    name, seconds, tokens = in_another_process(tmp_path, CXX="no-such-compiler")
+    assert (name, seconds) == ("plain", 0.0)
+    model = build()
+    accelerate(model, native=False)
+    assert tokens == str(sample(model, range(3)).flatten().tolist())
+
+
+def test_the_compiler_may_be_given_with_arguments(tmp_path):
+    compiler = next(filter(shutil.which, ("g++", "clang++", "c++")))
+    assert in_another_process(tmp_path, CXX=f"{compiler} -DUNUSED")[0] == "C++"
+
+
+def test_a_cache_folder_that_cannot_be_used_is_no_error(tmp_path):
+    (tmp_path / "digit").write_text("a file, not a folder")
+    assert in_another_process(tmp_path)[0] == "plain"
+
+
+def test_build_time_is_reported(monkeypatch):
+    model = build()
+    sample(model, range(2))
+    assert 0 <= compile_seconds(model) < 60
+
+
+def test_panels_hold_the_matrix_in_reading_order():
+    weight = torch.arange(70 * 6, dtype=torch.float32).view(70, 6)
+    full, pairs = pack(weight), pack(weight.bfloat16())
+    assert full.shape == (2, 6, 4, 16, 1)
+    assert pairs.shape == (2, 3, 4, 16, 2)
+    assert full[1, 5, 0, 5, 0] == weight[69, 5]
+    assert full[1, 5, 0, 6, 0] == 0
+    assert pairs[0, 2, 3, 15, 1] == weight[63, 5].bfloat16()
