@@ -11,7 +11,8 @@ import torch
 
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
-from digit.sampling import SamplingSettings, native, sample
+from digit.sampling import SamplingSettings, sample
+from digit.sampling.engines import native
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
 from digit.sampling.engines.native import NativeStep, pack, suits
 from digit.sampling.engines.quantize import quantized
