@@ -209,7 +209,7 @@ def older(version: str, least: str) -> bool:
 
 def places() -> Iterator[Finding]:
     """Whether the cache and the working folder can be written, and how much room there is."""
-    from digit.data.dataset import cache_folder
+    from digit.core.files import cache_folder
 
     for topic, folder, advice in (
         ("cache", cache_folder(), "name another folder in the variable DIGIT_CACHE"),

@@ -21,6 +21,15 @@ if TYPE_CHECKING:  # the command line writes JSON without waiting for torch
     import torch
 
 
+def cache_folder() -> Path:
+    """Where downloads and indices are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else
+    ``~/.cache/digit``.
+    """
+    if folder := os.environ.get("DIGIT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
+
+
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals into sentences that name the file."""

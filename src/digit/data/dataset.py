@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from digit.core.errors import DigitError, require
+from digit.core.files import cache_folder as cache_folder
 from digit.core.files import read_json
 from digit.core.images import decode
 from digit.core.progress import bar, track
@@ -204,15 +205,6 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
             raise DigitError(f"No file matches {text}.")
         return _open_tars(found, place.parent.name, split)
     return _open_hub(text, split)
-
-
-def cache_folder() -> Path:
-    """Where downloads and indices are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else
-    ``~/.cache/digit``.
-    """
-    if folder := os.environ.get("DIGIT_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import huggingface_hub
 from huggingface_hub import errors
 
 from digit.core.errors import DigitError
-from digit.data.dataset import cache_folder
+from digit.core.files import cache_folder
 from digit.encoders.hub import looks_like_repository, offline, unreachable
 
 AUTHORS = "DAMO-NLP-SG/DiGIT"

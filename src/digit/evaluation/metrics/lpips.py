@@ -24,8 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from digit.core.errors import DigitError, require
-from digit.core.files import read_tensors, write_tensors
-from digit.data.dataset import cache_folder
+from digit.core.files import cache_folder, read_tensors, write_tensors
 from digit.evaluation.weights import download
 
 _PUBLIC = {
