@@ -1,0 +1,298 @@
+"""What every measurement returns: its values, one table, one figure, and all that decides whether values may be compared.
+
+Terminal, Markdown, ``result.json`` and the HTML report show :meth:`Result.rows` and :meth:`Result.figure`, nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from digit.core.errors import DigitError, MissingPackageError, require
+from digit.core.files import read_json, write_bytes, write_file, write_json
+from digit.evaluation.result import hardware, versions
+
+RESULT = "result.json"
+DASH = "\u2013"  # stands where there is no value
+COLORS = ("#7c8494", "#1f6feb", "#c4500a", "#1a8f6a", "#8a4fd0", "#b0306a", "#8a7412")
+"""Line colours of every figure, which the report exchanges for those of the reader's light or dark scheme."""
+PAPER, OURS, OTHER = COLORS[:3]
+"""What the paper reports; semantic tokens (or the first thing); VQ tokens (or a second thing)."""
+
+Rows = list[dict[str, Any]]
+R = TypeVar("R", bound="Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A finished measurement. Each kind is a subclass with its own type of values, ``rows`` and ``figure``.
+
+    Attributes:
+        kind: which: "stability", "probe", "sweep" ...
+        title: one line for people.
+        values: what was measured.
+        settings: everything that was chosen.
+        model: name, and parameters and checksum of each part.
+        data: which images, :func:`~digit.evaluation.model_source.describe_data`.
+        paper: the paper's figures that these stand beside, and their source.
+        notes: what a reader of the values should know.
+        plots: file names of the figures beside it.
+        seconds: wall time.
+        made: UTC; None where a file does not say.
+        hardware, versions: what it ran on.
+    """
+
+    plot: ClassVar[str] = ""  # file name of the figure; "" stands for KIND.png
+
+    kind: str = ""
+    title: str
+    values: Any
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    paper: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    plots: tuple[Any, ...] = ()
+    seconds: float = 0.0
+    made: str | None = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+    hardware: dict[str, Any] = field(default_factory=hardware)
+    versions: dict[str, str] = field(default_factory=versions)
+
+    def rows(self) -> Rows:
+        """The table: one dict a row, column heading -> value. This one is for kinds without rows of their own."""
+        if isinstance(self.values, list) and self.values and all(isinstance(v, Mapping) for v in self.values):
+            return [flatten(v) for v in self.values]
+        return [{"": name, "value": value} for name, value in flatten(self.values).items()]
+
+    def figure(self) -> Any:
+        """A matplotlib Figure, or None where there is nothing to draw.
+
+        Raises:
+            MissingPackageError: matplotlib is not installed.
+        """
+        return None
+
+    def provenance(self) -> str:
+        """One line under the table: what the values depend on, as far as it is known."""
+        s = self.settings
+        return provenance(model=self.model, data=self.data, reference=s.get("reference"), sampling=s)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "seconds": round(self.seconds, 2)}
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> Result:
+        """What :meth:`to_dict` gave, as the class of its kind; unknown kinds become a plain :class:`Result`.
+
+        Raises:
+            DigitError: values that are not of that kind.
+        """
+        kinds = {kind.kind: kind for kind in Result.__subclasses__()}
+        chosen = kinds.get(str(values.get("kind")), Result)
+        unknown: dict[str, Any] = {"made": None, "hardware": {}, "versions": {}}
+        try:
+            return TypeAdapter(chosen).validate_python({**unknown, **values})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise DigitError(
+                f"this {values.get('kind')} result is not as expected: {where}: {first['msg']}."
+            ) from error
+
+    @staticmethod
+    def load(path: str | Path) -> Result:
+        """Read a ``result.json``.
+
+        Raises:
+            DigitError: it is missing, not JSON, or not a result.
+        """
+        values = read_json(path)
+        if not isinstance(values, Mapping) or not {"kind", "title", "values"} <= values.keys():
+            raise DigitError(f"{path} is not a result: 'kind', 'title' and 'values' are expected.")
+        return Result.from_dict(values)
+
+    def save(self: R, folder: str | Path) -> R:
+        """Write ``result.json``, ``result.md`` and the figure into a folder; without matplotlib, no figure but a note.
+
+        Returns:
+            The result as it was saved, with its ``plots``.
+        """
+        folder, saved = Path(folder), self
+        try:
+            figure = self.figure()
+        except MissingPackageError as error:
+            figure, saved = None, replace(self, notes=(*self.notes, str(error)))
+        if figure is not None:
+            name = self.plot or f"{self.kind}.png"
+            write_file(folder / name, lambda aside: figure.savefig(aside, dpi=150, format="png"))
+            saved = replace(saved, plots=(name,))
+        write_bytes(folder / "result.md", saved.markdown().encode())
+        write_json(folder / RESULT, saved.to_dict())
+        return saved
+
+    def markdown(self) -> str:
+        """Title, table, provenance and notes."""
+        rows = self.rows()
+        head = columns(rows)
+        lines = [head, ["---"] * len(head), *([shown(row.get(name)) for name in head] for row in rows)]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        notes = "".join(f"- {note}\n" for note in self.notes)
+        return f"## {self.title}\n\n{table}\n\n{self.provenance()}\n\n{notes}"
+
+    def table(self) -> Table:
+        """The table for the terminal."""
+        rows = self.rows()
+        table = Table(title=self.title, title_justify="left")
+        for name in columns(rows):
+            table.add_column(name, justify="right" if is_numeric(rows, name) else "left")
+        for row in rows:  # as Text: names of files may hold brackets, which are not markup
+            table.add_row(*(Text(shown(row.get(name))) for name in columns(rows)))
+        return table
+
+    def show(self, out: str | Path | None = None) -> None:
+        """Print table, provenance and notes, and where the files are; not cut to a width where stdout is no terminal."""
+        console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
+        console.print(self.table(), soft_wrap=False)
+        console.print(self.provenance())
+        for note in self.notes:
+            console.print(f"Note: {note}")
+        if out is not None:
+            console.print(f"Written to {out}: {', '.join([RESULT, *self.plots])} ({self.seconds:.0f} s)")
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def columns(rows: Rows) -> list[str]:
+    """The headings of a table, in the order in which they first appear."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def is_numeric(rows: Rows, column: str) -> bool:
+    """Whether a column holds numbers, which are aligned to the right; numbers may be text, such as "0.114 ±0.003"."""
+    texts = [shown(row.get(column)) for row in rows]
+    return not any(text[:1].isalpha() for text in texts) and any(text[-1:].isdigit() for text in texts)
+
+
+def shown(value: Any, digits: int = 4) -> str:
+    """A cell as text: numbers with ``digits`` significant digits, None as a dash."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return str(value)
+    if value and not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}g}"
+    decimals = max(0, digits - 1 - (math.floor(math.log10(abs(value))) if value else 0))
+    return f"{value:,.{min(decimals, 6)}f}"
+
+
+def millions(parameters: float | None) -> str:
+    """A number of parameters, given in millions, as people write it."""
+    if parameters is None:
+        return DASH
+    if parameters >= 1000:
+        return f"{parameters / 1000:.3g}B"
+    return f"{parameters:.3g}M" if parameters >= 1 else f"{1000 * parameters:.3g}K"
+
+
+def flatten(values: Any, prefix: str = "") -> dict[str, str]:
+    """Nested values as dotted name -> text; settings are given exactly, without separators or added zeros."""
+    if isinstance(values, Mapping):
+        items = ((f"{prefix}.{key}" if prefix else str(key), value) for key, value in values.items())
+        return {name: text for key, value in items for name, text in flatten(value, key).items()}
+    if isinstance(values, (list, tuple)):
+        nested = any(isinstance(v, (Mapping, list, tuple)) for v in values)
+        plain = json.dumps(values, ensure_ascii=False) if nested else ", ".join(flatten(v)[""] for v in values)
+        return {prefix: plain}
+    return {prefix: DASH if values is None else f"{values:.6g}" if isinstance(values, float) else str(values)}
+
+
+def provenance(
+    model: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    reference: Mapping[str, Any] | None = None,
+    network: str | None = None,
+    sampling: Mapping[str, Any] | None = None,
+) -> str:
+    """One line of what a table's values depend on: number of images, reference, feature network, filter, labels.
+
+    Args:
+        model: with ``name``.
+        data: one image set with ``name``, ``split`` and ``images``, or several of them by name.
+        reference: an image set; its ``weights`` are the feature network's checksum.
+        network: the feature network, in words.
+        sampling: ``num``, ``labels``, ``decoder`` and ``settings`` of a run.
+    """
+    facts = [f"model {model['name']}"] if model and "name" in model else []
+    sets = {"": data} if data and "name" in data else dict(data or {})
+    facts += [f"{name} {_images(one)}".strip() for name, one in sets.items() if isinstance(one, Mapping)]
+    sampling = sampling or {}
+    if "num" in sampling:
+        facts.append(f"{shown(sampling['num'])} generated images")
+    if sampling.get("decoder"):
+        facts.append(f"{sampling['decoder']} decoder")
+    if isinstance(settings := sampling.get("settings"), Mapping):
+        facts.append("filter and guidance: " + (_settings(settings) or "the model's own"))
+    if sampling.get("labels") is not None:
+        facts.append(f"labels: {', '.join(flatten(sampling['labels']).values())}")
+    if reference:
+        facts.append(f"reference {_images(reference)}")
+        network = network or (f"weights {str(reference['weights'])[:12]}" if reference.get("weights") else None)
+    if network:
+        facts.append(f"feature network: {network}")
+    return "; ".join(facts)
+
+
+def _images(side: Mapping[str, Any]) -> str:
+    name = " ".join(str(side[key]) for key in ("name", "split") if side.get(key))
+    return f"{name} ({shown(side['images'])} images)" if side.get("images") is not None else name
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {text}" for name, text in flatten(settings).items())
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8)) -> tuple[Any, list[Any]]:
+    """A matplotlib Figure with a row of ``count`` axes of ``size`` inches each.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    module = require("matplotlib.figure", "eval", "Drawing figures")
+    figure = module.Figure((size[0] * count, size[1]), layout="constrained")
+    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.grid(visible=True, alpha=0.3)
+        each.set_axisbelow(True)
+    return figure, axes
+
+
+def legend(axes: Sequence[Any]) -> None:
+    """A legend under each axes that has more than one named thing."""
+    for each in axes:
+        names = each.get_legend_handles_labels()[1]
+        if len(names) > 1:
+            wide = max(map(len, names)) > 22
+            each.legend(
+                fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1 if wide else 2
+            )
