@@ -1,9 +1,7 @@
-from __future__ import annotations
-
 import pytest
 import yaml
 
-from digit.core.config import from_dict, load_preset, preset_names, to_dict
+from digit.core.config import config, from_dict, load_preset, preset_names, renamed, to_dict
 from digit.core.errors import DigitError
 from digit.models.token_model import TokenModelConfig
 
@@ -67,3 +65,48 @@ def test_broken_yaml_names_the_preset(tmp_path):
     path.write_text("a: [1,\n")
     with pytest.raises(DigitError, match="not valid YAML"):
         load_preset(str(path))
+
+
+def write(folder, **files):
+    for name, text in files.items():
+        (folder / f"{name}.yaml").write_text(text)
+    return str(folder / f"{next(iter(files))}.yaml")
+
+
+def test_a_preset_extends_others(tmp_path):
+    path = write(
+        tmp_path,
+        child="extends: parent\nmodel: {dim: 8, views: null}\ntraining: {lr: 1.0}\n",
+        parent="extends: base\nmodel: {dim: 4}\n",
+        base="component: prior\nmodel: {dim: 2, depth: 3, views: {size: 1}}\ntraining: {lr: 2.0, betas: [1, 2]}\n",
+    )
+    assert load_preset(path, ["training.betas=[3]"]) == {
+        "component": "prior",
+        "model": {"dim": 8, "depth": 3, "views": None},
+        "training": {"lr": 1.0, "betas": [3]},
+    }
+    packaged = load_preset(write(tmp_path, mine="extends: cifar10-tiny-prior\ntraining: {steps: 7}\n"))
+    expected = load_preset("cifar10-tiny-prior", ["training.steps=7"])
+    assert packaged == expected
+
+
+def test_presets_that_extend_each_other_or_nothing_are_refused(tmp_path):
+    with pytest.raises(DigitError, match="circle: a -> b -> a"):
+        load_preset(write(tmp_path, a="extends: b\n", b="extends: a\n"))
+    with pytest.raises(DigitError, match="extends 'cifar10-tiny-prio', which does not exist; did you mean"):
+        load_preset(write(tmp_path, a="extends: cifar10-tiny-prio\n"))
+
+
+def test_a_renamed_field_is_accepted_with_a_warning():
+    @config
+    class Inner:
+        _old = renamed(width="dim")
+        dim: int = 1
+
+    @config
+    class Outer:
+        inner: Inner
+
+    assert from_dict(Outer, {"inner": {"dim": 3}}, "test").inner == Inner(dim=3)
+    with pytest.warns(DeprecationWarning, match="'width' is now called 'dim'"):
+        assert from_dict(Outer, {"inner": {"dim": 3, "width": 5}}, "test").inner == Inner(dim=5)

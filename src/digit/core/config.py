@@ -2,8 +2,10 @@
 
 A config class is a frozen pydantic dataclass made with :func:`config`; it is the single description of a component and
 is saved as ``config.json`` beside its weights. A preset is a YAML file in ``digit/presets`` (or any path) with the
-sections ``component`` (encoder, vqgan, prior or decoder), ``model``, ``data`` and ``training``; those in
-``digit/presets/ablations`` say what is compared with what, see :mod:`digit.evaluation.studies.ablation_run`.
+sections ``component`` (encoder, vqgan, prior or decoder), ``model``, ``objective``, ``data`` and ``training``.
+``extends: NAME`` takes everything from another preset (or one of ``digit/presets/bases``, which explain every key) and
+changes what the file itself says. Those in ``digit/presets/ablations`` say what is compared with what, see
+:mod:`digit.evaluation.studies.ablation_run`.
 """
 
 from __future__ import annotations
@@ -11,19 +13,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core import ArgsKwargs
 from typing_extensions import dataclass_transform
 
 from digit.core.errors import DigitError
 
 T = TypeVar("T")
+
+# the types of config fields, for every module
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+_PRESETS = Path(__file__).parent.parent / "presets"
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -31,6 +44,24 @@ def config(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass that refuses unknown fields and wrong types."""
     decorated: type[T] = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[assignment]
     return decorated
+
+
+def renamed(**names: str) -> Any:
+    """Accept former names of fields, with a warning; for the body of a config class.
+
+    ``_former = renamed(old="new")``. Where both are given the old one counts: it comes from the user, the new one from
+    a packaged preset.
+    """
+
+    def accept(_: type, values: Any) -> Any:
+        fields = dict(values.kwargs or {}) if isinstance(values, ArgsKwargs) else dict(values)
+        for old, new in names.items():
+            if old in fields:
+                warnings.warn(f"The field '{old}' is now called '{new}'.", DeprecationWarning, stacklevel=2)
+                fields[new] = fields.pop(old)
+        return fields
+
+    return model_validator(mode="before")(classmethod(accept))  # type: ignore[arg-type]
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
@@ -75,12 +106,11 @@ def to_dict(value: Any) -> dict[str, Any]:
 
 def preset_names(group: str = "") -> list[str]:
     """The names of the packaged presets, sorted: of trainings, or of the group "ablations"."""
-    folder = resources.files("digit") / "presets" / group
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+    return sorted(path.stem for path in (_PRESETS / group).glob("*.yaml"))
 
 
 def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> dict[str, Any]:
-    """Read a preset by name or path and apply ``a.b=c`` overrides.
+    """Read a preset by name or path, merged over those it extends, and apply ``a.b=c`` overrides.
 
     Args:
         name: a packaged preset's name, or the path of a YAML file.
@@ -89,34 +119,56 @@ def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> di
         group: "" for trainings, or "ablations".
 
     Raises:
-        DigitError: unknown preset, broken YAML, or an override whose path is not in the preset.
+        DigitError: unknown preset, broken YAML, presets that extend each other in a circle, or an override whose path
+            is not in the preset.
     """
-    text = _preset_text(name, group)
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise DigitError(f"Preset {name} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise DigitError(
-            f"Preset {name} holds {type(values).__name__}, expected sections such as 'model:' and 'training:'."
-        )
+    if name.endswith((".yaml", ".yml")):
+        path = Path(name)
+        if not path.is_file():
+            raise DigitError(f"There is no preset file {path}.")
+    else:
+        path = _PRESETS / group / f"{name}.yaml"
+        if not path.is_file():
+            raise DigitError(f"There is no preset '{name}'; {_suggest(name, preset_names(group))}")
+    values = _read_preset(path, ())
     for item in overrides:
         _override(values, item, name)
     return values
 
 
-def _preset_text(name: str, group: str) -> str:
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-        if not path.is_file():
-            raise DigitError(f"There is no preset file {path}.")
-        return path.read_text(encoding="utf-8")
-    known = preset_names(group)
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}."
-        raise DigitError(f"There is no preset '{name}'; {hint}")
-    return (resources.files("digit") / "presets" / group / f"{name}.yaml").read_text(encoding="utf-8")
+def _suggest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known)}."
+
+
+def _read_preset(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """The preset merged over what it extends: a section over a section, anything else in place of what was there."""
+    if path in extended_by:
+        circle = " -> ".join(item.stem for item in (*extended_by, path))
+        raise DigitError(f"Presets extend each other in a circle: {circle}.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DigitError(f"Preset {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise DigitError(
+            f"Preset {path} holds {type(values).__name__}, expected sections such as 'model:' and 'training:'."
+        )
+    base = values.pop("extends", None)
+    if base is None:
+        return values
+    places = [folder / f"{str(base).removesuffix('.yaml')}.yaml" for folder in (path.parent, _PRESETS)]
+    found = next((place.resolve() for place in places if place.is_file()), None)
+    if found is None:
+        raise DigitError(f"Preset {path} extends '{base}', which does not exist; {_suggest(str(base), preset_names())}")
+    return _merge(_read_preset(found, (*extended_by, path.resolve())), values)
+
+
+def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), dict)
+        base[key] = _merge(base[key], value) if both else value
+    return base
 
 
 def _override(values: dict[str, Any], item: str, preset: str) -> None:

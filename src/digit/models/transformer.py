@@ -11,18 +11,16 @@ GELU.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from digit.core.config import PositiveInt as PositiveInt
+from digit.core.config import Probability as Probability
 from digit.core.config import config
-
-PositiveInt = Annotated[int, Field(gt=0)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 @config
