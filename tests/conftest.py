@@ -29,6 +29,18 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path_factory.getbasetemp() / "digit-cache"))
 
 
+@pytest.fixture
+def backbone_file(tmp_path: Path) -> Path:
+    """AlexNet in torchvision's layout, with random weights."""
+    from digit.models.lpips import untrained
+
+    torch.manual_seed(0)
+    state = untrained("alex").net.state_dict()
+    tensors = {"features." + key.split(".", 1)[1]: value for key, value in state.items()}
+    torch.save({**tensors, "classifier.1.weight": torch.zeros(3)}, tmp_path / "alexnet.pth")
+    return tmp_path / "alexnet.pth"
+
+
 @pytest.fixture(scope="module")
 def compiler():
     """What C++ is built with; skipped where there is none. Where there is one, sources that it cannot build are a

@@ -1,11 +1,13 @@
 import os
 
+import metric_weights
 import pytest
 import torch
 from torch import nn
 
 import tiny
-from digit.evaluation.metrics.inception import InceptionWeights, _checked, _network
+from digit.core.files import cache_folder
+from digit.evaluation.metrics.inception import PUBLISHED, InceptionWeights, untrained
 from digit.evaluation.model_source import image_batches, open_images
 from digit.models.codebook import Codebook
 from digit.pipeline.pipeline import DigitPipeline
@@ -15,11 +17,13 @@ USERS_CACHE = os.environ.get("DIGIT_CACHE")
 
 @pytest.fixture
 def users_cache(monkeypatch):
-    """The user's own cache, so that network tests download once and not at every run."""
+    """The user's own cache with the FID network in it, so that network tests download once and not at every run."""
     if USERS_CACHE is None:
         monkeypatch.delenv("DIGIT_CACHE")
     else:
         monkeypatch.setenv("DIGIT_CACHE", USERS_CACHE)
+    if not any((cache_folder() / name).is_file() for name in PUBLISHED.cached):
+        metric_weights.cache_inception()
 
 
 class PoolingExtractor:
@@ -53,11 +57,11 @@ def pooling_without_head():
 def random_inception() -> InceptionWeights:
     """InceptionV3 of the real layout with random weights that keep the scale of the activations."""
     torch.manual_seed(0)
-    network = _network(["2048"])
+    network = untrained(["2048"])
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return _checked(network.state_dict(), "random")
+    return InceptionWeights.of(network.state_dict(), "random")
 
 
 @pytest.fixture(scope="session")

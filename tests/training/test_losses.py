@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.encoders.loading import small_conv, small_vit
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
+from digit.models.lpips import BACKBONES
 from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
 from digit.training.losses.images import PictureObjective
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
@@ -321,9 +323,7 @@ def test_perceptual_encoder_wants_pictures_of_its_size() -> None:
 def test_lpips_without_weights_says_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("lpips")
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        "digit.evaluation.metrics.lpips._PUBLIC", {"vgg": ("https://127.0.0.1:9/vgg16.pth", "397923af")}
-    )
+    monkeypatch.setitem(BACKBONES, "vgg", replace(BACKBONES["vgg"], url="https://127.0.0.1:9/vgg16.pth"))
     with pytest.raises(DigitError, match=r"Tried .*lpips-vgg\.safetensors.*set objective\.perceptual to"):
         LpipsDistance()
 

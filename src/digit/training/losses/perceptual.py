@@ -1,6 +1,6 @@
 """Perceptual distances: how different two batches of pictures look to a network that is not trained here.
 
-"lpips" is Zhang et al. 2018, arXiv 1801.03924, with VGG16 (:mod:`digit.evaluation.metrics.lpips`; its weights are
+"lpips" is Zhang et al. 2018, arXiv 1801.03924, with VGG16 (:mod:`digit.models.lpips`; its weights are
 fetched once). "encoder" is the same idea without any download: unit features of a frozen encoder of this library, layer
 by layer where it is convolutional, all channels weighted alike. A self-supervised encoder ignores what its
 augmentations change (colour, a little blur), so it stands beside a pixel loss and does not replace it.
@@ -18,7 +18,7 @@ from digit.core.errors import DigitError
 from digit.encoders.conv import ConvEncoder
 from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
-from digit.evaluation.metrics.lpips import load_lpips
+from digit.models.lpips import load_lpips
 
 
 class LpipsDistance(nn.Module):
