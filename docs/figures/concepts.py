@@ -17,15 +17,15 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from digit import DigitPipeline
-from digit.data.dataset import ImageDataset, open_dataset
-from digit.core.images import save_png, to_pil, to_tensor
-from digit.evaluation.model_source import image_batches, open_images
-from digit.evaluation.metrics.noise import Change, NoiseLaw, apply_change
-from digit.evaluation.metrics.stability import NOISE, stability_record
-from digit.core.files import write_bytes
-from digit.pipeline.pipeline import Tokens
 from digit.clustering.patches import Atlas, build_atlas
+from digit.core.files import write_bytes
 from digit.core.grids import picture_grid, token_picture
+from digit.core.images import save_png, to_pil, to_tensor
+from digit.data.dataset import ImageDataset, open_dataset
+from digit.evaluation.metrics.noise import Change, NoiseLaw, apply_change
+from digit.evaluation.metrics.stability import NOISE, stability
+from digit.evaluation.model_source import image_batches, open_images
+from digit.pipeline.pipeline import Tokens
 
 SIZE = 128  # pixels of a picture in a figure
 PHOTOGRAPHS = 4
@@ -87,7 +87,7 @@ def noise(pipe: DigitPipeline, images: Tensor, out: Path) -> None:
 def shares(pipe: DigitPipeline, dataset: ImageDataset, out: Path) -> None:
     """The share of tokens that noise changes, over many photographs: the plot of digit evaluate stability."""
     with tempfile.TemporaryDirectory() as aside:
-        stability_record(pipe, dataset, aside, NOISE, NoiseLaw())
+        stability(pipe, dataset, NOISE, NoiseLaw()).save(aside)
         write_bytes(out / "shares.png", (Path(aside) / "stability.png").read_bytes())
 
 
@@ -120,7 +120,9 @@ def sampling(pipe: DigitPipeline, out: Path, seed: int = 1) -> None:
         for done in moments:
             picture = token_picture(tokens.semantic[row], grid, vocabulary, SIZE)
             blank = (torch.arange(total) >= done).reshape(grid).numpy()
-            veil = Image.fromarray(np.where(blank, 255, 0).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
+            veil = Image.fromarray(np.where(blank, 255, 0).astype(np.uint8)).resize(
+                (SIZE, SIZE), Image.Resampling.NEAREST
+            )
             cells.append(Image.composite(Image.new("RGB", picture.size, "#e8e8e8"), picture, veil))
         title = pipe.class_names[int(labels[row])] if labels is not None and pipe.class_names else f"picture {row}"
         rows.append((title, [*cells, enlarged(pixels[row])]))

@@ -71,7 +71,7 @@ def test_stability(run, model_folder, cifar512, tmp_path):
     assert result["data"] | {"fingerprint": ""} == {
         "name": "cifar512", "path": None, "split": "train", "images": 24, "fingerprint": ""
     }  # fmt: skip
-    assert result["plots"] == ["stability.png", "changes.png"]
+    assert result["plots"] == ["stability.png"]
     assert "noise at 0.01 dB" in text
     assert "0.721" in text  # the paper's column
     assert "against the variance of each image's pixels in 0..1; not clipped" in text

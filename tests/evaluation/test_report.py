@@ -20,11 +20,11 @@ from digit.core.files import read_json, write_json
 from digit.data.token_cache import build_token_cache
 from digit.evaluation import paper
 from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
-from digit.evaluation.metrics.model_reconstruction import reconstruction_record
+from digit.evaluation.metrics.model_reconstruction import model_reconstruction
 from digit.evaluation.metrics.noise import Change
-from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, probe_record, split_off
-from digit.evaluation.metrics.stability import stability_record
-from digit.evaluation.metrics.toy import ToyConfig, pca_lda
+from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, probe, split_off
+from digit.evaluation.metrics.stability import stability
+from digit.evaluation.metrics.toy import ToyConfig, toy
 from digit.evaluation.model_source import SamplingRun, open_images
 from digit.evaluation.report import write_report
 from digit.evaluation.report.collect import Found, collect
@@ -50,15 +50,17 @@ def run(pipe, vq_pipe, pooling, cifar512, tmp_path_factory) -> Path:
     )
     write_json(out / "fid.json", measured.to_dict())
     changes = [Change(kind="noise", level=30), Change(kind="noise", level=1), Change(kind="shift", level=1)]
-    stability_record(pipe, images, out / "stability", changes)
-    probe_record(pipe, ProbeData(*split_off(images, 0.25)), out / "probe", ProbeOptions(epochs=2, neighbours=3))
+    stability(pipe, images, changes).save(out / "stability")
+    options = ProbeOptions(epochs=2, neighbours=3)
+    probe(pipe, ProbeData(*split_off(images, 0.25)), out / "probe", options).save(out / "probe")
     reference = Reference.of(str(cifar512), pooling, FidelityOptions(metrics=("fid", "prc")), "train")
     sweep_record(SamplingRun(pipe, 12), {"top_k": [0, 2, 6], "decoder_top_p": [0.5, 1.0]}, reference, out / "sweep")
     runs = {"tiny": SamplingRun(pipe, 1), "tiny-vq": SamplingRun(vq_pipe, 1)}
     prefix_record(runs, open_images(cifar512, num=12), reference, out / "prefix", (0.0, 0.5, 1.0))
     few = open_images(cifar512, num=8)
-    reconstruction_record(pipe, few, out / "reconstruction", pooling, None, perturb=True, shares=(0.5, 0.9))
-    pca_lda(out / "toy", ToyConfig(samples=40, repeats=2))
+    found = model_reconstruction(pipe, few, pooling, None, perturb=True, shares=(0.5, 0.9))
+    found.save(out / "reconstruction")
+    toy(ToyConfig(samples=40, repeats=2)).save(out / "toy")
     _train(pipe, images, out, "prior")
     return out
 

@@ -85,6 +85,6 @@ def test_the_stability_of_the_study_again(tmp_path):
     images = open_images(tmp_path / "cifar10", "test", 2000)
     kept = json.loads((STUDY / "evaluate-stability.json").read_text())["result"]["values"]
     levels = [change for change in NOISE if change.level in (30, 10)]
-    for row in stability(DigitPipeline.from_pretrained("cifar10"), images, levels):
+    for row in stability(DigitPipeline.from_pretrained("cifar10"), images, levels).values:
         (before,) = (v for v in kept if (v["space"], v["kind"], v["level"]) == (row.space, "noise", row.change.level))
         assert row.changed.mean == pytest.approx(before["changed"]["mean"], abs=2e-3)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from digit.cli.evaluate import Backend, Weights
 from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers, show
@@ -84,23 +83,14 @@ def reconstruction(
 
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
-    from digit.evaluation.metrics.model_reconstruction import SHARES, reconstruction_record
+    from digit.evaluation.metrics.model_reconstruction import SHARES, model_reconstruction
     from digit.evaluation.model_source import open_images
 
     images, pipe = open_images(data, split, num), load(model, device, variant=variant)
-    extractor, distance, reasons = _networks(rfid, lpips, lpips_weights, weights, backend, str(pipe.device))
+    networks = _networks(rfid, lpips, lpips_weights, weights, backend, str(pipe.device))
     chosen = SHARES if shares is None else numbers(shares, "--shares")
-    record, rows, perturbed = reconstruction_record(
-        pipe, images, out, extractor, distance, reasons, perturb, chosen, seed=seed, batch_size=batch_size
-    )
-    metrics = {"rfid": "rFID", "psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS"}
-    table = [
-        [row["name"], *(f"{row['values'][m]:.4f}" if m in row["values"] else "-" for m in metrics)] for row in rows
-    ]
-    table += [[f"{row['space']} tokens, perturbed: pFID", f"{row['pfid']:.4f}", "", "", ""] for row in perturbed]
-    show(record, ("path", *metrics.values()), table, out)
-    for reason in dict.fromkeys(reason for row in rows for reason in row["not_measured"].values()):
-        Console().print(f"Note: {reason}", highlight=False, markup=False)
+    result = model_reconstruction(pipe, images, *networks, perturb, chosen, seed=seed, batch_size=batch_size)
+    result.save(out).show(out)
 
 
 def _networks(

@@ -93,26 +93,15 @@ def stability(
     Example:  digit evaluate stability cifar10 --data data/cifar10 --split test --num 2000 --out runs/stability
     """
     from digit.core.config import from_dict
-    from digit.evaluation import paper
     from digit.evaluation.metrics.noise import Change, NoiseLaw
-    from digit.evaluation.metrics.stability import MEASURES, OTHERS, paper_value, stability_record
+    from digit.evaluation.metrics.stability import NOISE, OTHERS
+    from digit.evaluation.metrics.stability import stability as measure
     from digit.evaluation.model_source import open_images
 
     law = from_dict(NoiseLaw, {"signal": signal, "clip": clip, "seed": seed}, "The noise")
-    levels = numbers(snr, "--snr") if snr else paper.SNRS
-    changes = [*(Change(kind="noise", level=level) for level in levels), *([] if noise_only else OTHERS)]
+    levels = [Change(kind="noise", level=level) for level in numbers(snr, "--snr")] if snr else NOISE
     images, pipe = open_images(data, split, num), load(model, device, variant=variant)
-    record, rows = stability_record(pipe, images, out, changes, law, batch_size)
-    cells = []
-    for row in rows:
-        theirs = [paper_value(row, measure) for measure in MEASURES[:2]]
-        ours = [str(getattr(row, measure)) for measure in MEASURES]
-        cells.append(
-            [row.space, str(row.change), *ours, *("" if value is None else f"{value:.3f}" for value in theirs)]
-        )
-    cosines = ("cosine of features", "of codes", "of centred codes")
-    columns = ("tokens", "change", "changed", *cosines, "paper: changed", "paper: cosine")
-    show(record, columns, cells, out)
+    measure(pipe, images, (*levels, *(() if noise_only else OTHERS)), law, batch_size).save(out).show(out)
 
 
 def probe(
@@ -151,29 +140,15 @@ def probe(
     Example:  digit evaluate probe cifar10 --data data/cifar10 --layers all --lr 0.1,0.4,1.6 --out runs/probe
     """
     from digit.core.config import from_dict
-    from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, probe_record
+    from digit.evaluation.metrics.probe import ProbeData, ProbeOptions
+    from digit.evaluation.metrics.probe import probe as measure
     from digit.evaluation.model_source import open_images
 
     given = {"epochs": epochs, "lrs": numbers(lr, "--lr"), "standardize": standardize, "neighbours": knn, "seed": seed}
     options = from_dict(ProbeOptions, given, "The probe")
     train, test = train_and_test(open_images(data, train_split, num), data, test_split, holdout)
-    pipe = load(model, device, variant=variant)
-    record, scores, ceiling = probe_record(
-        pipe, ProbeData(train, test, views, seed, batch_size, out), out, options, layers, encoder
-    )
-    rows = [
-        [
-            name,
-            f"{100 * score.best[0]:.2f}",
-            f"{score.best[1]:g}",
-            "" if score.knn is None else f"{100 * score.knn:.2f}",
-        ]
-        for name, score in [
-            *((f"state {s.state}" + (" (embedding)" if s.state == 0 else ""), s) for s in scores),
-            *([("encoder", ceiling)] if ceiling else []),
-        ]
-    ]
-    show(record, ("features", "top-1, %", "best lr", "k-NN, %"), rows, out)
+    images = ProbeData(train, test, views, seed, batch_size, out)
+    measure(load(model, device, variant=variant), images, out, options, layers, encoder).save(out).show(out)
 
 
 def train_and_test(

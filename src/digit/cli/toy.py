@@ -23,11 +23,6 @@ def pca_lda(
     seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
 ) -> None:
     """Draw two overlapping classes and their PCA and LDA projections, and the accuracy of each under growing noise."""
-    from digit.evaluation.metrics.toy import PLOT, ToyConfig
-    from digit.evaluation.metrics.toy import pca_lda as make_figure
+    from digit.evaluation.metrics.toy import ToyConfig, toy
 
-    result = make_figure(out, ToyConfig(samples=samples, repeats=repeats, seed=seed))
-    typer.echo("noise      " + "".join(f"{level:7.2f}" for level in result.noise))
-    for method, values in result.accuracy.items():
-        typer.echo(f"{method:11}" + "".join(f"{value:7.1%}" for value in values))
-    typer.echo(f"Look at {out / PLOT}")
+    toy(ToyConfig(samples=samples, repeats=repeats, seed=seed)).save(out).show(out)

@@ -9,13 +9,9 @@ from skimage.metrics import peak_signal_noise_ratio
 from digit.core.errors import DigitError
 from digit.core.images import to_tensor
 from digit.evaluation.metrics.fidelity import fidelity
-from digit.evaluation.metrics.model_reconstruction import (
-    perturbation_rows,
-    perturbed_path,
-    reconstruction_record,
-    reconstruction_rows,
-)
+from digit.evaluation.metrics.model_reconstruction import model_reconstruction, perturbed_path
 from digit.evaluation.model_source import open_images
+from digit.evaluation.results import Result
 from digit.pipeline.pipeline import Tokens
 
 
@@ -34,8 +30,8 @@ def as_bytes(x):
 
 
 def test_every_path_is_measured_as_by_hand(pipe, images, tensors, pooling):
-    rows = reconstruction_rows(pipe, images, pooling, None, {"lpips": "left out."}, seed=4, batch_size=16)
-    assert [row["name"] for row in rows] == [
+    result = model_reconstruction(pipe, images, pooling, None, {"lpips": "left out."}, seed=4, batch_size=16)
+    assert [row.name for row in result.values] == [
         "VQGAN alone",
         "semantic tokens, ar decoder",
         "semantic tokens, masked decoder",
@@ -47,14 +43,14 @@ def test_every_path_is_measured_as_by_hand(pipe, images, tensors, pooling):
             pipe.decode(semantic, 4, "ar"),
             pipe.decode(semantic, 4, "masked"),
         ]
-    for row, pictures in zip(rows, expected, strict=True):
+    for row, pictures in zip(result.values, expected, strict=True):
         pairs = list(zip(as_bytes(tensors).numpy(), as_bytes(pictures).numpy(), strict=True))
         psnr = np.mean([peak_signal_noise_ratio(a, b, data_range=255) for a, b in pairs])
-        assert row["values"]["psnr"] == pytest.approx(psnr, abs=1e-3)
+        assert row.values["psnr"] == pytest.approx(psnr, abs=1e-3)
         rfid = fidelity([as_bytes(pictures)], [as_bytes(tensors)], extractor=pooling)
-        assert row["values"]["rfid"] == pytest.approx(rfid.values["fid"], abs=1e-4)
-        assert row["not_measured"]["lpips"] == "not measured: left out."
-        assert row["images"] == 40
+        assert row.values["rfid"] == pytest.approx(rfid.values["fid"], abs=1e-4)
+        assert row.not_measured["lpips"] == "not measured: left out."
+        assert row.images == 40
 
 
 def test_no_perturbation_is_the_plain_path(pipe, tensors):
@@ -66,7 +62,8 @@ def test_no_perturbation_is_the_plain_path(pipe, tensors):
 
 
 def test_pfid_is_the_mean_over_shares_and_neighbourhoods(pipe, images, tensors, pooling):
-    vq, semantic = perturbation_rows(pipe, images, pooling, shares=(0.1, 0.9), neighbourhoods=(0.2, 1.0))
+    how = {"perturb": True, "shares": (0.1, 0.9), "neighbourhoods": (0.2, 1.0)}
+    vq, semantic = model_reconstruction(pipe, images, pooling, None, **how).perturbed
     assert (vq["space"], semantic["space"]) == ("vq", "semantic")
     assert [(p["neighbours"], p["share"]) for p in vq["points"]] == [(4, 0.1), (4, 0.9), (20, 0.1), (20, 0.9)]
     for row in (vq, semantic):
@@ -83,19 +80,19 @@ def test_pfid_is_the_mean_over_shares_and_neighbourhoods(pipe, images, tensors, 
 
 
 def test_record(pipe, images, pooling, tmp_path):
-    _, rows, perturbed = reconstruction_record(
-        pipe, images, tmp_path, pooling, None, perturb=True, shares=(0.5, 0.9), neighbourhoods=(0.1, 0.5)
-    )
+    how = {"perturb": True, "shares": (0.5, 0.9), "neighbourhoods": (0.1, 0.5)}
+    found = model_reconstruction(pipe, images, pooling, None, **how).save(tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
-    assert [row["values"]["rfid"] for row in result["values"]] == [row["values"]["rfid"] for row in rows]
-    assert result["settings"]["perturbation"] == perturbed
+    assert [row["values"]["rfid"] for row in result["values"]] == [row.values["rfid"] for row in found.values]
+    assert result["settings"]["perturbation"] == found.perturbed
     assert result["paper"]["VQ only"] == 1.67
     assert Image.open(tmp_path / "perturbation.png").width > 1200
+    assert Result.load(tmp_path / "result.json").rows() == found.rows()
 
 
-def test_baseline_and_missing_parts(vq_pipe, pipe, images, tmp_path):
-    assert [row["name"] for row in reconstruction_rows(vq_pipe, images, None, None)] == ["VQGAN alone"]
+def test_baseline_and_missing_parts(vq_pipe, pipe, images):
+    assert [row.name for row in model_reconstruction(vq_pipe, images, None, None).values] == ["VQGAN alone"]
     with pytest.raises(DigitError, match="no vqgan"):
-        reconstruction_rows(pipe.with_parts(vqgan=None), images, None, None)
+        model_reconstruction(pipe.with_parts(vqgan=None), images, None, None)
     with pytest.raises(DigitError, match="needs the FID network: no network"):
-        reconstruction_record(pipe, images, tmp_path, None, None, {"rfid": "no network"}, perturb=True)
+        model_reconstruction(pipe, images, None, None, {"rfid": "no network"}, perturb=True)

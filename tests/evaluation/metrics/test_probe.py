@@ -18,13 +18,14 @@ from digit.evaluation.metrics.probe import (
     collect_features,
     encoder_features,
     prior_features,
-    probe_record,
+    probe,
     score_features,
     split_off,
     top1,
     train_probe,
 )
 from digit.evaluation.model_source import open_images
+from digit.evaluation.results import Result
 from digit.models.probe import LinearProbe
 from digit.pipeline.pipeline import DigitPipeline
 
@@ -82,8 +83,9 @@ def test_states_do_not_disturb_each_other(gaussians):
 def test_scores_keep_every_learning_rate(gaussians):
     train, test = gaussians
     scores, probes = score_features(train, test, 4, ProbeOptions(epochs=5, batch_size=100, lrs=(0.01, 4.0)))
-    assert set(probes) == set(scores[0].accuracy) == {0.01, 4.0}
-    assert scores[0].best == max((a, lr) for lr, a in scores[0].accuracy.items())
+    assert set(probes) == {0.01, 4.0}
+    assert scores[0].by_lr.keys() == {"0.01", "4.0"}
+    assert (scores[0].accuracy, scores[0].lr) == max((a, float(lr)) for lr, a in scores[0].by_lr.items())
     assert scores[0].knn > 0.6
     assert scores[1].knn < 0.4
 
@@ -93,7 +95,7 @@ def test_standardizing_makes_scale_irrelevant(gaussians):
     options = ProbeOptions(epochs=5, batch_size=100, standardize=True, neighbours=0)
     scaled = [Features(f.values * 1000 + 7, f.labels) for f in (train, test)]
     one, other = score_features(train, test, 4, options)[0], score_features(*scaled, 4, options)[0]
-    assert [s.best[0] for s in one] == pytest.approx([s.best[0] for s in other], abs=0.011)
+    assert [s.accuracy for s in one] == pytest.approx([s.accuracy for s in other], abs=0.011)
     assert one[0].knn is None
 
 
@@ -148,9 +150,9 @@ def test_agrees_with_the_authors_states_and_probe(tmp_path):
         states = prior_features(pipe, given["images"])
     expected = given["inner_states_mean"]
     assert (states - expected).abs().max() < 1e-4 * expected.abs().max()
-    probe = LinearProbe.from_pretrained(folder / "probe")
+    classifier = LinearProbe.from_pretrained(folder / "probe")
     logits = torch.stack([given[f"probe_logits_{n}"] for n in range(len(expected) - 1)])
-    assert (probe(states[:-1]) - logits).abs().max() < 1e-4 * logits.abs().max()
+    assert (classifier(states[:-1]) - logits).abs().max() < 1e-4 * logits.abs().max()
 
 
 def test_cache_serves_the_same_features_and_notices_change(pipe, cifar512, tmp_path):
@@ -180,21 +182,23 @@ def test_record(pipe, cifar512, tmp_path):
     train, test = split_off(open_images(cifar512, num=120), 0.25)
     data = ProbeData(train, test, cache=tmp_path)
     options = ProbeOptions(epochs=4, batch_size=30, lrs=(0.4, 4.0), neighbours=5)
-    _, scores, ceiling = probe_record(pipe, data, tmp_path, options, layers="all")
+    found = probe(pipe, data, tmp_path, options, layers="all").save(tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert [row["state"] for row in result["values"]["layers"]] == [0, 1, 2]
     assert result["values"]["layers"][1]["by_lr"].keys() == {"0.4", "4.0"}
-    assert 0 <= ceiling.best[0] <= 1
+    assert 0 <= found.values.encoder.accuracy <= 1
+    assert [row["Features"] for row in found.rows()] == ["state 0 (embedding)", "state 1", "state 2", "encoder"]
+    assert Result.load(tmp_path / "result.json").rows() == found.rows()
     assert result["values"]["chance"] == 0.1
-    assert Image.open(tmp_path / "probe.png").width == 1050
+    assert Image.open(tmp_path / "probe.png").width > 900
     assert LinearProbe.from_pretrained(tmp_path / "probe").config.states == 3
     assert {p.name for p in tmp_path.glob("features-*")} == {
         f"features-{kind}-{part}.npz" for kind in ("prior", "encoder") for part in ("train", "test")
     }
-    paper = probe_record(pipe, data, tmp_path, options, encoder=False)
-    assert [s.state for s in paper[1]] == [0, 1]
-    assert paper[2] is None
-    assert all(math.isfinite(s.best[0]) for s in scores)
+    values = probe(pipe, data, tmp_path, options, encoder=False).values
+    assert [s.state for s in values.layers] == [0, 1]
+    assert values.encoder is None
+    assert all(math.isfinite(s.accuracy) for s in values.layers)
 
 
 def test_images_without_classes_are_refused(pipe, tmp_path):

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_one_pass_equals_the_parts(photographs, noisy, pooling, backbone_file):
     assert result.errors["psnr"] == pytest.approx(float(psnr(photographs, noisy).std() / 8))
     assert not result.not_measured
     assert set(result.methods) == {"psnr", "ssim", "lpips", "rfid"}
-    assert json.loads(json.dumps(result.to_dict()))["values"] == result.values
+    assert json.loads(json.dumps(asdict(result)))["values"] == result.values
 
 
 def test_originals_may_be_measured_before(photographs, noisy, pooling):

@@ -3,14 +3,16 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from digit.core.errors import DigitError
 from digit.core.images import to_tensor
 from digit.evaluation import paper
 from digit.evaluation.metrics.noise import Change, NoiseLaw, add_noise
-from digit.evaluation.metrics.stability import NOISE, OTHERS, Estimate, paper_value, stability, stability_record
+from digit.evaluation.metrics.stability import NOISE, OTHERS, Estimate, Stability, stability
 from digit.evaluation.model_source import open_images
+from digit.evaluation.results import Result
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +25,7 @@ def test_agrees_with_counting_by_hand(pipe, cifar512):
     images."""
     images = open_images(cifar512, num=8)
     law, change = NoiseLaw(seed=5, signal="variance", clip=False), Change(kind="noise", level=10)
-    rows = {row.space: row for row in stability(pipe, images, [change], law, batch_size=7)}
+    rows = {row.space: row for row in stability(pipe, images, [change], law, batch_size=7).values}
     found = {"semantic": [], "vq": []}
     for number in range(len(images)):
         clean = to_tensor(images[number].image)[None]
@@ -51,7 +53,7 @@ def test_agrees_with_counting_by_hand(pipe, cifar512):
 
 def test_nothing_done_changes_nothing(pipe, images):
     quiet = [Change(kind="noise", level=math.inf), Change(kind="shift", level=0), Change(kind="brightness", level=1)]
-    for row in stability(pipe, images, quiet):
+    for row in stability(pipe, images, quiet).values:
         assert row.changed == Estimate(0, 0, 0)
         assert row.cosine_features.mean == pytest.approx(1, abs=1e-6)
         assert row.cosine_codes.mean == pytest.approx(1, abs=1e-6)
@@ -60,7 +62,7 @@ def test_nothing_done_changes_nothing(pipe, images):
 
 
 def test_more_noise_changes_more(pipe, images):
-    rows = stability(pipe, images, NOISE)
+    rows = stability(pipe, images, NOISE).values
     for space in ("semantic", "vq"):
         mine = [row for row in rows if row.space == space]
         assert [row.change.level for row in mine] == list(paper.SNRS)
@@ -72,38 +74,48 @@ def test_more_noise_changes_more(pipe, images):
 
 def test_batch_size_does_not_matter(pipe, images):
     changes = [NOISE[2], *OTHERS[:1]]
-    one, other = (stability(pipe, images, changes, batch_size=size) for size in (20, 48))
+    one, other = (stability(pipe, images, changes, batch_size=size).values for size in (20, 48))
     for a, b in zip(one, other, strict=True):
         assert a.changed.mean == pytest.approx(b.changed.mean, abs=1e-3)  # a near tie may fall otherwise
         assert a.cosine_features.mean == pytest.approx(b.cosine_features.mean, abs=1e-5)
 
 
 def test_one_kind_of_tokens_is_enough(pipe, vq_pipe, images):
-    assert {row.space for row in stability(vq_pipe, images, NOISE[:1])} == {"vq"}
-    assert {row.space for row in stability(pipe.with_parts(vqgan=None, decoders={}), images, NOISE[:1])} == {"semantic"}
+    assert {row.space for row in stability(vq_pipe, images, NOISE[:1]).values} == {"vq"}
+    semantic = stability(pipe.with_parts(vqgan=None, decoders={}), images, NOISE[:1])
+    assert {row.space for row in semantic.values} == {"semantic"}
 
 
 def test_the_papers_table_stands_beside_ours(pipe, images):
-    rows = stability(pipe, images, [NOISE[0], NOISE[7], Change(kind="noise", level=12)])
-    found = {(row.space, row.change.level): paper_value(row, "changed") for row in rows}
+    result = stability(pipe, images, [NOISE[0], NOISE[7], Change(kind="noise", level=12)])
+    found = {(row.space, row.level): row.paper_value("changed") for row in result.values}
     assert found["vq", 30] == 0.187
     assert found["semantic", 0.01] == 0.721
     assert found["vq", 12] is None
-    assert paper_value(rows[0], "cosine_codes") == paper_value(rows[0], "cosine_features") == 0.975
-    assert all(len(line) == 8 for space in paper.STABILITY.values() for line in space.values())
+    first = result.values[0]
+    assert first.paper_value("cosine_codes") == first.paper_value("cosine_features") == 0.975
+    table = {(row["Tokens"], row["Change"]): row for row in result.rows()}
+    assert table["VQ tokens", "noise at 30 dB"]["Paper: changed"] == 0.187
+    assert table["VQ tokens", "noise at 12 dB"]["Paper: cosine"] is None
 
 
-def test_record_says_how_it_was_measured(pipe, images, tmp_path):
-    stability_record(pipe, images, tmp_path, [NOISE[0], NOISE[4], *OTHERS], NoiseLaw(clip=False))
+def test_a_saved_result_says_how_it_was_measured_and_opens_again(pipe, images, tmp_path):
+    saved = stability(pipe, images, [NOISE[0], NOISE[4], *OTHERS], NoiseLaw(clip=False)).save(tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["settings"]["noise"] == {"signal": "power", "clip": False, "seed": 0}
     assert result["data"]["images"] == 48
     assert len(result["values"]) == 2 * (2 + len(OTHERS))
+    assert result["values"][0].keys() >= {"space", "kind", "level", "realised_snr", "changed", "cosine_centred"}
     assert result["model"]["parts"]["encoder"]["parameters"] > 0
     assert "not clipped" in result["notes"][0]
-    for plot in result["plots"]:
-        assert Image.open(tmp_path / plot).width > 800
-    assert result["plots"] == ["stability.png", "changes.png"]
+    assert result["plots"] == ["stability.png"]
+    assert Image.open(tmp_path / "stability.png").width > 1200
+    again = Result.load(tmp_path / "result.json")
+    assert isinstance(again, Stability)
+    assert again.values == saved.values
+    assert again.rows() == saved.rows()
+    assert "model tiny" in again.provenance()
+    assert "48 images" in again.provenance()
 
 
 def test_too_little_is_explained(pipe, cifar512):
@@ -122,9 +134,9 @@ def test_part_of_a_dataset_is_spread_over_it(cifar512):
 
 
 def test_interval_covers_the_mean_of_a_known_distribution():
-    generator = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
     hits = 0
     for _ in range(1000):
-        estimate = Estimate.of(generator.random(200))
+        estimate = Estimate.of(torch.rand(200, generator=generator, dtype=torch.float64))
         hits += estimate.low <= 0.5 <= estimate.high
     assert 925 <= hits <= 975  # 95% of 1,000, give or take

@@ -7,12 +7,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from digit.cli.toy import app
-from digit.evaluation.metrics.toy import ToyConfig, draw, fit, run
+from digit.evaluation.metrics.toy import ToyConfig, draw, fit, toy
 
 
 @pytest.fixture(scope="module")
 def result():
-    return run(ToyConfig(samples=4000, repeats=4))
+    return toy(ToyConfig(samples=4000, repeats=4)).values
 
 
 def test_directions_are_the_known_ones():
@@ -54,8 +54,8 @@ def test_lda_is_above_pca_throughout_and_both_fall(result):
 
 def test_the_same_seed_gives_the_same_numbers():
     settings = ToyConfig(samples=50, repeats=2)
-    assert run(settings) == run(settings)
-    assert run(settings) != run(ToyConfig(samples=50, repeats=2, seed=1))
+    assert toy(settings).values == toy(settings).values
+    assert toy(settings).values != toy(ToyConfig(samples=50, repeats=2, seed=1)).values
 
 
 def test_command_writes_picture_and_numbers(tmp_path):

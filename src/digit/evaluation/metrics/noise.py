@@ -1,11 +1,8 @@
-"""Small changes to images and to tokens, each drawn for its own image: what stability and robustness are measured
-under.
+"""Small changes to images and to tokens, each drawn for its own image, under which stability is measured.
 
 Pixels: Gaussian noise of a given signal-to-noise ratio (the paper's Table 1), JPEG, blur, shift, brightness. Tokens:
-    replacement
-by one of the nearest codes ([0] RobusTok, arXiv 2509.12474). Image ``i`` under seed ``s`` always meets the same noise,
-in any batch; all levels of noise are one draw, louder or softer, so that a curve over levels is not blurred by new
-draws.
+replacement by one of the nearest codes (RobusTok, arXiv 2509.12474). Image ``i`` under seed ``s`` always meets the same
+noise, in any batch; all levels of noise are one draw, scaled, so that a curve over levels is smooth.
 """
 
 from __future__ import annotations
@@ -74,10 +71,9 @@ class NoiseLaw:
     """How an SNR becomes noise.
 
     Attributes:
-        signal: an image's signal power: "power" is the mean square of its pixels in 0..1, "variance" the mean square
-            about their mean. The paper does not say which.
-        clip: cut the noisy pixels back to 0..1, as an image file would. The noise that remains is then weaker than
-            asked.
+        signal: "power" is the mean square of an image's pixels in 0..1, "variance" the mean square about their mean. The
+            paper does not say which.
+        clip: cut the noisy pixels back to 0..1, as an image file would; the noise that remains is weaker than asked.
         seed: of the noise.
     """
 
@@ -87,20 +83,13 @@ class NoiseLaw:
 
 
 def apply_change(images: Tensor, change: Change, numbers: Sequence[int], law: NoiseLaw | None = None) -> Tensor:
-    """Change some images.
-
-    Args:
-        images: (B, 3, H, W) in 0..1.
-        change: what is done.
-        numbers: (B,) of the images within their set; they choose the noise.
-        law: how noise is made.
+    """Change images (B, 3, H, W) in 0..1, whose ``numbers`` within their set choose the noise.
 
     Returns:
         (B, 3, H, W), in 0..1 except for noise that is not clipped.
     """
-    law = law or NoiseLaw()
     if change.kind == "noise":
-        return add_noise(images, change.level, numbers, law)
+        return add_noise(images, change.level, numbers, law or NoiseLaw())
     if change.kind == "jpeg":
         return jpeg(images, int(change.level))
     if change.kind == "blur":
@@ -111,9 +100,7 @@ def apply_change(images: Tensor, change: Change, numbers: Sequence[int], law: No
 
 
 def add_noise(images: Tensor, snr: float, numbers: Sequence[int], law: NoiseLaw) -> Tensor:
-    """White Gaussian noise with a power of ``10 ** (-snr / 10)`` times the signal power of each image; see
-    :class:`NoiseLaw`.
-    """
+    """White Gaussian noise with a power of ``10 ** (-snr / 10)`` times the signal power of each image."""
     if snr == math.inf:
         return images
     scale = (signal_power(images, law.signal) / 10 ** (snr / 10)).sqrt()  # (B,)
@@ -136,14 +123,9 @@ def realised_snr(images: Tensor, changed: Tensor, signal: str) -> Tensor:
 
 def normals(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers (B, *shape) float32, those of image ``i`` drawn from (seed, i) alone."""
-    tag = zlib.crc32(b"pixel noise")
-    rows = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(i), tag]))).standard_normal(
-            shape, dtype=np.float32
-        )
-        for i in numbers
-    ]
-    return torch.from_numpy(np.stack(rows))
+    seeds = (np.random.SeedSequence([seed, int(i), zlib.crc32(b"pixel noise")]) for i in numbers)
+    draws = [np.random.Generator(np.random.Philox(one)).standard_normal(shape, dtype=np.float32) for one in seeds]
+    return torch.from_numpy(np.stack(draws))
 
 
 def jpeg(images: Tensor, quality: int) -> Tensor:
@@ -183,18 +165,17 @@ def shift(images: Tensor, pixels: int) -> Tensor:
 def perturb_tokens(
     features: Tensor, codes: Tensor, share: float, neighbours: int, numbers: Sequence[int], seed: int = 0
 ) -> Tensor:
-    """Replace a share of the tokens by one of the codes that are nearest to their feature.
+    """Replace each token with probability ``share`` by one of the ``neighbours`` codes nearest to its feature.
 
-    Every token is replaced with probability ``share``, by one of the ``neighbours`` nearest codes, all equally likely;
-    the nearest itself is one of them. Source: [0], latent perturbation (its alpha and delta).
+    All of them are equally likely, and the token's own is one of them. Source: RobusTok's latent perturbation (its
+    alpha and delta).
 
     Args:
         features: (B, N, D) continuous.
         codes: (K, D).
         share: 0 to 1.
         neighbours: 1 to K.
-        numbers: (B,) of the images within their set; they choose what is replaced.
-        seed: of the choice.
+        numbers: (B,) of the images within their set; with ``seed`` they choose what is replaced.
 
     Returns:
         (B, N) int64 ids.

@@ -1,5 +1,4 @@
-"""What a frozen prior knows: a linear classifier on the mean of each layer's states (the paper's Table 2 and figure
-3b).
+"""What a frozen prior knows: a linear classifier on the mean of each layer's states (the paper's Table 2 and figure 3b).
 
 The authors' protocol (DAMO-NLP-SG/DiGIT at cd6d8ca): classifier n reads state n averaged over all 1 + N positions, the
 embedding is state 0 and the last block's output is left out; SGD with momentum 0.9, lr 0.4 at a batch of 1,024, cosine
@@ -11,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +30,8 @@ from digit.data.dataset import ImageDataset
 from digit.data.sampling import Batches, OrderedSampler
 from digit.evaluation import paper
 from digit.evaluation.model_source import describe_data, pipe_size, prior_tokens
-from digit.evaluation.result import OTHER, OURS, PAPER, Record, describe_model, figure
+from digit.evaluation.result import describe_model
+from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
 from digit.models.probe import LinearProbe, LinearProbeConfig, mean_states
 from digit.models.transformer import PositiveInt, Probability
 from digit.pipeline.pipeline import DigitPipeline
@@ -51,8 +51,7 @@ class ProbeOptions:
         lrs: learning rates at a batch of 1,024, scaled linearly to ``batch_size``; every layer is trained with each.
         momentum: of SGD.
         standardize: bring every feature to mean 0 and deviation 1 over the training images. Not the authors' protocol,
-            but it makes one learning rate serve layers of different scale, as a prior with norms inside the residual
-            branches has.
+            but it makes one learning rate serve layers of different scale.
         neighbours: of the k-NN check; 0 leaves it out.
         temperature: of its votes' weights, exp(cosine / temperature); infinity counts every neighbour alike.
         seed: of weights and order.
@@ -69,24 +68,87 @@ class ProbeOptions:
 
 
 @dataclass(frozen=True)
-class Features:
-    """Features of labelled images, kept so that probes are cheap.
+class ProbeScore:
+    """Accuracies of one state, as shares of the validation images; state 0 is the embedding, n the output of block n.
 
-    Attributes:
-        values: (S, n, D) float32, one matrix a state.
-        labels: (n,) int64.
+    ``accuracy`` is that of the best learning rate ``lr``, chosen on the validation images themselves; ``knn`` is None
+    where it was left out.
     """
 
-    values: Tensor
-    labels: Tensor
+    state: int
+    accuracy: float
+    lr: float
+    by_lr: dict[str, float]
+    knn: float | None
+
+
+@dataclass(frozen=True)
+class ProbeValues:
+    """The prior's layers, the encoder's own features where they were probed, chance, and the prior's depth."""
+
+    layers: tuple[ProbeScore, ...]
+    encoder: ProbeScore | None
+    chance: float
+    depth: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Result):
+    """Linear probes of every layer."""
+
+    kind: str = "probe"
+    values: ProbeValues
+
+    @property
+    def best(self) -> ProbeScore:
+        """The best layer."""
+        return max(self.values.layers, key=lambda layer: layer.accuracy)
+
+    def rows(self) -> Rows:
+        """A row for each layer, and the encoder's last."""
+        named = [(f"state {s.state}" + " (embedding)" * (s.state == 0), s) for s in self.values.layers]
+        named += [("encoder", self.values.encoder)] if self.values.encoder else []
+        return [
+            {
+                "Features": name,
+                "Top-1, %": f"{100 * score.accuracy:.2f}",
+                "Best learning rate": score.lr,
+                "k-NN, %": None if score.knn is None else f"{100 * score.knn:.2f}",
+            }
+            for name, score in named
+        ]
+
+    def figure(self) -> Any:
+        """Accuracy by layer."""
+        layers, encoder = self.values.layers, self.values.encoder
+        x = [layer.state for layer in layers]
+        figure, (axes,) = panels(1, (6.4, 4.2))
+        axes.plot(x, [100 * layer.accuracy for layer in layers], "o-", color=OURS, label="linear probe of the prior")
+        if all(layer.knn is not None for layer in layers):
+            axes.plot(x, [100 * (s.knn or 0) for s in layers], "s:", color=OTHER, label="k-NN", markersize=4)
+        if encoder is not None:
+            axes.axhline(100 * encoder.accuracy, color=PAPER, ls="--", label="linear probe of the encoder itself")
+        axes.axhline(100 * self.values.chance, color=PAPER, ls=":", label="chance")
+        axes.set(xlabel="state of the prior (0: embedding, n: output of block n)", ylabel="top-1 accuracy, %")
+        axes.set(title=f"Accuracy by layer ({self.values.depth} blocks)", xlim=(-0.3, max(x) + 0.3), ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        legend([axes])
+        return figure
+
+
+# ---- features --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of labelled images, kept so that probes are cheap: a (n, D) float32 matrix a state, and (n,) labels."""
+
+    values: Tensor  # (S, n, D)
+    labels: Tensor  # (n,) int64
 
     def save(self, path: str | Path, made_from: dict[str, Any]) -> Path:
         """Write an ``.npz`` of ``values``, ``labels`` and the JSON text ``made_from``."""
-        arrays = {
-            "values": self.values.numpy(),
-            "labels": self.labels.numpy(),
-            "made_from": np.array(json.dumps(made_from)),
-        }
+        arrays = {"values": self.values.numpy(), "labels": self.labels.numpy(), "made_from": json.dumps(made_from)}
 
         def write(aside: Path) -> None:
             with open(aside, "wb") as handle:
@@ -105,13 +167,8 @@ class Features:
             return cls(torch.from_numpy(arrays["values"]), torch.from_numpy(arrays["labels"]))
 
 
-# ---- features --------------------------------------------------------------------------------------------------------
-
-
 def prior_features(pipe: DigitPipeline, images: Tensor) -> Tensor:
-    """Mean states (L + 1, B, D) of the prior over images (B, 3, S, S): all positions, the start included, without a
-    label.
-    """
+    """Mean states (L + 1, B, D) of the prior over images (B, 3, S, S): all positions, the start included."""
     prior = pipe.part("prior")
     return mean_states(prior.states(prior_tokens(pipe, images)))
 
@@ -133,12 +190,9 @@ def collect_features(
     """Run a frozen network over labelled images once.
 
     Args:
-        pipe: the model.
-        dataset: every image with a label.
         of: :func:`prior_features` or :func:`encoder_features`.
         views: 0 takes each image once, its middle; k takes k random resized crops (8% to 100% of the area) with flips,
             which is how the authors augment, only that they draw new ones in each of 80 epochs.
-        batch_size: images at a time.
         seed: of the crops.
 
     Raises:
@@ -160,26 +214,6 @@ def collect_features(
 
 
 # ---- classifiers -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ProbeScore:
-    """One layer.
-
-    Attributes:
-        state: its number; 0 is the embedding, n the output of block n.
-        accuracy: learning rate -> share of validation images classified rightly.
-        knn: the same of k-NN; None where it was left out.
-    """
-
-    state: int
-    accuracy: dict[float, float]
-    knn: float | None
-
-    @property
-    def best(self) -> tuple[float, float]:
-        """(accuracy, learning rate) of the best learning rate, chosen on the validation images themselves."""
-        return max((accuracy, lr) for lr, accuracy in self.accuracy.items())
 
 
 def train_probe(
@@ -235,11 +269,7 @@ def top1(probe: LinearProbe, features: Features) -> list[float]:
 def score_features(
     train: Features, test: Features, classes: int, options: ProbeOptions, device: str | torch.device = "cpu"
 ) -> tuple[list[ProbeScore], dict[float, LinearProbe]]:
-    """Probe every state with every learning rate, and look at its neighbours.
-
-    Returns:
-        A score for each state, and the probe of each learning rate.
-    """
+    """A score for each state, and the probe (of all states) of each learning rate."""
     if options.standardize:
         train, test = _standardized(train, test)
     probes = {}
@@ -253,7 +283,8 @@ def score_features(
         knn = None
         if options.neighbours:
             knn = neighbour_accuracy(a, train.labels, b, test.labels, options.neighbours, options.temperature)
-        scores.append(ProbeScore(state, {lr: values[state] for lr, values in found.items()}, knn))
+        accuracy, lr = max((values[state], lr) for lr, values in found.items())
+        scores.append(ProbeScore(state, accuracy, lr, {str(lr): values[state] for lr, values in found.items()}, knn))
     return scores, probes
 
 
@@ -267,14 +298,9 @@ def _standardized(train: Features, test: Features) -> tuple[Features, Features]:
 
 @dataclass(frozen=True)
 class ProbeData:
-    """Which images a probe learns from and is judged on.
+    """Labelled images that a probe learns from and others that it is tested on.
 
-    Attributes:
-        train, test: labelled images that do not overlap.
-        views: augmented views of each training image; see :func:`collect_features`.
-        seed: of the views.
-        batch_size: images at a time through the frozen networks.
-        cache: a folder for the features; None keeps none.
+    ``views`` and ``seed`` are those of :func:`collect_features`; ``cache`` is a folder for the features, None keeps none.
     """
 
     train: ImageDataset
@@ -284,26 +310,25 @@ class ProbeData:
     batch_size: int = 64
     cache: Path | None = None
 
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return len(self.train.classes) or int(self.train.labels.max()) + 1
+
     def features(self, pipe: DigitPipeline, kind: str, model: dict[str, Any]) -> tuple[Features, Features]:
-        """Features "prior" or "encoder" of both parts, from the cache where they were made by the same model from the
-        same images.
-        """
+        """Features "prior" or "encoder" of both parts, cached for this model (:func:`describe_model`) and these images."""
         of = {"prior": prior_features, "encoder": encoder_features}[kind]
         parts = ("encoder", "codebook", "prior") if pipe.space == "semantic" else ("vqgan", "prior")
         weights = [model["parts"][part]["sha256"] for part in parts if part in model["parts"]]
         found = []
         for name, dataset, views in (("train", self.train, self.views), ("test", self.test, 0)):
-            made_from = {
-                "model": weights,
-                "data": dataset.fingerprint,
-                "views": views,
-                "seed": self.seed if views else 0,
-            }
-            path = None if self.cache is None else self.cache / f"features-{kind}-{name}.npz"
-            features = None if path is None else Features.load(path, made_from)
+            seed = self.seed if views else 0
+            made_from = {"model": weights, "data": dataset.fingerprint, "views": views, "seed": seed}
+            path = self.cache / f"features-{kind}-{name}.npz" if self.cache else None
+            features = Features.load(path, made_from) if path else None
             if features is None:
                 features = collect_features(pipe, dataset, of, views, self.batch_size, self.seed)
-                if path is not None:
+                if path:
                     features.save(path, made_from)
             found.append(features)
         return found[0], found[1]
@@ -320,26 +345,19 @@ def split_off(dataset: ImageDataset, share: float, seed: int = 0) -> tuple[Image
     return dataset.subset(np.sort(order[count:])), dataset.subset(np.sort(order[:count]))
 
 
-def probe_record(
+def probe(
     pipe: DigitPipeline,
     data: ProbeData,
     out: str | Path,
     options: ProbeOptions | None = None,
     layers: str = "paper",
     encoder: bool = True,
-) -> tuple[Record, list[ProbeScore], ProbeScore | None]:
-    """Probe a model's prior, and write ``result.json``, ``probe.png`` and the classifiers into ``out``.
+) -> Probe:
+    """Probe a model's prior; the classifiers of the first learning rate go to ``out/probe``.
 
     Args:
-        pipe: with a prior.
-        data: images.
-        out: a folder.
-        options: how classifiers are trained.
         layers: "paper" leaves the last block's output out, as the authors do; "all" probes it too.
         encoder: also probe the encoder's own features.
-
-    Returns:
-        The record, a score for each state, and the encoder's.
 
     Raises:
         DigitError: no prior, no labels, or a learning rate at which a probe diverges.
@@ -347,7 +365,7 @@ def probe_record(
     options, began, out = options or ProbeOptions(), time.monotonic(), Path(out)
     if layers not in ("paper", "all"):
         raise DigitError(f"The layers '{layers}' were asked for; expected paper or all.")
-    classes = len(data.train.classes) or int(data.train.labels.max()) + 1
+    classes = data.classes
     model = describe_model(pipe)
     train, test = data.features(pipe, "prior", model)
     if layers == "paper":
@@ -359,62 +377,30 @@ def probe_record(
     lr = options.lrs[0]
     probes[lr].provenance = {"lr": lr, "model": model, "data": data.train.fingerprint}
     probes[lr].cpu().save_pretrained(out / "probe")
-    depth = pipe.part("prior").config.transformer.depth
-    _plot(scores, ceiling, depth, classes, out / "probe.png")
-    record = Record(
-        kind="probe",
+    return Probe(
         title="Linear probe of the prior, layer by layer (Table 2, figure 3b)",
-        values={
-            "layers": [_plain(score) for score in scores],
-            "encoder": None if ceiling is None else _plain(ceiling),
-            "chance": 1 / classes,
-            "depth": depth,
-        },
+        values=ProbeValues(tuple(scores), ceiling, 1 / classes, pipe.part("prior").config.transformer.depth),
         settings={**to_dict(options), "layers": layers, "views": data.views, "seed_views": data.seed},
         model=model,
         data={"train": describe_data(data.train), "test": describe_data(data.test), "classes": classes},
         paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [asdict(row) for row in paper.PROBE]},
         notes=_notes(options, data),
-        plots=["probe.png"],
         seconds=time.monotonic() - began,
     )
-    record.write(out)
-    return record, scores, ceiling
 
 
-def _notes(options: ProbeOptions, data: ProbeData) -> list[str]:
+def _notes(options: ProbeOptions, data: ProbeData) -> tuple[str, ...]:
     how = f"{data.views} random resized crops with flips" if data.views else "one view, the middle"
     size = min(options.batch_size, len(data.train) * max(data.views, 1))
     notes = [
-        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images, {options.epochs} epochs of SGD in "
-        f"batches of {size}; learning rates are given for a batch of {AUTHORS_BATCH}.",
+        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images, {options.epochs} epochs of "
+        f"SGD in batches of {size}; learning rates are given for a batch of {AUTHORS_BATCH}.",
         "The authors draw new crops in each of 80 epochs; kept features have a fixed set of views.",
     ]
     if len(options.lrs) > 1:
         notes.append(
-            "The best learning rate is chosen on the validation images, so the best accuracy is slightly optimistic."
+            "The best learning rate is chosen on the validation images, so its accuracy is slightly optimistic."
         )
     if options.standardize:
         notes.append("Features were standardized, which the authors' protocol does not do.")
-    return notes
-
-
-def _plain(score: ProbeScore) -> dict[str, Any]:
-    accuracy, lr = score.best
-    by_lr = {str(key): value for key, value in score.accuracy.items()}
-    return {"state": score.state, "accuracy": accuracy, "lr": lr, "by_lr": by_lr, "knn": score.knn}
-
-
-def _plot(scores: Sequence[ProbeScore], ceiling: ProbeScore | None, depth: int, classes: int, path: Path) -> None:
-    x = [score.state for score in scores]
-    with figure(path, 1, (7.0, 4.4)) as (axes,):
-        axes.plot(x, [100 * score.best[0] for score in scores], "o-", color=OURS, label="linear probe of the prior")
-        if all(score.knn is not None for score in scores):
-            axes.plot(x, [100 * (score.knn or 0) for score in scores], "s:", color=OTHER, label="k-NN", markersize=4)
-        if ceiling is not None:
-            axes.axhline(100 * ceiling.best[0], color=PAPER, ls="--", label="linear probe of the encoder itself")
-        axes.axhline(100 / classes, color=PAPER, ls=":", label="chance")
-        axes.set(xlabel="state of the prior (0: embedding, n: output of block n)", ylabel="top-1 accuracy, %")
-        axes.set(title=f"What each layer knows ({depth} blocks)", xlim=(-0.3, max(x) + 0.3), ylim=(0, None))
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=9)
+    return tuple(notes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from digit.core.errors import DigitError, require
 from digit.core.progress import bar
 from digit.evaluation.metrics.features import Collector, FeatureSet
-from digit.evaluation.metrics.fidelity import FidelityOptions, FidelityResult, compare
+from digit.evaluation.metrics.fidelity import FidelityOptions, compare
 from digit.evaluation.metrics.inception import FeatureExtractor
 from digit.models.lpips import Lpips
 
@@ -22,11 +23,12 @@ Pair = tuple[Tensor, Tensor]
 SSIM_WINDOW = 11
 
 
-@dataclass
-class ReconstructionResult:
-    """Means over the images.
+@dataclass(frozen=True)
+class Reconstructed:
+    """Means over pairs of an original and its reconstruction.
 
     Attributes:
+        name: of the reconstructions.
         images: how many pairs.
         values: psnr (dB), ssim, lpips and rfid, as far as they were measured.
         errors: the standard error of each mean over images; rfid has none.
@@ -36,26 +38,19 @@ class ReconstructionResult:
         fidelity: everything about the rFID.
     """
 
+    name: str
     images: int
     values: dict[str, float]
     errors: dict[str, float]
     not_measured: dict[str, str]
     methods: dict[str, str]
     identical: int
-    fidelity: FidelityResult | None = None
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"kind": "reconstruction", "title": f"Reconstruction of {self.images:,} images", **asdict(self)}
+    fidelity: dict[str, Any] | None = None
+    notes: tuple[str, ...] = ()
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair.
-
-    Args:
-        originals: (B, 3, H, W) uint8.
-        reconstructions: of the same shape and type.
+    """Peak signal-to-noise ratio of each pair, from two (B, 3, H, W) uint8.
 
     Returns:
         (B,) float64 in dB, infinite where the two are equal.
@@ -65,41 +60,31 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
     """
     measure = require("skimage.metrics", "eval", "Measuring PSNR").peak_signal_noise_ratio
     with np.errstate(divide="ignore"):
-        return torch.tensor(
-            [measure(a, b, data_range=255) for a, b in _arrays(originals, reconstructions)], dtype=torch.float64
-        )
+        return _each(partial(measure, data_range=255), originals, reconstructions)
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity of each pair, with the Gaussian window of Wang et al. 2004 (11 x 11, deviation 1.5), mean
-    of RGB.
-
-    Args and errors are those of :func:`psnr`.
+    """Structural similarity of each pair, from two (B, 3, H, W) uint8: the Gaussian window of Wang et al. 2004 (11 x 11,
+    deviation 1.5), mean of RGB.
 
     Returns:
         (B,) float64, 1 where the two are equal.
+
+    Raises:
+        DigitError: the two differ in shape, are not uint8, or are smaller than the window.
     """
     measure = require("skimage.metrics", "eval", "Measuring SSIM").structural_similarity
-    settings = {
-        "gaussian_weights": True,
-        "sigma": 1.5,
-        "use_sample_covariance": False,
-        "data_range": 255,
-        "channel_axis": 2,
-    }
-    if min(originals.shape[2:]) < SSIM_WINDOW:
-        raise DigitError(
-            f"SSIM looks at windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels; the images are {tuple(originals.shape[2:])}."
-        )
-    return torch.tensor(
-        [measure(a, b, **settings) for a, b in _arrays(originals, reconstructions)], dtype=torch.float64
-    )
+    size = tuple(originals.shape[2:])
+    if min(size) < SSIM_WINDOW:
+        raise DigitError(f"SSIM needs windows of {SSIM_WINDOW} x {SSIM_WINDOW} pixels; the images are {size}.")
+    how = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 255, "channel_axis": 2}
+    return _each(partial(measure, **how), originals, reconstructions)
 
 
-def _arrays(originals: Tensor, reconstructions: Tensor) -> Iterable[tuple[np.ndarray, np.ndarray]]:
+def _each(metric: Callable[..., float], originals: Tensor, reconstructions: Tensor) -> Tensor:
     _check_pair(originals, reconstructions)
     sides = (images.permute(0, 2, 3, 1).cpu().numpy() for images in (originals, reconstructions))  # (B, H, W, 3)
-    return zip(*sides, strict=True)
+    return torch.tensor([metric(a, b) for a, b in zip(*sides, strict=True)], dtype=torch.float64)
 
 
 def _check_pair(originals: Tensor, reconstructions: Tensor) -> None:
@@ -124,74 +109,71 @@ def reconstruction(
     reasons: Mapping[str, str] | None = None,
     total: int | None = None,
     name: str = "reconstructions",
-) -> ReconstructionResult:
+) -> Reconstructed:
     """Measure a stream of (originals, reconstructions), each (B, 3, H, W) uint8; nothing but sums is kept.
 
     Args:
         pairs: batches, such as a VQGAN's input and output.
         extractor: the FID network; None leaves out rFID.
-        originals: all originals as that network sees them, where several sets of reconstructions have the same; None
-            measures them.
+        originals: all originals as that network sees them; None measures them.
         lpips: the LPIPS network; None leaves out LPIPS.
-        reasons: for rfid and lpips, why they are left out, such as the sentence of the loader that failed.
+        reasons: for rfid and lpips, why they are left out.
         total: number of pairs, for the progress bar.
         name: of the reconstructions.
 
     Raises:
         DigitError: no pairs, or pairs that do not fit each other.
     """
-    scores: dict[str, list[Tensor]] = {metric: [] for metric in ("psnr", "ssim", *(["lpips"] if lpips else []))}
-    measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+    measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips} if lpips else {})
+    found: dict[str, list[Tensor]] = {metric: [] for metric in measures}
     ours = Collector(extractor) if extractor else None
     theirs = Collector(extractor) if extractor and originals is None else None
     with bar(f"Comparing {name}", total) as progress:
         for pair in pairs:
             _check_pair(*pair)
-            for metric, found in scores.items():
-                found.append(measures[metric](*pair).double())
-            for collector, images in zip((theirs, ours), pair, strict=True):
+            for metric, measure in measures.items():
+                found[metric].append(measure(*pair).double())
+            for collector, side in zip((theirs, ours), pair, strict=True):
                 if collector is not None:
-                    collector.add(images)
+                    collector.add(side)
             progress.advance(len(pair[0]))
-    if not scores["psnr"]:
+    if not found["psnr"]:
         raise DigitError("No pairs of original and reconstruction were given.")
-    merged = {metric: torch.cat(found) for metric, found in scores.items()}
-    rfid = None
-    if theirs is not None:
-        originals = theirs.finish(f"originals of {name}")
-    if ours is not None and originals is not None:
-        rfid = compare(ours.finish(name), originals, FidelityOptions())
-    return _summarise(merged, rfid, lpips, reasons or {})
-
-
-def _summarise(
-    scores: dict[str, Tensor], rfid: FidelityResult | None, lpips: Lpips | None, reasons: Mapping[str, str]
-) -> ReconstructionResult:
+    scores = {metric: torch.cat(values) for metric, values in found.items()}
     images = len(scores["psnr"])
-    differing = scores["psnr"].isfinite()
-    scores = {**scores, "psnr": scores["psnr"][differing]}
-    missing = {"lpips": "no LPIPS network was given.", "rfid": "no FID network was given."} | dict(reasons)
-    values = {metric: float(found.mean()) for metric, found in scores.items() if len(found)}
-    not_measured = {metric: f"not measured: {missing[metric]}" for metric in ("lpips", "rfid") if metric not in values}
-    if "psnr" not in values:
-        not_measured["psnr"] = "not measured: every reconstruction equals its original, so PSNR is infinite."
-    if rfid is not None:
-        values["rfid"] = rfid.values["fid"]
-        del not_measured["rfid"]
+    scores["psnr"] = scores["psnr"][scores["psnr"].isfinite()]
+    same = images - len(scores["psnr"])
+    values = {metric: float(each.mean()) for metric, each in scores.items() if len(each)}
     skimage = f"scikit-image {version('scikit-image')}"
     methods = {
         "psnr": f"{skimage}, uint8 RGB, mean over images",
         "ssim": f"{skimage}, Gaussian window 11 x 11 with deviation 1.5, mean over RGB",
     }
+    notes = [f"{same} of {images} reconstructions equal their originals; PSNR leaves them out."] if same else []
     if lpips is not None:
         methods["lpips"] = lpips.description
-    if rfid is not None:
+    rfid = None
+    if theirs is not None:
+        originals = theirs.finish(f"originals of {name}")
+    if ours is not None and originals is not None:
+        rfid = compare(ours.finish(name), originals, FidelityOptions())
+        values["rfid"] = rfid.values["fid"]
         methods["rfid"] = f"{rfid.tool}, {rfid.backend}, weights sha256 {rfid.weights['sha256'][:12]}"
-    same = images - int(differing.sum())
-    notes = (
-        [f"{same} of {images} reconstructions equal their originals; the mean of PSNR leaves them out."] if same else []
-    )
-    errors = {metric: float(found.std() / len(found) ** 0.5) for metric, found in scores.items() if len(found) > 1}
-    return ReconstructionResult(
-        images, values, errors, not_measured, methods, same, rfid, notes + (rfid.notes if rfid else [])
+        notes += rfid.notes
+    missing = {
+        "psnr": "every reconstruction equals its original, so PSNR is infinite.",
+        "lpips": "no LPIPS network was given.",
+        "rfid": "no FID network was given.",
+        **(reasons or {}),
+    }
+    return Reconstructed(
+        name=name,
+        images=images,
+        values=values,
+        errors={metric: float(each.std() / len(each) ** 0.5) for metric, each in scores.items() if len(each) > 1},
+        not_measured={metric: f"not measured: {why}" for metric, why in missing.items() if metric not in values},
+        methods=methods,
+        identical=same,
+        fidelity=rfid.to_dict() if rfid else None,
+        notes=tuple(notes),
     )

@@ -1,8 +1,6 @@
-"""How much tokens move when pixels hardly do: the paper's Table 1, for semantic and VQ tokens, and the same under other
-changes.
+"""How many tokens change when pixels hardly do: the paper's Table 1, for semantic and VQ tokens, and under other changes.
 
-Of each image and each change of its pixels four things are measured: the share of its tokens that change, the cosine
-    between its
+Of each image and each change four things are measured: the share of its tokens that change, the cosine between its
 continuous features before and after, the cosine between the codes that the tokens stand for, and the same after the
 mean code was taken from all. The paper's "cos-sim" may be either of the first two. They compare spaces badly: where all
 vectors share a large common part, as a VQGAN's latents may, any two of them have a cosine near one; the last measure is
@@ -16,10 +14,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,9 +25,10 @@ from digit.core.errors import DigitError
 from digit.core.progress import bar
 from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
-from digit.evaluation.metrics.noise import Change, NoiseLaw, apply_change, realised_snr
+from digit.evaluation.metrics.noise import Change, Kind, NoiseLaw, apply_change, realised_snr
 from digit.evaluation.model_source import describe_data, image_batches, pipe_size
-from digit.evaluation.result import OTHER, OURS, Record, describe_model, figure
+from digit.evaluation.result import describe_model
+from digit.evaluation.results import OTHER, OURS, Result, Rows, legend, panels
 from digit.models.codebook import nearest
 from digit.pipeline.pipeline import DigitPipeline
 
@@ -43,8 +40,13 @@ OTHERS = (
     *(Change(kind="brightness", level=factor) for factor in (0.8, 1.2)),
 )
 
-MEASURES = ("changed", "cosine_features", "cosine_codes", "cosine_centred")
-_NAMES = {"semantic": "semantic tokens", "vq": "VQ tokens"}
+MEASURES = {
+    "changed": "Changed tokens ↓",
+    "cosine_features": "Cosine of features ↑",
+    "cosine_codes": "Cosine of codes ↑",
+    "cosine_centred": "Cosine of centred codes ↑",
+}
+SPACES = {"semantic": "semantic tokens", "vq": "VQ tokens"}
 _COLORS = {"semantic": OURS, "vq": OTHER}
 
 
@@ -57,9 +59,9 @@ class Estimate:
     high: float
 
     @classmethod
-    def of(cls, values: np.ndarray) -> Estimate:
+    def of(cls, values: Tensor) -> Estimate:
         """From one value an image (n,), n >= 2."""
-        mean, error = float(values.mean()), 1.96 * float(values.std(ddof=1)) / math.sqrt(len(values))
+        mean, error = float(values.mean()), 1.96 * float(values.std()) / math.sqrt(len(values))
         return cls(mean, mean - error, mean + error)
 
     def __str__(self) -> str:
@@ -68,39 +70,117 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of tokens under one change.
+    """One kind of tokens ("semantic" or "vq") under one change of the pixels; the measures stand at the top of this file.
 
-    Attributes:
-        space: "semantic" or "vq".
-        change: of the pixels.
-        changed: share of the tokens that change.
-        cosine_features: between continuous features before and after.
-        cosine_codes: between the codes assigned before and after.
-        cosine_centred: the same, of codes less the mean of all codes.
-        realised_snr: mean over images of the SNR in dB that the pixels really have, after clipping; None where nothing
-            changed.
+    ``realised_snr`` is the mean over images of the SNR in dB after clipping; None where nothing changed.
     """
 
     space: str
-    change: Change
+    kind: Kind
+    level: float
+    realised_snr: float | None
     changed: Estimate
     cosine_features: Estimate
     cosine_codes: Estimate
     cosine_centred: Estimate
-    realised_snr: float | None
+
+    @property
+    def change(self) -> Change:
+        """What was done to the pixels."""
+        return Change(kind=self.kind, level=self.level)
+
+    def paper_value(self, measure: str) -> float | None:
+        """Table 1's value in the place of a measure, or None; every cosine stands beside the paper's one."""
+        if self.kind != "noise" or self.level not in paper.SNRS:
+            return None
+        return paper.STABILITY[self.space][measure.partition("_")[0]][paper.SNRS.index(self.level)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stability(Result):
+    """A row for each kind of tokens and each change."""
+
+    kind: str = "stability"
+    values: tuple[Row, ...]
+
+    def rows(self) -> Rows:
+        """The paper's values stand beside those of its noise levels."""
+        return [
+            {
+                "Tokens": SPACES[row.space],
+                "Change": str(row.change),
+                **{title: str(getattr(row, measure)) for measure, title in MEASURES.items()},
+                "Paper: changed": row.paper_value("changed"),
+                "Paper: cosine": row.paper_value("cosine"),
+            }
+            for row in self.values
+        ]
+
+    def figure(self) -> Any:
+        """Changed tokens and cosines over the noise level with the paper's, and bars for the other changes."""
+        noise = sorted((r for r in self.values if r.kind == "noise" and math.isfinite(r.level)), key=lambda r: r.level)
+        others = [row for row in self.values if row.kind != "noise"]
+        figure, axes = panels(2 * bool(noise) + bool(others))
+        if noise:
+            self._draw_noise(noise, *axes[:2])
+        if others:
+            _draw_bars(others, axes[-1])
+        legend(axes)
+        return figure
+
+    def _draw_noise(self, rows: Sequence[Row], left: Any, right: Any) -> None:
+        for space in dict.fromkeys(row.space for row in rows):
+            mine = [row for row in rows if row.space == space]
+            for axes, measure, style, label in (
+                (left, "changed", "o-", ""),
+                (right, "cosine_features", "o-", ", features"),
+                (right, "cosine_codes", "s:", ", codes"),
+                (right, "cosine_centred", "^-.", ", centred codes"),
+            ):
+                x, color = [row.level for row in mine], _COLORS[space]
+                estimates = [getattr(row, measure) for row in mine]
+                name = SPACES[space] + label
+                axes.plot(x, [e.mean for e in estimates], style, color=color, label=name, markersize=4)
+                band = [e.low for e in estimates], [e.high for e in estimates]
+                axes.fill_between(x, *band, color=color, alpha=0.2, lw=0)
+            for axes, measure in ((left, "changed"), (right, "cosine")):
+                values, name = paper.STABILITY[space][measure], f"{SPACES[space]}, paper (ImageNet)"
+                axes.plot(paper.SNRS, values, "x--", color=_COLORS[space], alpha=0.45, label=name, markersize=5)
+        left.set(title="Tokens that change", ylabel="share of tokens (lower is more stable)", ylim=(0, 1))
+        right.set(title="Cosine before and after", ylabel="cosine similarity (higher is more stable)")
+        for axes in (left, right):
+            axes.set(xlabel="signal-to-noise ratio of the pixels, dB")
+            axes.invert_xaxis()  # more noise to the right, as in the table
+
+
+def _draw_bars(rows: Sequence[Row], axes: Any) -> None:
+    changes, spaces = ([*dict.fromkeys(getattr(row, name) for row in rows)] for name in ("change", "space"))
+    height = 0.8 / len(spaces)
+    for index, space in enumerate(spaces):
+        mine = {row.change: row.changed for row in rows if row.space == space}
+        places = [i + (index - (len(spaces) - 1) / 2) * height for i in range(len(changes))]
+        errors = [mine[change].high - mine[change].mean for change in changes]
+        values = [mine[change].mean for change in changes]
+        axes.barh(places, values, height, xerr=errors, color=_COLORS[space], ecolor="#000000", label=SPACES[space])
+    axes.set_yticks(range(len(changes)), [str(change) for change in changes])
+    axes.invert_yaxis()
+    axes.set(xlabel="share of tokens (lower is more stable)", title="Other small changes", xlim=(0, None))
+    axes.grid(visible=False, axis="y")
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Space:
+class TokenSpace:
     """Features of images, and the codes that make them tokens."""
 
-    features: Callable[[Tensor], Tensor]
-    assign: Callable[[Tensor], Tensor]
-    codes: Tensor
+    features: Callable[[Tensor], Tensor]  # images (B, 3, H, W) in 0..1 to (B, N, D)
+    assign: Callable[[Tensor], Tensor]  # features to tokens (B, N)
+    codes: Tensor  # (K, D)
 
     @cached_property
-    def centred(self) -> Tensor:
-        """The codes less their mean."""
+    def _centred(self) -> Tensor:
         return self.codes - self.codes.mean(0)
 
     def measure(self, clean: tuple[Tensor, Tensor], images: Tensor) -> Tensor:
@@ -112,12 +192,12 @@ class _Space:
             (new != old).float(),
             F.cosine_similarity(before.float(), after.float(), dim=-1),
             F.cosine_similarity(self.codes[old], self.codes[new], dim=-1),
-            F.cosine_similarity(self.centred[old], self.centred[new], dim=-1),
+            F.cosine_similarity(self._centred[old], self._centred[new], dim=-1),
         )
         return torch.stack([part.mean(1) for part in parts], 1).cpu()
 
 
-def token_spaces(pipe: DigitPipeline) -> dict[str, _Space]:
+def token_spaces(pipe: DigitPipeline) -> dict[str, TokenSpace]:
     """The kinds of tokens that a model can make.
 
     Raises:
@@ -126,10 +206,10 @@ def token_spaces(pipe: DigitPipeline) -> dict[str, _Space]:
     spaces = {}
     if pipe.encoder is not None and pipe.codebook is not None:
         tokenizer, codebook = pipe.tokenizer, pipe.codebook
-        spaces["semantic"] = _Space(tokenizer.features, codebook.assign, codebook.centroids)
+        spaces["semantic"] = TokenSpace(tokenizer.features, codebook.assign, codebook.centroids)
     if pipe.vqgan is not None:
         codes = pipe.vqgan.codebook
-        spaces["vq"] = _Space(pipe.vqgan.latents, lambda latents: nearest(latents, codes), codes)
+        spaces["vq"] = TokenSpace(pipe.vqgan.latents, lambda latents: nearest(latents, codes), codes)
     if not spaces:
         raise DigitError(f"The model '{pipe.name}' makes no tokens: it needs an encoder and a codebook, or a VQGAN.")
     return spaces
@@ -139,29 +219,19 @@ def token_spaces(pipe: DigitPipeline) -> dict[str, _Space]:
 def stability(
     pipe: DigitPipeline,
     dataset: ImageDataset,
-    changes: Sequence[Change] = NOISE,
+    changes: Sequence[Change] = (*NOISE, *OTHERS),
     law: NoiseLaw | None = None,
     batch_size: int = 64,
-) -> list[Row]:
-    """Measure the stability of a model's tokens.
+) -> Stability:
+    """Measure the stability of a model's tokens, batch by batch.
 
-    Images pass in batches; what is kept is a few numbers an image.
-
-    Args:
-        pipe: with encoder and codebook, or a VQGAN, or both; nothing else of it is used.
-        dataset: at least two images.
-        changes: what is done to the pixels; :data:`NOISE` is the paper's.
-        law: how noise is made.
-        batch_size: images at a time; does not change the result beyond rounding.
-
-    Returns:
-        A row for each kind of tokens and each change.
+    Encoder and codebook, or a VQGAN, or both are measured; :data:`NOISE` is what the paper does to the pixels.
+    ``batch_size`` does not change the result beyond rounding.
 
     Raises:
         DigitError: fewer than two images, or a model without tokens.
     """
-    law = law or NoiseLaw()
-    spaces = token_spaces(pipe)
+    law, began, spaces = law or NoiseLaw(), time.monotonic(), token_spaces(pipe)
     if len(dataset) < 2:
         raise DigitError(f"{len(dataset)} image was given; a confidence interval needs at least 2.")
     values: dict[tuple[str, Change], list[Tensor]] = {(space, change): [] for space in spaces for change in changes}
@@ -177,134 +247,31 @@ def stability(
                 for name, space in spaces.items():
                     values[name, change].append(space.measure(clean[name], changed))
             progress.advance(len(images))
-    return [_row(name, change, torch.cat(rows), torch.cat(real[change])) for (name, change), rows in values.items()]
-
-
-def _row(space: str, change: Change, values: Tensor, real: Tensor) -> Row:
-    finite = real[torch.isfinite(real)]
-    changed, features, codes, centred = (Estimate.of(column) for column in values.double().numpy().T)
-    return Row(space, change, changed, features, codes, centred, float(finite.mean()) if len(finite) else None)
-
-
-# ---- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def stability_record(
-    pipe: DigitPipeline,
-    dataset: ImageDataset,
-    out: str | Path,
-    changes: Sequence[Change] = (*NOISE, *OTHERS),
-    law: NoiseLaw | None = None,
-    batch_size: int = 64,
-) -> tuple[Record, list[Row]]:
-    """Measure, and write ``result.json``, ``stability.png`` and, for changes other than noise, ``changes.png`` into
-    ``out``.
-    """
-    law, began = law or NoiseLaw(), time.monotonic()
-    rows = stability(pipe, dataset, changes, law, batch_size)
-    plots = _plot(rows, Path(out))
-    sizes = {name: len(space.codes) for name, space in token_spaces(pipe).items()}
-    record = Record(
-        kind="stability",
+    sizes = {name: len(space.codes) for name, space in spaces.items()}
+    return Stability(
         title="Stability of tokens under small changes of the pixels (Table 1)",
-        values=[_plain(row) for row in rows],
+        values=tuple(_row(*key, torch.cat(found), torch.cat(real[key[1]])) for key, found in values.items()),
         settings={"noise": to_dict(law), "snr_unit": "dB", "batch_size": batch_size, "codes": sizes},
         model=describe_model(pipe),
         data=describe_data(dataset),
         paper={"source": f"{paper.SOURCE}, Table 1", "snr": paper.SNRS, **paper.STABILITY},
         notes=_notes(law, sizes, len(dataset)),
-        plots=plots,
         seconds=time.monotonic() - began,
     )
-    record.write(out)
-    return record, rows
 
 
-def _notes(law: NoiseLaw, sizes: dict[str, int], count: int) -> list[str]:
+def _row(space: str, change: Change, values: Tensor, real: Tensor) -> Row:
+    finite = real[torch.isfinite(real)]
+    snr = float(finite.mean()) if len(finite) else None
+    return Row(space, change.kind, change.level, snr, *map(Estimate.of, values.double().T))
+
+
+def _notes(law: NoiseLaw, sizes: dict[str, int], count: int) -> tuple[str, ...]:
     what = "mean square" if law.signal == "power" else "variance"
-    codes = ", ".join(f"{size:,} for {_NAMES[name]}" for name, size in sizes.items())
-    return [
+    codes = ", ".join(f"{size:,} for {SPACES[name]}" for name, size in sizes.items())
+    return (
         f"Noise: white Gaussian, SNR in dB against the {what} of each image's pixels in 0..1; "
         + ("clipped to 0..1 afterwards." if law.clip else "not clipped."),
         f"{count:,} images; intervals are 95% over images. Codes: {codes}; more codes change more readily.",
         "The paper gives neither its noise law nor its images, nor whether its cosine is of features or of codes.",
-    ]
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    plain = {"space": row.space, "kind": row.change.kind, "level": row.change.level, "realised_snr": row.realised_snr}
-    return plain | {name: vars(getattr(row, name)) for name in MEASURES}
-
-
-def paper_value(row: Row, measure: str) -> float | None:
-    """What Table 1 has in the place of a measure of a row; both cosines stand beside its one."""
-    if row.change.kind != "noise" or row.change.level not in paper.SNRS:
-        return None
-    return paper.STABILITY[row.space][measure.partition("_")[0]][paper.SNRS.index(row.change.level)]
-
-
-def _plot(rows: Sequence[Row], out: Path) -> list[str]:
-    noise = [row for row in rows if row.change.kind == "noise" and math.isfinite(row.change.level)]
-    others = [row for row in rows if row.change.kind != "noise"]
-    plots = []
-    if noise:
-        _plot_noise(noise, out / "stability.png")
-        plots.append("stability.png")
-    if others:
-        _plot_others(others, out / "changes.png")
-        plots.append("changes.png")
-    return plots
-
-
-def _plot_noise(rows: Sequence[Row], path: Path) -> None:
-    with figure(path, 2) as (left, right):
-        for space in dict.fromkeys(row.space for row in rows):
-            mine = sorted((row for row in rows if row.space == space), key=lambda row: row.change.level)
-            x, color, name = [row.change.level for row in mine], _COLORS[space], _NAMES[space]
-            for axes, measure, style, label in (
-                (left, "changed", "o-", name),
-                (right, "cosine_features", "o-", f"{name}, features"),
-                (right, "cosine_codes", "s:", f"{name}, codes"),
-                (right, "cosine_centred", "^-.", f"{name}, centred codes"),
-            ):
-                estimates = [getattr(row, measure) for row in mine]
-                axes.plot(x, [e.mean for e in estimates], style, color=color, label=label, markersize=4)
-                axes.fill_between(
-                    x, [e.low for e in estimates], [e.high for e in estimates], color=color, alpha=0.2, lw=0
-                )
-            for axes, key in ((left, "changed"), (right, "cosine")):
-                shade = {"color": color, "alpha": 0.45, "marker": "x", "markersize": 5}
-                axes.plot(paper.SNRS, paper.STABILITY[space][key], "--", **shade, label=f"{name}, paper (ImageNet)")
-        left.set(title="Tokens that change", ylabel="share of tokens (lower is more stable)", ylim=(0, 1))
-        right.set(title="Cosine before and after", ylabel="cosine similarity (higher is more stable)")
-        for axes in (left, right):
-            axes.set(xlabel="signal-to-noise ratio of the pixels, dB")
-            axes.invert_xaxis()  # more noise to the right, as in the table
-            axes.legend(fontsize=8)
-
-
-def _plot_others(rows: Sequence[Row], path: Path) -> None:
-    changes = list(dict.fromkeys(row.change for row in rows))
-    spaces = list(dict.fromkeys(row.space for row in rows))
-    with figure(path, 1, (8.0, 0.5 * len(changes) + 1.6)) as (axes,):
-        for index, space in enumerate(spaces):
-            mine = {row.change: row.changed for row in rows if row.space == space}
-            height = 0.8 / len(spaces)
-            places = [i + (index - (len(spaces) - 1) / 2) * height for i in range(len(changes))]
-            errors = [mine[change].high - mine[change].mean for change in changes]
-            axes.barh(
-                places,
-                [mine[c].mean for c in changes],
-                height,
-                xerr=errors,
-                color=_COLORS[space],
-                ecolor="black",
-                label=_NAMES[space],
-            )
-        axes.set_yticks(range(len(changes)), [str(change) for change in changes])
-        axes.invert_yaxis()
-        axes.set(
-            xlabel="share of tokens that change (lower is more stable)", title="Other small changes", xlim=(0, None)
-        )
-        axes.grid(visible=False, axis="y")
-        axes.legend(fontsize=9)
+    )

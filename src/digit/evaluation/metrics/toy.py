@@ -2,29 +2,24 @@
 
 PCA keeps the direction of the largest variance, as a reconstructing autoencoder does; LDA keeps the one that separates
 the classes, as discriminative self-supervision does. Under growing noise the discriminative projection stays the better
-one.
-
-The paper shows this figure (Fig. 5) without its numbers. Means, spreads, sample counts, noise levels and the classifier
-are therefore this project's choice; :class:`ToyConfig` holds them all, and every result repeats them.
+one. The paper shows this figure (Fig. 5) without its numbers; :class:`ToyConfig` is this project's choice.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from digit.core.config import config, to_dict
+from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import require
-from digit.evaluation.result import OTHER, OURS, Record, figure
+from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
 
 Points = NDArray[np.float64]
-PLOT = "pca-lda.png"
-METHODS = ("PCA", "LDA")
+METHODS = {"PCA": (OTHER, "--"), "LDA": (OURS, "-")}
 
 
 @config
@@ -51,13 +46,62 @@ class ToyConfig:
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A fitted map from the plane to one number, with a classifier on that number.
+class ToyValues:
+    """By method, mean and standard deviation over the repeats of the accuracy at each level of noise."""
 
-    Attributes:
-        direction: (2,) unit vector.
-        centre: (2,) the point that maps to zero.
-        classifier: scikit-learn's logistic regression on the projected number.
+    noise: tuple[float, ...]
+    accuracy: dict[str, list[float]]
+    deviation: dict[str, list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Result):
+    """Accuracy under noise; the figure draws the first repeat again from the settings."""
+
+    plot: ClassVar[str] = "pca-lda.png"
+    kind: str = "toy"
+    values: ToyValues
+
+    def rows(self) -> Rows:
+        """A row for each method."""
+        levels = [f"noise {level:g}" for level in self.values.noise]
+        return [
+            {"Accuracy": method, **{level: f"{value:.1%}" for level, value in zip(levels, values, strict=True)}}
+            for method, values in self.values.accuracy.items()
+        ]
+
+    def figure(self) -> Any:
+        """The classes with both directions, the two projections, and accuracy against noise."""
+        settings = from_dict(ToyConfig, self.settings, "The toy figure")
+        points, labels = draw(settings, np.random.default_rng([settings.seed, 0]))
+        figure, (plane, *histograms, curve) = panels(4, (3.9, 3.7))
+        colors = ("#5b8def", "#e2893b")
+        for label, color in enumerate(colors):
+            plane.scatter(*points[labels == label][:300].T, s=8, color=color, alpha=0.6, lw=0, label=f"class {label}")
+        plane.set(title="Two classes in the plane", aspect="equal", xlim=(-10.5, 10.5), ylim=(-10.5, 10.5))
+        for axes, (method, (color, line)) in zip(histograms, METHODS.items(), strict=True):
+            projection = fit(method, points, labels)
+            ends = projection.centre + np.outer([-5.5, 5.5], projection.direction)
+            plane.plot(*ends.T, color="#000000", linestyle=line, label=f"{method} direction")
+            values = projection(points)
+            bins = np.linspace(values.min(), values.max(), 50)
+            for label, shade in enumerate(colors):
+                axes.hist(values[labels == label], bins, color=shade, alpha=0.6, label=f"class {label}")
+            mean, deviation = np.array(self.values.accuracy[method]), np.array(self.values.deviation[method])
+            axes.set(title=f"{method}: accuracy {mean[0]:.1%}", xlabel="projected number", yticks=[])
+            curve.plot(self.values.noise, mean, line, marker="o", markersize=4, color=color, label=method)
+            curve.fill_between(self.values.noise, mean - deviation, mean + deviation, color=color, alpha=0.2, lw=0)
+        curve.axhline(0.5, color=PAPER, linewidth=1, linestyle=":", label="chance")
+        curve.set(title="Accuracy under noise", xlabel="standard deviation of the noise", ylim=(0.45, 1.0))
+        legend([plane, *histograms, curve])
+        return figure
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A fitted map from the plane to one number, and scikit-learn's logistic regression on that number.
+
+    ``direction`` is a (2,) unit vector, ``centre`` (2,) the point that maps to zero.
     """
 
     direction: Points
@@ -74,21 +118,6 @@ class Projection:
         return float(self.classifier.score(self(points)[:, None], labels))
 
 
-@dataclass(frozen=True)
-class ToyResult:
-    """Accuracy under noise, and one draw to look at.
-
-    Attributes:
-        noise: the levels.
-        accuracy: method -> mean accuracy at each level.
-        deviation: method -> standard deviation over the repeats.
-    """
-
-    noise: tuple[float, ...]
-    accuracy: dict[str, list[float]]
-    deviation: dict[str, list[float]]
-
-
 def draw(settings: ToyConfig, rng: np.random.Generator) -> tuple[Points, NDArray[np.int64]]:
     """Both classes: points (2 * samples, 2) and labels (2 * samples,) of 0 and 1."""
     labels = np.repeat(np.arange(2), settings.samples)
@@ -99,7 +128,11 @@ def draw(settings: ToyConfig, rng: np.random.Generator) -> tuple[Points, NDArray
 
 
 def fit(method: str, points: Points, labels: NDArray[np.int64]) -> Projection:
-    """Fit PCA or LDA to clean points (n, 2), and a logistic regression to the projected numbers."""
+    """Fit PCA or LDA to clean points (n, 2), and a logistic regression to the projected numbers.
+
+    Raises:
+        MissingPackageError: scikit-learn is not installed.
+    """
     if method == "PCA":
         fitted = require("sklearn.decomposition", "eval", "The toy figure").PCA(n_components=1).fit(points)
         direction = fitted.components_[0]
@@ -115,76 +148,27 @@ def fit(method: str, points: Points, labels: NDArray[np.int64]) -> Projection:
     return Projection(direction, centre, regression.fit(((points - centre) @ direction)[:, None], labels))
 
 
-def run(settings: ToyConfig) -> ToyResult:
+def toy(settings: ToyConfig | None = None) -> Toy:
     """Fit on clean points and test on fresh points under growing noise, ``repeats`` times."""
+    settings, began = settings or ToyConfig(), time.monotonic()
     scores: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     for repeat in range(settings.repeats):
         rng = np.random.default_rng([settings.seed, repeat])
         points, labels = draw(settings, rng)
         tested, tested_labels = draw(settings, rng)
         noise = rng.standard_normal(tested.shape)
-        noisy = [tested + level * noise for level in settings.noise]
         for method in METHODS:
             projection = fit(method, points, labels)
-            scores[method].append([projection.accuracy(seen, tested_labels) for seen in noisy])
-    means = {method: np.mean(values, axis=0).tolist() for method, values in scores.items()}
-    return ToyResult(
-        settings.noise, means, {method: np.std(values, axis=0).tolist() for method, values in scores.items()}
-    )
-
-
-def pca_lda(out: str | Path, settings: ToyConfig | None = None) -> ToyResult:
-    """Make the figure: ``pca-lda.png`` and ``result.json`` in the folder ``out``.
-
-    Raises:
-        MissingPackageError: scikit-learn or matplotlib is not installed.
-    """
-    settings, began = settings or ToyConfig(), time.monotonic()
-    result = run(settings)
-    plot(result, settings, Path(out) / PLOT)
-    Record(
-        kind="toy",
+            noisy = [projection.accuracy(tested + level * noise, tested_labels) for level in settings.noise]
+            scores[method].append(noisy)
+    mean, deviation = ({m: f(v, axis=0).tolist() for m, v in scores.items()} for f in (np.mean, np.std))
+    return Toy(
         title="PCA and LDA projections of two classes under noise (paper, Fig. 5)",
-        values=asdict(result),
+        values=ToyValues(settings.noise, mean, deviation),
         settings=to_dict(settings),
-        notes=[
-            "The paper does not publish the numbers behind its figure: means, spreads, sample counts, noise levels and the "
-            "classifier (logistic regression on the projected number, fitted without noise) are this project's choice."
-        ],
-        plots=[PLOT],
+        notes=(
+            "The paper does not publish the numbers behind its figure: means, spreads, sample counts, noise levels and "
+            "the classifier (logistic regression on the projected number, fitted without noise) are this project's choice.",
+        ),
         seconds=time.monotonic() - began,
-    ).write(out)
-    return result
-
-
-def plot(result: ToyResult, settings: ToyConfig, path: Path) -> None:
-    """Draw the classes with both directions, the two projections, and accuracy against noise."""
-    points, labels = draw(settings, np.random.default_rng([settings.seed, 0]))
-    projections = {method: fit(method, points, labels) for method in METHODS}
-    styles = {"PCA": (OTHER, "--"), "LDA": (OURS, "-")}
-    classes = ("#5b8def", "#e2893b")
-    with figure(path, columns=4, size=(3.9, 3.7)) as axes:
-        for label, colour in enumerate(classes):
-            shown = points[labels == label][:300]
-            axes[0].scatter(*shown.T, s=8, color=colour, alpha=0.6, linewidths=0, label=f"class {label}")
-        for method, projection in projections.items():
-            ends = projection.centre + np.outer([-5.5, 5.5], projection.direction)
-            axes[0].plot(
-                *ends.T, color="black", linestyle=styles[method][1], linewidth=1.6, label=f"{method} direction"
-            )
-        axes[0].set(title="Two classes in the plane", aspect="equal", xlim=(-10.5, 10.5), ylim=(-10.5, 10.5))
-        axes[0].legend(fontsize=8, loc="upper left", framealpha=0.9)
-        for axis, (method, projection) in zip(axes[1:3], projections.items(), strict=True):
-            values = projection(points)
-            bins = np.linspace(values.min(), values.max(), 50)
-            for label, colour in enumerate(classes):
-                axis.hist(values[labels == label], bins, color=colour, alpha=0.6, label=f"class {label}")
-            axis.set(title=f"{method}: accuracy {result.accuracy[method][0]:.1%}", xlabel="projected number", yticks=[])
-        for method in METHODS:
-            mean, deviation = np.array(result.accuracy[method]), np.array(result.deviation[method])
-            colour, line = styles[method]
-            axes[3].plot(result.noise, mean, line, marker="o", markersize=4, color=colour, label=method)
-            axes[3].fill_between(result.noise, mean - deviation, mean + deviation, color=colour, alpha=0.2, linewidth=0)
-        axes[3].axhline(0.5, color="#8a8f98", linewidth=1, linestyle=":")
-        axes[3].set(title="Accuracy under noise", xlabel="standard deviation of the noise", ylim=(0.45, 1.0))
-        axes[3].legend()
+    )

@@ -154,15 +154,15 @@ def screen_one(
         "nats_per_token": nll,
         "bits_per_image": nll * tokens.length / math.log(2),
         "saved": 1 - nll / math.log(tokens.vocab_size),
-        "probe": [score.best[0] for score in scores],
-        "middle": scores[options.depth // 2].best[0],
-        "best": max(scores, key=_accuracy).best[0],
+        "probe": [score.accuracy for score in scores],
+        "middle": scores[options.depth // 2].accuracy,
+        "best": max(scores, key=_accuracy).accuracy,
         "best_state": max(scores, key=_accuracy).state,
     }
 
 
 def _accuracy(score: ProbeScore) -> float:
-    return score.best[0]
+    return score.accuracy
 
 
 def _train(cache: TokenCache, space: Any, out: Path, options: ScreenOptions, device: str | None) -> TokenModel:

@@ -170,7 +170,7 @@ class Stages:
             classes = len(train_images.classes) or int(train_images.labels.max()) + 1
             features = data.features(pipe, "prior", describe_model(pipe))
             scores = score_features(*features, classes, self.ablation.probe, self.device)[0]
-            return [score.best[0] for score in scores]
+            return [score.accuracy for score in scores]
 
         found: list[float] = self.stage("probe", depends, measure)[1]
         return found
