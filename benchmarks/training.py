@@ -5,7 +5,7 @@
 Without ``--presets`` on a CPU the small ones are measured, on a GPU the paper's. Models have the presets' shapes and
 random weights; a step is forward, backward and AdamW, as in ``digit train``. "On the fly" runs encoder, codebook and
 VQGAN on every batch of images before the same step. MFU counts matrix products that are needed
-(digit/training/flops.py) against the maker's figure on known GPUs and a measured product of 512 x 512 matrices on a
+(digit/training/speed.py) against the maker's figure on known GPUs and a measured product of 512 x 512 matrices on a
 CPU. The last line is JSON.
 """
 
@@ -34,8 +34,7 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.config import TrainingConfig
 from digit.training.engine import Engine
-from digit.training.flops import forward_flops, peak_flops
-from digit.training.health import peak_memory
+from digit.training.speed import forward_flops, peak_flops, peak_memory
 from digit.training.task import Step
 from digit.training.tasks.encoder import model_from
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
@@ -128,11 +127,11 @@ def measure_preset(name: str, args: argparse.Namespace) -> dict[str, float]:
 
     def step() -> None:
         engine.zero_gradients("model")
-        with engine.autocast():
+        with engine.accelerator.autocast():
             loss, _ = forward(tokens, labels, prefix, mask)
-        engine.backward(loss)
+        engine.accelerator.backward(loss)
         engine.clip("model")
-        engine.step("model")
+        engine.optimizers["model"].step()
 
     seconds = timed(step, args)
     needed = 3 * forward_flops(config) * batch

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -127,7 +126,7 @@ def test_what_cannot_be_sharded_gets_a_sentence(names: list[str], precision: str
     engine = object.__new__(Engine)  # as far as it is when it decides; two processes cannot be had in a test of one
     engine.config = TrainingConfig(steps=1, batch_size=2, shard=True, precision=precision)
     engine.networks = nn.ModuleDict({name: nn.Linear(2, 2) for name in names})
-    engine._asked_to_shard, engine._accelerator = False, SimpleNamespace(num_processes=2)
+    engine._asked_to_shard, engine.world = False, 2
     with pytest.raises(DigitError, match=words):
         engine._shard()
 

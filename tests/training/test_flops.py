@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from digit.training.flops import forward_flops, measured_flops, peak_flops, token_model_in
+from digit.training.speed import forward_flops, measured_flops, peak_flops, token_model_in
 
 
 @pytest.mark.parametrize("role", ["prior", "ar", "masked"])

@@ -12,8 +12,8 @@ from digit.core.errors import DigitError
 from digit.core.files import read_json
 from digit.data.token_cache import TokenCache
 from digit.training.build import build_task
-from digit.training.flops import forward_flops, peak_flops
-from digit.training.health import Counts, Guard, Meter
+from digit.training.health import Counts, Guard
+from digit.training.speed import Meter, forward_flops, peak_flops
 from digit.training.task import Step
 
 BATCH = {"index": torch.arange(20, 24)}
@@ -21,7 +21,8 @@ BATCH = {"index": torch.arange(20, 24)}
 
 def check(guard: Guard, losses: list[float], norm: float = 1.0, optimizer: str = "model") -> None:
     for number, loss in enumerate(losses):
-        guard.check(loss, norm, BATCH, Step(number, 100), optimizer)
+        guard.note(torch.tensor(loss), torch.tensor(norm), BATCH, Step(number, 100), optimizer)
+    guard.check()
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])

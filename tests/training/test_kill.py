@@ -20,8 +20,8 @@ from digit.core.files import read_tensors
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, open_token_cache
 from digit.training import checkpoint
-from digit.training.health import SPEED
 from digit.training.logs import read_metrics
+from digit.training.speed import SPEED
 
 KILLS = 15  # of training, and as many of caching
 STEPS = 400

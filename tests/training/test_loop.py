@@ -11,15 +11,16 @@ import torch
 import yaml
 from PIL import Image
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_json, read_tensors
 from digit.training import checkpoint
 from digit.training.config import TrainingConfig
-from digit.training.health import SPEED
 from digit.training.logs import Averages, read_metrics
 from digit.training.loop import Interrupted, train
+from digit.training.speed import SPEED
 from digit.training.task import Batch, Loss, Step, Stream
 
 
@@ -278,17 +279,29 @@ def test_fewer_steps_than_were_done(tmp_path: Path) -> None:
         run(tmp_path, resume=True, steps=5)
 
 
-def test_nan_stops_before_the_weights_are_spoilt(tmp_path: Path) -> None:
+def test_nan_stops_at_the_next_log_line_and_leaves_the_checkpoint_before_it(tmp_path: Path) -> None:
     task = Regression()
     task.spoil_at = 17
     with pytest.raises(DigitError, match=r"loss became nan at step 17, on the images 1700, 1701.*step-0000010"):
         run(tmp_path, task)
-    assert weights(task).isfinite().all()
-    assert checkpoint.latest(tmp_path).name == "step-0000010"
+    assert task.steps[-1] == 19
+    last = checkpoint.latest(tmp_path)
+    assert last.name == "step-0000010"
+    assert all(tensor.isfinite().all() for tensor in checkpoint.load(last).tensors["modules"].values())
     assert read_json(tmp_path / "diverged.json")["images"] == list(range(1700, 1716))
+    assert [line["step"] for line in lines(tmp_path)] == [5, 10, 10, 15]
 
 
-def test_a_spike_stops_before_the_weights_are_spoilt(tmp_path: Path) -> None:
+def test_what_went_wrong_is_neither_saved_nor_validated(tmp_path: Path) -> None:
+    task = Regression()
+    task.spoil_at = 17
+    with pytest.raises(DigitError, match=r"loss became nan at step 17"):
+        run(tmp_path, task, log_every=100, validate_every=100)
+    assert task.steps[-1] == 19
+    assert checkpoint.latest(tmp_path).name == "step-0000010"
+
+
+def test_a_spike_stops_at_the_next_log_line(tmp_path: Path) -> None:
     """And so it does in a run that was resumed just before, for the losses so far are in the checkpoint."""
 
     class Jump(Regression):
@@ -302,10 +315,45 @@ def test_a_spike_stops_before_the_weights_are_spoilt(tmp_path: Path) -> None:
             DigitError, match=r"jumped to .*max_spike=9 .*at step 33, on the images 3300, 3301.*step-0000030"
         ):
             run(tmp_path, task, resume=resume, max_spike=9)
-        assert task.steps == list(range(30 if resume else 0, 33))
+        assert task.steps == list(range(30 if resume else 0, 35))
     kept = checkpoint.load(checkpoint.latest(tmp_path)).numbers["recent"]
     assert len(kept) == 30
     assert run(tmp_path, Jump(), resume=True, max_spike=0).steps == list(range(30, 40))
+
+
+class Transfers(TorchDispatchMode):
+    """The steps at which a value is read from the device (here all that ``.item()``, ``float`` and ``bool`` end in)."""
+
+    def __init__(self, task: Regression) -> None:
+        super().__init__()
+        self.task, self.steps = task, set[int]()
+
+    def note(self) -> None:
+        self.steps.add(len(self.task.steps))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.note()
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_between_two_log_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Regression()
+    reading = Transfers(task)
+
+    def counted(method: Any) -> Any:
+        def read(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
+            reading.note()
+            return method(tensor, *args, **more)
+
+        return read
+
+    for name in ("tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
+    with reading:  # fused, as on a GPU: else AdamW reads its own step count, which lies on the CPU
+        run(tmp_path, task, steps=20, log_every=5, validate_every=10, checkpoint_every=10, ema_decay=0.9, accumulation=2,
+            max_spike=9, fused=True)  # fmt: skip
+    assert reading.steps - {0} == {5, 10, 15, 20}
 
 
 def test_an_infinite_gradient_stops_too(tmp_path: Path) -> None:

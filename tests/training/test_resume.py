@@ -11,8 +11,8 @@ import pytest
 
 from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
-from digit.training.health import SPEED
 from digit.training.logs import read_metrics
+from digit.training.speed import SPEED
 
 # the command alone: other commands import more than training needs
 PROGRAM = "import torch, typer; torch.set_num_threads(1); from digit.cli.train import train; typer.run(train)"

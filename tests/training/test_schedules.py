@@ -6,7 +6,6 @@ import pytest
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.training.config import TrainingConfig
-from digit.training.schedules import learning_rate
 
 
 def config(**values: object) -> TrainingConfig:
@@ -15,28 +14,28 @@ def config(**values: object) -> TrainingConfig:
 
 def test_the_papers_schedule() -> None:
     paper = config(steps=125_000, lr=3e-4)
-    rates = [learning_rate(paper, step, 125_000) for step in (0, 3125, 6250, 25_000, 125_000)]
+    rates = [paper.learning_rate(step, 125_000) for step in (0, 3125, 6250, 25_000, 125_000)]
     expected = [1e-7, (1e-7 + 3e-4) / 2, 3e-4, 1.5e-4, 3e-4 * math.sqrt(6250 / 125_000)]
     assert rates == pytest.approx(expected, rel=1e-12)
 
 
 def test_inverse_square_root_never_jumps() -> None:
     paper = config(lr=3e-4, warmup_steps=100)
-    rates = [learning_rate(paper, step, 1000) for step in range(1000)]
+    rates = [paper.learning_rate(step, 1000) for step in range(1000)]
     assert max(rates) == rates[100] == 3e-4
     assert all(abs(a - b) <= 3e-4 / 100 for a, b in itertools.pairwise(rates))
 
 
 def test_cosine() -> None:
     cosine = config(schedule="cosine", lr=1.0, final_lr=0.1, warmup_steps=200, warmup_from=0.0)
-    rates = [learning_rate(cosine, step, 1000) for step in (0, 100, 200, 400, 600, 800, 1000, 1200)]
+    rates = [cosine.learning_rate(step, 1000) for step in (0, 100, 200, 400, 600, 800, 1000, 1200)]
     half, low = 0.45 * math.cos(math.pi / 4), 0.55
     assert rates == pytest.approx([0, 0.5, 1, low + half, low, low - half, 0.1, 0.1], abs=1e-12)
 
 
 def test_constant() -> None:
     constant = config(schedule="constant", lr=0.5, warmup_steps=0)
-    assert {learning_rate(constant, step, 1000) for step in range(1000)} == {0.5}
+    assert {constant.learning_rate(step, 1000) for step in range(1000)} == {0.5}
 
 
 @pytest.mark.parametrize(

@@ -58,24 +58,17 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder = path_of(out, checkpoint.step)
     if not folder.exists():  # a run that stops where it has just saved
+        state = {name: getattr(checkpoint, name) for name in ("step", "run", "numbers")}
         try:
             with write_folder(folder) as aside:
                 for name, tensors in checkpoint.tensors.items():
                     write_tensors(aside / f"{name}.safetensors", tensors)
-                state = {
-                    "format": FORMAT,
-                    "step": checkpoint.step,
-                    "run": checkpoint.run,
-                    "numbers": checkpoint.numbers,
-                }
-                write_json(aside / "state.json", state)
+                write_json(aside / "state.json", {"format": FORMAT, **state})
                 _flush(aside)
         except DigitError as error:
             last = latest(out)
             kept = (
-                f"The last whole checkpoint is {last}; go on from it with --resume."
-                if last
-                else "There is none before it."
+                f"The last whole checkpoint is {last}; go on from it with --resume." if last else "There is none yet."
             )
             raise DigitError(f"The checkpoint after step {checkpoint.step} was not written. {error} {kept}") from error
         _flush(folder.parent)
@@ -86,11 +79,10 @@ def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def latest(out: Path) -> Path | None:
     """The newest checkpoint of the run in ``out``, if there is one."""
-    found = _all(out)
-    return found[-1] if found else None
+    return next(reversed(_all(out)), None)
 
 
-def load(folder: Path, device: str = "cpu") -> Checkpoint:
+def load(folder: Path) -> Checkpoint:
     """Read a checkpoint.
 
     Raises:
@@ -101,8 +93,7 @@ def load(folder: Path, device: str = "cpu") -> Checkpoint:
         raise DigitError(
             f"{folder} is not a checkpoint of format {FORMAT}, the one that this release writes and reads."
         )
-    names = sorted(path.stem for path in folder.glob("*.safetensors"))
-    tensors = {name: read_tensors(folder / f"{name}.safetensors", device) for name in names}
+    tensors = {path.stem: read_tensors(path) for path in sorted(folder.glob("*.safetensors"))}
     return Checkpoint(state["step"], tensors, state["run"], state["numbers"])
 
 
@@ -120,8 +111,8 @@ def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], where: Pa
     old, new = _flatten(saved), _flatten(given)
     differing = [
         f"{name} is {new.get(name, 'absent')!r}, was {old.get(name, 'absent')!r}"
-        for name in sorted(old.keys() | new.keys())
-        if name not in free and old.get(name) != new.get(name)
+        for name in sorted((old.keys() | new.keys()) - free)
+        if old.get(name) != new.get(name)
     ]
     if differing:
         shown = "; ".join(differing[:8]) + (f"; and {len(differing) - 8} more" if len(differing) > 8 else "")
@@ -137,18 +128,14 @@ def remove_unfinished(out: Path) -> None:
 
 
 def _all(out: Path) -> list[Path]:
-    folder = out / "checkpoints"
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    found = (path for path in (out / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name))
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
 
 

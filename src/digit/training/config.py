@@ -1,4 +1,4 @@
-"""How a component is trained: the ``training`` section of a preset."""
+"""How a component is trained: the ``training`` section of a preset, and its learning rate."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainingConfig:
             time.
         seed: of initial weights, data order and every random choice.
         log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never (the end of a run always
-            validates and leaves a checkpoint).
+            validates and leaves a checkpoint). Between two log lines nothing waits for the device.
         keep_checkpoints: how many of the newest to keep.
         workers: data loading threads.
     """
@@ -85,9 +85,7 @@ class TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         if self.schedule == "inverse_sqrt" and not self.warmup_steps:
-            raise ValueError(
-                "schedule 'inverse_sqrt' needs warmup_steps > 0, for lr * sqrt(warmup_steps / step) has its scale from it"
-            )
+            raise ValueError("schedule 'inverse_sqrt' needs warmup_steps > 0: lr * sqrt(warmup_steps / step)")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
 
@@ -97,3 +95,19 @@ class TrainingConfig:
             return self.steps
         assert self.epochs is not None
         return max(1, math.ceil(self.epochs * examples / self.batch_size))
+
+    def learning_rate(self, step: int, total: int) -> float:
+        """The rate at ``step`` (from 0) of ``total``.
+
+        The inverse square root is fairseq's, as the paper used it (section 4): ``warmup_from`` at step 0, ``lr`` at
+        ``warmup_steps``, then ``lr * sqrt(warmup_steps / step)``.
+        """
+        warmup = self.warmup_steps
+        if step < warmup:
+            return self.warmup_from + (self.lr - self.warmup_from) * step / warmup
+        if self.schedule == "inverse_sqrt":
+            return self.lr * math.sqrt(warmup / step)
+        if self.schedule == "cosine":
+            progress = min(1.0, (step - warmup) / max(1, total - warmup))
+            return self.final_lr + (self.lr - self.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.lr

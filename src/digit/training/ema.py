@@ -1,4 +1,7 @@
-"""An exponential moving average of the weights: smoother than the last step's, and usually better to sample from."""
+"""An exponential moving average of the weights: smoother than the last step's, and usually better to sample from.
+
+torch's ``AveragedModel`` keeps a second module; this keeps tensors alone, which may be shards (FSDP2).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,7 @@ class EMA:
     """Averages of named parameters, on their device and in their dtype.
 
     After step k the average moves by ``1 - min(decay, (1 + k) / (10 + k))``, so that a short run is not dominated by
-    its random start (the same ramp as TensorFlow's ExponentialMovingAverage with ``num_updates``).
-
-    Attributes:
-        averages: by parameter name.
+    its random start (the ramp of TensorFlow's ExponentialMovingAverage with ``num_updates``).
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:

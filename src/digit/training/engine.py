@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from digit.core.errors import DigitError, require
 from digit.models.transformer import Transformer
 from digit.training import sharding
 from digit.training.config import TrainingConfig
-from digit.training.schedules import learning_rate
+from digit.training.ema import EMA
 from digit.training.task import Step, Task
 
 
@@ -37,27 +37,25 @@ def check_launch() -> None:
     Raises:
         DigitError: on CPUs it needs MPI for more than one, and starts only one without a word.
     """
-    if (
-        os.environ.get("ACCELERATE_USE_CPU") == "True"
-        and "MASTER_ADDR" in os.environ
-        and "WORLD_SIZE" not in os.environ
-    ):
-        mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
-        if not mpi:
-            raise DigitError(
-                "accelerate launch --cpu was asked for several processes and started one process: without MPI it cannot do more. "
-                "Write accelerate launch --multi_gpu --num_processes 2 -m digit train ... --device cpu (despite its name, that "
-                "option serves CPUs too), or torchrun --nproc_per_node 2 -m digit train ... --device cpu."
-            )
+    several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
+    mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
+    if several and not mpi and "WORLD_SIZE" not in os.environ:
+        raise DigitError(
+            "accelerate launch --cpu was asked for several processes and started one process: without MPI it cannot do "
+            "more. Write accelerate launch --multi_gpu --num_processes 2 -m digit train ... --device cpu (despite its "
+            "name, that option serves CPUs too), or torchrun --nproc_per_node 2 -m digit train ... --device cpu."
+        )
 
 
 class Engine:
-    """The networks of a task on their device, with their optimizers.
+    """The networks of a task on their device, with their optimizers and the average of the weights.
 
     Attributes:
+        accelerator: Accelerate's; processes, precision and gradient scaling.
         networks: the plain modules, whose names and tensors do not depend on how they are wrapped.
         trained: the parameters of each optimizer, by name.
         optimizers: by name.
+        ema: the average of what the optimizer "model" trains, or None.
     """
 
     def __init__(self, task: Task, config: TrainingConfig, device: str | None) -> None:
@@ -65,85 +63,59 @@ class Engine:
         check_launch()
         # Accelerate's own FSDP2 prepares a model together with its one optimizer; ours shards before there are any
         self._asked_to_shard = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-        self._accelerator = _accelerator(config, device)
-        self._check_batch()
+        self.accelerator = _accelerator(config, device)
+        self.device: torch.device = self.accelerator.device
+        self.world: int = self.accelerator.num_processes
+        parts = self.world * config.accumulation
+        if config.batch_size % parts:
+            raise DigitError(
+                f"batch_size={config.batch_size} does not divide into {self.world} processes x {config.accumulation} "
+                f"parts; choose a multiple of {parts}."
+            )
         task.to_device(str(self.device))
         self.networks = nn.ModuleDict(dict(task.modules.items()))
         for module in self.networks.modules():
             if isinstance(module, Transformer):
                 module.checkpointing = config.gradient_checkpointing
         self._shard()
-        groups = task.parameters_by_optimizer()
         fused = self.device.type == "cuda" if config.fused is None else config.fused
-        raw = {name: _adamw(config, parts, fused) for name, parts in groups.items()}
+        shared = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        groups = task.parameters_by_optimizer()
+        raw = {name: torch.optim.AdamW(some, **shared, fused=fused) for name, some in groups.items()}
         self.trained = {name: _named(self.networks, optimizer) for name, optimizer in raw.items()}
-        self.optimizers: dict[str, Any] = {
-            name: self._accelerator.prepare(optimizer) for name, optimizer in raw.items()
-        }
+        self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in raw.items()}
+        self.ema = EMA(self.trained["model"], config.ema_decay) if config.ema_decay else None
         self._wrap(task)
-
-    # -- where
-    # ---------------------------------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        device: torch.device = self._accelerator.device
-        return device
-
-    @property
-    def rank(self) -> int:
-        """Number of this process."""
-        return int(self._accelerator.process_index)
-
-    @property
-    def world(self) -> int:
-        """How many processes there are."""
-        return int(self._accelerator.num_processes)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files and shows progress."""
-        return bool(self._accelerator.is_main_process)
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self._accelerator.wait_for_everyone()
 
     def mean(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The mean of each value over the processes."""
         if self.world == 1 or not metrics:
             return dict(metrics)
         values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=self.device)
-        return dict(zip(metrics, self._accelerator.reduce(values, "mean").tolist(), strict=True))
+        return dict(zip(metrics, self.accelerator.reduce(values, "mean").tolist(), strict=True))
 
     def largest(self, value: int) -> int:
         """The largest of the processes' numbers, as when one of them got a signal."""
         if self.world == 1:
             return value
-        return int(self._accelerator.gather(torch.tensor([value], device=self.device)).max())
+        return int(self.accelerator.gather(torch.tensor([value], device=self.device)).max())
 
     # -- a step
-    # --------------------------------------------------------------------------------------------------------------
 
     def set_learning_rate(self, step: Step) -> float:
         """Set every optimizer's rate for a step; the rate of a group whose ``lr_scale`` is 1."""
-        rate = learning_rate(self.config, step.index, step.total)
+        rate = self.config.learning_rate(step.index, step.total)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("lr_scale", 1.0)
         return rate
-
-    def autocast(self) -> Any:
-        """The precision of the config, for the block."""
-        return self._accelerator.autocast()
 
     @contextmanager
     def local_gradients(self, local: bool) -> Iterator[None]:
         """While more parts of a batch are to come, gradients stay in their process."""
         with ExitStack() as stack:
             for module in self._wrapped if local else ():
-                stack.enter_context(self._accelerator.no_sync(module))
+                stack.enter_context(self.accelerator.no_sync(module))
             for module in self._sharded:
                 module.set_requires_gradient_sync(not local)
             yield
@@ -152,76 +124,61 @@ class Engine:
         """Forget the gradients of an optimizer's parameters, those that other losses left behind too."""
         self.optimizers[name].zero_grad(set_to_none=True)
 
-    def backward(self, loss: Tensor) -> None:
-        """Add gradients."""
-        self._accelerator.backward(loss)
-
     def clip(self, name: str) -> Tensor:
         """Clip the gradients of an optimizer's parameters; their norm () before that."""
-        self._accelerator.unscale_gradients(self.optimizers[name])
+        self.accelerator.unscale_gradients(self.optimizers[name])
         limit = self.config.clip_norm or float("inf")
         return sharding.whole(nn.utils.clip_grad_norm_(self.trained[name].values(), limit))
 
-    def step(self, name: str) -> None:
-        """Move an optimizer's parameters."""
-        self.optimizers[name].step()
-
     # -- state
-    # ---------------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def assembled(self) -> Iterator[None]:
-        """While the block runs, sharded parameters are whole, for reading; all processes must enter together."""
-        with sharding.assembled(self.networks):
+    def averaged(self) -> Iterator[None]:
+        """While the block runs, the networks hold the averaged weights, whole where they are sharded.
+
+        All processes must enter together.
+        """
+        with self.ema.applied() if self.ema else nullcontext(), sharding.assembled(self.networks):
             yield
 
-    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors on the CPU for the main process, nothing for the others; all processes must call this
-        together.
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, whole and on the CPU, for the main process; nothing for the others.
+
+        All processes must call this together. The optimizers' tensors are named ``OPTIMIZER/PARAMETER/KEY``.
         """
+        parts = {"modules": self.networks.state_dict(), "optimizers": {}}
+        for name, optimizer in self.optimizers.items():
+            for parameter, weight in self.trained[name].items():
+                for key, value in optimizer.state.get(weight, {}).items():
+                    parts["optimizers"][f"{name}/{parameter}/{key}"] = torch.as_tensor(value)
+        if self.ema:
+            parts["ema"] = self.ema.averages
+        return {file: self._whole(tensors) for file, tensors in parts.items()}
+
+    def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = ((name, sharding.whole(tensor)) for name, tensor in tensors.items())
-        return {name: tensor.detach().cpu() for name, tensor in found if self.is_main}
+        return {name: tensor.detach().cpu() for name, tensor in found if self.accelerator.is_main_process}
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """The optimizers' state as ``OPTIMIZER/PARAMETER/KEY``, sharded as the parameters are."""
-        return {
-            f"{name}/{parameter}/{key}": torch.as_tensor(value)
-            for name, optimizer in self.optimizers.items()
-            for parameter, state in zip(self.trained[name], _states(optimizer), strict=True)
-            for key, value in state.items()
-        }
-
-    def load_optimizers(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take back what :meth:`optimizer_tensors` gave, in whole tensors."""
+    def load_state(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what :meth:`state` gave; a RuntimeError where names or shapes differ."""
+        sharding.load(self.networks, parts["modules"])
         for name, optimizer in self.optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
-            for index, (parameter, weight) in enumerate(self.trained[name].items()):
-                prefix = f"{name}/{parameter}/"
-                found = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-                found = {key: sharding.like(value, weight) if value.dim() else value for key, value in found.items()}
-                if found:
-                    state[index] = found
+            numbers = {parameter: number for number, parameter in enumerate(self.trained[name])}
+            for path, value in parts["optimizers"].items():
+                if path.startswith(f"{name}/"):
+                    parameter, _, key = path.removeprefix(f"{name}/").rpartition("/")
+                    like = sharding.like(value, self.trained[name][parameter]) if value.dim() else value
+                    state.setdefault(numbers[parameter], {})[key] = like
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-    @property
-    def scaler(self) -> Any:
-        """The gradient scaler of fp16, else None."""
-        return self._accelerator.scaler
+        if self.ema:
+            self.ema.load(parts["ema"])
 
     # -- set-up
-    # --------------------------------------------------------------------------------------------------------------
-
-    def _check_batch(self) -> None:
-        parts = self.world * self.config.accumulation
-        if self.config.batch_size % parts:
-            raise DigitError(
-                f"batch_size={self.config.batch_size} does not divide into {self.world} processes x "
-                f"{self.config.accumulation} parts; choose a multiple of {parts}."
-            )
 
     def _shard(self) -> None:
         self._sharded: list[Any] = []
-        if not (self.world > 1 and (self.config.shard or self._asked_to_shard)):
+        if self.world == 1 or not (self.config.shard or self._asked_to_shard):
             return
         if len(self.networks) > 1:
             raise DigitError(
@@ -229,9 +186,7 @@ class Engine:
                 f"{len(self.networks)} ({', '.join(self.networks)}); leave it out, they are small enough for DDP."
             )
         if self.config.precision == "fp16":
-            raise DigitError(
-                "training.shard goes with precision 'bf16' or 'no': the loss scaling of 'fp16' is for DDP."
-            )
+            raise DigitError("training.shard needs precision 'bf16' or 'no': the loss scaling of 'fp16' is for DDP.")
         for network in self.networks.values():
             sharding.shard(network, self.device)
             self._sharded.append(network)
@@ -245,7 +200,7 @@ class Engine:
             if self.config.compile:
                 module.compile()
             if self.world > 1 and not self._sharded:
-                task.modules[name] = self._accelerator.prepare(module)
+                task.modules[name] = self.accelerator.prepare(module)
                 self._wrapped.append(task.modules[name])
 
 
@@ -257,25 +212,11 @@ def _accelerator(config: TrainingConfig, device: str | None) -> Any:
     alone = "WORLD_SIZE" not in os.environ
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=alone)
     cpu = device is not None and pick_device(device).type == "cpu"
-    with (
-        accelerate.utils.patch_environment(ACCELERATE_TORCH_DEVICE=device)
-        if alone and device and not cpu
-        else nullcontext()
-    ):
+    chosen = {"ACCELERATE_TORCH_DEVICE": device} if alone and device and not cpu else {}
+    with accelerate.utils.patch_environment(**chosen):
         return accelerate.Accelerator(cpu=cpu, mixed_precision=config.precision)
-
-
-def _adamw(config: TrainingConfig, groups: Sequence[dict[str, Any]], fused: bool) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=fused
-    )
 
 
 def _named(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
     names = {id(parameter): name for name, parameter in networks.named_parameters()}
     return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
-
-
-def _states(optimizer: Any) -> list[dict[str, Any]]:
-    """The state of every parameter, in order; empty for one that never had a gradient."""
-    return [optimizer.state.get(p, {}) for group in optimizer.param_groups for p in group["params"]]

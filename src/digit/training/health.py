@@ -1,68 +1,28 @@
-"""Whether a run is well: its speed and memory, a stop when the loss is lost, and how good counting alone would be."""
+"""Whether a run is well: a stop when the loss is lost, and how good counting alone would be."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.training import checkpoint
-from digit.training.flops import forward_flops, peak_flops, token_model_in
 from digit.training.task import Batch, Step
 
-SPEED = ("examples_per_second", "tokens_per_second", "mfu", "memory_gib")
-"""Metrics that say how fast, not how well: two equal runs differ in them."""
 _WINDOW, _ENOUGH = 50, 20
 
 
-class Meter:
-    """Speed and memory of a run.
-
-    Args:
-        networks: what is trained.
-        device, precision: where and how it is computed.
-        world: how many processes share the work.
-    """
-
-    def __init__(self, networks: nn.Module, device: torch.device, precision: str, world: int) -> None:
-        self._model, self._device, self._precision, self._world = token_model_in(networks), device, precision, world
-
-    def read(self, examples_per_second: float) -> dict[str, float]:
-        """``examples_per_second``, for token models ``tokens_per_second`` and ``mfu`` (0 to 1), and ``memory_gib``, the
-        most so far.
-
-        Memory is that of the GPU, or of the whole process on a CPU, in GiB.
-        """
-        found = {"examples_per_second": examples_per_second, "memory_gib": peak_memory(self._device) / 2**30}
-        if self._model is not None:
-            config = self._model.config
-            # the backward pass is two products for each of the forward pass
-            needed = 3 * forward_flops(config) * examples_per_second
-            found["tokens_per_second"] = examples_per_second * config.length
-            found["mfu"] = needed / (self._world * peak_flops(self._device, self._precision))
-        return found
-
-
-def peak_memory(device: torch.device) -> int:
-    """The most memory that was in use, in bytes; 0 where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class Guard:
-    """Stops a run when a loss is no longer finite, or jumps, before the weights are moved by it.
+    """Stops a run when a loss is no longer finite, or jumps.
+
+    Losses stay on their device until :meth:`check`, which the loop calls before it logs, validates or saves: so no
+    step waits for the device, and nothing is written after a step that went wrong.
 
     Args:
         out: the run folder, where ``diverged.json`` goes.
@@ -73,27 +33,26 @@ class Guard:
     def __init__(self, out: Path, max_spike: float = 0.0, scaled: bool = False) -> None:
         self.out, self.max_spike, self.scaled = out, max_spike, scaled
         self.recent: deque[float] = deque(maxlen=_WINDOW)
+        self._noted: list[tuple[Tensor, Tensor, Step, str]] = []
 
-    def check(self, loss: float, norm: float, batch: Batch, step: Step, optimizer: str) -> None:
-        """Look at the loss and the gradient norm of a step.
+    def note(self, loss: Tensor, norm: Tensor, batch: Batch, step: Step, optimizer: str) -> None:
+        """Take the loss () and the gradient norm () of a step."""
+        self._noted.append((torch.stack([loss.float(), norm.float()]), batch["index"], step, optimizer))
+
+    def check(self) -> None:
+        """Look at all that was noted since the last check.
 
         Raises:
-            DigitError: names the step, the images of its batch, and the last checkpoint.
+            DigitError: names the first step that went wrong, the images of its batch, and the last checkpoint.
         """
-        trouble = self._trouble(loss, norm, optimizer)
-        if trouble:
-            indices = batch["index"].tolist()
-            record = {"step": step.index, "loss": str(loss), "gradient_norm": str(norm), "images": indices}
-            write_json(self.out / "diverged.json", record)
-            last = checkpoint.latest(self.out)
-            raise DigitError(
-                f"The {trouble} at step {step.index}, on the images {', '.join(map(str, indices[:16]))}"
-                f"{', ...' if len(indices) > 16 else ''} (all of them are in {self.out}/diverged.json). "
-                + (f"The last checkpoint is {last}. " if last else "No checkpoint was saved before it. ")
-                + "Look at those images; a lower training.lr, a longer warm-up or precision bf16 usually cures the rest."
-            )
-        if optimizer == "model":
-            self.recent.append(loss)
+        noted, self._noted = self._noted, []
+        values = torch.stack([value for value, *_ in noted]).tolist() if noted else []
+        for (loss, norm), (_, index, step, optimizer) in zip(values, noted, strict=True):
+            trouble = self._trouble(loss, norm, optimizer)
+            if trouble:
+                self._stop(trouble, loss, norm, index.tolist(), step)
+            if optimizer == "model":
+                self.recent.append(loss)
 
     def _trouble(self, loss: float, norm: float, optimizer: str) -> str:
         if not abs(loss) < float("inf"):
@@ -104,34 +63,41 @@ class Guard:
             median = statistics.median(self.recent)
             if loss > self.max_spike * median > 0:
                 return (
-                    f"loss jumped to {loss:.4g}, more than training.max_spike={self.max_spike:g} times the median {median:.4g} of "
-                    f"the last {len(self.recent)} steps,"
+                    f"loss jumped to {loss:.4g}, more than training.max_spike={self.max_spike:g} times the median "
+                    f"{median:.4g} of the last {len(self.recent)} steps,"
                 )
         return ""
+
+    def _stop(self, trouble: str, loss: float, norm: float, images: list[int], step: Step) -> None:
+        record = {"step": step.index, "loss": str(loss), "gradient_norm": str(norm), "images": images}
+        write_json(self.out / "diverged.json", record)
+        last = checkpoint.latest(self.out)
+        raise DigitError(
+            f"The {trouble} at step {step.index}, on the images {', '.join(map(str, images[:16]))}"
+            f"{', ...' if len(images) > 16 else ''} (all of them are in {self.out}/diverged.json). "
+            + (f"The last checkpoint is {last}. " if last else "No checkpoint was saved before it. ")
+            + "Look at those images; a lower training.lr, a longer warm-up or precision bf16 usually cures the rest."
+        )
 
 
 class Counts:
     """What frequencies alone know of token sequences: the baselines that a model must beat.
 
-    Args:
-        parts: training tokens (B, N) int64, in parts.
-        vocab_size: how many ids there are.
+    ``parts`` are training tokens (B, N) int64 below ``vocab_size``.
     """
 
     def __init__(self, parts: Iterable[Tensor], vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        ones = torch.zeros(vocab_size, dtype=torch.long)
-        pairs: dict[str, list[Tensor]] = {"keys": [], "counts": []}
+        self.ones = torch.zeros(vocab_size, dtype=torch.long)
+        keys, counts = [], []
         for tokens in parts:
-            ones += torch.bincount(tokens.flatten(), minlength=vocab_size)
-            keys, counts = torch.unique(tokens[:, :-1] * vocab_size + tokens[:, 1:], return_counts=True)
-            pairs["keys"].append(keys)
-            pairs["counts"].append(counts)
-        self.ones = ones
-        self._keys, where = torch.unique(
-            torch.cat(pairs["keys"]), return_inverse=True
-        )  # the pairs that occur, ascending
-        self._pairs = torch.zeros(len(self._keys), dtype=torch.long).index_add_(0, where, torch.cat(pairs["counts"]))
+            self.ones += torch.bincount(tokens.flatten(), minlength=vocab_size)
+            found = torch.unique(tokens[:, :-1] * vocab_size + tokens[:, 1:], return_counts=True)
+            keys.append(found[0])
+            counts.append(found[1])
+        self._keys, where = torch.unique(torch.cat(keys), return_inverse=True)  # the pairs that occur, ascending
+        self._pairs = torch.zeros(len(self._keys), dtype=torch.long).index_add_(0, where, torch.cat(counts))
+        self._log_share = (self.ones.double() + 1).log() - (self.ones.double() + 1).sum().log()  # one added to each
 
     @property
     def use(self) -> float:
@@ -139,10 +105,8 @@ class Counts:
         return float((self.ones > 0).float().mean())
 
     def unigram_nll(self, tokens: Tensor) -> float:
-        """Mean negative log-likelihood in nats a token of sequences (B, N) under the frequencies, one added to every
-        count.
-        """
-        return float(-self._log_frequencies()[tokens].mean())
+        """Mean negative log-likelihood, in nats a token, of sequences (B, N) under the frequencies."""
+        return float(-self._log_share[tokens].mean())
 
     def bigram_nll(self, tokens: Tensor) -> float:
         """The same, where every token but the first is told by the one before it.
@@ -150,17 +114,13 @@ class Counts:
         The frequency after a token is drawn towards the overall frequency as if that had been seen ``vocab_size **
         0.5`` times (a Dirichlet prior; MacKay & Peto 1995): rare pairs need it.
         """
-        before, after = tokens[:, :-1], tokens[:, 1:]
-        keys = (before * self.vocab_size + after).flatten()
+        before, after = tokens[:, :-1].flatten(), tokens[:, 1:].flatten()
         if not len(self._keys):
             return self.unigram_nll(tokens)
+        keys = before * self.vocab_size + after
         place = torch.searchsorted(self._keys, keys).clamp(max=len(self._keys) - 1)
         seen = torch.where(self._keys[place] == keys, self._pairs[place], 0).double()  # (B * (N - 1),)
         starts = torch.zeros_like(self.ones).index_add_(0, self._keys // self.vocab_size, self._pairs)
-        weight, log_one = self.vocab_size**0.5, self._log_frequencies()
-        p = (seen + weight * log_one[after.flatten()].exp()) / (starts[before.flatten()] + weight)
-        return float(-(log_one[tokens[:, 0]].sum() + p.log().sum()) / tokens.numel())
-
-    def _log_frequencies(self) -> Tensor:
-        frequencies = (self.ones.double() + 1).log()
-        return frequencies - frequencies.logsumexp(0)
+        weight = self.vocab_size**0.5
+        p = (seen + weight * self._log_share[after].exp()) / (starts[before] + weight)
+        return float(-(self._log_share[tokens[:, 0]].sum() + p.log().sum()) / tokens.numel())

@@ -11,35 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK = 1000
+_TEMPERATURE = 0.07
 
 
 def neighbour_accuracy(
-    memory: Tensor,
-    memory_labels: Tensor,
-    queries: Tensor,
-    labels: Tensor,
-    neighbours: int = 20,
-    temperature: float = 0.07,
+    memory: Tensor, memory_labels: Tensor, queries: Tensor, labels: Tensor, neighbours: int = 20
 ) -> float:
-    """Share of queries whose class wins the vote of their nearest neighbours.
-
-    Args:
-        memory: (n, D) features with known classes.
-        memory_labels: (n,) int64.
-        queries: (m, D) features to classify.
-        labels: (m,) int64, their classes.
-        neighbours: that vote.
-        temperature: of the votes' weights.
+    """Share of the queries (m, D), of classes ``labels`` (m,), whose class wins the vote of their nearest neighbours
+    among the features ``memory`` (n, D), of classes ``memory_labels`` (n,).
     """
     with torch.autocast(memory.device.type, enabled=False):
         memory = F.normalize(memory.float(), dim=1).T.contiguous()  # (D, n)
         classes = int(torch.cat([memory_labels, labels]).max()) + 1
         right = 0
-        for chunk, expected in zip(torch.split(queries, _CHUNK), torch.split(labels, _CHUNK), strict=True):
-            similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(
-                min(neighbours, memory.shape[1]), dim=1
-            )
+        for chunk, expected in zip(queries.split(_CHUNK), labels.split(_CHUNK), strict=True):
+            similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(min(neighbours, memory.shape[1]))
             votes = similar.new_zeros(len(chunk), classes)
-            votes.scatter_add_(1, memory_labels[nearest], (similar / temperature).exp())
+            votes.scatter_add_(1, memory_labels[nearest], (similar / _TEMPERATURE).exp())
             right += int((votes.argmax(1) == expected).sum())
     return right / len(queries)

@@ -1,8 +1,8 @@
 """FSDP2: weights, gradients and optimizer state cut over the processes, and whole where somebody must read them.
 
 A cut parameter is a ``DTensor`` (Zhao et al. 2023, arXiv 2304.11277; ``torch.distributed.fsdp.fully_shard``).
-Checkpoints and exported models always hold whole tensors, so the number of processes and the way of cutting may change
-in the course of a run.
+Checkpoints and exported models hold whole tensors, so the number of processes may change in the course of a run. Every
+process must call :func:`whole`, :func:`like` and :func:`assembled` at the same time if something is cut.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -20,8 +21,6 @@ from digit.models.transformer import Block
 
 def shard(network: nn.Module, device: torch.device) -> None:
     """Cut a network's parameters over all processes, in place: block by block, and the rest in one piece."""
-    from torch.distributed.device_mesh import init_device_mesh
-
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in network.modules():
         if isinstance(module, Block):
@@ -30,12 +29,12 @@ def shard(network: nn.Module, device: torch.device) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor. Every process must call this at the same time if it is cut."""
+    """All of a tensor."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(tensor: Tensor, model: Tensor) -> Tensor:
-    """A whole tensor cut as ``model`` is, if it is. Every process must call this at the same time."""
+    """A whole tensor cut as ``model`` is, if it is."""
     if not isinstance(model, DTensor):
         return tensor
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
@@ -47,23 +46,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """``load_state_dict`` with whole tensors.
-
-    Raises:
-        RuntimeError: names or shapes differ.
-    """
+    """``load_state_dict`` with whole tensors; a RuntimeError where names or shapes differ."""
     own = network.state_dict()
-    ready = {
-        name: like(t, own[name]) if name in own and own[name].shape == t.shape else t for name, t in tensors.items()
-    }
-    network.load_state_dict(ready)
+    fitting = {name for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
+    network.load_state_dict({name: like(t, own[name]) if name in fitting else t for name, t in tensors.items()})
 
 
 @contextmanager
 def assembled(network: nn.Module) -> Iterator[None]:
     """While the block runs, the parameters of a cut network are whole and plain, and any of its methods may be called.
 
-    Every process must enter at the same time; inside, they need not keep step. Changes are lost.
+    Inside, the processes need not keep step. Changes are lost.
     """
     cut = [module for module in network.modules() if isinstance(module, FSDPModule)]
     if not cut:
@@ -71,24 +64,19 @@ def assembled(network: nn.Module) -> Iterator[None]:
         return
     for part in cut:
         part.reshard()
-    before = [(module, dict(module._parameters)) for module in network.modules()]
-    # these hooks would gather and cut the parameters around every forward pass
-    hooks = [(m, m._forward_pre_hooks.copy(), m._forward_hooks.copy()) for m in cut if isinstance(m, nn.Module)]
-    made: dict[int, nn.Parameter] = {}  # a parameter may be shared
-    for module, parameters in before:
-        for name, parameter in parameters.items():
-            if isinstance(parameter, DTensor):
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(parameter.full_tensor(), requires_grad=False)
-                module._parameters[name] = made[id(parameter)]
-    for module, _, _ in hooks:
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+    before = [
+        (m, m._parameters.copy(), m._forward_pre_hooks.copy(), m._forward_hooks.copy()) for m in network.modules()
+    ]
+    full = {p: nn.Parameter(whole(p.detach()), requires_grad=False) for p in network.parameters()}  # some are shared
+    for module, parameters, *_ in before:
+        module._parameters.update({name: full[p] for name, p in parameters.items() if p is not None})
+        if isinstance(module, FSDPModule):  # its hooks would gather and cut the parameters around every forward pass
+            module._forward_pre_hooks.clear()
+            module._forward_hooks.clear()
     try:
         yield
     finally:
-        for module, parameters in before:
+        for module, parameters, first, last in before:
             module._parameters.update(parameters)
-        for module, first, last in hooks:
             module._forward_pre_hooks.update(first)
             module._forward_hooks.update(last)

@@ -4,12 +4,10 @@ A task owns the networks and the data; the loop owns optimizers, schedules, prec
 So that one process, several (DDP, FSDP2) and a resumed run all train alike:
 
 * a task computes its losses by *calling* the modules in ``modules`` (``self.modules["model"](...)``, their
-``forward``), never
-  another method of a module that is trained: the loop may replace an entry by a wrapper;
+  ``forward``), never another method of a module that is trained: the loop may replace an entry by a wrapper;
 * a batch depends on (seed, step) alone. What is random about data (order, crops, masks, dropped labels) is drawn in
-  ``batches``; what is random about the network (dropout, noise) draws from torch's global generator, which the loop
-  seeds from (seed, step, rank) at the start of every step. Neither is ever saved, and a resumed run is exact all the
-  same.
+  ``batches``; what is random about the network (dropout, noise) uses torch's global generator, which the loop seeds
+  from (seed, step, rank) at every step. Neither is saved, and a resumed run is exact all the same.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
@@ -26,6 +24,9 @@ Batch = dict[str, Tensor]
 """Named tensors on the CPU, each with the examples of this process in its first dimension, so that the loop can cut
 them into ``accumulation`` equal parts and move them to the device. ``"index"`` (B,) int64 is always there: where in the
 dataset the examples stand, for the message about a bad batch."""
+Groups = dict[str, list[dict[str, Any]]]
+"""The torch parameter groups of each optimizer. ``"model"`` is always there (EMA and validation belong to it); a GAN
+adds ``"discriminator"``. A group may have ``weight_decay`` and ``lr_scale`` (a factor on the learning rate)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +35,7 @@ class Stream:
 
     Attributes:
         start, stop: the steps, ``stop`` excluded.
-        batch_size: examples in the *global* batch. Process ``rank`` of ``world`` gets the rows
-            ``[rank * batch_size / world, (rank + 1) * batch_size / world)`` of it.
+        batch_size: examples in the *global* batch.
         seed: of the order and of every random choice.
         rank, world: this process and how many there are.
         workers: data loading threads; 0 loads in this one. They change the speed, never the batches.
@@ -58,19 +58,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Step:
-    """Where the run stands.
-
-    Attributes:
-        index: number of the step, from 0.
-        total: steps of the whole run.
-    """
+    """Number ``index`` (from 0) of the ``total`` steps of a run."""
 
     index: int
     total: int
 
     @property
     def progress(self) -> float:
-        """The part of the run that lies behind, 0 at the first step and below 1 at the last."""
+        """The part of the run that is over, 0 at the first step and below 1 at the last."""
         return self.index / self.total
 
 
@@ -78,11 +73,11 @@ class Loss(NamedTuple):
     """One thing to minimise in a step.
 
     Attributes:
-        optimizer: a key of ``parameters_by_optimizer``: whose parameters move.
-        value: () the loss, a mean over the examples of the batch that was given.
-        metrics: () tensors worth logging, without gradients; the loop logs ``value`` itself as "loss"
-            ("discriminator/loss" for the optimizer "discriminator") and averages all of them over accumulation,
-            processes and steps between two log lines.
+        optimizer: whose parameters move; see :data:`Groups`.
+        value: () the loss, a mean over the examples of the batch that was given. It is logged as "loss"
+            ("discriminator/loss" for the optimizer "discriminator").
+        metrics: () tensors worth logging, without gradients; all are averaged over accumulation, processes and steps
+            between two log lines.
     """
 
     optimizer: str
@@ -90,7 +85,7 @@ class Loss(NamedTuple):
     metrics: Mapping[str, Tensor]
 
 
-class Task(Protocol):
+class Task:
     """A component in training.
 
     Attributes:
@@ -99,55 +94,47 @@ class Task(Protocol):
         description: plain JSON values that make the run what it is: ``component``, ``model`` (its config), ``data`` (a
             fingerprint). A checkpoint is resumed only under the same description and training config.
         examples: how many training examples an epoch has.
+        device: where the networks are.
     """
 
     modules: nn.ModuleDict
     description: Mapping[str, Any]
     examples: int
+    device: str = "cpu"
 
-    def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
-        """The torch parameter groups of each optimizer.
-
-        ``"model"`` is always there (EMA and validation belong to it); a GAN adds ``"discriminator"``. A group is
-        ``{"params": [...]}`` with, if need be, ``weight_decay`` and ``lr_scale`` (a factor on the scheduled learning
-        rate).
-        """
-        ...
+    def parameters_by_optimizer(self) -> Groups:
+        """What is trained; here, by one optimizer, every parameter that learns (the paper decays norms and biases)."""
+        return {"model": [{"params": [p for p in self.modules.parameters() if p.requires_grad]}]}
 
     def to_device(self, device: str) -> None:
         """Move ``modules`` and whatever else the task computes with."""
-        ...
+        self.modules.to(device)
+        self.device = device
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
         """One batch a step, for the steps and the process that ``stream`` names."""
-        ...
+        raise NotImplementedError
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """Yield the losses of a step, in order.
 
         The loop runs backward, clips and steps the optimizer of a loss before it resumes the generator: what is
-            computed after a
-        ``yield`` sees the updated parameters. With accumulation one generator runs for each part of the batch, side by
-        side.
+        computed after a ``yield`` sees the updated parameters. With accumulation one generator runs for each part of
+        the batch, side by side.
         """
-        ...
+        raise NotImplementedError
 
     def after_step(self, step: Step) -> None:
         """Called when all optimizers of a step have moved: EMA teachers, dead codes."""
-        ...
 
     def validate(self) -> dict[str, float]:
-        """Metrics over held-out examples, the same ones every time; in eval mode and without gradients, as the loop
-        sets up.
-        """
-        ...
+        """Metrics over held-out examples, the same ones every time, in eval mode and without gradients."""
+        return {}
 
-    def sample(self, step: Step) -> Image.Image | None:
-        """A picture for the log, made from the same seed every time; None where there is nothing to show."""
-        ...
+    def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002
+        """An image for the log, made from the same seed every time; None where there is nothing to show."""
+        return None
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the finished component as its class's ``save_pretrained`` does, with ``provenance`` in its
-        ``config.json``.
-        """
-        ...
+        """Write the finished component as its class's ``save_pretrained`` does, with ``provenance`` in its config."""
+        raise NotImplementedError

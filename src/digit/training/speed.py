@@ -1,4 +1,4 @@
-"""How much arithmetic a step of training is, and how much the machine could do: the two halves of MFU.
+"""How fast a run is: examples and tokens a second, memory, and MFU.
 
 MFU, model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): the multiplications and additions
 that the model's matrix products need, over what the processors could do in that time. Recomputed activations do not
@@ -7,6 +7,7 @@ count as work.
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import cache
 
@@ -15,8 +16,9 @@ from torch import nn
 
 from digit.models.token_model import TokenModel, TokenModelConfig
 
-# FLOP/s of dense bf16 and fp16 products, from the makers' data sheets; the first name that a device's name contains
-# counts
+SPEED = ("examples_per_second", "tokens_per_second", "mfu", "memory_gib")
+"""Metrics that say how fast, not how well: two equal runs differ in them."""
+# FLOP/s of dense 16-bit products, from the makers' data sheets; the first name that a device's name contains counts
 _SHEETS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -28,11 +30,37 @@ _SHEETS = {
 }
 
 
-def forward_flops(config: TokenModelConfig) -> int:
-    """FLOPs of one image's forward pass in training; a multiplication and an addition are two.
+class Meter:
+    """Speed and memory of a run of ``networks`` on ``device``, whose work ``world`` processes share."""
 
-    Matrix products only. Causal attention is counted as the half that is needed.
-    """
+    def __init__(self, networks: nn.Module, device: torch.device, precision: str, world: int) -> None:
+        self._model = token_model_in(networks)
+        self._device, self._precision, self._world = device, precision, world
+
+    def read(self, examples_per_second: float) -> dict[str, float]:
+        """``examples_per_second``, for token models ``tokens_per_second`` and ``mfu`` (0 to 1), and ``memory_gib``."""
+        found = {"examples_per_second": examples_per_second, "memory_gib": peak_memory(self._device) / 2**30}
+        if self._model is not None:
+            # the backward pass is two products for each of the forward pass
+            needed = 3 * forward_flops(self._model.config) * examples_per_second
+            found["tokens_per_second"] = examples_per_second * self._model.config.length
+            found["mfu"] = needed / (self._world * peak_flops(self._device, self._precision))
+        return found
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in use so far, of the GPU or of this process, in bytes; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forward_flops(config: TokenModelConfig) -> int:
+    """FLOPs of the matrix products of one image's forward pass in training; causal attention counts half."""
     shape = config.transformer
     dim, ffn = shape.dim, shape.ffn_dim or 4 * shape.dim
     # a causal model is not shown the last token, a masked one sees the start position too
@@ -48,9 +76,7 @@ def token_model_in(networks: nn.Module) -> TokenModel | None:
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s that a device can do: from the maker's data sheet for 16 bits on known GPUs, else measured with a product
-    of matrices.
-    """
+    """FLOP/s that a device can do: the maker's figure for 16 bits on known GPUs, else measured."""
     if device.type == "cuda" and precision != "no":
         name = torch.cuda.get_device_name(device)
         for known, flops in _SHEETS.items():
@@ -66,14 +92,9 @@ def measured_flops(device: torch.device, dtype: torch.dtype, repeats: int = 5) -
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(repeats + 1):  # the first is slow
-        _finish(device)
         start = time.perf_counter()
         a @ a
-        _finish(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
