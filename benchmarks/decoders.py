@@ -18,7 +18,7 @@ import time
 import torch
 
 from digit import DigitPipeline
-from digit.evaluation.result import hardware, versions
+from digit.core.environment import hardware, versions
 
 
 def seconds(pipe: DigitPipeline, decoder: str, first: int, args: argparse.Namespace, **settings: float) -> float:

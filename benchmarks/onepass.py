@@ -140,7 +140,7 @@ def machine(args: argparse.Namespace) -> dict[str, object]:
     """Where this runs."""
     import torch
 
-    from digit.evaluation.result import hardware
+    from digit.core.environment import hardware
 
     return {**hardware(), "threads": args.threads, "torch": torch.__version__}
 

@@ -29,7 +29,7 @@ import torch
 
 from digit.core.batching import allocated, peak, reset_peak
 from digit.core.config import from_dict
-from digit.evaluation.result import hardware
+from digit.core.environment import hardware
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling import SamplingSettings, sample
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release

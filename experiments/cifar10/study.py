@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from digit.evaluation.result import hardware, versions
+from digit.core.environment import hardware, versions
 from digit.core.files import read_json, write_json
 from digit.pipeline.hub import packaged_models
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from digit.core.errors import DigitError
+from digit.core.files import cache_folder
 from digit.core.images import encode_png
 from digit.data import cifar10
 from digit.data.cifar10 import Split, block_checksum, build_cifar10, load_cifar10, read_cifar10, verify
-from digit.data.dataset import cache_folder, open_dataset
+from digit.data.dataset import open_dataset
 
 BLOCK = 60
 

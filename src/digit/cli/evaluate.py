@@ -71,11 +71,12 @@ def fidelity(
 
       digit evaluate fidelity cifar10 --num 10000 --reference data/cifar10 --set top_k=50
     """
+    from digit.core.environment import hardware, versions
     from digit.evaluation.metrics.features import is_statistics
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.result import describe_model, hardware, versions
+    from digit.evaluation.result import describe_model
 
     wanted = {"fid": fid and reference is not None, "kid": kid, "prc": prc, "isc": isc}
     options = FidelityOptions(

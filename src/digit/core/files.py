@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # the command line writes JSON without waiting for torch
 
 
 def cache_folder() -> Path:
-    """Where downloads and indices are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else
+    """Where downloads, indices and built code are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else
     ``~/.cache/digit``.
     """
     if folder := os.environ.get("DIGIT_CACHE"):

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from digit.core.errors import DigitError, require
+from digit.core.files import cache_folder
 from digit.core.images import decode, encode_png
 from digit.core.progress import bar
-from digit.data.dataset import cache_folder
 from digit.data.writer import refuse_to_replace, write_dataset
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")

@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from digit.core.errors import DigitError, require
-from digit.core.files import cache_folder as cache_folder
-from digit.core.files import read_json
+from digit.core.files import cache_folder, read_json
 from digit.core.images import decode
 from digit.core.progress import bar, track
 from digit.data.shards import ShardIndex

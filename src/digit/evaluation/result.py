@@ -4,18 +4,16 @@ compared.
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from digit.core.environment import hardware, versions
 from digit.core.errors import require
 from digit.core.files import write_file, write_json
 from digit.encoders.base import weights_checksum
@@ -59,38 +57,6 @@ class Record:
         """Write ``result.json`` into a folder, with hardware and versions."""
         values = {**vars(self), "seconds": round(self.seconds, 2), "notes": list(self.notes), "plots": list(self.plots)}
         return write_json(Path(folder) / RESULT, {**values, "hardware": hardware(), "versions": versions()})
-
-
-def hardware() -> dict[str, Any]:
-    """The machine: processor, cores, the threads torch uses, and GPUs."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "system": platform.platform(terse=True),
-    }
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of this package, Python, and the packages that values depend on, as far as they are installed."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("digit-ar", "numpy", "torch-fidelity", "transformers", "lpips"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def describe_model(pipe: DigitPipeline) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import subprocess
 from pathlib import Path
 
 from digit.core.errors import DigitError
-from digit.core.files import write_file
+from digit.core.files import cache_folder, write_file
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("step.cpp", "draw.cpp", "norm.cpp"))
@@ -41,13 +41,13 @@ def library() -> ctypes.CDLL:
     texts = [path.read_bytes() for path in (*SOURCES, FOLDER / "vectors.h")]
     key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
     try:
-        built = _folder() / f"native-{key}.so"
+        built = cache_folder() / f"native-{key}.so"
         if not built.exists():
             files = [str(path) for path in SOURCES]
             write_file(built, lambda path: _run(*compiler, *FLAGS, "-x", "c++", *files, "-o", str(path)))
         loaded = ctypes.CDLL(str(built))
     except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
-        raise NoCompiler(f"{error} (XDG_CACHE_HOME names another folder)") from error
+        raise NoCompiler(f"{error} (DIGIT_CACHE names another folder)") from error
     integer, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     loaded.digit_room.restype = integer
     for name, arguments in {
@@ -78,12 +78,6 @@ def available() -> ctypes.CDLL | None:
         return library()
     except NoCompiler:
         return None
-
-
-def _folder() -> Path:
-    """Where the user's programs keep what they can make again."""
-    given = os.environ.get("XDG_CACHE_HOME")
-    return Path(given or Path("~/.cache").expanduser()) / "digit"
 
 
 def _run(*command: str) -> bytes:

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from digit.core.batching import PROBE, Batcher
+from digit.core.environment import hardware
 from digit.core.errors import DigitError
 from digit.core.grids import picture_grid
 from digit.core.images import save_png, to_pil
 from digit.core.progress import bar
-from digit.evaluation.result import hardware
 from digit.models.token_model import TokenModel
 from digit.pipeline.pipeline import DigitPipeline, Tokens
 from digit.pipeline.runfolder import RunFolder, weights_digest, write_arrays

@@ -26,10 +26,10 @@ import yaml
 from torch import Tensor
 
 from digit.core.config import to_dict
+from digit.core.environment import hardware
 from digit.core.errors import DigitError
 from digit.core.files import write_bytes
 from digit.core.progress import bar
-from digit.evaluation.result import hardware
 from digit.training import checkpoint
 from digit.training.checkpoint import Checkpoint
 from digit.training.config import TrainingConfig
