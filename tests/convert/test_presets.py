@@ -5,7 +5,7 @@ import torch
 
 from digit.core.config import from_dict, load_preset, preset_names
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.training.auxiliary import Extras
+from digit.training.auxiliary import Auxiliary
 from digit.training.config import TrainingConfig
 from digit.training.tasks.tokens import TokenData
 
@@ -39,7 +39,7 @@ def dropped_rows(model: TokenModel) -> int:
 def test_every_section_is_valid(name):
     preset = load_preset(name)
     assert set(preset) == {"component", "model", "data", "objective", "training"}
-    assert from_dict(Extras, preset["objective"], name) == Extras()
+    assert from_dict(Auxiliary, preset["objective"], name) == Auxiliary()
     from_dict(TokenModelConfig, preset["model"], name)
     from_dict(TrainingConfig, preset["training"], name)
     from_dict(TokenData, preset["data"], name)

@@ -1,4 +1,3 @@
-import math
 import signal
 from pathlib import Path
 
@@ -14,23 +13,18 @@ from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
 from digit.models.component import load_component
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.training.auxiliary import Extras, ExtrasLoss, load_centroids, neighbours, plain, set_embeddings
+from digit.training.auxiliary import Auxiliary, known_fields, load_centroids, neighbours, set_embeddings
 from digit.training.build import build_task
 from digit.training.logs import read_metrics
 from digit.training.loop import Interrupted, train
 from digit.training.task import Step, Stream
+from digit.training.tasks.tokens import TokenLoss
 
 CENTROIDS = torch.randn(tiny.CLUSTERS, 6, generator=torch.Generator().manual_seed(5))
 EVERYTHING = {
-    "prior": {
-        "token_noise": 1.0,
-        "alignment": 1.0,
-        "soft_targets": 0.1,
-        "random_order": 1.0,
-        "centroid_embeddings": True,
-    },
-    "masked": {"token_noise": 1.0, "soft_targets": 0.1, "prefix_noise": 0.3, "centroid_embeddings": True},
-    "ar": {"alignment": 0.5, "prefix_noise": 0.3, "prefix_neighbours": 4, "random_order": 0.5},
+    "prior": {"token_noise": 1.0, "centroid_embeddings": True},
+    "masked": {"token_noise": 1.0, "prefix_noise": 0.3, "centroid_embeddings": True},
+    "ar": {"prefix_noise": 0.3, "prefix_neighbours": 4},
 }
 
 
@@ -42,11 +36,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def some_tokens(count: int = 4, vocab: int = tiny.CLUSTERS) -> Tensor:
     return torch.randint(vocab, (count, tiny.TOKENS), generator=torch.Generator().manual_seed(1))
-
-
-def on(model: TokenModel, centroids: Tensor = CENTROIDS, **fields: object) -> ExtrasLoss:
-    torch.manual_seed(2)
-    return ExtrasLoss(model, Extras(codebook="given", **fields), centroids).train()
 
 
 def build(cache: TokenCache, folder: Path, preset: str, extras: dict, *more: str):
@@ -83,7 +72,7 @@ def test_with_nothing_drawn_the_loss_is_the_models(token_cache: TokenCache) -> N
         prefix = None if role == "prior" else some_tokens()
         mask = None if role == "prior" else tokens % 3 == 0
         expected, metrics = model.loss(tokens, labels, prefix, mask, 0.01)
-        found, same = ExtrasLoss(model, Extras(), None, z_loss=0.01).train()(tokens, labels, prefix, mask)
+        found, same = TokenLoss(model, 0.01).train()(tokens, labels, prefix, mask, inputs=tokens)
         assert torch.allclose(found, expected, rtol=1e-5)
         assert torch.allclose(same["nll"], metrics["nll"], rtol=1e-5)
 
@@ -94,7 +83,7 @@ def test_with_nothing_drawn_the_loss_is_the_models(token_cache: TokenCache) -> N
 
 @pytest.mark.parametrize("progress", [0.0, 0.375, 0.75, 0.99])
 def test_token_noise_is_uniform_and_ends_at_three_quarters(progress: float) -> None:
-    extras, tokens = Extras(token_noise=1.0), torch.full((3000, 16), 3)
+    extras, tokens = Auxiliary(token_noise=1.0), torch.full((3000, 16), 3)
     batch = {"tokens": tokens, **extras.draw({"tokens": tokens}, 20, torch.Generator().manual_seed(0))}
     shown = extras.disturb(batch, progress, None)["inputs"]
     changed = shown != tokens
@@ -109,49 +98,16 @@ def test_token_noise_is_uniform_and_ends_at_three_quarters(progress: float) -> N
 def test_noise_is_shown_and_the_truth_is_predicted() -> None:
     model = tiny.token_model()
     tokens, noisy = some_tokens(), some_tokens().flip(0)
-    found, _ = on(model, token_noise=1.0)(tokens, inputs=noisy)
+    found, _ = TokenLoss(model)(tokens, inputs=noisy)
     expected = F.cross_entropy(model(noisy[:, :-1]).flatten(0, 1), tokens.flatten())
     assert torch.allclose(found, expected, rtol=1e-5)
 
 
-def test_alignment_is_the_cosine_to_this_tokens_centroid_and_to_the_nexts() -> None:
-    model = tiny.token_model(transformer={**tiny.TRANSFORMER, "depth": 4})
-    tokens = some_tokens()
-    loss = on(model, alignment=0.7)
-    found, metrics = loss(tokens)
-    states = model.states(tokens[:, :-1])  # the embedding, then the blocks
-    first, third = loss.aligners[0](states[1]), loss.aligners[1](states[3])
-    this = [1 - F.cosine_similarity(first[:, i + 1], CENTROIDS[tokens[:, i]]) for i in range(tiny.TOKENS - 1)]
-    following = [1 - F.cosine_similarity(third[:, i], CENTROIDS[tokens[:, i]]) for i in range(tiny.TOKENS)]
-    both = torch.stack(this).mean() + torch.stack(following).mean()
-    assert torch.allclose(found, model.loss(tokens)[0] + 0.7 * both, rtol=1e-5)
-    assert float(metrics["alignment"]) == pytest.approx(both.item() / 2, rel=1e-5)
-    assert not [name for name in model.state_dict() if "align" in name]
-
-
-def test_soft_targets_are_a_cross_entropy_with_neighbours() -> None:
-    model = tiny.token_model(label_smoothing=0.1)
-    tokens = some_tokens()
-    found, metrics = on(model, soft_targets=0.2)(tokens)
-    squared = torch.cdist(CENTROIDS, CENTROIDS).square()
-    squared.fill_diagonal_(torch.inf)
-    near = torch.softmax(-squared / squared.min(1).values.mean(), 1)  # (K, K), all eleven others
-    eye = torch.eye(tiny.CLUSTERS)
-    target = 0.1 / tiny.CLUSTERS + (0.9 - 0.2) * eye + 0.2 * near
-    assert torch.allclose(target.sum(1), torch.ones(tiny.CLUSTERS))
-    log_p = model(tokens[:, :-1]).log_softmax(-1)
-    assert torch.allclose(found, -(target[tokens] * log_p).sum(-1).mean(), rtol=1e-5)
-    assert float(metrics["nll"]) == pytest.approx(
-        F.cross_entropy(log_p.flatten(0, 1), tokens.flatten()).item(), rel=1e-5
-    )
-
-
 def test_prefix_noise_takes_neighbours_of_some_images_and_half_as_many_at_last() -> None:
-    extras = Extras(prefix_noise=0.25, prefix_tokens=0.5, prefix_neighbours=6, codebook="given")
-    near, squared = neighbours(CENTROIDS, 6)
+    extras = Auxiliary(prefix_noise=0.25, prefix_tokens=0.5, prefix_neighbours=6, codebook="given")
+    near = neighbours(CENTROIDS, 6)
     by_hand = torch.cdist(CENTROIDS, CENTROIDS).argsort(1)[:, 1:7]
     assert torch.equal(near, by_hand)
-    assert torch.allclose(squared[:, 0], (CENTROIDS - CENTROIDS[by_hand[:, 0]]).square().sum(1), rtol=1e-5)
     prefix = some_tokens(2000)
     batch = {"tokens": prefix, "prefix": prefix}
     batch |= extras.draw(batch, 20, torch.Generator().manual_seed(0))
@@ -163,57 +119,6 @@ def test_prefix_noise_takes_neighbours_of_some_images_and_half_as_many_at_last()
         assert float(changed[touched].float().mean()) == pytest.approx(0.5, abs=0.02)
         rank = (near[prefix] == shown[..., None]).float().argmax(-1)[changed]
         assert torch.equal(rank.unique(), torch.arange(count))
-
-
-def test_in_random_order_a_place_sees_what_came_before_it_only() -> None:
-    model = tiny.token_model()
-    loss = on(model, random_order=1.0)
-    nn.init.normal_(model.position_embedding.parametrizations.weight[0].table)
-    tokens, order = some_tokens(2), torch.stack([torch.randperm(tiny.TOKENS) for _ in range(2)])
-
-    def logits(given: Tensor) -> Tensor:
-        return model.head(model.transformer(loss._embed(given, None, None, None, order)))
-
-    other = tokens.scatter(1, order[:, 9:], (tokens.gather(1, order[:, 9:]) + 1) % tiny.CLUSTERS)
-    same, changed = logits(tokens)[:, :10], logits(other)[:, :10]
-    assert torch.allclose(same, changed, atol=1e-5)
-    assert not torch.allclose(logits(tokens)[:, 10:], logits(other)[:, 10:], atol=1e-2)
-
-
-def test_random_order_knows_its_target_and_exports_to_raster_order() -> None:
-    """Images that are all the same: a place that knows which token is asked for needs no other; one that does not, must
-    guess."""
-    image = torch.arange(tiny.TOKENS).remainder(tiny.CLUSTERS).expand(16, -1)
-    model = tiny.token_model()
-    loss = on(model, random_order=1.0)
-    optimizer = torch.optim.AdamW(loss.parameters(), 1e-2)
-    for _ in range(80):
-        order = torch.rand(image.shape).argsort(1)
-        value, _ = loss(image, order=order)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    with torch.no_grad():
-        first = model.head(model.transformer(loss._embed(image, None, None, None, order)))[:, 0]
-        # nothing is known at the first place but the target's position
-        assert float(F.cross_entropy(first, image.gather(1, order)[:, 0])) < 0.2 < math.log(tiny.CLUSTERS)
-        exported = plain(model)
-        assert exported.state_dict().keys() == tiny.token_model().state_dict().keys()
-        raster = loss(image, order=torch.arange(tiny.TOKENS).expand(16, -1))[0]
-        assert torch.allclose(exported.loss(image)[0], raster, atol=1e-5)
-        assert torch.allclose(loss.eval()(image)[0], raster, atol=1e-5)
-    assert exported is not model
-    assert plain(exported) is exported
-
-
-def test_random_order_gives_way_to_raster_order() -> None:
-    extras, tokens = Extras(random_order=0.8), some_tokens(1000)
-    batch = {"tokens": tokens, **extras.draw({"tokens": tokens}, 20, torch.Generator().manual_seed(0))}
-    for progress, share in ((0.0, 0.8), (0.5, 0.8), (0.625, 0.4), (0.75, 0.0), (0.9, 0.0)):
-        order = extras.disturb(batch, progress, None)["order"]
-        assert torch.equal(order.sort(1).values, torch.arange(tiny.TOKENS).expand(1000, -1))
-        shuffled = (order != torch.arange(tiny.TOKENS)).any(1)
-        assert float(shuffled.float().mean()) == pytest.approx(share, abs=0.05)
 
 
 def test_centroids_as_embeddings_keep_their_geometry() -> None:
@@ -233,11 +138,14 @@ def test_centroids_as_embeddings_keep_their_geometry() -> None:
 @pytest.mark.parametrize(
     ("preset", "extras", "words"),
     [
-        ("cifar10-tiny-masked", {"alignment": 1}, "alignment is for models that predict the next token"),
-        ("cifar10-tiny-masked", {"random_order": 1}, "role 'masked' has no order"),
+        ("cifar10-tiny-prior", {"alignment": 1}, "has alignment = 1; this loss was removed"),
         ("cifar10-tiny-prior", {"prefix_noise": 0.1}, "no semantic prefix to disturb"),
-        ("cifar10-tiny-prior", {"soft_targets": 0.5, "codebook": "null"}, "soft_targets needs 'codebook'"),
-        ("cifar10-tiny-prior", {"soft_target": 0.5}, "did you mean 'soft_targets'"),
+        (
+            "cifar10-tiny-prior",
+            {"centroid_embeddings": True, "codebook": "null"},
+            "centroid_embeddings needs 'codebook'",
+        ),
+        ("cifar10-tiny-prior", {"token_nois": 0.5}, "did you mean 'token_noise'"),
         ("cifar10-tiny-prior", {"token_noise": 2}, "'token_noise' = 2"),
     ],
 )
@@ -320,10 +228,12 @@ def test_a_run_with_all_of_it_learns_resumes_and_exports_a_plain_model(
     untrained, _ = build(token_cache, model_folder, preset, EVERYTHING[role], *length)
     untrained.modules.eval()
     assert lines[-1]["validation/nll"] < 0.9 * untrained.validate()["nll"]
-    if role == "prior":
-        aligned = [line["alignment"] for line in lines if "alignment" in line]
-        assert sum(aligned[-5:]) < 0.8 * sum(aligned[:5])
 
 
 def test_description_names_what_is_on_and_not_where_it_lies() -> None:
-    assert from_dict(Extras, {"soft_targets": 0.1, "codebook": "somewhere"}, "test").chosen == {"soft_targets": 0.1}
+    assert from_dict(Auxiliary, {"token_noise": 0.1, "codebook": "somewhere"}, "test").chosen == {"token_noise": 0.1}
+
+
+def test_removed_losses_that_are_off_are_left_out_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="'alignment' was removed"):
+        assert known_fields({"alignment": 0.0, "token_noise": 0.5}, "test") == {"token_noise": 0.5}

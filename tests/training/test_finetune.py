@@ -13,12 +13,11 @@ from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache, open_token_cache
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
-from digit.training.auxiliary import plain
 from digit.training.build import build_task
 from digit.training.finetune import FineTune, add_lora, check_vocabulary
 from digit.training.logs import read_metrics
 from digit.training.loop import train
-from digit.training.tasks.tokens import TokenData, TokenTask
+from digit.training.tasks.tokens import TokenData, TokenTask, merged
 
 SMALL = ["model.transformer.dim=32", "model.transformer.depth=2", "training.batch_size=16", "training.log_every=1"]
 
@@ -152,7 +151,7 @@ def test_merged_low_rank_changes_give_the_same_outputs() -> None:
             torch.nn.init.normal_(parameter, std=0.1)
     changed = model(tokens)
     assert not torch.allclose(changed, before, atol=1e-2)
-    assert torch.allclose(plain(model)(tokens), changed, atol=1e-5)
+    assert torch.allclose(merged(model)(tokens), changed, atol=1e-5)
     # the trained model is untouched by its export
     assert torch.equal(model(tokens), changed)
     trained = {

@@ -11,15 +11,17 @@ from torch import Tensor
 
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
-from digit.data.token_cache import TokenCache, open_token_cache
+from digit.data.token_cache import open_token_cache
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
-from digit.training.auxiliary import Extras, load_centroids, set_embeddings
+from digit.training.auxiliary import Auxiliary, known_fields, load_centroids, neighbours, set_embeddings
 from digit.training.config import TrainingConfig
 from digit.training.engine import seed_everything
 from digit.training.finetune import FineTune, start_model
 from digit.training.task import Task
+from digit.training.tasks import encoder, feedforward_build
+from digit.training.tasks import vqgan as vqgan_task
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 
 _SECTIONS = {"component", "model", "objective", "data", "training"}
@@ -55,11 +57,11 @@ def build_task(
     Args:
         component: "encoder", "vqgan", "prior" or "decoder".
         preset: its sections; see :func:`digit.core.config.load_preset`.
-        data: a dataset for an encoder, a VQGAN or a one-pass decoder, a token cache for a prior or another decoder.
+        data: a dataset for an encoder, a VQGAN or a feed-forward decoder, a token cache for a prior or another decoder.
         where: the preset's name, for messages.
-        vqgan: shows the samples of a token model as pictures.
+        vqgan: shows the samples of a token model as images.
         start: the saved part to begin with, instead of random weights.
-        parts: a model, whose encoder, codebook and VQGAN a one-pass decoder is trained with.
+        parts: a model, whose encoder, codebook and VQGAN a feed-forward decoder is trained with.
 
     Raises:
         DigitError: the preset is another component's, or a section is wrong.
@@ -71,60 +73,52 @@ def build_task(
         )
     config = training_config(preset, where)
     seed_everything(config.seed)
-    if component == "decoder" and preset["model"].get("role") == "onepass":
-        from digit.training.tasks import feedforward_build
-
-        return feedforward_build.build(preset, data, where, parts, start), config
-    if component in ("prior", "decoder"):
-        return _tokens(component, preset, data, where, config, vqgan, start), config
+    task: Any
     if component == "encoder":
-        from digit.training.tasks import encoder
+        task = encoder.build(preset, data, where, start)
+    elif component == "vqgan":
+        task = vqgan_task.build(preset, data, where, start)
+    elif preset["model"].get("role") == "onepass":
+        task = feedforward_build.build(preset, data, where, parts, start)
+    else:
+        task = _token_task(component, preset, data, where, config.z_loss, vqgan, start)
+    return task, config
 
-        return encoder.build(preset, data, where, start), config
-    from digit.training.tasks import vqgan as autoencoder
 
-    return autoencoder.build(preset, data, where, start), config
-
-
-def _tokens(
+def _token_task(
     component: str,
     preset: Mapping[str, Any],
     folder: str | Path,
     where: str,
-    config: TrainingConfig,
+    z_loss: float,
     vqgan: VQGAN | None,
     start: FineTune | None,
-) -> Task:
+) -> TokenTask:
     cache = open_token_cache(folder)
     if os.environ.get("RANK", "0") == "0":
         cache.verify()  # seconds a gigabyte, once; a flipped bit would be learnt without a word
     data = from_dict(TokenData, preset.get("data") or {}, f"{where}, data")
-    extras = from_dict(Extras, preset.get("objective") or {}, f"{where}, objective")
+    objective = f"{where}, objective"
+    auxiliary = from_dict(Auxiliary, known_fields(preset.get("objective") or {}, objective), objective)
     origin: dict[str, Any] = {}
     if start is None:
         model = TokenModel(token_model_config(preset["model"], cache, data, f"{where}, model"))
     else:
         model, origin = start_model(start, preset["model"], cache, data, f"{where}, model")
-    if not extras.chosen:
-        return TokenTask(model, cache, data, component, config.z_loss, vqgan, start=origin)
-    extras.check(model.config)
-    centroids = _centroids(extras, cache, data)
-    if extras.centroid_embeddings:
-        if start is not None:
-            raise DigitError(
-                "objective.centroid_embeddings is for new models; one that starts from another has its own vectors."
-            )
+    if auxiliary.prefix_noise and not model.config.prefix_length:
+        raise DigitError("objective.prefix_noise is for decoders; this model has no semantic prefix to disturb.")
+    if auxiliary.centroid_embeddings and start is not None:
+        raise DigitError(
+            "objective.centroid_embeddings is for new models; one that starts from another has its own vectors."
+        )
+    kinds = {data.target} if auxiliary.centroid_embeddings else set()
+    kinds |= {data.prefix} if data.prefix and (auxiliary.prefix_noise or auxiliary.centroid_embeddings) else set()
+    centroids = load_centroids(str(auxiliary.codebook), kinds, cache) if kinds else {}
+    if auxiliary.centroid_embeddings:
         set_embeddings(model.token_embedding, centroids[data.target])
         if model.prefix_embedding is not None:
             set_embeddings(model.prefix_embedding, centroids["semantic"])
-    return TokenTask(model, cache, data, component, config.z_loss, vqgan, extras, centroids, origin)
-
-
-def _centroids(extras: Extras, cache: TokenCache, data: TokenData) -> dict[str, Tensor]:
-    """Those that the extras need."""
-    kinds: set[str] = set()
-    if extras.alignment or extras.soft_targets or extras.centroid_embeddings:
-        kinds.add(data.target)
-    if data.prefix and (extras.prefix_noise or extras.centroid_embeddings):
-        kinds.add(data.prefix)
-    return load_centroids(str(extras.codebook), kinds, cache) if kinds else {}
+    near: Tensor | None = None
+    if auxiliary.prefix_noise:
+        near = neighbours(centroids["semantic"], auxiliary.prefix_neighbours)
+    return TokenTask(model, cache, data, component, z_loss, vqgan, auxiliary, near, origin)

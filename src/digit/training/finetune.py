@@ -235,7 +235,7 @@ class LowRank(nn.Module):
 def add_lora(model: TokenModel, rank: int) -> None:
     """Freeze a model but for its classes, and give the matrices of its blocks changes of low rank that are trained.
 
-    :func:`digit.training.auxiliary.plain` merges them.
+    :func:`digit.training.tasks.tokens.merged` merges them.
     """
     model.requires_grad_(False)
     for name in _CLASSES:

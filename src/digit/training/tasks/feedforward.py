@@ -44,7 +44,7 @@ from digit.models.transformer import PositiveInt
 from digit.models.vqgan import VQGAN
 from digit.pipeline.tokenizer import SemanticTokenizer
 from digit.sampling.feedforward import noise
-from digit.training.auxiliary import Extras, neighbours
+from digit.training.auxiliary import Auxiliary, neighbours
 from digit.training.config import NonNegative
 from digit.training.losses.images import PictureLoss, PictureObjective
 from digit.training.task import Batch, Loss, Step, Stream
@@ -53,7 +53,7 @@ from digit.training.tasks.vqgan import VqganData
 from digit.training.views import Share
 
 _PICTURES = 8
-_CODEBOOK = "the model's"  # Extras wants to know that there is one
+_CODEBOOK = "the model's"  # Auxiliary wants to know that there is one
 
 
 @config
@@ -70,7 +70,7 @@ class OnePassObjective(PictureObjective):
         vq: for the head "vq", weight of the cross entropy of the VQ tokens; the pictures' losses reach the logits
             through the VQGAN's decoder.
         prefix_noise, prefix_tokens, prefix_neighbours: disturbed input tokens; see
-            :class:`~digit.training.auxiliary.Extras`.
+            :class:`~digit.training.auxiliary.Auxiliary`.
         centroid_embeddings: begin with the centroids as token vectors; see there.
         samples: with ``data.samples``, how many pictures of the prior's own tokens a step adds, as a share of the
             batch. They have no image to be like, so the discriminator alone judges them.
@@ -87,10 +87,10 @@ class OnePassObjective(PictureObjective):
     samples: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     @property
-    def extras(self) -> Extras:
+    def auxiliary(self) -> Auxiliary:
         """What disturbs the tokens."""
         names = ("prefix_noise", "prefix_tokens", "prefix_neighbours")
-        return Extras(codebook=_CODEBOOK, **{name: getattr(self, name) for name in names})
+        return Auxiliary(codebook=_CODEBOOK, **{name: getattr(self, name) for name in names})
 
 
 @config
@@ -179,7 +179,7 @@ class OnePassTask:
             )
         self.near: Tensor | None = None
         if objective.prefix_noise:
-            self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours)[0]  # (K, m)
+            self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours)  # (K, m)
         self.train, self.examples, self.held_out, self.device = train, len(train), held_out, "cpu"
         self.description: Mapping[str, Any] = {
             "component": "decoder",
@@ -217,7 +217,7 @@ class OnePassTask:
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
         """Images as uint8, which of them are mirrored, and the random numbers that disturb their tokens."""
-        extras, length = self.objective.extras, self.model.config.prefix_length
+        auxiliary, length = self.objective.auxiliary, self.model.config.prefix_length
 
         def draw(count: int, generator: torch.Generator) -> Batch:
             empty = torch.zeros(count, length)
@@ -225,7 +225,7 @@ class OnePassTask:
             drawn["drop"] = torch.rand(count, generator=generator)
             if self.samples is not None:
                 drawn["sampled"] = self.samples[torch.randint(len(self.samples), (count,), generator=generator)]
-            return {**drawn, **extras.draw({"tokens": empty, "prefix": empty}, 0, generator)}
+            return {**drawn, **auxiliary.draw({"tokens": empty, "prefix": empty}, 0, generator)}
 
         for batch in image_batches(self.train, self.resolution, stream, draw):
             numbers = batch["index"].numpy()
@@ -242,7 +242,7 @@ class OnePassTask:
         """The loss of the pictures, then the discriminator's once it has begun."""
         images = mirrored(batch)
         truth = batch["tokens"] if "tokens" in batch else self._tokenize(images)
-        tokens = self.objective.extras.disturb({**batch, "prefix": truth}, step.progress, self.near).get(
+        tokens = self.objective.auxiliary.disturb({**batch, "prefix": truth}, step.progress, self.near).get(
             "prefix", truth
         )
         painted, noise, information, metrics = self._noise(images)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +24,7 @@ import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import DigitError
@@ -34,9 +36,9 @@ from digit.models.component import save_component
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN
 from digit.sampling.engine import sample
-from digit.training.auxiliary import Extras, ExtrasLoss, neighbours, plain
+from digit.training.auxiliary import Auxiliary
 from digit.training.health import Counts
-from digit.training.task import Batch, Loss, Step, Stream
+from digit.training.task import Batch, Loss, Step, Stream, Task
 
 _HELD_OUT_SEED = (
     20241031  # which images are held out never changes, or a resumed or repeated run would learn its own test
@@ -44,7 +46,7 @@ _HELD_OUT_SEED = (
 _MASK_SEED = 7  # of the masks that validation hides tokens with
 _VALIDATION_BATCH = 64
 _COUNTED = 50_000  # images whose tokens are counted for the baselines of validation
-_PICTURES = 16
+_SAMPLES = 16
 _INPUTS = ("tokens", "labels", "prefix", "mask")  # of a batch, for the network
 
 
@@ -111,25 +113,45 @@ class TokenLoss(nn.Module):
         self.model, self.z_loss = model, z_loss
 
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        prefix: Tensor | None = None,
+        mask: Tensor | None = None,
+        inputs: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TokenModel.loss`."""
-        return self.model.loss(tokens, labels, prefix, mask, self.z_loss if self.training else 0.0)
+        """See :meth:`TokenModel.loss`; ``inputs`` (B, n) are shown as earlier or visible tokens instead of the true."""
+        model, z_loss = self.model, self.z_loss if self.training else 0.0
+        if inputs is None:
+            return model.loss(tokens, labels, prefix, mask, z_loss)
+        if mask is None:
+            return model.score(model(inputs[:, :-1], labels, prefix).flatten(0, 1), tokens.flatten(), z_loss)
+        return model.score(model(inputs, labels, prefix, mask)[mask], tokens[mask], z_loss)
 
 
-class TokenTask:
-    """A token model learns the tokens of a cache. See :class:`digit.training.task.Task`.
+def merged(model: TokenModel) -> TokenModel:
+    """The model with its low-rank changes merged into the weights; a new one if it has any."""
+    if not any(parametrize.is_parametrized(module) for module in model.modules()):
+        return model
+    with torch.device("meta"):
+        found = TokenModel(model.config)
+    # a parametrized weight, read as an attribute, is the changed one
+    tensors = {name: attrgetter(name)(model).detach().clone() for name in found.state_dict()}
+    found.load_state_dict(tensors, assign=True)
+    return found.train(model.training)
+
+
+class TokenTask(Task):
+    """A token model learns the tokens of a cache.
 
     Args:
         model: what is trained.
-        cache: tokens of a dataset.
-        data: which of them.
+        cache, data: tokens of a dataset, and which of them.
         component: "prior" or "decoder", as the user calls it.
         z_loss: see :meth:`TokenModel.loss`.
-        vqgan: turns samples of VQ tokens into pictures for the log; without it they are shown as coloured cells.
-        extras: what is trained besides; see :mod:`digit.training.auxiliary`.
-        centroids: (K, D) of the kinds of tokens that ``extras`` need, as
-            :func:`~digit.training.auxiliary.load_centroids` gives them.
+        vqgan: turns samples of VQ tokens into images for the log; without it they are shown as coloured cells.
+        auxiliary: how inputs are disturbed.
+        near: (K, m) the nearest other semantic tokens of each, for ``auxiliary.prefix_noise``.
         start: for the run's description, from which weights it begins, if not from random ones.
     """
 
@@ -141,40 +163,30 @@ class TokenTask:
         component: str = "prior",
         z_loss: float = 0.0,
         vqgan: VQGAN | None = None,
-        extras: Extras | None = None,
-        centroids: Mapping[str, Tensor] | None = None,
+        auxiliary: Auxiliary | None = None,
+        near: Tensor | None = None,
         start: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.cache, self.data, self.vqgan = model, cache, data, vqgan
-        self.extras, known = extras or Extras(), centroids or {}
-        loss = ExtrasLoss(model, self.extras, known.get(data.target), z_loss) if extras else TokenLoss(model, z_loss)
-        self.modules = nn.ModuleDict({"model": loss})
-        near = neighbours(known["semantic"], self.extras.prefix_neighbours)[0] if self.extras.prefix_noise else None
-        self._near = near  # (K, m) of the semantic tokens
+        self.auxiliary, self._near = auxiliary or Auxiliary(), near
+        self.modules = nn.ModuleDict({"model": TokenLoss(model, z_loss)})
         shuffled = np.random.default_rng(_HELD_OUT_SEED).permutation(len(cache))
         held_out = min(data.held_out, len(cache) // 10)
         self._held_out, self._train = np.sort(shuffled[:held_out]), np.sort(shuffled[held_out:])
         self._views = _view_numbers(cache, data.views)
         self.examples = len(self._train)
-        self.description: Mapping[str, Any] = {
+        self.description = {
             "component": component,
             "model": to_dict(model.config),
             "data": {**to_dict(data), "cache": cache.fingerprint},
         }
-        # named only where there is something to name, so that a plain run is the same as ever
-        more = {"objective": self.extras.chosen, "start": dict(start or {})}
+        # named only where there is something to name, so that a run without them is the same as ever
+        more = {"objective": self.auxiliary.chosen, "start": dict(start or {})}
         self.description = {**self.description, **{name: value for name, value in more.items() if value}}
-
-    # -- the protocol
-    # --------------------------------------------------------------------------------------------------------
-
-    def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
-        """All parameters that learn, in one group: the paper decays norms and biases too."""
-        return {"model": [{"params": [p for p in self.modules.parameters() if p.requires_grad]}]}
 
     def to_device(self, device: str) -> None:
         """Move the model, and the VQGAN that shows its samples."""
-        self.modules.to(device)
+        super().to_device(device)
         self._near = None if self._near is None else self._near.to(device)
         if self.vqgan is not None:
             self.vqgan.to(device)
@@ -194,17 +206,14 @@ class TokenTask:
             yield {name: tensor[stream.rows] for name, tensor in self._batch(images, views, generator).items()}
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
-        """Cross entropy of the next tokens, or of the masked ones, and what the extras add."""
-        shown = self.extras.disturb(batch, step.progress, self._near)
+        """Cross entropy of the next tokens, or of the masked ones, with what the objective disturbs."""
+        shown = self.auxiliary.disturb(batch, step.progress, self._near)
         value, metrics = self.modules["model"](**{name: batch.get(name) for name in _INPUTS} | shown)
         if "mask" in batch:
             # the mean is over the masked places of the global batch, of which this part may hold more or less than its
             # share
             value = value * (batch["mask"].sum() / batch["expected"].sum())
         yield Loss("model", value, metrics)
-
-    def after_step(self, step: Step) -> None:
-        """Nothing to do."""
 
     def validate(self) -> dict[str, float]:
         """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of counting tokens and
@@ -232,16 +241,16 @@ class TokenTask:
             **self._baselines,
         }
 
-    def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002 - the picture does not depend on it
+    def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002 - the image does not depend on it
         """Sixteen samples of seed 0: the classes in turn; for a decoder, from the semantic tokens of held-out
         images.
         """
-        numbers, c = range(_PICTURES), self.model.config
+        numbers, c = range(_SAMPLES), self.model.config
         labels = torch.tensor([i % c.num_classes for i in numbers]) if c.num_classes else None
         prefix = None
         if self.data.prefix:
             source = self._held_out if len(self._held_out) else self._train
-            prefix = self.cache.tokens(self.data.prefix, np.resize(source, _PICTURES), int(self._views[0]))
+            prefix = self.cache.tokens(self.data.prefix, np.resize(source, _SAMPLES), int(self._views[0]))
         tokens = sample(self.model, numbers, labels=labels, prefix=prefix)  # (16, n)
         if self.data.target == "vq" and self.vqgan is not None:
             return picture_grid([to_pil(image) for image in self.vqgan.decode(tokens).clamp(0, 1)])
@@ -255,10 +264,9 @@ class TokenTask:
             "class_names": self.cache.classes if self.data.labels else [],
             "source": self.cache.info["source"],
         }
-        save_component(folder, plain(self.model), self.model.config, {**provenance, **more})
+        save_component(folder, merged(self.model), self.model.config, {**provenance, **more})
 
     # -- batches
-    # -------------------------------------------------------------------------------------------------------------
 
     def _batch(self, images: np.ndarray, views: np.ndarray, generator: torch.Generator, training: bool = True) -> Batch:
         batch = {"index": torch.from_numpy(images), "tokens": self.cache.tokens(self.data.target, images, views)}
@@ -271,7 +279,7 @@ class TokenTask:
             batch["mask"] = random_masks(len(images), self.model.config.length, generator)
             batch["expected"] = batch["mask"].sum(1).float().mean().expand(len(images))  # (B,) masked places an image
         if training:
-            batch |= self.extras.draw(batch, self.model.config.vocab_size, generator)
+            batch |= self.auxiliary.draw(batch, self.model.config.vocab_size, generator)
         return batch
 
     @cached_property
