@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from digit.core.devices import bf16_is_fast
 from digit.core.errors import DigitError
@@ -58,7 +60,7 @@ def versions() -> Iterator[Finding]:
     yield Finding(
         "digit", "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     )
-    if older(torch.__version__, "2.6"):
+    if Version(torch.__version__) < Version("2.6"):
         yield Finding("torch", "broken", torch.__version__, "digit needs 2.6 or newer: pip install -U torch")
     else:
         build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
@@ -142,28 +144,29 @@ def packages(requirements: Iterable[str] | None = None) -> Iterator[Finding]:
     Args:
         requirements: lines as in a package's metadata; by default this package's own.
     """
-    extras: dict[str, list[tuple[str, str]]] = {}
+    extras: dict[str, list[Requirement]] = {}
     for line in metadata.requires("digit-ar") or [] if requirements is None else requirements:
-        match = re.match(r"""([\w.-]+)(?:\[[^]]*\])?(?:>=([\w.]+))?.*extra\s*==\s*['"]([\w-]+)['"]""", line)
-        if match and match[3] not in ("dev", "docs", "all"):
-            extras.setdefault(match[3], []).append((match[1], match[2] or ""))
-    for extra, wanted in extras.items():
-        yield _extra(extra, wanted)
+        wanted = Requirement(line)
+        extra = re.search(r"""extra == ['"]([\w-]+)['"]""", str(wanted.marker or ""))
+        if extra and extra[1] not in ("dev", "docs", "all"):
+            extras.setdefault(extra[1], []).append(wanted)
+    for name, packages_of_extra in extras.items():
+        yield _extra(name, packages_of_extra)
     yield from _torchvision()
 
 
-def _extra(extra: str, wanted: Iterable[tuple[str, str]]) -> Finding:
+def _extra(extra: str, wanted: Iterable[Requirement]) -> Finding:
     there, missing = [], []
-    for name, least in wanted:
+    for one in wanted:
         try:
-            version = metadata.version(name)
+            version = metadata.version(one.name)
         except metadata.PackageNotFoundError:
-            missing.append(name)
+            missing.append(one.name)
             continue
-        if least and older(version, least):
-            missing.append(f"{name} {least} or newer ({version} is installed)")
+        if one.specifier.contains(version, prereleases=True):
+            there.append(f"{one.name} {version}")
         else:
-            there.append(f"{name} {version}")
+            missing.append(f"{one.name} {one.specifier} ({version} is installed)")
     if not missing:
         return Finding(f"[{extra}]", "ok", ", ".join(there))
     what = f"missing: {', '.join(missing)}" + (f"; there: {', '.join(there)}" if there else "")
@@ -192,16 +195,6 @@ def _torchvision() -> Iterator[Finding]:
     except Exception as error:
         what = f"{version} does not fit torch {torch.__version__}: {str(error).splitlines()[0]}"
         yield Finding("torchvision", "broken", what, "install both from one place: pip install -U torch torchvision")
-
-
-def older(version: str, least: str) -> bool:
-    """Whether a version comes before another, by their leading numbers."""
-
-    def numbers(text: str) -> list[int]:
-        release = re.match(r"[\d.]*", text)
-        return [int(part) for part in (release[0] if release else "").split(".") if part]
-
-    return numbers(version) < numbers(least)
 
 
 # -- places ------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from digit.core.errors import DigitError
 from digit.core.files import write_file
@@ -29,17 +29,6 @@ EXTENSIONS = frozenset(
 )
 """File name endings that are taken for pictures when a folder or an archive is opened without looking inside each
 file."""
-
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Decoded(NamedTuple):
@@ -117,13 +106,13 @@ def _frames(image: Image.Image) -> list[str]:
 
 def _turn_upright(image: Image.Image, notes: list[str]) -> Image.Image:
     try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # a broken EXIF block does not spoil the picture
-        turn = None
-    if turn is None:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
+        upright = ImageOps.exif_transpose(image)
+    except Exception:  # a broken EXIF block does not spoil the image
         return image
-    notes.append("EXIF rotation")
-    return image.transpose(turn)
+    if turned:
+        notes.append("EXIF rotation")
+    return upright
 
 
 def _to_rgb(image: Image.Image, notes: list[str], name: object) -> Image.Image:
