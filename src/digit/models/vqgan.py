@@ -6,7 +6,7 @@ attention, images in 0..1. Small configs of the same network serve small images.
 Sources: [0] Esser et al. 2021, arXiv 2012.09841. [1] Li et al. 2023, arXiv 2211.09117 (MAGE), whose weights fix the
     details:
 average pooling down, nearest-neighbour up, bias-free convolutions in the residual blocks, and a shortcut over the
-*hidden* features where the width changes.
+*hidden* features where the width changes. [2] Yu et al. 2022, arXiv 2110.04627 (ViT-VQGAN), section 3.2.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class VQGANConfig:
         blocks: residual blocks a level.
         codes: entries V of the codebook.
         code_dim: their width.
+        normalize_codes: latents and codes are unit vectors, so the nearest code is the one of the largest cosine [2].
         groups: of the group norms; must divide every width.
         shortcut: where a block changes width, what its 1x1 shortcut reads: "hidden" (as MAGE's weights need) or "input"
             (the usual).
@@ -49,6 +50,7 @@ class VQGANConfig:
     blocks: PositiveInt = 2
     codes: PositiveInt = 1024
     code_dim: PositiveInt = 256
+    normalize_codes: bool = False
     groups: PositiveInt = 32
     shortcut: Literal["hidden", "input"] = "input"
 
@@ -180,7 +182,8 @@ class VQGAN(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.codebook = nn.Parameter(torch.randn(config.codes, config.code_dim))
+        codes = torch.randn(config.codes, config.code_dim)
+        self.codebook = nn.Parameter(F.normalize(codes, dim=-1) if config.normalize_codes else codes)
 
     @property
     def num_tokens(self) -> int:
@@ -197,7 +200,7 @@ class VQGAN(nn.Module):
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise DigitError(f"The VQGAN takes images (B, 3, {size}, {size}); {tuple(images.shape)} was given.")
         latents: Tensor = self.encoder(images).flatten(2).transpose(1, 2)  # (B, M, code_dim)
-        return latents
+        return F.normalize(latents, dim=-1) if self.config.normalize_codes else latents
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in 0..1 to VQ tokens (B, M) int64: the nearest code, the lowest id on ties."""

@@ -1,9 +1,7 @@
 """What makes a picture like another: pixels, a perceptual distance, and a patch discriminator. The VQGAN and the
 one-pass decoder are trained with it.
 
-Source: Esser et al. 2021, arXiv 2012.09841, section 3.1. Unlike there, the discriminator's weight is a fixed number
-    that is ramped
-up, not a ratio of gradients.
+Source: Esser et al. 2021, arXiv 2012.09841, section 3.1.
 """
 
 from __future__ import annotations
@@ -16,14 +14,23 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import PositiveInt, Probability, config
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.models.transformer import PositiveInt
 from digit.training.config import NonNegative, Positive
-from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
+from digit.training.losses.adversarial import (
+    Augmentation,
+    augment,
+    discriminator_hinge,
+    generator_hinge,
+    gradient_ratio,
+    lecam,
+    ramp,
+)
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
 from digit.training.task import Batch, Loss, Step
 from digit.training.views import Share
+
+_LECAM_SPEED = 0.01  # of the averages of logits
 
 
 @config
@@ -37,9 +44,15 @@ class PictureObjective:
         perceptual_encoder: that encoder: a folder or a hub id.
         perceptual_weight: of the perceptual distance.
         gan_weight: of the discriminator's judgement; 0 trains without one.
-        gan_start, gan_warmup: shares of the run after which the discriminator begins and over which its weight grows.
+        gan_start, gan_alone, gan_warmup: shares of the run: when the discriminator begins, how long it learns before the
+            generator feels it, and over which its weight then grows.
+        gan_adaptive: multiply its weight by the ratio of the other losses' gradient and its own, at the generator's last
+            layer, but by this number at most; 0 leaves the weight alone.
         discriminator: its shape.
         discriminator_lr: its learning rate, as a factor of the run's.
+        discriminator_betas: of its AdamW; None takes the run's.
+        augment: how images and pictures are changed before the discriminator sees them; see
+            :func:`~digit.training.losses.adversarial.augment`.
         discriminator_steps: how often it learns from each batch; it is cheap beside the generator, which otherwise
             outruns it.
         flip: chance of mirroring a picture left to right.
@@ -56,10 +69,14 @@ class PictureObjective:
     perceptual_weight: NonNegative = 1.0
     gan_weight: NonNegative = 0.0
     gan_start: Share = 0.3
+    gan_alone: Share = 0.0
     gan_warmup: Share = 0.1
+    gan_adaptive: NonNegative = 0.0
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     discriminator_lr: Positive = 1.0
+    discriminator_betas: tuple[Probability, Probability] | None = None
     discriminator_steps: PositiveInt = 1
+    augment: tuple[Augmentation, ...] = ()
     flip: Share = 0.5
     shift: Annotated[int, Field(ge=0)] = 0
 
@@ -92,20 +109,22 @@ class PictureLoss:
         discriminator: to be trained beside the generator, as an entry of the task's ``modules``; None without one.
     """
 
-    def __init__(self, objective: PictureObjective, resolution: int) -> None:
-        """Load what compares pictures of ``resolution`` pixels.
+    def __init__(self, objective: PictureObjective, resolution: int, last: Tensor | None = None) -> None:
+        """Load what compares pictures of ``resolution`` pixels. ``last`` is the weight of the generator's last layer, where
+        ``gan_adaptive`` compares gradients; without it they are compared at the pictures.
 
         Raises:
             DigitError: the perceptual network is missing or does not fit.
         """
-        self.objective = objective
+        self.objective, self.last = objective, last
         self.lpips = LpipsDistance() if objective.perceptual == "lpips" else None
         self.view: EncoderView | None = None
         if objective.perceptual_encoder is not None:
             self.view = EncoderView.from_pretrained(objective.perceptual_encoder, resolution)
         self.discriminator: Discriminator | None = None
         if objective.gan_weight:
-            self.discriminator = Discriminator(objective.discriminator, self.view.dims if self.view else ())
+            seen = self.view.dims if self.view and objective.discriminator.feature_channels else ()
+            self.discriminator = Discriminator(objective.discriminator, seen)
 
     def to(self, device: str) -> None:
         """Move the frozen networks."""
@@ -117,8 +136,13 @@ class PictureLoss:
         """The discriminator's parameter group, if there is one; see :class:`digit.training.task.Task`."""
         if self.discriminator is None:
             return {}
-        judge = list(self.discriminator.parameters())
-        return {"discriminator": [{"params": judge, "lr_scale": self.objective.discriminator_lr}]}
+        group: dict[str, Any] = {
+            "params": list(self.discriminator.parameters()),
+            "lr_scale": self.objective.discriminator_lr,
+        }
+        if self.objective.discriminator_betas is not None:
+            group["betas"] = self.objective.discriminator_betas
+        return {"discriminator": [group]}
 
     def see(self, images: Tensor) -> list[Tensor]:
         """The layers of features (B, C, h, w) of images (B, 3, S, S); none without a perceptual encoder."""
@@ -166,27 +190,51 @@ class PictureLoss:
         if judge is None:
             yield Loss("model", loss, metrics)
             return
-        judgement, more = self.judgement(judge, rebuilt, seen, step)
-        yield Loss("model", loss + judgement, {**metrics, **more})
-        both = torch.cat([images, rebuilt.detach()])  # (B + B', 3, S, S)
-        layers = [torch.cat([w, s.detach()]) for w, s in zip(wanted, seen, strict=True)]
-        for _ in range(self.objective.discriminator_steps):
-            yield self.discrimination(judge, both, layers, len(images))
+        objective = self.objective
+        shown, layers = self._shown(rebuilt, seen)
+        adversarial = generator_hinge(judge(shown, layers))
+        metrics = {**metrics, "judgement": adversarial.detach()}
+        weight = ramp(step.progress, objective.gan_start + objective.gan_alone, objective.gan_warmup)
+        weight = objective.gan_weight * weight
+        if objective.gan_adaptive and weight:
+            at = rebuilt if self.last is None else self.last
+            ratio = gradient_ratio(loss, adversarial, at, objective.gan_adaptive)
+            weight, metrics = weight * ratio, {**metrics, "gan_ratio": ratio}
+        yield Loss("model", loss + weight * adversarial, metrics)
+        for _ in range(objective.discriminator_steps):
+            with torch.no_grad():
+                true, false = self._shown(images, wanted), self._shown(rebuilt.detach(), seen)
+                both = torch.cat([true[0], false[0]])  # (B + B', 3, S, S)
+                layers = [torch.cat([w, s]).detach() for w, s in zip(true[1], false[1], strict=True)]
+            yield self._discrimination(judge, both, layers, len(images))
 
-    def judgement(
-        self, discriminator: nn.Module, rebuilt: Tensor, seen: Sequence[Tensor], step: Step
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """What the generator pays for being found out, and "judgement"."""
-        judgement = generator_hinge(discriminator(rebuilt, seen))
-        weight = self.objective.gan_weight * ramp(step.progress, self.objective.gan_start, self.objective.gan_warmup)
-        return weight * judgement, {"judgement": judgement.detach()}
+    def _shown(self, images: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Images and their features as the discriminator gets them."""
+        features = self.objective.discriminator.feature_channels
+        if not self.objective.augment:
+            return images, seen if features else ()
+        images = augment(images, self.objective.augment)
+        return images, self.see(images) if features else ()
 
-    def discrimination(self, discriminator: nn.Module, pictures: Tensor, layers: Sequence[Tensor], real: int) -> Loss:
-        """The discriminator's own loss, on pictures (B + B', 3, S, S), of which the first ``real`` are images, and
-        their features.
+    def _discrimination(self, judge: nn.Module, images: Tensor, layers: Sequence[Tensor], real: int) -> Loss:
+        """The discriminator's own loss, on (B + B', 3, S, S), of which the first ``real`` are images, and their
+        features.
         """
-        logits = discriminator(pictures, layers)
-        count = [real, len(pictures) - real]
+        assert self.discriminator is not None
+        logits = judge(images, layers)
+        count = [real, len(images) - real]
         true, false = zip(*(one.float().split(count) for one in logits), strict=True)
-        metrics = {"real": -generator_hinge(true).detach(), "fake": -generator_hinge(false).detach()}
-        return Loss("discriminator", discriminator_hinge(true, false), metrics)
+        hinge = discriminator_hinge(true, false)
+        metrics = {
+            "hinge": hinge.detach(),
+            "real": -generator_hinge(true).detach(),
+            "fake": -generator_hinge(false).detach(),
+        }
+        weight = self.objective.discriminator.lecam
+        if not weight:
+            return Loss("discriminator", hinge, metrics)
+        averages = self.discriminator.averages
+        penalty = lecam(true, false, averages.clone())
+        means = [torch.stack([r.detach().mean(), f.detach().mean()]) for r, f in zip(true, false, strict=True)]
+        averages.lerp_(torch.stack(means), _LECAM_SPEED)
+        return Loss("discriminator", hinge + weight * penalty, {**metrics, "lecam": penalty.detach()})

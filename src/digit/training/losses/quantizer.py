@@ -3,7 +3,7 @@ dead.
 
 Sources: [0] van den Oord et al. 2017, arXiv 1711.00937, appendix A.1 (moving averages). [1] Dhariwal et al. 2020, arXiv
 2005.00341, section 3.1 (codes that fall out of use are put on a random latent). [2] Fifty et al. 2024, arXiv 2410.06424
-(rotation).
+(rotation). [3] Yu et al. 2022, arXiv 2110.04627, section 3.2 (unit vectors).
 """
 
 from __future__ import annotations
@@ -40,7 +40,12 @@ class EmaQuantizer(nn.Module):
     _batch_sums: Tensor
 
     def __init__(
-        self, codebook: nn.Parameter, decay: float, dead_below: float, gradient: Literal["straight-through", "rotation"]
+        self,
+        codebook: nn.Parameter,
+        decay: float,
+        dead_below: float,
+        gradient: Literal["straight-through", "rotation"],
+        normalize: bool = False,
     ) -> None:
         """Take a codebook.
 
@@ -51,10 +56,11 @@ class EmaQuantizer(nn.Module):
             dead_below: a code whose average use falls below this share of the mean use is put on a recent latent.
             gradient: how it passes the rounding: "straight-through" copies it; "rotation" turns and scales it with the
                 rotation that takes a latent to its code [2].
+            normalize: latents and codes are unit vectors [3].
         """
         super().__init__()
         self.codebook = codebook
-        self.decay, self.dead_below, self.gradient = decay, dead_below, gradient
+        self.decay, self.dead_below, self.gradient, self.normalize = decay, dead_below, gradient, normalize
         codes, dim = codebook.shape
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("uses", torch.zeros(codes))
@@ -75,7 +81,7 @@ class EmaQuantizer(nn.Module):
             mean squared distance of a latent's elements from its code's.
         """
         with torch.autocast(latents.device.type, enabled=False):
-            z = latents.float().flatten(2).transpose(1, 2)  # (B, M, D)
+            z = self._scaled(latents.float().flatten(2).transpose(1, 2))  # (B, M, D)
             if self.training and not self.updates and not self._recent:
                 self._start(z.detach().flatten(0, 1))
             tokens = nearest(z.detach(), self.codebook)  # (B, M)
@@ -86,6 +92,9 @@ class EmaQuantizer(nn.Module):
             passed = z + (codes - z).detach() if self.gradient == "straight-through" else rotate(z, codes)
             return passed.transpose(1, 2).reshape(latents.shape), tokens, commitment
 
+    def _scaled(self, vectors: Tensor) -> Tensor:
+        return F.normalize(vectors, dim=-1) if self.normalize else vectors
+
     @torch.no_grad()
     def _start(self, latents: Tensor) -> None:
         """Put the codes on random latents (n, D) of the first batch and refine them by a few steps of k-means."""
@@ -94,7 +103,7 @@ class EmaQuantizer(nn.Module):
         centres = latents[order.to(latents.device)].clone()
         for _ in range(_KMEANS_STEPS):
             uses, sums = _totals(latents, nearest(latents, centres), codes)
-            centres = torch.where(uses[:, None] > 0, sums / uses.clamp(min=1)[:, None], centres)
+            centres = self._scaled(torch.where(uses[:, None] > 0, sums / uses.clamp(min=1)[:, None], centres))
         self.codebook.copy_(_from_first_process(centres))
         self._reset(torch.ones_like(self.uses, dtype=torch.bool), len(latents) / codes)
 
@@ -126,7 +135,7 @@ class EmaQuantizer(nn.Module):
         total = self.uses.sum()
         # additive smoothing, as in [0]'s code: a code that is hardly used does not jump
         smoothed = (self.uses + _SMOOTH) / (total + len(self.uses) * _SMOOTH) * total
-        self.codebook.copy_(self.sums / smoothed[:, None])
+        self.codebook.copy_(self._scaled(self.sums / smoothed[:, None]))
         self._revive(torch.cat(self._recent))
         self._batch_uses.zero_()
         self._batch_sums.zero_()

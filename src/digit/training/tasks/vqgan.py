@@ -105,11 +105,13 @@ class VqganTask:
         self.quantizer: EmaQuantizer | None = None
         if start is None or not start.freeze:
             codebook = self.vqgan.codebook
-            self.quantizer = EmaQuantizer(codebook, objective.codebook_decay, objective.dead_below, objective.gradient)
+            self.quantizer = EmaQuantizer(
+                codebook, objective.codebook_decay, objective.dead_below, objective.gradient, model.normalize_codes
+            )
             if start is not None:
                 self.quantizer.go_on()
             self.modules.update({"encoder": self.vqgan.encoder, "quantizer": self.quantizer})
-        self.pictures = PictureLoss(objective, model.resolution)
+        self.pictures = PictureLoss(objective, model.resolution, self.vqgan.decoder.conv_out.weight)
         if self.pictures.discriminator is not None:
             self.modules["discriminator"] = self.pictures.discriminator
         if start is not None:
