@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from digit.evaluation.weights import read_from_package
 
 from digit.convert.encoders import (
     convert_encoder_state,
@@ -23,7 +24,6 @@ from digit.core.errors import DigitError
 from digit.core.images import to_tensor
 from digit.data.dataset import open_dataset
 from digit.encoders import EncoderConfig, Preprocessing, TransformersEncoder, load_encoder
-from digit.evaluation.weights import read_from_package
 
 DIM, DEPTH, HEADS, PATCH, SIDE = 24, 3, 4, 4, 5
 

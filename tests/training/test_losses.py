@@ -14,7 +14,14 @@ from digit.core.errors import DigitError
 from digit.encoders.loading import small_conv, small_vit
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.models.lpips import BACKBONES
-from digit.training.losses.adversarial import discriminator_hinge, generator_hinge, ramp
+from digit.training.losses.adversarial import (
+    augment,
+    discriminator_hinge,
+    generator_hinge,
+    gradient_ratio,
+    lecam,
+    ramp,
+)
 from digit.training.losses.images import PictureObjective
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
 from digit.training.losses.quantizer import EmaQuantizer, rotate
@@ -378,3 +385,68 @@ def test_a_judge_does_not_mind_the_scale_of_features() -> None:
     judge = Discriminator(DiscriminatorConfig(channels=4, levels=1, feature_channels=4), (6,)).eval()
     images, layer = torch.rand(2, 3, 8, 8), torch.randn(2, 6, 4, 4)
     torch.testing.assert_close(judge(images, [layer])[1], judge(images, [layer * 0.1])[1], rtol=1e-3, atol=1e-4)
+
+
+def test_lecam_is_zero_on_the_right_side_and_squared_beyond() -> None:
+    averages = torch.tensor([[1.0, -1.0]])  # of real and fake logits
+    apart = lecam([torch.full((2, 1, 3, 3), -1.5)], [torch.full((2, 1, 3, 3), 1.5)], averages)
+    assert apart == 0  # real below the average fake, fake above the average real: nothing to pull back
+    real, fake = torch.tensor([2.0, 0.0]), torch.tensor([-3.0, 1.0])
+    expected = ((2 + 1) ** 2 + (0 + 1) ** 2) / 2 + ((1 + 3) ** 2 + 0) / 2
+    assert lecam([real], [fake], averages) == pytest.approx(expected)
+
+
+def test_gradient_ratio_is_that_of_the_norms_and_capped() -> None:
+    at = torch.tensor([3.0, 4.0], requires_grad=True)
+    assert gradient_ratio(5 * at.sum(), at.sum(), at, limit=10) == pytest.approx(5, rel=1e-4)
+    assert gradient_ratio(50 * at.sum(), at.sum(), at, limit=10) == 10
+    assert not gradient_ratio(at.sum(), at.sum(), at, limit=10).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["color", "translation", "cutout"])
+def test_augmentations_change_images_and_pass_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 16, 16, generator=generator()).requires_grad_()
+    changed = augment(images, [kind])
+    assert changed.shape == images.shape
+    assert bool((changed != images).flatten(1).any(1).sum() >= 6)  # a move may be by nothing
+    changed.sum().backward()
+    assert images.grad is not None
+    assert bool(images.grad.abs().sum() > 0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(augment(images, [kind]), changed)
+
+
+def test_a_translation_moves_every_image_as_a_whole() -> None:
+    torch.manual_seed(1)
+    images = torch.rand(4, 3, 16, 16, generator=generator())
+    for image, moved in zip(images, augment(images, ["translation"]), strict=True):
+        padded = F.pad(image, (2,) * 4, value=0.5)
+        found = [(y, x) for y in range(5) for x in range(5) if torch.equal(padded[:, y : y + 16, x : x + 16], moved)]
+        assert len(found) == 1
+
+
+def test_codes_of_unit_length_stay_so_and_are_chosen_by_cosine() -> None:
+    codebook = nn.Parameter(F.normalize(torch.randn(16, 4, generator=generator()), dim=-1))
+    quantizer = EmaQuantizer(codebook, 0.9, 0.03, "straight-through", normalize=True).train()
+    for step in range(3):
+        latents = 3 * torch.randn(2, 4, 6, 6, generator=generator(step))
+        codes, tokens, _ = quantizer(latents)
+        flat = codes.flatten(2).transpose(1, 2).detach()
+        torch.testing.assert_close(flat.norm(dim=-1), torch.ones(2, 36))
+        used = (F.normalize(latents, dim=1).flatten(2).transpose(1, 2).unsqueeze(2) * flat.unsqueeze(2)).sum(-1)
+        assert used.mean() > 0.5
+        torch.testing.assert_close(codebook.norm(dim=-1), torch.ones(16))
+    quantizer.eval()
+    _, tokens, _ = quantizer(latents)
+    cosine = F.normalize(latents, dim=1).flatten(2).transpose(1, 2) @ codebook.T
+    assert torch.equal(tokens, cosine.argmax(-1))
+
+
+def test_group_norm_needs_widths_it_can_divide_and_bounds_nothing() -> None:
+    with pytest.raises(DigitError, match="in multiples of 8"):
+        from_dict(DiscriminatorConfig, {"norm": "group", "channels": 12}, "test")
+    network = Discriminator(DiscriminatorConfig(norm="group", channels=8, feature_channels=0, lecam=0.1))
+    assert sum(isinstance(module, nn.GroupNorm) for module in network.modules()) == 2  # not right after the pixels
+    assert network.averages.shape == (1, 2)
+    assert network(torch.rand(2, 3, 16, 16))[0].shape == (2, 1, 4, 4)
