@@ -2,7 +2,7 @@
 
 Drawing and applying are two steps: :func:`draw_views` draws the numbers on the CPU, example by example, so that a seed
     gives the
-same views on every device; :func:`apply_views` makes the pictures wherever the images are. The recipe is SimCLR's and
+same views on every device; :func:`apply_views` makes the views wherever the images are. The recipe is SimCLR's and
 DINO's (random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; torchvision is not needed.
 
 Sources: [0] Chen et al. 2020, arXiv 2002.05709, appendix A. [1] Caron et al. 2021, arXiv 2104.14294, section 3. Unlike
@@ -42,9 +42,9 @@ class Views:
         brightness, contrast, saturation: each factor is drawn from 1 - s to 1 + s.
         hue: the greatest turn of the colour circle either way, as a share of the full circle.
         jitter: chance that the four colour changes above are applied.
-        gray: chance of a grey picture.
+        gray: chance of a grey view.
         blur: chance of a Gaussian blur, whose sigma is 0.1 to 2 in units of size / 32 pixels.
-        noise: chance of white noise, whose deviation is up to 0.15 (10 dB below a usual picture). Features are stable
+        noise: chance of white noise, whose deviation is up to 0.15 (10 dB below a usual image). Features are stable
             under what the views differ in; SimCLR and DINO have no noise, and small encoders learn no stability under
             it by themselves.
     """
@@ -73,7 +73,7 @@ class ViewDraws(NamedTuple):
         crop: (B, 2, 3) the affine map of the crop and flip, in ``affine_grid``'s coordinates.
         color: (B, 3, 3) the map of the channels: brightness, saturation, hue, grey.
         contrast: (B,) the contrast factor.
-        sigma: (B,) of the blur, in pixels; 0 for none.
+        sigma: (B,) of the blur, in pixels, 0 for none; (B, 0) where views have none.
         noise: (B, 3, size, size) what is added to the pixels at last; (B, 0) where views have none.
     """
 
@@ -113,6 +113,8 @@ def draw_views(count: int, views: Views, generator: torch.Generator) -> ViewDraw
     contrast = torch.where(jittered, contrast, 1.0)
     color = torch.where(chance(views.gray)[:, None, None], to_gray @ color, color)
     sigma = torch.where(chance(views.blur), uniform(0.1, 2.0) * views.size / 32, 0.0)
+    if not views.blur:  # known here without asking the device
+        sigma = sigma.new_empty(count, 0)
     noise = torch.empty(count, 0)
     if views.noise:
         deviation = torch.where(chance(views.noise), uniform(0.0, 0.15), 0.0)
@@ -134,7 +136,7 @@ def apply_views(images: Tensor, draws: ViewDraws, size: int) -> Tensor:
     grid = F.affine_grid(draws.crop, [len(images), 3, size, size], align_corners=False)  # (B, size, size, 2)
     x = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     x = _recolor(x, draws.color, draws.contrast)
-    x = _blur(x, draws.sigma) if draws.sigma.any() else x
+    x = _blur(x, draws.sigma) if draws.sigma.numel() else x
     return (x + draws.noise).clamp(0, 1) if draws.noise.numel() else x
 
 

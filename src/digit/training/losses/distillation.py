@@ -16,14 +16,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import NonNegative, NonNegativeInt, PositiveInt, Share, config
 from digit.core.errors import DigitError, require
-from digit.models.transformer import PositiveInt
-from digit.training.config import NonNegative, NonNegativeInt
-from digit.training.losses.pairs import spread, taken
-from digit.training.losses.projection import Projection, TrainableEncoder, check_trainable, exact
+from digit.training.losses.pairs import drawn_views, spread, taken
+from digit.training.losses.projection import Method, Projection, TrainableEncoder, check_trainable, exact
 from digit.training.task import Batch, Step
-from digit.training.views import Share, Views, apply_views, draw_views
+from digit.training.views import Views, apply_views
 
 
 @config
@@ -63,13 +61,8 @@ class DistillationObjective:
     koleo_weight: NonNegative = 0.0
 
 
-class DistillationMethod:
-    """DINO, with iBOT where ``patch_weight`` is not 0.
-
-    Attributes:
-        encoder: the teacher's, which is what is validated and exported.
-        modules: what a checkpoint keeps.
-    """
+class DistillationMethod(Method):
+    """DINO, with iBOT where ``patch_weight`` is not 0; the teacher is what is validated and exported."""
 
     def __init__(self, student: TrainableEncoder, teacher: TrainableEncoder, objective: DistillationObjective) -> None:
         """Take two networks of one shape; the teacher gets the student's weights."""
@@ -91,10 +84,9 @@ class DistillationMethod:
             raise DigitError(f"Views of {size} pixels are not a whole number of this encoder's patches.")
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
-        """The random numbers of ``count`` examples."""
+        """The random numbers of all views, and which patches of the large ones are hidden."""
         kinds = [self.objective.views] * 2 + [self.objective.local_views] * self.objective.local_count
-        drawn = [draw_views(count, views, generator) for views in kinds]
-        batch = {f"view{i}.{k}": v for i, draws in enumerate(drawn) for k, v in draws._asdict().items()}
+        batch = drawn_views(count, kinds, generator)
         if self.objective.patch_weight:
             batch |= {f"masked{i}": self._draw_masks(count, generator) for i in range(2)}
         return batch

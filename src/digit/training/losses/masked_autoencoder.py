@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from digit.core.config import config
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.transformer import PositiveInt, Transformer, TransformerConfig, init_weights
-from digit.training.losses.pairs import taken
-from digit.training.losses.projection import TrainableEncoder, check_trainable
+from digit.training.losses.pairs import drawn_views, taken
+from digit.training.losses.projection import Method, TrainableEncoder, check_trainable
 from digit.training.task import Batch, Step
-from digit.training.views import Views, apply_views, draw_views
+from digit.training.views import Views, apply_views
 
 
 @config
@@ -84,25 +84,20 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
-class MaskedAutoencoderMethod:
-    """MAE on a ViT.
-
-    Attributes:
-        encoder: what is trained, and exported.
-        modules: what a checkpoint keeps.
-    """
+class MaskedAutoencoderMethod(Method):
+    """MAE on a ViT."""
 
     def __init__(self, encoder: TrainableEncoder, objective: MaskedAutoencoderObjective) -> None:
         check_trainable(encoder, masks=True)
         assert isinstance(encoder, TransformersEncoder)
-        self.encoder: TrainableEncoder = encoder
+        self.encoder = encoder
         self.objective = objective
         self.patches = encoder.grid[0] * encoder.grid[1]
         self.modules: dict[str, nn.Module] = {"student": MaskedAutoencoder(encoder, objective)}
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
-        """The random numbers of ``count`` examples."""
-        batch = {f"view0.{k}": v for k, v in draw_views(count, self.objective.views, generator)._asdict().items()}
+        """The random numbers of the view, and the order of its patches, of which the first are visible."""
+        batch = drawn_views(count, [self.objective.views], generator)
         return {**batch, "order": torch.rand(count, self.patches, generator=generator).argsort(1)}
 
     def loss(
@@ -111,6 +106,3 @@ class MaskedAutoencoderMethod:
         """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
         view = apply_views(images, taken(batch, "view0"), self.encoder.preprocessing.image_size)
         return modules["student"](view, batch["order"]), {}
-
-    def after_step(self, modules: nn.ModuleDict, step: Step) -> None:
-        """Nothing moves but the optimizer."""

@@ -5,16 +5,16 @@ Sources: [0] Chen et al. 2020, arXiv 2002.05709. [1] Bardes et al. 2021, arXiv 2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import PositiveInt, config
 from digit.core.errors import require
-from digit.models.transformer import PositiveInt
-from digit.training.losses.projection import Projection, TrainableEncoder, check_trainable, exact
+from digit.training.losses.projection import Method, Projection, TrainableEncoder, check_trainable, exact
 from digit.training.task import Batch, Step
 from digit.training.views import ViewDraws, Views, apply_views, draw_views
 
@@ -38,13 +38,8 @@ class PairObjective:
     temperature: Annotated[float, Field(gt=0)] = 0.2
 
 
-class PairMethod:
-    """SimCLR or VICReg on an encoder.
-
-    Attributes:
-        encoder: what is trained, and exported.
-        modules: what a checkpoint keeps.
-    """
+class PairMethod(Method):
+    """SimCLR or VICReg on an encoder."""
 
     def __init__(self, encoder: TrainableEncoder, objective: PairObjective) -> None:
         check_trainable(encoder, masks=False)
@@ -60,9 +55,8 @@ class PairMethod:
             self.criterion = losses.VICRegLoss(gather_distributed=several)
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
-        """The random numbers of ``count`` examples."""
-        first, second = (draw_views(count, self.objective.views, generator) for _ in range(2))
-        return {f"view{i}.{k}": v for i, draws in enumerate((first, second)) for k, v in draws._asdict().items()}
+        """The random numbers of both views."""
+        return drawn_views(count, [self.objective.views] * 2, generator)
 
     def loss(
         self, modules: nn.ModuleDict, images: Tensor, batch: Batch, _step: Step
@@ -75,8 +69,11 @@ class PairMethod:
             loss: Tensor = self.criterion(*projections.chunk(2))
         return loss, {"feature_spread": spread(vectors)}
 
-    def after_step(self, modules: nn.ModuleDict, step: Step) -> None:
-        """Nothing moves but the optimizer."""
+
+def drawn_views(count: int, kinds: Sequence[Views], generator: torch.Generator) -> Batch:
+    """The draws of several views, as tensors of a batch."""
+    drawn = [draw_views(count, views, generator) for views in kinds]
+    return {f"view{i}.{name}": value for i, draws in enumerate(drawn) for name, value in draws._asdict().items()}
 
 
 def taken(batch: Batch, prefix: str) -> ViewDraws:

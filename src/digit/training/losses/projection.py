@@ -1,4 +1,4 @@
-"""An encoder in self-supervised training: its network, and heads that exist only while it trains."""
+"""What the ways to train an encoder share: the network, and heads that exist only while it trains."""
 
 from __future__ import annotations
 
@@ -10,22 +10,43 @@ from torch import Tensor, nn
 from digit.core.errors import DigitError
 from digit.encoders.conv import ConvEncoder
 from digit.encoders.transformers_encoder import TransformersEncoder
+from digit.training.task import Batch, Step
 
 TrainableEncoder = ConvEncoder | TransformersEncoder
+
+
+class Method:
+    """A way to learn features.
+
+    Attributes:
+        encoder: what is validated and exported.
+        modules: what a checkpoint keeps; ``modules["student"]`` is trained.
+    """
+
+    encoder: TrainableEncoder
+    modules: dict[str, nn.Module]
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """The random numbers of ``count`` examples, each tensor with them in its first dimension."""
+        raise NotImplementedError
+
+    def loss(
+        self, modules: nn.ModuleDict, images: Tensor, batch: Batch, step: Step
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
+        raise NotImplementedError
+
+    def after_step(self, modules: nn.ModuleDict, step: Step) -> None:
+        """What moves besides the optimizer; here nothing."""
 
 
 def summary_and_patches(
     encoder: TrainableEncoder, images: Tensor, masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """One vector an image and its patch features: the CLS token of a ViT, the mean of a convolutional grid.
+    """One vector an image (B, D), the CLS token of a ViT or the mean of a convolutional grid, and patches (B, N, D).
 
-    Args:
-        encoder: a network of its own size or, as views may be smaller, of any side that its patches tile.
-        images: (B, 3, s, s) in 0..1.
-        masked: (B, N) bool, patches that the ViT sees as its mask token.
-
-    Returns:
-        (B, D) and (B, N, D).
+    Views (B, 3, s, s) in 0..1 may be smaller than the encoder's images; a ViT sees its mask token at the patches
+    ``masked`` (B, N) bool.
     """
     pixels = encoder.preprocessing(images)
     if isinstance(encoder, ConvEncoder):
@@ -44,15 +65,8 @@ class Projection(nn.Module):
         self.patch_head = patch_head
 
     def forward(self, images: Tensor, masked: Tensor | None = None, take: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Project images (B, 3, s, s).
-
-        Args:
-            images: in 0..1.
-            masked: (B, N) bool, the patches that are hidden from the network.
-            take: (B, N) bool, the n patches whose projections are wanted.
-
-        Returns:
-            Float32 tensors: the projections (B, P), the vectors they were made of (B, D), and with ``take`` (n, P).
+        """Projections (B, P) of images (B, 3, s, s) in 0..1, the vectors (B, D) they were made of, and with ``take``
+        (B, N) bool those of the n patches it names (n, P), all in float32. ``masked`` (B, N) are hidden patches.
         """
         vector, patches = summary_and_patches(self.encoder, images, masked)
         out = (self.head(vector).float(), vector.float())
@@ -62,11 +76,7 @@ class Projection(nn.Module):
 
 
 def check_trainable(encoder: TrainableEncoder, masks: bool) -> None:
-    """See that a network can be trained by a method.
-
-    Args:
-        encoder: the network.
-        masks: the method hides patches, which takes a ViT with a mask token.
+    """See that a network can be trained by a method; one that ``masks`` patches takes a ViT with a mask token.
 
     Raises:
         DigitError: it cannot.

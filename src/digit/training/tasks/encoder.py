@@ -8,26 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, cast
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from digit.core.config import config, from_dict, to_dict
+from digit.core.config import NonNegativeInt, PositiveInt, config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset
 from digit.encoders.base import weights_checksum
 from digit.encoders.loading import load_encoder, small_conv, small_vit
-from digit.models.transformer import PositiveInt
-from digit.training.config import NonNegativeInt
 from digit.training.finetune import FineTune, start_folder, take_modules
 from digit.training.losses.distillation import DistillationMethod, DistillationObjective
 from digit.training.losses.masked_autoencoder import MaskedAutoencoderMethod, MaskedAutoencoderObjective
 from digit.training.losses.pairs import PairMethod, PairObjective, spread
-from digit.training.losses.projection import TrainableEncoder
+from digit.training.losses.projection import Method, TrainableEncoder
 from digit.training.neighbours import neighbour_accuracy
-from digit.training.task import Batch, Loss, Step, Stream
+from digit.training.task import Batch, Groups, Loss, Step, Stream, Task
 from digit.training.tasks.images import image_batches, image_chunks, open_images, some_images
 
 
@@ -91,32 +88,6 @@ _OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-class Method(Protocol):
-    """A way to learn features.
-
-    Attributes:
-        encoder: what is validated and exported.
-        modules: what a checkpoint keeps.
-    """
-
-    encoder: TrainableEncoder
-    modules: dict[str, nn.Module]
-
-    def draw(self, count: int, generator: torch.Generator) -> Batch:
-        """The random numbers of ``count`` examples, each tensor with them in its first dimension."""
-        ...
-
-    def loss(
-        self, modules: nn.ModuleDict, images: Tensor, batch: Batch, step: Step
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss () of images (B, 3, S, S) in 0..1, and metrics."""
-        ...
-
-    def after_step(self, modules: nn.ModuleDict, step: Step) -> None:
-        """What moves besides the optimizer."""
-        ...
-
-
 def model_from(values: Mapping[str, Any], where: str) -> Model:
     """The ``model`` section of an encoder preset.
 
@@ -153,8 +124,8 @@ def build_method(model: Model, objective: Objective) -> Method:
     return DistillationMethod(model.build(), model.build(), objective)
 
 
-class EncoderTask:
-    """An encoder in training; see :class:`digit.training.task.Task`."""
+class EncoderTask(Task):
+    """An encoder in training."""
 
     def __init__(
         self,
@@ -165,18 +136,10 @@ class EncoderTask:
         memory: int = 0,
         start: FineTune | None = None,
     ) -> None:
-        """Set up.
+        """Make the encoder ``model``, which learns from ``train`` and is measured on ``held_out`` (None: not at all).
 
-        Args:
-            model: the encoder to make.
-            objective: how it learns.
-            train: what from.
-            held_out: what its features are measured on; None measures nothing.
-            memory: how many training images are the neighbours; 0 takes all.
-            start: the saved encoder to begin with, with the heads of its run where there is one.
-
-        Raises:
-            DigitError: that encoder is of another shape.
+        With ``start`` it begins as a saved encoder, with the heads of its run where there is one; a DigitError where
+        that is of another shape. ``memory``: see :class:`EncoderData`.
         """
         self.method = build_method(model, objective)
         self.modules = nn.ModuleDict(self.method.modules)
@@ -185,8 +148,7 @@ class EncoderTask:
         self.size = model.image_size
         self.memory = some_images(train, memory)
         self.held_out = held_out
-        self.device = "cpu"
-        self.description: Mapping[str, Any] = {
+        self.description = {
             "component": "encoder",
             "model": to_dict(model),
             "objective": to_dict(objective),
@@ -211,17 +173,12 @@ class EncoderTask:
             cast(nn.Module, self.modules[name].encoder).load_state_dict(tensors)
         return {"weights": weights_checksum(saved)}
 
-    def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
+    def parameters_by_optimizer(self) -> Groups:
         """Matrices and kernels decay; biases, norms and tokens do not."""
         trained = [p for p in self.modules["student"].parameters() if p.requires_grad]
         decayed = [p for p in trained if p.squeeze().ndim > 1]
         rest = [p for p in trained if p.squeeze().ndim <= 1]
         return {"model": [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]}
-
-    def to_device(self, device: str) -> None:
-        """Move the networks."""
-        self.modules.to(device)
-        self.device = device
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
         """Images as uint8, and the random numbers of their views."""
@@ -253,10 +210,6 @@ class EncoderTask:
         """The mean feature of every image, (n, D)."""
         encoder = self.method.encoder
         return torch.cat([encoder(chunk).float().mean(1) for chunk in image_chunks(images, self.size, self.device)])
-
-    def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002
-        """Nothing to show."""
-        return None
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the encoder, which ``load_encoder`` reads."""

@@ -1,4 +1,4 @@
-"""What the tasks that train on pictures share: their batches, and passes over held-out pictures."""
+"""What the tasks that train on images share: their batches, and passes over held-out images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def image_batches(
 
     Args:
         images: to train on.
-        size: side of the pictures.
+        size: side of the images.
         stream: which batches.
         draw: (examples, generator) -> named tensors of one row an example. It is called for the global batch and cut
             afterwards, so the numbers do not depend on how many processes there are.
@@ -92,7 +92,7 @@ def mirrored(batch: Batch) -> Tensor:
 
 
 def errors(rebuilt: Tensor, images: Tensor) -> tuple[float, float]:
-    """PSNR in dB and mean absolute error of pictures (b, 3, S, S), summed over them."""
+    """PSNR in dB and mean absolute error of images (b, 3, S, S), summed over them."""
     squared = (rebuilt - images).square().flatten(1).mean(1)  # (b,)
     psnr = -10 * squared.clamp(min=1e-10).log10()
     return float(psnr.sum()), float((rebuilt - images).abs().flatten(1).mean(1).sum())
