@@ -1,21 +1,17 @@
-"""Training a one-pass decoder: images from their semantic tokens, in one step, with the losses of the VQGAN.
+"""Training a feed-forward ("one-pass") decoder: images from their semantic tokens, in one step, with the losses of the
+VQGAN.
 
 A preset has the sections ``model`` (:class:`~digit.models.feedforward.OnePassConfig`; vocabulary, grid and classes come
 from the tokenizer and the data), ``objective`` (:class:`OnePassObjective`), ``data`` (:class:`OnePassData`) and
 ``training``.
 
 What the tokens leave open, the noise must decide, and the pixel loss alone would teach the decoder to ignore the noise
-and to paint the mean. So a small *posterior* network, which is thrown away afterwards, looks at the image itself and
-says which noise belongs
-to it: with that noise, half of a batch has to come back pixel by pixel. The other half gets fresh noise, as in use, and
-    only has
-to look real and to mean the same: the discriminator and the deeper features of the perceptual network judge it, the
-    pixels hardly.
-(BicycleGAN [0].)
+and to output the mean. So a small *posterior* network, which is thrown away afterwards, says which noise belongs to an
+image: with that noise, half of a batch has to come back pixel by pixel. The other half gets fresh noise, as in use; it
+is compared by the discriminator and the deeper perceptual features, hardly by its pixels (BicycleGAN [0]).
 
 Sources: [0] Zhu et al. 2017, arXiv 1711.11586; [1] Esser et al. 2021, arXiv 2012.09841 (the losses); [2] Qiu et al.
-    2025, arXiv
-2509.12474 (RobusTok: disturbed tokens, and training on the prior's own samples).
+2025, arXiv 2509.12474 (RobusTok: disturbed tokens, and training on the prior's own samples).
 """
 
 from __future__ import annotations
@@ -47,18 +43,18 @@ from digit.sampling.feedforward import noise
 from digit.training.auxiliary import Auxiliary, neighbours
 from digit.training.config import NonNegative
 from digit.training.losses.images import PictureLoss, PictureObjective
-from digit.training.task import Batch, Loss, Step, Stream
+from digit.training.task import Batch, Groups, Loss, Step, Stream, Task
 from digit.training.tasks.images import errors, image_batches, image_chunks, mirrored, some_images
 from digit.training.tasks.vqgan import VqganData
 from digit.training.views import Share
 
-_PICTURES = 8
+_SAMPLES = 8
 _CODEBOOK = "the model's"  # Auxiliary wants to know that there is one
 
 
 @config
 class OnePassObjective(PictureObjective):
-    """What a one-pass decoder is trained for: pictures like those that the tokens were made of
+    """What a one-pass decoder is trained for: images like those that the tokens were made of
     (:class:`PictureObjective`).
 
     Attributes:
@@ -67,13 +63,13 @@ class OnePassObjective(PictureObjective):
         fresh_pixels: how much of the pixels' loss the half with fresh noise pays too: an anchor, weak enough to leave
             it its colours.
         posterior_channels: width of the posterior network after its first convolution.
-        vq: for the head "vq", weight of the cross entropy of the VQ tokens; the pictures' losses reach the logits
+        vq: for the head "vq", weight of the cross entropy of the VQ tokens; the images' losses reach the logits
             through the VQGAN's decoder.
         prefix_noise, prefix_tokens, prefix_neighbours: disturbed input tokens; see
             :class:`~digit.training.auxiliary.Auxiliary`.
         centroid_embeddings: begin with the centroids as token vectors; see there.
-        samples: with ``data.samples``, how many pictures of the prior's own tokens a step adds, as a share of the
-            batch. They have no image to be like, so the discriminator alone judges them.
+        samples: with ``data.samples``, how many images of the prior's own tokens a step adds, as a share of the
+            batch. They have no image to be like, so the discriminator alone rates them.
     """
 
     kl: NonNegative = 1e-4
@@ -131,8 +127,8 @@ class Posterior(nn.Module):
         return mean, log_variance.clamp(-8, 8)
 
 
-class OnePassTask:
-    """A one-pass decoder in training; see :class:`digit.training.task.Task`."""
+class OnePassTask(Task):
+    """A feed-forward decoder in training."""
 
     def __init__(
         self,
@@ -180,8 +176,8 @@ class OnePassTask:
         self.near: Tensor | None = None
         if objective.prefix_noise:
             self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours)  # (K, m)
-        self.train, self.examples, self.held_out, self.device = train, len(train), held_out, "cpu"
-        self.description: Mapping[str, Any] = {
+        self.train, self.examples, self.held_out = train, len(train), held_out
+        self.description = {
             "component": "decoder",
             "model": to_dict(model.config),
             "objective": to_dict(objective),
@@ -197,23 +193,19 @@ class OnePassTask:
         if start:
             self.description = {**self.description, "start": dict(start)}
 
-    # -- the protocol
-    # --------------------------------------------------------------------------------------------------------
-
-    def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
+    def parameters_by_optimizer(self) -> Groups:
         """Decoder and posterior, and the discriminator apart."""
         ours = [p for name, module in self.modules.items() if name != "discriminator" for p in module.parameters()]
         return {"model": [{"params": ours}], **self.pictures.optimizers()}
 
     def to_device(self, device: str) -> None:
         """Move the networks, those that only serve too."""
-        self.modules.to(device)
+        super().to_device(device)
         self.pictures.to(device)
         self.tokenizer.to(device)
         self.near = None if self.near is None else self.near.to(device)
         if self.vqgan is not None:
             self.vqgan.to(device)
-        self.device = device
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
         """Images as uint8, which of them are mirrored, and the random numbers that disturb their tokens."""
@@ -239,13 +231,13 @@ class OnePassTask:
             yield batch
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
-        """The loss of the pictures, then the discriminator's once it has begun."""
+        """The loss of the images, then the discriminator's once it has begun."""
         images = mirrored(batch)
         truth = batch["tokens"] if "tokens" in batch else self._tokenize(images)
         tokens = self.objective.auxiliary.disturb({**batch, "prefix": truth}, step.progress, self.near).get(
             "prefix", truth
         )
-        painted, noise, information, metrics = self._noise(images)
+        matched, noise, information, metrics = self._noise(images)
         sampled = batch["sampled"][: round(self.objective.samples * len(images))] if "sampled" in batch else tokens[:0]
         if len(sampled):
             tokens, noise = torch.cat([tokens, sampled]), torch.cat([noise, torch.randn_like(noise[: len(sampled)])])
@@ -258,19 +250,16 @@ class OnePassTask:
         with torch.no_grad():
             wanted = pictures.see(images)
         seen = pictures.see(rebuilt)
-        value, more = self._likeness(rebuilt[: len(images)], images, [s[: len(images)] for s in seen], wanted, painted)
+        value, more = self._likeness(rebuilt[: len(images)], images, [s[: len(images)] for s in seen], wanted, matched)
         loss, metrics = loss + value, {**metrics, **more}
-        judge = self.modules["discriminator"] if pictures.judges(step) else None
-        yield from pictures.losses(loss, metrics, judge, rebuilt, images, seen, wanted, step)
-
-    def after_step(self, step: Step) -> None:
-        """Nothing to do."""
+        discriminator = self.modules["discriminator"] if pictures.judges(step) else None
+        yield from pictures.losses(loss, metrics, discriminator, rebuilt, images, seen, wanted, step)
 
     def validate(self) -> dict[str, float]:
         """How held-out images come back from their tokens, with noise as in use.
 
         PSNR in dB (mean over images) and mean absolute error; "agreement", the share of tokens that the tokenizer finds
-        again in the picture; and "spread", the mean absolute difference of two pictures of the same tokens.
+        again in the image; and "spread", the mean absolute difference of two images of the same tokens.
         """
         if self.held_out is None:
             return {}
@@ -278,7 +267,7 @@ class OnePassTask:
         for images in image_chunks(self.held_out, self.resolution, self.device):
             tokens = self._tokenize(images)
             labels = self._labels_of(count, len(images))
-            rebuilt, other = (self._paint(tokens, count, seed, labels) for seed in (0, 1))
+            rebuilt, other = (self._render(tokens, count, seed, labels) for seed in (0, 1))
             psnr, error = errors(rebuilt, images)
             sums["psnr"] += psnr
             sums["l1"] += error
@@ -288,15 +277,15 @@ class OnePassTask:
         return {name: total / count for name, total in sums.items()}
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002
-        """Eight images above two pictures of their tokens, twice."""
-        source = some_images(self.held_out or self.train, 2 * _PICTURES)
+        """Eight images above two images of their tokens, twice."""
+        source = some_images(self.held_out or self.train, 2 * _SAMPLES)
         images = next(image_chunks(source, self.resolution, self.device))
         tokens = self._tokenize(images)
         labels = torch.from_numpy(source.labels).to(self.device) if self.data.labels else None
-        rows = [images, *(self._paint(tokens, 0, seed, labels) for seed in (0, 1))]
-        blocks = [row[start : start + _PICTURES] for start in range(0, len(images), _PICTURES) for row in rows]
+        rows = [images, *(self._render(tokens, 0, seed, labels) for seed in (0, 1))]
+        blocks = [row[start : start + _SAMPLES] for start in range(0, len(images), _SAMPLES) for row in rows]
         cells = [to_pil(image.cpu()) for block in blocks for image in block]
-        return picture_grid(cells, columns=min(_PICTURES, len(images)))
+        return picture_grid(cells, columns=min(_SAMPLES, len(images)))
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the decoder."""
@@ -304,7 +293,6 @@ class OnePassTask:
         save_component(folder, self.model, self.model.config, {**provenance, "class_names": names})
 
     # -- parts of a step
-    # -----------------------------------------------------------------------------------------------------
 
     def _noise(self, images: Tensor) -> tuple[int, Tensor, Tensor, dict[str, Tensor]]:
         """How many of the images must come back pixel by pixel, all the noise (B, d), and what the posterior put into
@@ -320,7 +308,7 @@ class OnePassTask:
         return half, torch.cat([own, fresh[half:]]), information, {"information": information.detach()}
 
     def _rebuild(self, tokens: Tensor, noise: Tensor, labels: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the VQ tokens (0 for pixels), and the pictures (B', 3, S, S); the images belong to the first
+        """The loss of the VQ tokens (0 for pixels), and the images (B', 3, S, S); the images belong to the first
         tokens.
         """
         out = self.modules["model"](tokens, noise, labels).float()
@@ -335,16 +323,16 @@ class OnePassTask:
         return self.objective.vq * value, self.vqgan.decode_latents(soft + (hard - soft).detach()).float()
 
     def _likeness(
-        self, rebuilt: Tensor, images: Tensor, seen: list[Tensor], wanted: list[Tensor], painted: int
+        self, rebuilt: Tensor, images: Tensor, seen: list[Tensor], wanted: list[Tensor], matched: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The first ``painted`` pictures must be like their images in every way, the others mostly in what they
+        """The first ``matched`` images must be like their images in every way, the others mostly in what they
         mean.
         """
-        near, far, deep = slice(painted), slice(painted, None), slice(len(seen) // 2, None)
+        near, far, deep = slice(matched), slice(matched, None), slice(len(seen) // 2, None)
         loss, metrics = self._compare(rebuilt, images, seen, wanted, near)
-        if painted < len(images):  # shallow layers see colours, which fresh noise may change
+        if matched < len(images):  # shallow layers see colours, which fresh noise may change
             other, _ = self._compare(rebuilt, images, seen[deep], wanted[deep], far, self.objective.fresh_pixels)
-            share = painted / len(images)
+            share = matched / len(images)
             loss = share * loss + (1 - share) * other
         return loss, metrics
 
@@ -374,8 +362,8 @@ class OnePassTask:
             tokens: Tensor = self.tokenizer.codebook.assign(self.tokenizer.encoder(images))
         return tokens
 
-    def _paint(self, tokens: Tensor, first: int, seed: int, labels: Tensor | None) -> Tensor:
-        """Pictures (B, 3, S, S) in 0..1 of a run's images ``first``, ``first + 1``, ..."""
+    def _render(self, tokens: Tensor, first: int, seed: int, labels: Tensor | None) -> Tensor:
+        """Images (B, 3, S, S) in 0..1 of a run's images ``first``, ``first + 1``, ..."""
         own = noise(self.model.config, range(first, first + len(tokens)), seed).to(tokens.device)
         out: Tensor = self.model(tokens, own, labels).float()
         if self.vqgan is not None and self.model.config.pixels is None:
