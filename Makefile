@@ -36,10 +36,12 @@ test: $(STAMP) ## the fast tests
 test-all: $(STAMP) ## every test, slow and network ones too
 	$(BIN)/python -m pytest -n 2 --timeout 3600
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, mypy, the order of rooms, dead code
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/vulture
 
 format: $(STAMP) ## let ruff put things right
 	$(BIN)/ruff check --fix $(SOURCES)
