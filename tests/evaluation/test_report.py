@@ -32,8 +32,8 @@ from digit.evaluation.report.curves import Curve, differences, matching, points,
 from digit.evaluation.report.html import Html, join, millions, number, table, tag
 from digit.evaluation.report.measures import fidelity_warnings
 from digit.evaluation.report.svg import Axis, Circle, Series, bubble_chart, line_chart
-from digit.evaluation.studies.prefix import prefix_record
-from digit.evaluation.studies.sweep import Reference, sweep_record
+from digit.evaluation.studies.prefix import prefix
+from digit.evaluation.studies.sweep import Reference, sweep
 from digit.pipeline.generation import generate_folder
 from digit.training.build import build_task
 from digit.training.loop import train
@@ -54,9 +54,10 @@ def run(pipe, vq_pipe, pooling, cifar512, tmp_path_factory) -> Path:
     options = ProbeOptions(epochs=2, neighbours=3)
     probe(pipe, ProbeData(*split_off(images, 0.25)), out / "probe", options).save(out / "probe")
     reference = Reference.of(str(cifar512), pooling, FidelityOptions(metrics=("fid", "prc")), "train")
-    sweep_record(SamplingRun(pipe, 12), {"top_k": [0, 2, 6], "decoder_top_p": [0.5, 1.0]}, reference, out / "sweep")
+    axes = {"top_k": [0, 2, 6], "decoder_top_p": [0.5, 1.0]}
+    sweep(SamplingRun(pipe, 12), axes, reference, out / "sweep").save(out / "sweep")
     runs = {"tiny": SamplingRun(pipe, 1), "tiny-vq": SamplingRun(vq_pipe, 1)}
-    prefix_record(runs, open_images(cifar512, num=12), reference, out / "prefix", (0.0, 0.5, 1.0))
+    prefix(runs, open_images(cifar512, num=12), reference, out / "prefix", (0.0, 0.5, 1.0)).save(out / "prefix")
     few = open_images(cifar512, num=8)
     found = model_reconstruction(pipe, few, pooling, None, perturb=True, shares=(0.5, 0.9))
     found.save(out / "reconstruction")
@@ -129,7 +130,7 @@ def test_measured_values_stand_beside_the_papers(run, page):
 def test_hardware_and_settings_of_each_measurement_are_there(run, page):
     made = [path.parent.name for path in run.glob("*/result.json")]
     assert len(made) == 6
-    made += ["samples", "prior"]  # generation.json, and the exported model of the training
+    made += ["fid.json", "samples", "prior"]  # and generation.json, and the exported model of the training
     processor = read_json(run / "toy" / "result.json")["hardware"]["processor"]
     assert len(re.findall(f"<dt>(?:hardware.)?processor</dt><dd>{re.escape(processor)}</dd>", page)) == len(made)
     assert "<dt>training.lr</dt>" in page
@@ -185,7 +186,7 @@ def test_hostile_names_are_text(copied, tmp_path):
         data = read_json(path)
         if "num" in data:
             data |= {"model": evil, "labels": [evil], "settings": {evil: evil}}
-        elif "model" in data:
+        elif data.get("model"):
             data["model"]["name"] = evil
             data["notes"] = [evil]
         else:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from digit.core.files import write_json
 
@@ -21,19 +20,6 @@ Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, a
 Backend = Annotated[str, typer.Option(help="What runs the network: auto, torch or onnx.")]
 Device = Annotated[str, typer.Option(help="Where torch runs, such as cpu or cuda.")]
 Out = Annotated[Path | None, typer.Option(help="Write the whole result here as JSON.")]
-
-
-def show(title: str, values: dict[str, str], notes: list[str], out: Path | None, result: dict[str, Any]) -> None:
-    """Print a result as a table with its notes below, and write it to ``out`` where that is given."""
-    table = Table(title=title, title_justify="left", show_header=False)
-    for name, value in values.items():
-        table.add_row(name, Text(value))  # names of files may hold brackets, which are not markup
-    console = Console()
-    console.print(table)
-    for note in notes:
-        console.print(f"Note: {note}", highlight=False, markup=False)
-    if out is not None:
-        console.print(f"Written to {write_json(out, result)}", highlight=False, markup=False)
 
 
 @app.command()
@@ -71,7 +57,6 @@ def fidelity(
 
       digit evaluate fidelity cifar10 --num 10000 --reference data/cifar10 --set top_k=50
     """
-    from digit.core.environment import hardware, versions
     from digit.evaluation.metrics.features import is_statistics
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
@@ -83,7 +68,7 @@ def fidelity(
         metrics=tuple(name for name, on in wanted.items() if on), batch_size=batch_size, kid_subset_size=kid_subset_size
     )
     saved = is_statistics(source) and is_statistics(reference)
-    run = _sampling_run(source, num, seed, decoder, settings or [], batch_size, device)
+    run = _sampling_run(source, num, seed, decoder, settings, batch_size, device)
     result = measure_fidelity(
         run.batches() if run else source,
         reference,
@@ -94,14 +79,21 @@ def fidelity(
         reference_split=reference_split,
         total=num,
     )
-    facts = result.to_dict()
     if run:
-        facts |= {"model": describe_model(run.pipe), "sampling": run.describe()}
-    show("Fidelity", result.rows(), result.notes, out, {**facts, "hardware": hardware(), "versions": versions()})
+        result = replace(result, model=describe_model(run.pipe), sampling=run.describe())
+    result.show()
+    if out is not None:
+        Console().print(f"Written to {write_json(out, result.to_dict())}", highlight=False, markup=False)
 
 
 def _sampling_run(
-    source: str, num: int | None, seed: int, decoder: str | None, settings: list[str], batch_size: int, device: str
+    source: str,
+    num: int | None,
+    seed: int,
+    decoder: str | None,
+    settings: list[str] | None,
+    batch_size: int,
+    device: str,
 ) -> SamplingRun | None:
     """A run of generation where the source is a model: a folder, or the name of a packaged one."""
     from digit.core.errors import DigitError

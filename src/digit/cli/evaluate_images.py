@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from digit.cli.evaluate import Backend, Weights
-from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers, show
+from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers
 from digit.cli.generate import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
 
 if TYPE_CHECKING:
@@ -146,27 +147,16 @@ def sweep(
         --num 1000
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.sweep import TITLES, measured, parse_axes, parse_settings, planned_runs, sweep_record
+    from digit.evaluation.studies.sweep import parse_axes, parse_settings, planned_runs
+    from digit.evaluation.studies.sweep import sweep as measure
 
-    axes = parse_axes(vary)
-    settings = parse_settings(fixed or [])
+    axes, settings = parse_axes(vary), parse_settings(fixed)
     pipe = load(model, device, variant=variant)
     run = SamplingRun(pipe, num, seed, parse_labels(labels, pipe), decoder, batch_size, settings)
     planned_runs(run, axes, grid)  # now, and not after the reference was measured
     options = fidelity_options(metrics, batch_size)
-    record, points = sweep_record(
-        run, axes, open_reference(reference, reference_split, options, weights, backend, device), out, grid
-    )
-    shown = measured(points)
-    rows = [
-        [
-            ", ".join(f"{k} {v}" for k, v in p["settings"].items()),
-            *(f"{p['values'][m]:.4f}" for m in shown),
-            f"{p['seconds']:.0f}",
-        ]
-        for p in points
-    ]
-    show(record, ("settings", *(TITLES[m] for m in shown), "seconds"), rows, out)
+    real = open_reference(reference, reference_split, options, weights, backend, device)
+    measure(run, axes, real, out, grid).save(out).show(out)
 
 
 def prefix(
@@ -199,29 +189,19 @@ def prefix(
     Example:  digit evaluate prefix cifar10 --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/prefix
     """
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.studies.prefix import as_runs, prefix_record
-    from digit.evaluation.studies.sweep import TITLES, measured, parse_settings
+    from digit.evaluation.studies.prefix import as_runs
+    from digit.evaluation.studies.prefix import prefix as measure
+    from digit.evaluation.studies.sweep import parse_settings
 
-    images = open_images(data, split, num)
+    images, settings = open_images(data, split, num), parse_settings(fixed)
     pipes = [load(name, device) for name in (model, baseline) if name]
-    settings = parse_settings(fixed or [])
     runs = as_runs(pipes, seed=seed, batch_size=batch_size, settings=settings)
     if decoder:  # the first model's; a baseline has none
-        from dataclasses import replace
-
         first = next(iter(runs))
         runs[first] = replace(runs[first], decoder=decoder)
     options, given = fidelity_options(metrics, batch_size), numbers(shares, "--shares")
     for run in runs.values():
         run.check()  # now, and not after the reference was measured
-    real, real_split = (data, split) if reference is None else (reference, reference_split)
-    record, curves = prefix_record(
-        runs, images, open_reference(real, real_split, options, weights, backend, device), out, given
-    )
-    shown = measured([point for points in curves.values() for point in points])
-    rows = [
-        [name, f"{point['share']:.1%}", str(point["given"]), *(f"{point['values'][m]:.4f}" for m in shown)]
-        for name, points in curves.items()
-        for point in points
-    ]
-    show(record, ("model", "given", "tokens", *(TITLES[m] for m in shown)), rows, out)
+    source = (data, split) if reference is None else (reference, reference_split)
+    real = open_reference(*source, options, weights, backend, device)
+    measure(runs, images, real, out, given).save(out).show(out)

@@ -198,25 +198,17 @@ def screen(
     """
     from digit.core.config import from_dict
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.studies.ablation import ScreenOptions, candidates, screen_record
+    from digit.evaluation.studies.ranking import RankingOptions, candidates, rank
+    from digit.evaluation.studies.stages import Stages
 
     heads = max(1, dim // 32)
     given = {"steps": steps, "dim": dim, "depth": depth, "heads": heads if dim % heads == 0 else 1, "seed": seed}
-    options = from_dict(ScreenOptions, given, "The screening")
+    options = from_dict(RankingOptions, given, "The ranking")
     train, test = train_and_test(open_images(data, split, num), data, test_split, holdout)
+    stages = Stages(out, train, test, seed=seed, given_device=device)
     sizes = [int(number) for number in numbers(clusters, "--clusters")] if clusters else []
-    pipes = {name: load(name, device) for name in models}
-    short = {_short(name, models): pipe for name, pipe in pipes.items()}
-    record, lines = screen_record(candidates(short, sizes, train, seed=seed), train, test, out, options, device)
-    rows = [
-        [
-            str(place), line["name"], f"{100 * line['middle']:.2f}", f"{100 * line['best']:.2f} (state {line['best_state']})",
-            f"{line['nats_per_token']:.3f}", f"{line['bits_per_image']:.0f}", f"{100 * line['saved']:.1f}",
-        ]
-        for place, line in enumerate(lines, 1)
-    ]  # fmt: skip
-    columns = ("rank", "tokens", "middle layer, %", "best layer, %", "nats/token", "bits/image", "saved of log K, %")
-    show(record, columns, rows, out)
+    pipes = {_short(name, models): load(name, device) for name in models}
+    rank(candidates(pipes, sizes, stages), stages, options).save(out).show(out)
 
 
 def ablation(
@@ -259,45 +251,18 @@ def ablation(
         runs/encoders
     """
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.studies.ablation_plan import load_ablation
-    from digit.evaluation.studies.ablation_run import run_ablation
+    from digit.evaluation.studies.ablation import load_ablation, run_ablation
     from digit.training.loop import Interrupted
 
     chosen = load_ablation(name, settings or [])
     train, test = train_and_test(open_images(data, split, num), data, test_split, holdout)
     asked = [part.strip() for part in metrics.split(",") if part.strip()]
     try:
-        record, lines = run_ablation(chosen, data, train, test, out, asked, reference, weights, device)
+        result = run_ablation(chosen, data, train, test, out, asked, reference, weights, device)
     except Interrupted as stop:
         typer.echo(f"{stop} The same command goes on.", err=True)
         raise typer.Exit(stop.exit_code) from None
-    percent = ("middle", "best", "saved")
-    shown = {
-        "nats_per_token": "nats/token", "bits_per_image": "bits/image", "saved": "saved of log K, %", "middle": "middle layer, %",
-        "best": "best layer, %", "decoder_nats": "decoder, nats/token", "fid": "FID",
-    }  # fmt: skip
-    keys = [key for key in shown if any(key in line for line in lines)]
-    theirs = [key for key in ("probe", "fid") if any(line["paper"].get(key) is not None for line in lines)]
-    rows = [
-        [
-            line["name"],
-            f"{line['vocabulary']:,}",
-            str(line["tokens"]),
-            f"{line['prior_parameters'] / 1e6:.2f}",
-            *(f"{line[key] * (100 if key in percent else 1):.4g}" if key in line else "" for key in keys),
-            *("" if line["paper"].get(key) is None else f"{line['paper'][key]:g}" for key in theirs),
-        ]
-        for line in lines
-    ]
-    columns = (
-        "variant",
-        "codes",
-        "tokens",
-        "prior, M",
-        *(shown[key] for key in keys),
-        *(f"paper: {key}" for key in theirs),
-    )
-    show(record, columns, rows, out)
+    result.save(out).show(out)
 
 
 def _short(name: str, models: Sequence[str]) -> str:

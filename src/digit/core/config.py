@@ -5,7 +5,7 @@ is saved as ``config.json`` beside its weights. A preset is a YAML file in ``dig
 sections ``component`` (encoder, vqgan, prior or decoder), ``model``, ``objective``, ``data`` and ``training``.
 ``extends: NAME`` takes everything from another preset (or one of ``digit/presets/bases``, which explain every key) and
 changes what the file itself says. Those in ``digit/presets/ablations`` say what is compared with what, see
-:mod:`digit.evaluation.studies.ablation_run`.
+:mod:`digit.evaluation.studies.ablation`.
 """
 
 from __future__ import annotations

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.core.images import to_uint8
+from digit.core.progress import track
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.sampling import Batch, Batches, OrderedSampler
@@ -58,8 +60,6 @@ def describe_data(dataset: ImageDataset, path: str | Path | None = None) -> dict
 
 def encode_all(pipe: DigitPipeline, dataset: ImageDataset, batch_size: int) -> Tensor:
     """The tokens (n, N) that the prior of ``pipe`` would have to predict for real images."""
-    from digit.core.progress import track
-
     batches = image_batches(dataset, pipe_size(pipe), batch_size)
     total = -(-len(dataset) // batch_size)
     return torch.cat([prior_tokens(pipe, b.images).cpu() for b in track(batches, "Tokenizing", total, "batches")])
@@ -143,18 +143,29 @@ class SamplingRun:
                 f"The model '{pipe.name}' predicts VQ tokens itself; it has no decoder to choose or to set."
             )
 
-    def describe(self) -> dict[str, Any]:
-        """What a result says about this run."""
-        pipe, labels = self.pipe, self.labels
-        shown = f"{len(labels):,}, one an image" if labels and len(labels) > _LABELS_SHOWN else labels and list(labels)
+    def stages(self) -> dict[str, Any]:
+        """The settings of "prior" and "decoder" with every default filled in: runs that agree here are one."""
+        prior, later = self.pipe.settings_for("prior", self.settings, self.classes is not None)
+        stages = {"prior": to_dict(prior)}
+        if self.pipe.space == "semantic":
+            stages["decoder"] = to_dict(self.pipe.settings_for(self.pipe.pick_decoder(self.decoder), later)[0])
+        return stages
+
+    def identity(self) -> dict[str, Any]:
+        """What the images depend on beside the model and :meth:`stages`."""
         return {
             "num": self.num,
             "seed": self.seed,
-            "labels": "none" if self.classes is None else shown or "all in turns",
-            "decoder": None if pipe.space == "vq" else pipe.pick_decoder(self.decoder),
-            "settings": dict(self.settings),
-            "batch_size": self.batch_size,
+            "labels": None if self.labels is None else list(self.labels),
+            "decoder": None if self.pipe.space == "vq" else self.pipe.pick_decoder(self.decoder),
         }
+
+    def describe(self) -> dict[str, Any]:
+        """What a result says about this run."""
+        labels = self.labels
+        shown = f"{len(labels):,}, one an image" if labels and len(labels) > _LABELS_SHOWN else labels and list(labels)
+        named = "none" if self.classes is None else shown or "all in turns"
+        return {**self.identity(), "labels": named, "settings": dict(self.settings), "batch_size": self.batch_size}
 
     def spans(self) -> Iterator[range]:
         """The numbers of the images of each batch."""

@@ -271,15 +271,15 @@ def _settings(settings: Mapping[str, Any]) -> str:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8)) -> tuple[Any, list[Any]]:
-    """A matplotlib Figure with a row of ``count`` axes of ``size`` inches each.
+def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8), rows: int = 1) -> tuple[Any, list[Any]]:
+    """A matplotlib Figure with rows of ``count`` axes of ``size`` inches each, and all axes, row by row.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
     module = require("matplotlib.figure", "eval", "Drawing figures")
-    figure = module.Figure((size[0] * count, size[1]), layout="constrained")
-    axes = list(figure.subplots(1, count, squeeze=False)[0])
+    figure = module.Figure((size[0] * count, size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, count, squeeze=False).flat)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(visible=True, alpha=0.3)

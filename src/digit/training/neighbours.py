@@ -11,14 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK = 1000
-_TEMPERATURE = 0.07
 
 
 def neighbour_accuracy(
-    memory: Tensor, memory_labels: Tensor, queries: Tensor, labels: Tensor, neighbours: int = 20
+    memory: Tensor,
+    memory_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    neighbours: int = 20,
+    temperature: float = 0.07,
 ) -> float:
     """Share of the queries (m, D), of classes ``labels`` (m,), whose class wins the vote of their nearest neighbours
-    among the features ``memory`` (n, D), of classes ``memory_labels`` (n,).
+    among the features ``memory`` (n, D), of classes ``memory_labels`` (n,). A vote counts exp(cosine / temperature).
     """
     with torch.autocast(memory.device.type, enabled=False):
         memory = F.normalize(memory.float(), dim=1).T.contiguous()  # (D, n)
@@ -27,6 +31,6 @@ def neighbour_accuracy(
         for chunk, expected in zip(queries.split(_CHUNK), labels.split(_CHUNK), strict=True):
             similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(min(neighbours, memory.shape[1]))
             votes = similar.new_zeros(len(chunk), classes)
-            votes.scatter_add_(1, memory_labels[nearest], (similar / _TEMPERATURE).exp())
+            votes.scatter_add_(1, memory_labels[nearest], (similar / temperature).exp())
             right += int((votes.argmax(1) == expected).sum())
     return right / len(queries)

@@ -10,8 +10,7 @@ from digit.core.errors import DigitError
 from digit.evaluation.metrics.features import measure
 from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
 from digit.evaluation.model_source import SamplingRun, image_batches, open_images
-from digit.evaluation.studies.points import Points, key_of
-from digit.evaluation.studies.sweep import Reference, parse_axes, parse_settings, plan, sweep, sweep_record, table_csv
+from digit.evaluation.studies.sweep import Reference, parse_axes, parse_settings, plan, sweep, table_csv
 
 OPTIONS = FidelityOptions(metrics=("fid", "isc", "prc"), isc_splits=2, batch_size=16)
 
@@ -24,6 +23,10 @@ def reference(cifar512, pooling):
 @pytest.fixture
 def run(pipe):
     return SamplingRun(pipe, 20, seed=1, batch_size=10)
+
+
+def points_of(*arguments):
+    return sweep(*arguments).values["points"]
 
 
 def test_axes_are_read_as_yaml():
@@ -54,7 +57,7 @@ def test_plan_takes_one_axis_at_a_time_or_all_combinations():
 
 
 def test_a_point_is_the_fidelity_of_that_run(pipe, run, reference, pooling, cifar512, tmp_path):
-    (found,) = sweep(run, {"top_k": [3]}, reference, tmp_path)
+    (found,) = points_of(run, {"top_k": [3]}, reference, tmp_path)
     pictures = pipe(labels=range(10), num=20, seed=1, top_k=3)
     images = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
     expected = fidelity([images], str(cifar512), extractor=pooling, options=OPTIONS)
@@ -62,21 +65,21 @@ def test_a_point_is_the_fidelity_of_that_run(pipe, run, reference, pooling, cifa
 
 
 def test_decoder_settings_share_the_priors_tokens(run, reference, tmp_path):
-    points = sweep(run, {"decoder_top_k": [0, 4], "decoder_temperature": [0.5], "top_k": [2]}, reference, tmp_path)
+    points = points_of(run, {"decoder_top_k": [0, 4], "decoder_temperature": [0.5], "top_k": [2]}, reference, tmp_path)
     assert [point["prior_shared"] for point in points] == [False, True, True, False]
-    assert len(list((tmp_path / "tokens").glob("*.npz"))) == 2
+    assert len(list((tmp_path / "tokens").glob("*/tokens.npz"))) == 2
     assert len({point["values"]["fid"] for point in points}) == 4
 
 
 def test_points_that_mean_the_same_are_measured_once(run, reference, tmp_path):
-    points = sweep(run, {"top_p": [1.0, 0.5], "temperature": [1.0]}, reference, tmp_path)
+    points = points_of(run, {"top_p": [1.0, 0.5], "temperature": [1.0]}, reference, tmp_path)
     assert points[0]["values"] == points[2]["values"]
-    assert len(list((tmp_path / "points").glob("*.json"))) == 1 + 2
+    assert len(list((tmp_path / "points").glob("*.json"))) == 2
 
 
 def test_goes_on_where_it_stopped(run, reference, tmp_path, monkeypatch):
     axes = {"top_k": [2, 4, 8]}
-    judged, judge = [], Reference.judge
+    judged, judge = [], Reference.measure
 
     def stop_after_two(self, each, tokens, name):
         if len(judged) == 2:
@@ -84,20 +87,21 @@ def test_goes_on_where_it_stopped(run, reference, tmp_path, monkeypatch):
         judged.append(name)
         return judge(self, each, tokens, name)
 
-    monkeypatch.setattr(Reference, "judge", stop_after_two)
+    monkeypatch.setattr(Reference, "measure", stop_after_two)
     with pytest.raises(KeyboardInterrupt):
-        sweep(run, axes, reference, tmp_path)
-    monkeypatch.setattr(Reference, "judge", lambda *given: judged.append("third") or judge(*given))
-    points = sweep(run, axes, reference, tmp_path)
-    assert judged == ["top_k 2", "top_k 4", "third"]
-    fresh = sweep(run, axes, reference, tmp_path / "fresh")
+        points_of(run, axes, reference, tmp_path)
+    monkeypatch.setattr(Reference, "measure", lambda *given: judged.append("third") or judge(*given))
+    points = points_of(run, axes, reference, tmp_path)
+    assert judged == ["top k 2", "top k 4", "third"]
+    fresh = points_of(run, axes, reference, tmp_path / "fresh")
     assert [p["values"] for p in points] == [p["values"] for p in fresh]
 
 
-def test_another_sweep_in_the_same_folder_is_refused(pipe, run, reference, tmp_path):
-    sweep(run, {"top_k": [2]}, reference, tmp_path)
-    with pytest.raises(DigitError, match="another num, another seed"):
-        sweep(SamplingRun(pipe, 10, seed=2), {"top_k": [2]}, reference, tmp_path)
+def test_another_sweep_in_the_same_folder_mixes_with_nothing(pipe, run, reference, tmp_path):
+    first = points_of(run, {"top_k": [2]}, reference, tmp_path)
+    other = points_of(SamplingRun(pipe, 10, seed=2), {"top_k": [2]}, reference, tmp_path)
+    assert other[0]["values"] != first[0]["values"]
+    assert points_of(run, {"top_k": [2]}, reference, tmp_path) == first
 
 
 def test_nothing_is_sampled_where_a_point_is_impossible(run, reference, tmp_path):
@@ -109,12 +113,15 @@ def test_nothing_is_sampled_where_a_point_is_impossible(run, reference, tmp_path
 @pytest.mark.parametrize("grid", [False, True])
 def test_record(run, reference, tmp_path, grid):
     axes = {"top_k": [4, 0], "top_p": [0.5, 1.0]}
-    _, points = sweep_record(run, axes, reference, tmp_path, grid)
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert result["values"]["points"] == points
-    assert result["plots"] == (["sweep-top_k.png"] if grid else ["sweep-top_k.png", "sweep-top_p.png"])
-    for plot in result["plots"]:
-        assert Image.open(tmp_path / plot).width > 600
+    found = sweep(run, axes, reference, tmp_path, grid).save(tmp_path)
+    points = found.values["points"]
+    assert json.loads((tmp_path / "result.json").read_text())["values"]["points"] == points
+    assert found.plots == ("sweep.png",)
+    width, height = Image.open(tmp_path / "sweep.png").size
+    assert width > 1800
+    assert (height > 1000) == (not grid)  # a row for each axis
+    assert found.rows()[0]["Settings"] == ("top k 4, top p 0.5" if grid else "top k 4")
+    assert found.rows()[0]["FID ↓"] == points[0]["values"]["fid"]
     with open(tmp_path / "sweep.csv", newline="") as handle:
         lines = list(csv.DictReader(handle))
     assert len(lines) == 4
@@ -137,12 +144,3 @@ def test_references_are_measured_once_and_told_apart(cifar512, pooling):
     other = Reference(measure(batches, pooling, OPTIONS.metrics, name=one.features.name), pooling, OPTIONS)
     assert one.describe() != other.describe()
     assert one.describe() == Reference.of(str(cifar512), pooling, OPTIONS).describe()
-
-
-def test_points_return_what_they_were_given(tmp_path):
-    points = Points(tmp_path, {"model": "a"})
-    assert points.get({"x": 1}) is None
-    assert (
-        points.put({"x": 1}, {"fid": 0.1 + 0.2}) == {"fid": 0.1 + 0.2} == Points(tmp_path, {"model": "a"}).get({"x": 1})
-    )
-    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 2, "b": 1})

@@ -8,26 +8,28 @@ weights, reference, counts and preprocessing. ``docs/evaluation.md`` has the det
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from digit.core.config import config, to_dict
 from digit.core.errors import DigitError, require
 from digit.evaluation.metrics.features import FeatureSet, Source, is_statistics, measure
 from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor, tool_name
+from digit.evaluation.results import Result, Rows, provenance
 
 METRICS = ("fid", "kid", "prc", "isc")
-_FIRST_VALUE = {"fid": "fid", "kid": "kid_mean", "prc": "precision", "isc": "is_mean"}
-_TITLES = {
-    "fid": "FID",
-    "kid_mean": "KID",
+TITLES = {
+    "fid": "FID ↓",
+    "kid_mean": "KID ↓",
     "kid_std": "KID, deviation",
-    "is_mean": "Inception Score",
+    "is_mean": "Inception Score ↑",
     "is_std": "Inception Score, deviation",
-    "precision": "Precision",
-    "recall": "Recall",
-    "f_score": "F-score",
+    "precision": "Precision ↑",
+    "recall": "Recall ↑",
+    "f_score": "F-score ↑",
 }
+_FIRST_VALUE = {"fid": "fid", "kid": "kid_mean", "prc": "precision", "isc": "is_mean"}
 
 
 @config
@@ -37,8 +39,7 @@ class FidelityOptions:
     Attributes:
         metrics: any of fid, kid, prc (precision and recall) and isc (Inception Score).
         batch_size: images a step of the network; the values do not depend on it.
-        kid_subsets: how many random subsets KID averages over.
-        kid_subset_size: images in each.
+        kid_subsets, kid_subset_size: how many random subsets KID averages over, and images in each.
         prc_neighbours: a ball reaches to the k-th nearest neighbour.
         isc_splits: parts whose scores are averaged.
         seed: of the subsets and of the shuffle before the splits.
@@ -53,45 +54,47 @@ class FidelityOptions:
     seed: int = 2020
 
 
-@dataclass
-class FidelityResult:
-    """The values, and everything that decides whether two results may be compared.
+@dataclass(frozen=True, kw_only=True)
+class Fidelity(Result):
+    """The values, as far as they were asked for, and everything that decides whether two results may be compared.
 
     Attributes:
-        values: fid, kid_mean, kid_std, is_mean, is_std, precision, recall, f_score, as far as they were asked for.
         not_measured: metric -> the reason, in a sentence.
-        source: its name, number of images, and for saved statistics what their file says.
-        reference: the same of the reference.
-        notes: what a reader of the values should know.
+        source, reference: name, number of images, and for saved statistics what their file says.
+        tool, backend, weights, preprocessing, options: how.
+        sampling: the run, where a model was measured.
     """
 
+    kind: str = "fidelity"
     values: dict[str, float]
-    not_measured: dict[str, str]
-    source: dict[str, Any]
-    reference: dict[str, Any] | None
-    tool: str
-    backend: str
-    weights: dict[str, str]
-    preprocessing: str
-    options: dict[str, Any]
-    notes: list[str] = field(default_factory=list)
+    not_measured: dict[str, str] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
+    reference: dict[str, Any] | None = None
+    tool: str = ""
+    backend: str = ""
+    weights: dict[str, str] = field(default_factory=dict)
+    preprocessing: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] | None = None
     images_per_second: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        against = f" against {self.reference['name']}" if self.reference else ""
-        return {"kind": "fidelity", "title": f"Fidelity of {self.source['name']}{against}", **asdict(self)}
-
-    def rows(self) -> dict[str, str]:
-        """What a table shows: the values, the reasons for missing ones, and what they were measured with."""
-        rows = {_TITLES[name]: f"{value:.4f}" for name, value in self.values.items()}
-        rows |= {_TITLES[_FIRST_VALUE[metric]]: reason for metric, reason in self.not_measured.items()}
+    def rows(self) -> Rows:
+        """A row for each value, for each reason of a missing one, and for what they were measured with."""
+        rows = {TITLES[name]: f"{value:.4f}" for name, value in self.values.items()}
+        rows |= {TITLES[_FIRST_VALUE[metric]]: reason for metric, reason in self.not_measured.items()}
         for side, given in (("Source", self.source), ("Reference", self.reference)):
-            if given is not None:
+            if given:
                 count = "unknown number of" if given["images"] is None else f"{given['images']:,}"
                 rows[side] = f"{given['name']}: {count} images"
         rows |= {"Tool": f"{self.tool}, {self.backend}", "Preprocessing": self.preprocessing}
-        return rows | {"Weights": f"{self.weights['source']}, sha256 {self.weights['sha256'][:12]}"}
+        if self.weights:
+            rows["Weights"] = f"{self.weights['source']}, sha256 {self.weights['sha256'][:12]}"
+        return [{"": name, "value": value} for name, value in rows.items()]
+
+    def provenance(self) -> str:
+        """Model, images and settings, the reference, and the network."""
+        network = f"weights {self.weights['sha256'][:12]}" if self.weights else None
+        return provenance(self.model, self.source, self.reference, network, self.sampling)
 
 
 def fidelity(
@@ -105,20 +108,15 @@ def fidelity(
     total: int | None = None,
     reference_name: str | None = None,
     reference_split: str | None = None,
-) -> FidelityResult:
+) -> Fidelity:
     """Measure images against a reference, as in the paper's tables 3 and 4.
 
     Args:
-        source: what is judged; see :func:`~digit.evaluation.metrics.features.measure` for what it may be.
-        reference: the real images or their statistics; None measures the Inception Score alone.
-        extractor: the network; by default :func:`~digit.evaluation.metrics.inception.open_extractor` where images are
-            among the two.
-        options: metrics and their settings.
-        source_name: how the result calls the source.
-        source_split: of a data set.
+        source: what is measured; what both sides may be, with their names and splits, says
+            :func:`~digit.evaluation.metrics.features.measure`.
+        reference: the real images; None measures the Inception Score alone.
+        extractor: the network; by default :func:`~digit.evaluation.metrics.inception.open_extractor` where it is needed.
         total: take at most so many source images.
-        reference_name: how the result calls the reference.
-        reference_split: of a data set.
 
     Raises:
         DigitError: unknown metrics, unreadable sources, fewer than two images, mixed sizes, or features of another
@@ -133,24 +131,29 @@ def fidelity(
         raise DigitError(f"The metrics {', '.join(unknown)} were asked for; known are {', '.join(METRICS)}.")
     if extractor is None and not (is_statistics(source) and (reference is None or is_statistics(reference))):
         extractor = open_extractor()
-    theirs = None
+    theirs, began = None, time.monotonic()
     how: dict[str, Any] = {"metrics": options.metrics, "batch_size": options.batch_size}
     if reference is not None:
         theirs = measure(reference, extractor, name=reference_name, split=reference_split, **how)
         if extractor is not None and not is_statistics(source):  # now, and not after the long part
             _check_width(theirs, extractor.width)
     ours = measure(source, extractor, name=source_name, split=source_split, total=total, **how)
-    return compare(ours, theirs, options)
+    return compare(ours, theirs, options, began)
 
 
-def compare(ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOptions) -> FidelityResult:
+def compare(
+    ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOptions, began: float | None = None
+) -> Fidelity:
     """Compute the metrics between two measured sets; one reference can serve many comparisons.
+
+    ``began`` is the monotonic time from which the seconds of the result are counted; now, if left out.
 
     Raises:
         DigitError: the two have features of different widths.
     """
     if theirs is not None:
         _check_width(theirs, len(ours.statistics.mu))
+    began = time.monotonic() if began is None else began
     values: dict[str, float] = {}
     reasons: dict[str, str] = {}
     for metric in options.metrics:
@@ -161,7 +164,8 @@ def compare(ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOption
             values.update(_metric(metric, ours, theirs, options))
     made_with = dict.fromkeys(("weights_sha256", "weights_source", "backend", "preprocessing"), "unknown")
     made_with |= ours.statistics.metadata
-    return FidelityResult(
+    return Fidelity(
+        title=f"Fidelity of {ours.name}" + (f" against {theirs.name}" if theirs else ""),
         values=values,
         not_measured=reasons,
         source=_describe(ours),
@@ -171,7 +175,8 @@ def compare(ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOption
         weights={"source": made_with["weights_source"], "sha256": made_with["weights_sha256"]},
         preprocessing=made_with["preprocessing"],
         options=to_dict(options),
-        notes=_notes(ours, theirs),
+        notes=tuple(_notes(ours, theirs)),
+        seconds=time.monotonic() - began,
         images_per_second=ours.statistics.n / ours.seconds if ours.seconds and ours.statistics.n else None,
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.report.collect import Found
 from digit.evaluation.report.html import DASH, Html, details, number, table
 from digit.evaluation.report.parts import Context, card, grid, section
 from digit.evaluation.report.svg import Series, line_chart
-from digit.evaluation.studies.sweep import SHOWN, TITLES, in_order, measured, setting_text
+from digit.evaluation.studies.sweep import SHOWN, in_order, measured, setting_text
 
 _LOWER = ("fid", "kid_mean")
 _SPACES = {"semantic": "semantic tokens", "vq": "VQ tokens"}

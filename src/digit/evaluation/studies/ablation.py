@@ -1,249 +1,386 @@
-"""Which tokens to train on, before anybody trains for days: a small prior is trained briefly on each, and probed.
+"""Ablations: one thing is varied, everything else is shared; every variant is trained and measured.
 
-Source: [0] Xiong et al. 2025, arXiv 2504.08736 (GigaTok), whose AR probing finds that loss and probe accuracy of a
-    small model
-foretell those of large ones. They train 111M parameters for 50 epochs; here the size and the length are options, and
-the ranking is only as good as they allow. Loss is given per image too, for tokens of different number and vocabulary
-say nothing side by side.
+The packaged ones are in ``digit/presets/ablations``. The paper's own: figure 3b (K), figure 4a (encoder), Table 3 (decoder),
+figure 3a (prior). Each variant goes through the stages encoder, VQGAN, codebook, tokens, prior, decoder, probe and FID.
 """
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
+from rich.console import Console
 
-from digit.clustering.kmeans import fit_codebook
-from digit.core.config import config, from_dict, to_dict
+from digit.core.config import NonNegativeInt, PositiveInt, config, from_dict, load_preset, preset_names, to_dict
+from digit.core.devices import pick_device
 from digit.core.errors import DigitError
-from digit.core.transforms import Transform
-from digit.data.dataset import ImageDataset
-from digit.data.sampling import Batches, OrderedSampler
-from digit.data.token_cache import TokenCache, build_token_cache
-from digit.encoders.base import weights_checksum
-from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, ProbeScore, score_features
-from digit.evaluation.model_source import describe_data
-from digit.evaluation.result import OURS, PAPER, Record, describe_model, figure
-from digit.evaluation.studies.points import Points
-from digit.models.component import load_component
-from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.models.transformer import PositiveInt
+from digit.data.dataset import ImageDataset, open_dataset
+from digit.data.token_cache import Views
+from digit.encoders import load_encoder
+from digit.encoders.hub import looks_like_repository
+from digit.evaluation import paper
+from digit.evaluation.metrics.fidelity import FidelityOptions
+from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor
+from digit.evaluation.metrics.probe import ProbeOptions
+from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
+from digit.evaluation.result import describe_model
+from digit.evaluation.results import Result, Rows
+from digit.evaluation.studies.stages import Line, Stages, cells, comparison, predictability
+from digit.evaluation.studies.sweep import Reference
+from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.pipeline import DigitPipeline
-from digit.training.config import Positive, TrainingConfig
-from digit.training.engine import seed_everything
-from digit.training.loop import train
-from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
+
+METRICS = ("nll", "probe", "fid")
+_FREE = {
+    "clusters": {"clusters"},
+    "encoder": {"encoder", "encoder_set", "layer", "prior", "prior_set", "decoder", "sampling"},
+    "layer": {"layer"},
+    "decoder": {"decoder", "decoder_set", "sampling"},
+    "prior-size": {"prior", "prior_set", "sampling"},
+}
+"""The fields that the variants of an ablation may change."""
+_FROM_CACHE = ("vocab_size", "length", "prefix_vocab_size", "prefix_length", "num_classes")
+"""Fields of a token model that follow from the tokens, which an ablation may change."""
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
 
 
 @config
-class ScreenOptions:
-    """The small prior and its short training.
+class Recipe:
+    """How a model is made. ``digit/presets/bases/ablation-cifar10.yaml`` explains every field."""
 
-    Attributes:
-        steps, batch_size, lr: of the training; AdamW, cosine after a tenth of warm-up.
-        dim, depth, heads: of the prior.
-        probe: how its layers are probed.
-        seed: of everything random.
+    encoder: str | None
+    encoder_set: tuple[str, ...] = ()
+    layer: int | None = None
+    clusters: PositiveInt = 256
+    fit_images: PositiveInt | None = None
+    random_crops: bool = False
+    vqgan: str
+    vqgan_set: tuple[str, ...] = ()
+    views: Views = Views()
+    prior: str
+    prior_set: tuple[str, ...] = ()
+    decoder: str | None = None
+    decoder_set: tuple[str, ...] = ()
+    sampling: dict[str, Any] = Field(default_factory=dict)
+
+
+@config
+class Ablation:
+    """What is varied, what the variants have in common, and how they are measured; see the same file.
+
+    A variant is a ``name``, fields of :class:`Recipe` to replace (those ending in ``_set`` are added), and where the paper has
+    the same, ``paper``: its row.
     """
 
-    steps: PositiveInt = 300
+    what: Literal["clusters", "encoder", "layer", "decoder", "prior-size"]
+    base: Recipe
+    variants: Annotated[tuple[dict[str, Any], ...], Field(min_length=2)]
+    probe: ProbeOptions = ProbeOptions()
+    fid_images: Annotated[int, Field(ge=2)] = 10_000
     batch_size: PositiveInt = 64
-    lr: Positive = 1e-3
-    dim: PositiveInt = 128
-    depth: PositiveInt = 4
-    heads: PositiveInt = 4
-    probe: ProbeOptions = ProbeOptions(epochs=30, lrs=(0.4, 4.0), standardize=True, neighbours=0)
-    seed: int = 0
+    seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Tokens to judge.
-
-    Attributes:
-        name: for people.
-        pipe: with encoder and codebook, or in space "vq" with a VQGAN; nothing else of it is used.
-    """
+class Variant:
+    """One model of an ablation, and its row of the paper: FID, Inception Score, and the probe in percent."""
 
     name: str
-    pipe: DigitPipeline
+    recipe: Recipe
+    paper: Mapping[str, float | None]
+
+    def preset(self, part: Literal["prior", "decoder"]) -> dict[str, Any]:
+        """The training preset of a token model, without the fields that follow from the tokens.
+
+        Raises:
+            DigitError: there is none of that name, it is another component's, or a change does not fit it.
+        """
+        name = getattr(self.recipe, part)
+        values = load_preset(name, getattr(self.recipe, f"{part}_set"))
+        if values.get("component") != part:
+            raise DigitError(
+                f"'{self.name}': {name} is a preset of the component '{values.get('component')}', not {part}."
+            )
+        return {**values, "model": {k: v for k, v in values["model"].items() if k not in _FROM_CACHE}}
+
+    def check(self) -> None:
+        """Try all presets.
+
+        Raises:
+            DigitError: one does not fit, or does not exist.
+        """
+        recipe = self.recipe
+        target = (self.preset("prior").get("data") or {}).get("target", "semantic")
+        wanted = "vq" if recipe.encoder is None else "semantic"
+        if target != wanted:
+            given = "has no encoder" if wanted == "vq" else "has an encoder"
+            raise DigitError(
+                f"The variant '{self.name}' {given}, so its prior must predict {wanted} tokens; {recipe.prior} predicts "
+                f"{target}."
+            )
+        if recipe.decoder is not None and wanted == "semantic":
+            self.preset("decoder")
+        for source, changes in ((recipe.encoder, recipe.encoder_set), (recipe.vqgan, recipe.vqgan_set)):
+            if source is not None and is_preset(source):
+                load_preset(source, changes)
 
 
-def candidates(
-    models: Mapping[str, DigitPipeline],
-    clusters: Sequence[int],
-    dataset: ImageDataset,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> list[Candidate]:
-    """The tokens of some models as they are, or with codebooks of other sizes fitted on the spot.
+def is_preset(source: str) -> bool:
+    """Whether a part is given by a training preset, and not as it is."""
+    return source.endswith((".yaml", ".yml")) or source in preset_names()
 
-    Args:
-        models: name -> model; one without encoder and codebook stands for its VQ tokens.
-        clusters: sizes K of codebooks to fit for each encoder; none keeps the models' own.
-        dataset: training images for k-means.
-        batch_size: images at a time.
-        seed: of k-means.
+
+def load_ablation(name: str, overrides: Sequence[str] = ()) -> Ablation:
+    """Read a packaged ablation or a YAML file; ``overrides`` are changes ``a.b=c``.
 
     Raises:
-        DigitError: a model that makes no tokens, or codebooks were asked for and a model has no encoder.
+        DigitError: an unknown name or field, or a value that is wrong.
     """
-    found = []
-    for name, pipe in models.items():
-        if clusters:
-            encoder: Any = pipe.part("encoder")
-            cut = Transform(size=encoder.preprocessing.image_size)
-            for count in clusters:
-                batches = Batches(dataset, OrderedSampler(len(dataset), batch_size), cut)
-                codebook = fit_codebook(encoder, batches, count, seed=seed, device=pipe.device, total=len(dataset))
-                part = DigitPipeline(encoder=encoder, codebook=codebook.to(pipe.device), name=pipe.name)
-                found.append(Candidate(f"{name}, K = {count:,}", part))
-        elif pipe.encoder is not None and pipe.codebook is not None:
-            part = DigitPipeline(encoder=pipe.encoder, codebook=pipe.codebook, name=pipe.name)
-            found.append(Candidate(f"{name}, K = {pipe.codebook.config.clusters:,}", part))
-        elif pipe.vqgan is not None:
-            part = DigitPipeline(vqgan=pipe.vqgan, space="vq", name=pipe.name)
-            found.append(Candidate(f"{name}, {pipe.vqgan.config.codes:,} VQ codes", part))
-        else:
-            raise DigitError(f"The model '{name}' makes no tokens: it needs an encoder with a codebook, or a VQGAN.")
-    return found
+    return from_dict(Ablation, load_preset(name, overrides, "ablations"), f"ablation {name}")
 
 
-def screen_one(
-    candidate: Candidate,
-    train_images: ImageDataset,
-    test_images: ImageDataset,
-    out: str | Path,
-    options: ScreenOptions,
-    device: str | None = None,
-) -> dict[str, Any]:
-    """Train a small prior on a candidate's tokens and probe it.
-
-    Args:
-        candidate: the tokens.
-        train_images: with labels; a tenth, at most 512, is held out for the loss.
-        test_images: with labels, for the probe.
-        out: a folder for the token cache and the training run; the run is resumed if it was interrupted.
-        options: size and length.
-        device: of the training.
-
-    Returns:
-        ``nats_per_token`` and ``bits_per_image`` of held-out tokens; ``saved``, the part of log K that the prior saves
-        against uniform tokens; ``probe``, accuracy by layer, with ``middle`` and ``best``.
-    """
-    out, space = Path(out), candidate.pipe.space
-    cache = build_token_cache(candidate.pipe, train_images, out / "tokens")
-    assert cache is not None
-    prior = _train(cache, space, out / "run", options, device)
-    prior.to(candidate.pipe.device)
-    pipe = candidate.pipe.with_parts(prior=prior)
-    data = ProbeData(train_images, test_images)
-    classes = len(train_images.classes) or int(train_images.labels.max()) + 1
-    scores, _ = score_features(*data.features(pipe, "prior", describe_model(pipe)), classes, options.probe, pipe.device)
-    nll = float(prior.provenance["metrics"]["nll"])  # type: ignore[index]
-    tokens = cache.space(space)
-    return {
-        "vocabulary": tokens.vocab_size,
-        "tokens": tokens.length,
-        "nats_per_token": nll,
-        "bits_per_image": nll * tokens.length / math.log(2),
-        "saved": 1 - nll / math.log(tokens.vocab_size),
-        "probe": [score.accuracy for score in scores],
-        "middle": scores[options.depth // 2].accuracy,
-        "best": max(scores, key=_accuracy).accuracy,
-        "best_state": max(scores, key=_accuracy).state,
+def paper_rows() -> dict[str, dict[str, float | None]]:
+    """The paper's rows that a variant may name as its own."""
+    rows: dict[str, dict[str, float | None]] = {
+        f"{row.method} {row.parameters:g}M": {"fid": row.fid, "inception": row.inception}
+        for row in paper.UNCONDITIONAL
+        if row.parameters
+    }
+    rows |= {row.method: {"fid": row.fid, "inception": row.inception} for row in paper.ADDITIVE}
+    return rows | {
+        row.encoder: {"fid": row.fid, "inception": row.inception, "probe": row.probe} for row in paper.ENCODERS
     }
 
 
-def _accuracy(score: ProbeScore) -> float:
-    return score.accuracy
+def plan(ablation: Ablation) -> list[Variant]:
+    """The variants, each complete, tried before anything is trained.
+
+    Raises:
+        DigitError: a name that is missing or there twice, a field that this ablation does not vary, or a preset that
+            does not fit.
+    """
+    rows, found, base = paper_rows(), {}, to_dict(ablation.base)
+    for number, values in enumerate(ablation.variants, 1):
+        changes = dict(values)
+        name, row = str(changes.pop("name", "")), changes.pop("paper", None)
+        if not name or name in found:
+            raise DigitError(f"Variant {number} needs a 'name' of its own; {values.get('name')!r} was given.")
+        if extra := sorted(set(changes) - _FREE[ablation.what]):
+            raise DigitError(
+                f"The variant '{name}' changes {', '.join(extra)}, but this ablation varies {ablation.what}; its variants may "
+                f"change {', '.join(sorted(_FREE[ablation.what]))}. What all have in common belongs to 'base'."
+            )
+        if row is not None and row not in rows:
+            raise DigitError(f"The variant '{name}' names the paper's row '{row}'; known are: {', '.join(rows)}.")
+        added = {key: [*base[key], *changes[key]] for key in changes if key.endswith("_set")}
+        variant = Variant(name, from_dict(Recipe, {**base, **changes, **added}, f"variant '{name}'"), rows.get(row, {}))
+        variant.check()
+        found[name] = variant
+    return list(found.values())
 
 
-def _train(cache: TokenCache, space: Any, out: Path, options: ScreenOptions, device: str | None) -> TokenModel:
-    """The small prior, trained; from ``out`` where that is finished or was begun."""
-    values = {"role": "prior", "transformer": {"dim": options.dim, "depth": options.depth, "heads": options.heads}}
-    data = TokenData(target=space)
-    if not (out / "model" / "config.json").is_file():
-        seed_everything(options.seed)
-        model = TokenModel(token_model_config(values, cache, data, "the screening prior"))
-        settings = {
-            "steps": options.steps, "batch_size": options.batch_size, "lr": options.lr, "schedule": "cosine",
-            "warmup_steps": options.steps // 10, "seed": options.seed, "validate_every": 0,
-        }  # fmt: skip
-        training = from_dict(TrainingConfig, settings, "the screening training")
-        train(TokenTask(model, cache, data), training, out, resume=True, device=device)
-    return load_component(part_folder(out), TokenModel, TokenModelConfig)
+def check_parts(variants: Sequence[Variant]) -> None:
+    """See that every part that is not trained here exists, for the last of them may be needed days later.
+
+    Raises:
+        DigitError: one does not.
+    """
+    for recipe in (variant.recipe for variant in variants):
+        if not is_preset(recipe.vqgan):
+            part_folder(recipe.vqgan)
+        source = recipe.encoder
+        if source is not None and not (is_preset(source) or Path(source).exists() or looks_like_repository(source)):
+            raise DigitError(
+                f"There is no encoder '{source}': no such file, folder or preset, and it is not a Hub id (owner/name)."
+            )
 
 
-def screen_record(
-    entries: Sequence[Candidate],
+# ---- the whole measurement -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationResult(Result):
+    """``values``: a line for each variant in the order of the ablation."""
+
+    kind: str = "ablation"
+
+    def rows(self) -> Rows:
+        """A row for each variant, with the paper's values."""
+        rows = []
+        for line in self.values:
+            theirs = {f"Paper: {key}": line["paper"].get(key) for key in ("probe", "fid") if line["paper"].get(key)}
+            rows.append({"Variant": line["name"], **cells(line), **theirs})
+        return rows
+
+    def figure(self) -> Any:
+        """Bars of what was measured, and the probe by layer where priors differ."""
+        if self.settings["what"] == "decoder":
+            return comparison(self.values, ("decoder_nats", "fid"), layers=False)
+        return comparison(self.values, ("best", "saved", "fid"))
+
+
+def run_ablation(
+    ablation: Ablation,
+    data: str | Path,
     train_images: ImageDataset,
     test_images: ImageDataset,
     out: str | Path,
-    options: ScreenOptions | None = None,
+    metrics: Sequence[str] = METRICS,
+    reference: str | None = None,
+    weights: str | FeatureExtractor = "auto",
     device: str | None = None,
-) -> tuple[Record, list[dict[str, Any]]]:
-    """Screen candidates, and write ``result.json`` and ``screen.png`` into ``out``; what is finished is not done again.
+) -> AblationResult:
+    """Make and measure every variant; a run that was interrupted goes on.
 
-    Returns:
-        The record, and a line for each candidate, the best middle layer first.
+    Args:
+        ablation: see :func:`load_ablation`.
+        data: the dataset that encoder and VQGAN are trained on, where the ablation trains them.
+        train_images: whose tokens prior and decoder learn; a part is held out for the loss, as their presets say.
+        test_images: which the probe is tested on.
+        out: a folder.
+        metrics: some of "nll", "probe" and "fid".
+        reference: images or their ``.npz`` for FID; None: the training images.
+        weights: of the FID network, see :func:`~digit.evaluation.metrics.inception.load_inception`, or the network
+            itself. Without them FID is not measured, and the result says why.
+        device: where everything runs.
+
+    Raises:
+        DigitError: before anything is trained: an unknown metric, a variant that does not fit, a part that is not
+            there, images without labels for the probe.
     """
-    options, out, began = options or ScreenOptions(), Path(out), time.monotonic()
-    images = {"train": describe_data(train_images), "test": describe_data(test_images)}
-    store = Points(out / "points", {"options": to_dict(options), "images": [d["fingerprint"] for d in images.values()]})
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        raise DigitError(f"The metrics {', '.join(unknown)} were asked for; known are {', '.join(METRICS)}.")
+    variants, began, reasons = plan(ablation), time.monotonic(), {}
+    check_parts(variants)
+    if "probe" in metrics and min(int(train_images.labels.min()), int(test_images.labels.min())) < 0:
+        raise DigitError("The images have no classes, which the probe needs; leave it out with --metrics nll,fid.")
+    extractor = None if isinstance(weights, str) else weights
+    if "fid" in metrics and isinstance(weights, str):
+        try:
+            extractor = open_extractor(weights, device=str(pick_device(device)))
+        except DigitError as error:
+            reasons["fid"] = f"not measured: {error}"
+    stages = Stages(Path(out), train_images, test_images, ablation.batch_size, ablation.seed, device)
+
+    @cache
+    def measured_reference(size: int) -> Reference:
+        """When it is first needed; images are brought to the models' size."""
+        assert extractor is not None
+        batches = (b.images for b in image_batches(train_images, size, ablation.batch_size, torch.uint8))
+        return Reference.of(reference or batches, extractor, FidelityOptions(batch_size=ablation.batch_size))
+
+    chosen = [metric for metric in metrics if metric not in reasons]
     lines = []
-    for entry in entries:
-        weights = [
-            weights_checksum(part)
-            for part in (entry.pipe.encoder, entry.pipe.codebook, entry.pipe.vqgan)
-            if isinstance(part, torch.nn.Module)
-        ]
-        value = store.get({"weights": weights})
-        if value is None:
-            folder = out / entry.name.replace(", ", "-").replace(" ", "").replace(",", "").replace("/", "-")
-            value = store.put(
-                {"weights": weights}, screen_one(entry, train_images, test_images, folder, options, device)
-            )
-        lines.append({"name": entry.name, **value})
-    lines.sort(key=lambda line: -line["middle"])
-    _plot(lines, out / "screen.png")
-    record = Record(
-        kind="screen",
-        title="Tokens ranked by a short training of a small prior",
+    for variant in variants:
+        Console(stderr=True, highlight=False).print(variant.name, markup=False)
+        line = _line(stages, ablation, variant, str(data), chosen, measured_reference)
+        lines.append({**line, "not_measured": {**reasons, **line["not_measured"]}})
+    theirs = {
+        "source": paper.SOURCE, "reference": paper.FID_REFERENCE, "rows": {v.name: dict(v.paper) for v in variants}
+    }  # fmt: skip
+    named = any(variant.paper for variant in variants)
+    return AblationResult(
+        title=f"Ablation: {ablation.what}",
         values=lines,
-        settings=to_dict(options),
-        model={entry.name: describe_model(entry.pipe) for entry in entries},
-        data=images,
-        notes=[
-            f"A prior of {options.depth} blocks of width {options.dim} was trained for {options.steps} steps of "
-            f"{options.batch_size} images; ranked by the probe of its middle layer (state {options.depth // 2}).",
-            "So short a training ranks what is learnt first. Differences of one or two points are within its noise.",
-        ],
-        plots=["screen.png"],
+        settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": reference or "the training images"},
+        data={"train": describe_data(train_images, data), "test": describe_data(test_images)},
+        paper=theirs if named else None,
+        notes=(*reasons.values(), *_notes(ablation.what, lines, named)),
         seconds=time.monotonic() - began,
     )
-    record.write(out)
-    return record, lines
 
 
-def _plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    with figure(path, 2, (6.0, 0.45 * len(lines) + 2.2)) as (left, right):
-        places = range(len(lines))
-        left.barh(places, [100 * line["middle"] for line in lines], color=OURS, label="middle layer")
-        left.plot([100 * line["best"] for line in lines], places, "D", color=PAPER, label="best layer", markersize=5)
-        left.set_yticks(places, [line["name"] for line in lines])
-        left.invert_yaxis()
-        left.set(xlabel="linear probe of the small prior, %", title="What the prior learns about classes")
-        left.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.25), ncol=2)
-        right.barh(places, [100 * line["saved"] for line in lines], color=OURS)
-        right.set_yticks(places, [""] * len(lines))
-        right.invert_yaxis()
-        right.set(xlabel="saved of log K, % (higher: easier to predict)", title="How predictable the tokens are")
-        for axes in (left, right):
-            axes.grid(visible=False, axis="y")
+def _line(
+    stages: Stages,
+    ablation: Ablation,
+    variant: Variant,
+    data: str,
+    metrics: Sequence[str],
+    reference: Callable[[int], Reference],
+) -> dict[str, Any]:
+    """Make one variant, and measure it."""
+    recipe, reasons = variant.recipe, {}
+    pipe = _tokenizers(stages, recipe, data)
+    tokens = stages.tokens(pipe, recipe.views)
+    prior, step = stages.token_model("prior", recipe.prior, variant.preset("prior"), tokens)
+    pipe = pipe.with_parts(prior=prior)
+    line: dict[str, Any] = {
+        "name": variant.name, "vocabulary": prior.config.vocab_size, "tokens": prior.config.length,
+        "prior_parameters": step.value["parameters"], "paper": dict(variant.paper),
+    }  # fmt: skip
+    nll = step.value["metrics"].get("nll")
+    if "nll" in metrics and nll is None:
+        reasons["nll"] = "not measured: no images are held out; see data.held_out of the prior's preset."
+    elif "nll" in metrics:
+        line |= predictability(nll, prior)
+    if "probe" in metrics:
+        line |= stages.probe(pipe, step, ablation.probe)
+    if pipe.space == "semantic" and ("fid" in metrics or ablation.what == "decoder"):
+        if recipe.decoder is None:
+            reasons["fid"] = "not measured: there is no decoder."
+        else:
+            decoder, step = stages.token_model("decoder", recipe.decoder, variant.preset("decoder"), tokens)
+            pipe = pipe.with_parts(decoders={decoder.config.role: decoder})
+            line |= {"decoder": decoder.config.role, "decoder_parameters": step.value["parameters"]}
+            line |= {"decoder_nats": step.value["metrics"]["nll"]} if "nats_per_token" in line else {}
+    if "fid" in metrics and "fid" not in reasons:
+        run = SamplingRun(
+            pipe, ablation.fid_images, ablation.seed, batch_size=ablation.batch_size, settings=recipe.sampling
+        )
+        run.check()
+        real = reference(pipe_size(pipe))
+        inputs = {
+            **run.identity(),
+            **run.stages(),
+            "model": describe_model(pipe)["parts"],
+            "reference": real.describe(),
+        }
+        found = stages.steps.run("fid", inputs, lambda _: real.measure(run, None, variant.name)["values"]["fid"])
+        line["fid"] = found.value
+    return {**line, "not_measured": reasons}
+
+
+def _tokenizers(stages: Stages, recipe: Recipe, data: str) -> DigitPipeline:
+    """Encoder, codebook and VQGAN, or the VQGAN alone, as given or as trained here."""
+
+    def part(component: str, source: str, changes: Sequence[str]) -> str | Path:
+        if is_preset(source):
+            preset = load_preset(source, changes)
+            split = (preset.get("data") or {}).get("split", "train")
+            made = stages.train(component, source, preset, data, open_dataset(data, split).fingerprint)
+            return part_folder(made.folder)
+        return part_folder(source) if component == "vqgan" or Path(source, "model").is_dir() else source
+
+    vqgan = VQGAN.from_pretrained(part("vqgan", recipe.vqgan, recipe.vqgan_set))
+    if recipe.encoder is None:
+        return DigitPipeline(vqgan=vqgan, space="vq", name="ablation").to(stages.device)
+    encoder: Any = load_encoder(part("encoder", recipe.encoder, recipe.encoder_set), layer=recipe.layer)
+    codebook = stages.codebook(encoder, recipe.clusters, recipe.fit_images, recipe.random_crops)
+    return DigitPipeline(encoder=encoder, codebook=codebook, vqgan=vqgan, name="ablation").to(stages.device)
+
+
+def _notes(what: str, lines: Sequence[Line], named: bool) -> list[str]:
+    decoders = {line.get("decoder") for line in lines if "decoder_nats" in line}
+    notes = {
+        "Nats a token of different vocabularies cannot be compared; bits an image and the saved part of log K can.": True,
+        "A masked decoder's loss is that of hidden tokens at random shares, an AR decoder's of all in order: not one scale.": (
+            len(decoders) > 1
+        ),
+        "The variants have different numbers of tokens an image, so they differ in more than the thing that is varied.": (
+            len({line["tokens"] for line in lines}) > 1
+        ),
+        f"The paper's values ({paper.SOURCE}) are of ImageNet 256 x 256, class-unconditional, at its scale.": named,
+        "The paper's step from 219M to 732M changes the encoder and K too; here the prior alone changes.": (
+            what == "prior-size"
+        ),
+    }
+    return [note for note, applies in notes.items() if applies]

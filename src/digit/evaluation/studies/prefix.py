@@ -1,16 +1,16 @@
 """Fidelity against the length of a given prefix, the paper's figure 4b: real images' first tokens are kept, the prior
 samples the rest.
 
-It shows how errors of the prior build up: the shorter the prefix, the more of an image is the prior's own. At full
-    length only the
-decoders are left, the ceiling of the model.
+It shows how errors of the prior build up: the shorter the prefix, the more of an image is the prior's own. At full length only
+the decoders are left, the ceiling of the model.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,126 +18,121 @@ import torch
 
 from digit.core.errors import DigitError
 from digit.core.progress import bar
+from digit.core.steps import Steps
 from digit.data.dataset import ImageDataset
+from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun, describe_data, encode_all
-from digit.evaluation.result import OTHER, OURS, Record, describe_model, figure
-from digit.evaluation.studies.points import Points
-from digit.evaluation.studies.sweep import TITLES, Reference, fidelity_notes, measured
+from digit.evaluation.result import describe_model
+from digit.evaluation.results import COLORS, Result, Rows, legend, panels
+from digit.evaluation.studies.sweep import Point, Reference, fidelity_notes, measured, point_cells
 from digit.pipeline.pipeline import DigitPipeline
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
 _SPACE = {"semantic": "semantic tokens", "vq": "VQ tokens"}
 
 
-def prefix_fidelity(
-    run: SamplingRun, dataset: ImageDataset, reference: Reference, out: str | Path, shares: Sequence[float] = SHARES
-) -> list[dict[str, Any]]:
-    """Measure completions of real images, going on where an earlier run into ``out`` stopped.
+@dataclass(frozen=True, kw_only=True)
+class Prefix(Result):
+    """``values``: of each model its ``name``, ``space`` and ``points`` (with ``share`` and ``given`` tokens)."""
+
+    kind: str = "prefix"
+
+    def rows(self) -> Rows:
+        """A row for each model and length."""
+        return [
+            {"Model": curve["name"], "Given": f"{p['share']:.1%}", "Tokens": p["given"], **point_cells(p)}
+            for curve in self.values
+            for p in curve["points"]
+        ]
+
+    def figure(self) -> Any:
+        """A panel for each metric, a line for each model."""
+        metrics = measured([point for curve in self.values for point in curve["points"]])
+        if not metrics:
+            return None
+        figure, places = panels(len(metrics), (5.4, 4.0))
+        for place, metric in zip(places, metrics, strict=True):
+            for color, curve in zip(COLORS[1:], self.values, strict=False):
+                label = f"{curve['name']} ({_SPACE[curve['space']]})"
+                points = [(100 * p["share"], p["values"][metric]) for p in curve["points"]]
+                place.plot(*zip(*points, strict=True), "o-", color=color, label=label)
+            place.set(xlabel="given prefix, % of the tokens", ylabel=TITLES[metric])
+            place.margins(y=0.12)
+        legend(places)
+        return figure
+
+
+def prefix(
+    runs: Mapping[str, SamplingRun],
+    dataset: ImageDataset,
+    reference: Reference,
+    out: str | Path,
+    shares: Sequence[float] = SHARES,
+) -> Prefix:
+    """Measure completions of real images by one or more models, going on where an earlier run into ``out`` stopped.
 
     Args:
-        run: model, seed and settings; ``num`` and ``labels`` follow from the images: every image is completed under its
-            own class.
+        runs: name -> model, seed and settings, such as a model and the baseline over VQ tokens. The number of images and
+            their labels follow from ``dataset``: every image is completed under its own class.
         dataset: the images whose first tokens are given.
         reference: what completions are compared with.
         out: a folder.
-        shares: of the N tokens that are given, 0 to 1.
-
-    Returns:
-        A record for each share: ``share``, ``given`` tokens, and values as
-            :func:`~digit.evaluation.studies.sweep.sweep` has them.
+        shares: of the tokens that are given, 0 to 1.
 
     Raises:
         DigitError: shares out of range, or a model that cannot tokenize and generate.
     """
     if not shares or not all(0 <= share <= 1 for share in shares):
         raise DigitError(f"The shares {', '.join(map(str, shares))} were given; expected numbers from 0 to 1.")
-    run = _over(run, dataset)
-    run.check()
-    common = {
-        "model": describe_model(run.pipe)["parts"],
-        "reference": reference.describe(),
-        "images": dataset.fingerprint,
+    began, shares = time.monotonic(), sorted(shares)
+    runs = {
+        name: replace(run, num=len(dataset), labels=dataset.labels.tolist() if run.pipe.num_classes else None)
+        for name, run in runs.items()
     }
-    identity = {**run.describe(), **common}
-    del identity["batch_size"]  # it has no influence
-    store = Points(Path(out) / "points", identity)
-    tokens, found = None, []
-    with bar(f"Prefixes of {_SPACE[run.pipe.space]}", len(shares), "lengths") as progress:
-        for share in shares:
-            given = round(share * run.pipe.part("prior").config.length)
-            value = store.get({"given": given})
-            if value is None:
-                if tokens is None:
-                    tokens = encode_all(run.pipe, dataset, run.batch_size)  # (n, N)
-                whole = torch.cat([part.cpu() for part in run.prior(tokens[:, :given])])
-                value = store.put({"given": given}, reference.judge(run, whole, f"{given} tokens given"))
-            found.append({"share": share, "given": given, **value})
-            progress.advance()
-    return found
-
-
-def prefix_record(
-    runs: Mapping[str, SamplingRun],
-    dataset: ImageDataset,
-    reference: Reference,
-    out: str | Path,
-    shares: Sequence[float] = SHARES,
-) -> tuple[Record, dict[str, list[dict[str, Any]]]]:
-    """Measure one or more models, and write ``result.json`` and ``prefix.png`` into ``out``.
-
-    Args:
-        runs: name -> model and settings, such as a model and the baseline over VQ tokens.
-        dataset, reference, shares: see :func:`prefix_fidelity`.
-        out: a folder.
-    """
-    out, began = Path(out), time.monotonic()
-    curves = {name: prefix_fidelity(run, dataset, reference, out / name, sorted(shares)) for name, run in runs.items()}
-    spaces = {name: run.pipe.space for name, run in runs.items()}
-    _plot(curves, spaces, out / "prefix.png")
-    record = Record(
-        kind="prefix",
+    for run in runs.values():
+        run.check()
+    curves: list[dict[str, Any]] = [
+        {"name": name, "space": run.pipe.space, "points": _points(run, dataset, reference, Path(out) / name, shares)}
+        for name, run in runs.items()
+    ]
+    return Prefix(
         title="Fidelity against the length of the given prefix (figure 4b)",
-        values=[{"name": name, "space": spaces[name], "points": points} for name, points in curves.items()],
+        values=curves,
         settings={
-            "shares": sorted(shares),
+            "shares": shares,
             "reference": reference.describe(),
-            "runs": {n: _over(r, dataset).describe() for n, r in runs.items()},
+            "runs": {name: run.describe() for name, run in runs.items()},
         },
         model={name: describe_model(run.pipe) for name, run in runs.items()},
         data=describe_data(dataset),
-        notes=fidelity_notes([point for points in curves.values() for point in points]),
-        plots=["prefix.png"],
+        notes=fidelity_notes([point for curve in curves for point in curve["points"]]),
         seconds=time.monotonic() - began,
     )
-    record.write(out)
-    return record, curves
 
 
-def _over(run: SamplingRun, dataset: ImageDataset) -> SamplingRun:
-    """The run that completes every image of a data set, each under its own class."""
-    return replace(run, num=len(dataset), labels=dataset.labels.tolist() if run.pipe.num_classes else None)
+def _points(
+    run: SamplingRun, dataset: ImageDataset, reference: Reference, out: Path, shares: Sequence[float]
+) -> list[Point]:
+    """A point for each share."""
+    inputs = {**run.identity(), **run.stages(), "model": describe_model(run.pipe)["parts"]}
+    steps = Steps(out, {**inputs, "images": dataset.fingerprint, "reference": reference.describe()})
 
+    @cache
+    def tokens() -> torch.Tensor:
+        return encode_all(run.pipe, dataset, run.batch_size)  # (n, N)
 
-def _plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], spaces: Mapping[str, str], path: Path) -> None:
-    metrics = [
-        m for m in measured([point for points in curves.values() for point in points]) if m in ("fid", "is_mean")
-    ]
-    with figure(path, max(1, len(metrics)), (5.4, 4.0)) as panels:
-        for panel, metric in zip(panels, metrics, strict=False):
-            for name, points in curves.items():
-                color = OURS if spaces[name] == "semantic" else OTHER
-                label = f"{name} ({_SPACE[spaces[name]]})"
-                panel.plot(
-                    [100 * p["share"] for p in points],
-                    [p["values"][metric] for p in points],
-                    "o-",
-                    color=color,
-                    label=label,
-                )
-            better = "lower" if metric == "fid" else "higher"
-            panel.set(xlabel="given prefix, % of the tokens", ylabel=f"{TITLES[metric]} ({better} is better)")
-            panel.margins(y=0.12)
-            panel.legend(fontsize=9)
+    def measure(given: int) -> dict[str, Any]:
+        whole = torch.cat([part.cpu() for part in run.prior(tokens()[:, :given])])
+        return reference.measure(run, whole, f"{given} tokens given")
+
+    points: list[Point] = []
+    with bar(f"Prefixes of {_SPACE[run.pipe.space]}", len(shares), "lengths") as progress:
+        for share in shares:
+            given = round(share * run.pipe.part("prior").config.length)
+            step = steps.run("points", {"given": given}, lambda _, given=given: measure(given))  # type: ignore[misc]
+            points.append({"share": share, "given": given, **step.value})
+            progress.advance()
+    return points
 
 
 def as_runs(pipes: Sequence[DigitPipeline], **settings: Any) -> dict[str, SamplingRun]:

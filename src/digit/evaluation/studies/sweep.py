@@ -1,7 +1,6 @@
 """Fidelity over the settings of sampling: the paper's figure 6 (top-k, top-p), and temperature, guidance, steps.
 
-Points that differ in the decoder's settings alone share the tokens of the prior. Every point is on disk as soon as it
-is measured.
+Points that differ in the decoder's settings alone share the tokens of the prior.
 """
 
 from __future__ import annotations
@@ -16,25 +15,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from digit.core.config import read_value, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_bytes
 from digit.core.progress import bar
+from digit.core.steps import Steps
 from digit.evaluation.metrics.features import FeatureSet, Source, measure
-from digit.evaluation.metrics.fidelity import FidelityOptions, compare
+from digit.evaluation.metrics.fidelity import TITLES, FidelityOptions, compare
 from digit.evaluation.metrics.inception import FeatureExtractor
 from digit.evaluation.model_source import SamplingRun
-from digit.evaluation.result import OTHER, OURS, Record, describe_model, figure
-from digit.evaluation.studies.points import Points, key_of
+from digit.evaluation.result import describe_model
+from digit.evaluation.results import COLORS, Result, Rows, legend, panels
 from digit.pipeline.generation import load_tokens_file, save_tokens_file
 from digit.pipeline.pipeline import Tokens
 
 Axes = Mapping[str, Sequence[Any]]
+Point = Mapping[str, Any]
+"""What was measured at one point: its settings, ``values``, ``not_measured``, ``notes`` and ``seconds``."""
 SHOWN = ("fid", "is_mean", "precision", "recall", "kid_mean")
-TITLES = {"fid": "FID", "is_mean": "Inception Score", "precision": "precision", "recall": "recall", "kid_mean": "KID"}
-_LOWER = {"fid", "kid_mean"}
+
+
+# ---- what the user asks for ------------------------------------------------------------------------------------------
 
 
 def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[Any]]:
@@ -58,7 +60,7 @@ def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[A
     return axes
 
 
-def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+def parse_settings(items: Sequence[str] | None) -> dict[str, Any]:
     """Settings that stay, such as ``["top_k=200"]``.
 
     Raises:
@@ -91,6 +93,9 @@ def planned_runs(run: SamplingRun, axes: Axes, grid: bool = False) -> list[Sampl
     return runs
 
 
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Reference:
     """What generated images are compared with, measured once, and how."""
@@ -104,8 +109,8 @@ class Reference:
         cls, source: Source, extractor: FeatureExtractor, options: FidelityOptions, split: str | None = None
     ) -> Reference:
         """Measure real images, or read their statistics."""
-        how: dict[str, Any] = {"batch_size": options.batch_size, "split": split}
-        return cls(measure(source, extractor, options.metrics, **how), extractor, options)
+        features = measure(source, extractor, options.metrics, batch_size=options.batch_size, split=split)
+        return cls(features, extractor, options)
 
     def describe(self) -> dict[str, Any]:
         """What decides whether two values may be compared."""
@@ -118,172 +123,142 @@ class Reference:
             "options": {k: v for k, v in to_dict(self.options).items() if k != "batch_size"},
         }
 
-    def judge(self, run: SamplingRun, tokens: Tensor | None, name: str) -> dict[str, Any]:
-        """Fidelity of a sampling run (or of the prior's ``tokens``), with what it took."""
+    def measure(self, run: SamplingRun, tokens: torch.Tensor | None, name: str) -> dict[str, Any]:
+        """Fidelity of a sampling run (or of the prior's ``tokens``, (num, N)) as the values of a :data:`Point`."""
         began = time.monotonic()
-        how: dict[str, Any] = {"batch_size": self.options.batch_size, "name": name, "total": run.num}
-        result = compare(
-            measure(run.batches(tokens), self.extractor, self.options.metrics, **how), self.features, self.options
+        batch_size = self.options.batch_size
+        images = measure(
+            run.batches(tokens), self.extractor, self.options.metrics, batch_size=batch_size, name=name, total=run.num
         )
+        found = compare(images, self.features, self.options)
+        seconds = round(time.monotonic() - began, 2)
         return {
-            "values": result.values,
-            "not_measured": result.not_measured,
-            "notes": result.notes,
-            "seconds": round(time.monotonic() - began, 2),
-        }
+            "values": found.values, "not_measured": found.not_measured, "notes": list(found.notes), "seconds": seconds
+        }  # fmt: skip
 
 
-def sweep(
-    run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, grid: bool = False
-) -> list[dict[str, Any]]:
-    """Measure every point, going on where an earlier run into ``out`` stopped.
+def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, grid: bool = False) -> Sweep:
+    """Measure every point, going on where an earlier run into the folder ``out`` stopped.
 
     Args:
         run: the model, number of images, seed, and the settings that stay.
         axes: setting -> values, such as ``{"top_k": [0, 50], "decoder_top_p": [0.8, 1.0]}``.
         reference: the real images.
-        out: a folder.
         grid: all combinations instead of one axis at a time.
 
-    Returns:
-        A record for each point: its settings, values, reasons for missing ones, seconds, and whether it shared the
-            prior's tokens.
-
     Raises:
-        DigitError: a setting that does not exist or that the model cannot do, before anything is sampled; or ``out``
-            holds another sweep.
+        DigitError: a setting that does not exist or that the model cannot do, before anything is sampled.
     """
-    points, runs = plan(axes, grid), planned_runs(run, axes, grid)
-    store = Points(Path(out) / "points", _identity(run, reference))
-    found = []
-    with bar("Sweep", len(points), "points") as progress:
-        for point, each in zip(points, runs, strict=True):
-            resolved = _resolved(each)
-            value = store.get(resolved)
-            if value is None:
-                tokens, shared = _prior_tokens(each, Path(out) / "tokens")
-                name = ", ".join(f"{key} {v}" for key, v in point.items())
-                value = store.put(resolved, {**reference.judge(each, tokens, name), "prior_shared": shared})
-            found.append({"settings": point, **value})
-            progress.advance(
-                1, "  ".join(f"{TITLES[m]} {value['values'][m]:.2f}" for m in SHOWN[:2] if m in value["values"])
-            )
-    return found
+    runs, began = planned_runs(run, axes, grid), time.monotonic()
+    model, against = describe_model(run.pipe), reference.describe()
+    steps = Steps(Path(out), {**run.identity(), "model": model["parts"]})
+
+    def point(each: SamplingRun, name: str) -> dict[str, Any]:
+        prior = steps.run("tokens", {"prior": each.stages()["prior"]}, lambda folder: _sample_prior(each, folder))
+        saved = load_tokens_file(prior.folder / "tokens.npz")
+        tokens = saved.semantic if saved.semantic is not None else saved.vq
+        return {**reference.measure(each, tokens, name), "prior_shared": prior.reused}
+
+    points = []
+    with bar("Sweep", len(runs), "points") as progress:
+        for settings, each in zip(plan(axes, grid), runs, strict=True):
+            name = settings_text(settings)
+            inputs = {**each.stages(), "reference": against}
+            step = steps.run("points", inputs, lambda _, each=each, name=name: point(each, name))  # type: ignore[misc]
+            points.append({"settings": settings, **step.value})
+            values = step.value["values"]
+            progress.advance(1, "  ".join(f"{TITLES[m]} {values[m]:.2f}" for m in SHOWN[:2] if m in values))
+    return Sweep(
+        title="Fidelity over the settings of sampling (figure 6)",
+        values={"axes": {name: list(values) for name, values in axes.items()}, "grid": grid, "points": points},
+        settings={**run.describe(), "reference": against},
+        model=model,
+        notes=fidelity_notes(points),
+        seconds=time.monotonic() - began,
+    )
 
 
-def _identity(run: SamplingRun, reference: Reference) -> dict[str, Any]:
-    described = run.describe()
-    del described["settings"], described["batch_size"]  # the ones that vary, and the one without influence
-    return {**described, "model": describe_model(run.pipe)["parts"], "reference": reference.describe()}
-
-
-def _resolved(run: SamplingRun) -> dict[str, Any]:
-    """The settings of both stages with every default filled in: points that agree here are one."""
-    prior, later = run.pipe.settings_for("prior", run.settings, run.classes is not None)
-    stages = {"prior": to_dict(prior)}
-    if run.pipe.space == "semantic":
-        stages["decoder"] = to_dict(run.pipe.settings_for(run.pipe.pick_decoder(run.decoder), later)[0])
-    return stages
-
-
-def _prior_tokens(run: SamplingRun, folder: Path) -> tuple[Tensor, bool]:
-    """The prior's tokens (num, N) under these settings, and whether they were there already."""
-    vq = run.pipe.space == "vq"
-    path = folder / f"{key_of(_resolved(run)['prior'])}.npz"
-    if path.is_file():
-        saved = load_tokens_file(path)
-        tokens = saved.vq if vq else saved.semantic
-        assert tokens is not None
-        return tokens, True
+def _sample_prior(run: SamplingRun, folder: Path) -> None:
+    """Write the prior's tokens (num, N)."""
+    parts = []
     with bar("Sampling the prior", run.num) as progress:
-        parts = []
         for part in run.prior():
             parts.append(part.cpu())
             progress.advance(len(part))
     tokens = torch.cat(parts)
-    save_tokens_file(path, Tokens(None, tokens) if vq else Tokens(tokens, None))
-    return tokens, False
+    save_tokens_file(folder / "tokens.npz", Tokens(None, tokens) if run.pipe.space == "vq" else Tokens(tokens, None))
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def sweep_record(
-    run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, grid: bool = False
-) -> tuple[Record, list[dict[str, Any]]]:
-    """Measure, and write ``result.json``, ``sweep.csv`` and a plot for each axis into ``out``."""
-    out, began = Path(out), time.monotonic()
-    points = sweep(run, axes, reference, out, grid)
-    write_bytes(out / "sweep.csv", table_csv(axes, points).encode())
-    plots = plot_sweep(axes, points, out, grid)
-    record = Record(
-        kind="sweep",
-        title="Fidelity over the settings of sampling (figure 6)",
-        values={"axes": {name: list(values) for name, values in axes.items()}, "grid": grid, "points": points},
-        settings={**run.describe(), "reference": reference.describe()},
-        model=describe_model(run.pipe),
-        notes=fidelity_notes(points),
-        plots=plots,
-        seconds=time.monotonic() - began,
-    )
-    record.write(out)
-    return record, points
-
-
-def fidelity_notes(points: Sequence[Mapping[str, Any]]) -> list[str]:
+def fidelity_notes(points: Sequence[Point]) -> tuple[str, ...]:
     """Notes and reasons of all points, each once."""
-    lines = [line for point in points for line in (*point["notes"], *point["not_measured"].values())]
-    return list(dict.fromkeys(lines))
+    return tuple(dict.fromkeys(line for p in points for line in (*p["notes"], *p["not_measured"].values())))
 
 
-def measured(points: Sequence[Mapping[str, Any]]) -> list[str]:
+def measured(points: Sequence[Point]) -> list[str]:
     """The metrics that every point has, in the order of :data:`SHOWN`."""
     return [metric for metric in SHOWN if all(metric in point["values"] for point in points)]
 
 
-def table_csv(axes: Axes, points: Sequence[Mapping[str, Any]]) -> str:
-    """One line a point: its settings, every value, seconds."""
+def point_cells(point: Point, metrics: Sequence[str] = SHOWN) -> dict[str, Any]:
+    """The cells of a point's row: its values, as far as it has them."""
+    return {TITLES[metric]: point["values"][metric] for metric in metrics if metric in point["values"]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Result):
+    """``values``: ``axes`` (setting -> values), ``grid``, and ``points``."""
+
+    kind: str = "sweep"
+
+    def rows(self) -> Rows:
+        """A row for each point."""
+        points = self.values["points"]
+        return [
+            {"Settings": settings_text(p["settings"]), **point_cells(p), "Seconds": round(p["seconds"])} for p in points
+        ]
+
+    def figure(self) -> Any:
+        """A row for each axis, a panel for each metric; with ``grid`` the first axis, and a line for each combination of
+        the others.
+        """
+        axes, points = self.values["axes"], self.values["points"]
+        shown = [name for name in (list(axes)[:1] if self.values["grid"] else axes) if len(axes[name]) > 1]
+        metrics = measured(points)
+        if not shown or not metrics:
+            return None
+        figure, places = panels(len(metrics), rows=len(shown))
+        for place, (name, metric) in zip(places, itertools.product(shown, metrics), strict=True):
+            lines: dict[str, dict[Any, float]] = {}
+            for point in (p for p in points if name in p["settings"]):
+                others = settings_text({k: v for k, v in point["settings"].items() if k != name})
+                lines.setdefault(others, {})[point["settings"][name]] = point["values"][metric]
+            values = in_order(name, axes[name])
+            for index, (label, at) in enumerate(lines.items()):
+                color = COLORS[1 + index % (len(COLORS) - 1)]
+                place.plot(range(len(values)), [at[v] for v in values], "o-", color=color, label=label, markersize=4)
+            place.set_xticks(range(len(values)), [setting_text(name, v) for v in values])
+            place.margins(y=0.12)
+            place.set(xlabel=name.replace("_", " "), ylabel=TITLES[metric])
+        legend(places)
+        return figure
+
+    def save(self, folder: str | Path) -> Sweep:
+        """As every result, and ``sweep.csv``: a line a point with its settings, every value, and seconds."""
+        write_bytes(Path(folder) / "sweep.csv", table_csv(self.values["axes"], self.values["points"]).encode())
+        return super().save(folder)
+
+
+def table_csv(axes: Axes, points: Sequence[Point]) -> str:
+    """A line a point: its settings, every value, seconds; empty where it has none."""
     metrics = sorted({metric for point in points for metric in point["values"]})
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*axes, *metrics, "seconds"])
-    for point in points:
-        settings = [point["settings"].get(name, "") for name in axes]
-        writer.writerow([*settings, *(point["values"].get(metric, "") for metric in metrics), point["seconds"]])
+    table = csv.DictWriter(text, [*axes, *metrics, "seconds"], lineterminator="\n")
+    table.writeheader()
+    table.writerows({**point["settings"], **point["values"], "seconds": point["seconds"]} for point in points)
     return text.getvalue()
-
-
-def plot_sweep(axes: Axes, points: Sequence[Mapping[str, Any]], out: Path, grid: bool) -> list[str]:
-    """A picture for each axis, or with ``grid`` one over the first axis with a line for each combination of the
-    others.
-    """
-    plots = []
-    for name in list(axes)[:1] if grid else axes:
-        mine = [point for point in points if name in point["settings"]]
-        metrics = measured(mine)
-        if len(axes[name]) < 2 or not metrics:
-            continue
-        lines: dict[str, list[Mapping[str, Any]]] = {}
-        for point in mine:
-            others = ", ".join(f"{key} {setting_text(key, v)}" for key, v in point["settings"].items() if key != name)
-            lines.setdefault(others, []).append(point)
-        values = in_order(name, axes[name])
-        with figure(out / f"sweep-{name}.png", len(metrics), (4.4, 3.8)) as panels:
-            for panel, metric in zip(panels, metrics, strict=True):
-                for index, (label, part) in enumerate(lines.items()):
-                    at = {point["settings"][name]: point["values"][metric] for point in part}
-                    color = (OURS, OTHER)[index] if len(lines) <= 2 else None
-                    panel.plot(
-                        range(len(values)), [at[v] for v in values], "o-", color=color, label=label, markersize=4
-                    )
-                panel.set_xticks(range(len(values)), [setting_text(name, v) for v in values])
-                better = "lower" if metric in _LOWER else "higher"
-                panel.margins(y=0.12)
-                panel.set(xlabel=name.replace("_", " "), ylabel=f"{TITLES[metric]} ({better} is better)")
-                if len(lines) > 1:
-                    panel.legend(fontsize=8)
-        plots.append(f"sweep-{name}.png")
-    return plots
 
 
 def in_order(name: str, values: Sequence[Any]) -> list[Any]:
@@ -296,3 +271,8 @@ def in_order(name: str, values: Sequence[Any]) -> list[Any]:
 def setting_text(name: str, value: Any) -> str:
     """A value of a setting as people read it."""
     return "all" if name.endswith("top_k") and value == 0 else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Settings in a line."""
+    return ", ".join(f"{name.replace('_', ' ')} {setting_text(name, value)}" for name, value in settings.items())
