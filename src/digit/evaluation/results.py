@@ -288,11 +288,14 @@ def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8), rows: int = 1
 
 
 def legend(axes: Sequence[Any]) -> None:
-    """A legend under each axes that has more than one named thing."""
+    """A legend under each axes that has more than one named thing; the figure grows by the longest of them."""
+    lines = [0]
     for each in axes:
         names = each.get_legend_handles_labels()[1]
         if len(names) > 1:
-            wide = max(map(len, names)) > 22
-            each.legend(
-                fontsize=9, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=1 if wide else 2
-            )
+            columns = 1 if max(map(len, names)) > 22 else 2
+            lines.append(-(-len(names) // columns))
+            how = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5, "ncols": columns}
+            each.legend(fontsize=9, frameon=False, **how)
+    figure = axes[0].figure
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(lines))
