@@ -19,7 +19,8 @@ from digit.core.files import cache_folder, write_file
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("step.cpp", "draw.cpp", "norm.cpp"))
-FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC", "-shared", "-Wno-psabi")
+HEADERS = tuple(FOLDER / name for name in ("vectors.h", "threads.h"))
+FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 
 
 class NoCompiler(Exception):
@@ -30,27 +31,31 @@ class NoCompiler(Exception):
 def library() -> ctypes.CDLL:
     """The built sources; from the user's cache folder where this source, compiler and processor were seen before.
 
+    They are built for this processor, or for the level that DIGIT_NATIVE_MARCH names, such as x86-64-v3.
+
     Raises:
         NoCompiler: there is none, or it cannot build the source.
     """
     compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(shutil.which, ("g++", "clang++", "c++")))[:1]
     if not compiler:
         raise NoCompiler("no C++ compiler was found")
-    # the macros of -march=native name the compiler's version and everything that the processor can do
-    macros = _run(*compiler, *FLAGS, "-E", "-dM", "-x", "c++", os.devnull)
-    texts = [path.read_bytes() for path in (*SOURCES, FOLDER / "vectors.h")]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join(FLAGS).encode(), macros])).hexdigest()[:16]
+    flags = (*FLAGS, f"-march={os.environ.get('DIGIT_NATIVE_MARCH') or 'native'}")
+    # the compiler's macros name its version and everything that the processor can do
+    macros = _run(*compiler, *flags, "-E", "-dM", "-x", "c++", os.devnull)
+    texts = [path.read_bytes() for path in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join(flags).encode(), macros])).hexdigest()[:16]
     try:
         built = cache_folder() / f"native-{key}.so"
         if not built.exists():
             files = [str(path) for path in SOURCES]
-            write_file(built, lambda path: _run(*compiler, *FLAGS, "-x", "c++", *files, "-o", str(path)))
+            write_file(built, lambda path: _run(*compiler, *flags, "-x", "c++", *files, "-o", str(path)))
         loaded = ctypes.CDLL(str(built))
     except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
         raise NoCompiler(f"{error} (DIGIT_CACHE names another folder)") from error
     integer, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    loaded.digit_room.restype = integer
+    loaded.digit_room.restype = loaded.digit_strip.restype = integer
     for name, arguments in {
+        "digit_strip": [],
         "digit_room": [pointer, integer, integer, integer],
         "digit_step": [pointer, pointer, ctypes.c_int, ctypes.c_int, integer, pointer, pointer, pointer],
         "digit_draw": [

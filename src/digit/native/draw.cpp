@@ -8,6 +8,7 @@
 #include <cmath>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -166,11 +167,10 @@ extern "C" {
 // alike or null, are what guidance of ``scale`` leads away from.
 void digit_draw(const float* logits, const float* unguided, float scale, int64_t rows, int64_t count, int64_t stride, int threads,
                 const float* uniform, float temperature, int64_t top_k, float top_p, int64_t* tokens) {
-#pragma omp parallel num_threads(threads)
-    {
+    std::atomic<int64_t> next{0};
+    digit::Team::run(threads, [&](const digit::Team::Member&) {
         std::vector<float> own, guided(unguided ? count : 0);
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) {
+        for (int64_t row; (row = next++) < rows;) {
             const float* x = logits + row * stride;
             if (unguided) {
                 const float* u = unguided + row * stride;
@@ -179,6 +179,6 @@ void digit_draw(const float* logits, const float* unguided, float scale, int64_t
             }
             tokens[row] = token(x, count, uniform[row], temperature, top_k, top_p, own);
         }
-    }
+    });
 }
 }

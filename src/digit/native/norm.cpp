@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "threads.h"
 #include "vectors.h"
 
 namespace {
@@ -19,13 +20,16 @@ struct Norm {
     float epsilon;
 };
 
+constexpr int64_t TOGETHER = 16;  // channels: a line of the cache
+
 // What the places of a channel sum up to, f(vector, first channel) of them.
 template <class T, class F>
 void sums(const Norm& n, const T* x, float* to, F f) {
-    for (int64_t c = 0; c < n.channels; c += LANES) {
-        floats sum = {};
-        for (int64_t p = 0; p < n.places; p++) sum += f(widened(x + p * n.channels + c), c);
-        store(to + c, sum);
+    for (int64_t c = 0; c < n.channels; c += TOGETHER) {
+        floats sum[TOGETHER / LANES] = {};
+        for (int64_t p = 0; p < n.places; p++)
+            for (int64_t i = 0; i < TOGETHER; i += LANES) sum[i / LANES] += f(widened(x + p * n.channels + c + i), c + i);
+        for (int64_t i = 0; i < TOGETHER; i += LANES) store(to + c + i, sum[i / LANES]);
     }
 }
 
@@ -65,15 +69,14 @@ void normalise(const Norm& n, const T* x, T* y, const float* gain, const float* 
 
 template <class T>
 void all(const Norm& n, const T* x, T* y, const float* gain, const float* offset, int64_t images, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+    std::atomic<int64_t> next{0};
+    digit::Team::run(threads, [&](const digit::Team::Member&) {
         std::vector<float> room(2 * n.channels);
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < images; i++) {
+        for (int64_t i; (i = next++) < images;) {
             const int64_t at = i * n.places * n.channels, own = i * n.channels;
             normalise(n, x + at, y + at, gain ? gain + own : nullptr, offset ? offset + own : nullptr, room.data());
         }
-    }
+    });
 }
 
 }  // namespace

@@ -3,46 +3,63 @@
 // Why: at a batch of 1 a step does little but read the weights, half a millisecond to a few; a general compiler's calls, copies
 // and fork-joins between some sixty small operations cost more than that. Here one parallel region does the whole step.
 //
-// Matrices come packed (see __init__.py): panels of 64 outputs; within a panel the inputs follow one another, so a thread reads its
-// panels from first byte to last. A vector lane is an output, so every output is one sum in the order of the inputs: the result
-// depends neither on the batch nor on the threads.
+// Matrices come packed (sampling/engines/native.py): strips of some outputs; within a strip the inputs follow one another, so a
+// thread reads its strips from first byte to last. A vector lane is an output, so every output is one sum in the order of the inputs:
+// the result depends neither on the batch nor on the threads.
 //
 // Three formats of weights, all summed in 32 bits:
 //   float     products in float32
-//   bfloat    products of bfloat16, inputs rounded to it, sums in float32
+//   bfloat    products of bfloat16, sums in float32; with AVX-512 inputs are rounded to bfloat16, too
 //   narrow    int8 weights with a scale an output; inputs rounded to 13 bits or so with a scale a row; sums are exact integers
 //
-// Two instructions of AVX-512 are used where present.
+// Vectors have the processor's width (vectors.h), and so have the blocks of sums that are kept in its registers. Instructions that
+// compilers do not find by themselves are named.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <utility>
 #include <vector>
 
-#include <omp.h>
-
+#include "threads.h"
 #include "vectors.h"
-
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
-typedef int16_t shorts __attribute__((vector_size(64)));   // 32 lanes
-typedef int8_t bytes __attribute__((vector_size(32)));     // 32 lanes
+using digit::Team;
 
+typedef int16_t shorts __attribute__((vector_size(4 * LANES)));  // 2 to a lane
+typedef int8_t bytes __attribute__((vector_size(2 * LANES)));    // 2 to a lane
+
+#if defined(__AVX512F__)
 #define EVEN 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODD 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif defined(DIGIT_AVX2)
+#define EVEN 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN 0, 2, 4, 6
+#define ODD 1, 3, 5, 7
+#endif
 #ifdef __clang__
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #else
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, ints{__VA_ARGS__})
 #endif
 
-constexpr int TILES = 4, PANEL = LANES * TILES;  // outputs of a vector, vectors of a panel
-constexpr int ROWS = 8;                                      // rows that share a reading of the weights
-constexpr int64_t AHEAD = 4096;                              // bytes: a page
-constexpr int64_t ALONE = 8, FEW = 8 << 20;                  // rows for a thread of its own, and bytes of weights at most
+constexpr int PANEL = 64, TILES = PANEL / LANES;  // outputs that a thread takes at a time, and their vectors
+constexpr int64_t AHEAD = 4096;                   // bytes: a page
+constexpr int64_t ALONE = 8, FEW = 8 << 20;       // rows for a thread of its own, and bytes of weights at most
+constexpr int64_t TOGETHER = 16;                  // from as many rows on they are normed in shares, and waited for
+constexpr int64_t CHUNK = 12;                     // rows that a thread takes through the whole network at a time
+
+#if defined(__AVX512F__)
+constexpr int STRIP = 4, ROWS = 8;  // vectors of a strip, rows that share a reading of the weights
+constexpr int vectors(int rows) { return rows * TILES <= 24 ? TILES : TILES / 2; }  // whose sums leave room in 32 registers
+#else
+constexpr int STRIP = 16 / LANES, ROWS = 6;
+constexpr int vectors(int rows) { return LANES == 4 ? (rows < 3 ? 4 : 2) : rows < 2 ? 8 : rows < 4 ? 4 : 2; }  // in 16 registers
+#endif
 
 inline float widened(uint16_t x) { return __builtin_bit_cast(float, uint32_t(x) << 16); }
 inline void narrow(float x, float& to) { to = x; }
@@ -57,22 +74,21 @@ struct Float {
     using Input = float;
     using Sum = floats;
     using Weight = floats;
-    static constexpr int GROUP = 1, BYTES = 64;  // inputs that are multiplied at once; bytes of their weights for 16 outputs
-    static Weight read(const char* at) { return load<floats>(at); }
+    static constexpr bool DIRECT = true;                            // inputs are taken as they are
+    static constexpr int GROUP = 1, PARTS = 1, BYTES = 4 * LANES;  // inputs side by side, of a product; bytes of a vector of outputs
+    static Weight read(const char* at, int) { return load<floats>(at); }
     static Sum add(Sum sum, Weight w, const Input* x) { return sum + w * x[0]; }
     static floats value(Sum sum, float, const float*) { return sum; }
-    static float prepare(const float* row, Input* to, int64_t count) {
-        std::copy(row, row + count, to);
-        return 1;
-    }
 };
 
+#if defined(__AVX512F__)
 struct BFloat {
     using Input = uint16_t;
     using Sum = floats;
     using Weight = ints;  // a pair of neighbouring inputs in each lane
-    static constexpr int GROUP = 2, BYTES = 64;
-    static Weight read(const char* at) { return load<ints>(at); }
+    static constexpr bool DIRECT = false;
+    static constexpr int GROUP = 2, PARTS = 1, BYTES = 4 * LANES;
+    static Weight read(const char* at, int) { return load<ints>(at); }
     static Sum add(Sum sum, Weight w, const Input* x) {
 #ifdef __AVX512BF16__
         return (floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)_mm512_set1_epi32(load<int32_t>(x)));
@@ -86,16 +102,40 @@ struct BFloat {
         return 1;
     }
 };
+#else
+struct BFloat {  // a pair of neighbouring inputs in each lane; first one of them is widened and multiplied, then the other
+    using Input = float;
+    using Sum = floats;
+    using Weight = floats;
+    static constexpr bool DIRECT = true;
+    static constexpr int GROUP = 2, PARTS = 2, BYTES = 4 * LANES;
+    static Weight read(const char* at, int part) {
+        const ints pair = load<ints>(at);
+        return (floats)(part ? pair & ~0xffff : pair << 16);
+    }
+    static Sum add(Sum sum, Weight w, const Input* x) { return sum + w * x[0]; }
+    static floats value(Sum sum, float, const float*) { return sum; }
+};
+#endif
 
 struct Narrow {
     using Input = int16_t;
     using Sum = ints;
     using Weight = shorts;  // pairs again
-    static constexpr int GROUP = 2, BYTES = 32;
-    static Weight read(const char* at) { return __builtin_convertvector(load<bytes>(at), shorts); }
+    static constexpr bool DIRECT = false;
+    static constexpr int GROUP = 2, PARTS = 1, BYTES = 2 * LANES;
+    static Weight read(const char* at, int) {
+#if defined(DIGIT_AVX2)
+        return (shorts)_mm256_cvtepi8_epi16((__m128i)load<bytes>(at));  // for which g++ 12 takes four instructions
+#else
+        return __builtin_convertvector(load<bytes>(at), shorts);
+#endif
+    }
     static Sum add(Sum sum, Weight w, const Input* x) {
-#ifdef __AVX512VNNI__
+#if defined(__AVX512VNNI__)
         return (ints)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)w, _mm512_set1_epi32(load<int32_t>(x)));
+#elif defined(DIGIT_AVX2)
+        return sum + (ints)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(load<int32_t>(x)));
 #else
         return sum + (((ints)w << 16) >> 16) * x[0] + ((ints)w >> 16) * x[1];
 #endif
@@ -175,19 +215,20 @@ namespace {
 
 int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
-// Where the numbers of a step lie, in one piece of memory that Python keeps.
+// Where the numbers of a step lie, in one piece of memory that Python keeps. Of some every thread has its own, for to compute
+// them twice takes less time than to wait.
 struct Room {
     char* end;
-    int64_t stride, wide, deep, reach;  // numbers a row of inputs, qkv and inner, and a thread of scores
-    char* inputs;                       // of the next product, in the format of the weights
-    float *scales, *qkv, *mixed, *inner, *normed, *scores;
+    int64_t stride, wide, deep, kv_len;         // numbers of a row of inputs, qkv and inner, and of a thread's scores
+    int64_t rows, width;
+    float *qkv, *mixed, *inner, *scores;
+    float *normed, *scales, *inputs;            // of each thread: normed rows, and inputs of the next product in its format
 
-    Room(const Network& net, int64_t rows, int64_t threads, int64_t positions, char* start) : end(start) {
+    Room(const Network& net, int64_t rows, int64_t threads, int64_t positions, char* start) : end(start), rows(rows), width(net.width) {
         stride = padded(std::max(net.width, net.hidden), PANEL), wide = padded(3 * net.width, PANEL);
-        deep = padded(net.hidden, PANEL), reach = padded(positions, LANES);
-        inputs = reinterpret_cast<char*>(take(rows * stride));
-        scales = take(rows), qkv = take(rows * wide), mixed = take(rows * net.width), inner = take(rows * deep);
-        normed = take(threads * net.width), scores = take(threads * reach);
+        deep = padded(net.hidden, PANEL), kv_len = padded(positions, LANES);
+        qkv = take(rows * wide), mixed = take(rows * width), inner = take(rows * deep), scores = take(threads * kv_len);
+        normed = take(threads * rows * width), scales = take(threads * rows), inputs = take(threads * rows * stride);
     }
 
     float* take(int64_t count) {
@@ -197,22 +238,26 @@ struct Room {
     }
 };
 
-// M rows times one panel, as many of its vectors at a time as leave the sums in registers: so up to ROWS rows read each weight once.
-// What is read ``ahead`` bytes from here is fetched meanwhile: processors alone do not look across pages.
+// M rows times some vectors of one panel, from ``first`` on, as many at a time as leave the sums in registers: so up to ROWS rows read
+// each weight once. What is read ``ahead`` bytes from here is fetched meanwhile: processors alone do not look across pages.
 template <class T, int M>
-void block(const Matrix& a, int64_t panel, const typename T::Input* x, int64_t stride, const float* scales, int64_t ahead,
-           floats (*y)[TILES]) {
-    constexpr int N = M * TILES <= 24 ? TILES : TILES / 2;
+void block(const Matrix& a, int64_t panel, int first, int last, const typename T::Input* x, int64_t stride, const float* scales,
+           int64_t ahead, floats (*y)[TILES]) {
+    constexpr int N = vectors(M), STEP = T::BYTES * STRIP;
     const int64_t steps = a.inputs / T::GROUP;
-    for (int first = 0; first < TILES; first += N) {
-        const char* at = a.weight + panel * steps * T::BYTES * TILES + first * T::BYTES;
+    for (; first < last; first += N) {
+        const char* at = a.weight + (panel * TILES + first) / STRIP * steps * STEP + first % STRIP * T::BYTES;
+        const int64_t strip = steps * STEP;
         typename T::Sum sum[M][N] = {};
-        for (int64_t k = 0; k < steps; k++, at += T::BYTES * TILES) {
-            typename T::Weight w[N];
-            for (int i = 0; i < T::BYTES * N; i += 64) __builtin_prefetch(at + ahead + i, 0, 2);
-            for (int r = 0; r < N; r++) w[r] = T::read(at + r * T::BYTES);
-            for (int m = 0; m < M; m++)
-                for (int r = 0; r < N; r++) sum[m][r] = T::add(sum[m][r], w[r], x + m * stride + k * T::GROUP);
+        for (int64_t k = 0; k < steps; k++, at += STEP) {
+            for (int r = 0; r < N; r += STRIP)
+                for (int i = 0; i < T::BYTES * std::min(N, STRIP); i += 64) __builtin_prefetch(at + r / STRIP * strip + ahead + i, 0, 2);
+            for (int part = 0; part < T::PARTS; part++) {
+                typename T::Weight w[N];
+                for (int r = 0; r < N; r++) w[r] = T::read(at + r / STRIP * strip + r % STRIP * T::BYTES, part);
+                for (int m = 0; m < M; m++)
+                    for (int r = 0; r < N; r++) sum[m][r] = T::add(sum[m][r], w[r], x + m * stride + k * T::GROUP + part);
+            }
         }
         for (int m = 0; m < M; m++)
             for (int r = 0; r < N; r++) {
@@ -222,22 +267,28 @@ void block(const Matrix& a, int64_t panel, const typename T::Input* x, int64_t s
     }
 }
 
-// The share of thread ``me`` of x (rows, inputs) times a matrix; done(row, first output, 16 results) takes it.
+template <class T, int... M>
+constexpr auto blocks(std::integer_sequence<int, M...>) {
+    return std::array<decltype(&block<T, 1>), sizeof...(M)>{block<T, M + 1>...};
+}
+
+// The share of thread ``me`` of x (rows, inputs) times a matrix; done(row, first output, LANES results) takes it.
 template <class T, class Done>
 void multiply(const Matrix& a, const typename T::Input* x, int64_t stride, const float* scales, int rows, int me, int all, Done done) {
-    constexpr decltype(&block<T, 1>) blocks[ROWS] = {block<T, 1>, block<T, 2>, block<T, 3>, block<T, 4>,
-                                                     block<T, 5>, block<T, 6>, block<T, 7>, block<T, 8>};
-    const int64_t panels = a.outputs / PANEL, size = a.inputs / T::GROUP * T::BYTES * TILES;
+    constexpr auto functions = blocks<T>(std::make_integer_sequence<int, ROWS>());
+    const int64_t panels = a.outputs / PANEL, size = a.inputs / T::GROUP * T::BYTES * STRIP;
     const int parts = (rows + ROWS - 1) / ROWS;
+    const int span = parts == 1 ? TILES : std::max(STRIP, vectors(3));  // vectors that stay in the cache from rows to rows
     for (int64_t panel = panels * me / all; panel < panels * (me + 1) / all; panel++)
-        for (int part = 0; part < parts; part++) {
-            const int first = rows * part / parts, count = rows * (part + 1) / parts - first;
-            floats y[ROWS][TILES];
-            blocks[count - 1](a, panel, x + first * stride, stride, scales + first,
-                              parts == 1 ? AHEAD : part == parts - 1 ? size : 0, y);
-            for (int m = 0; m < count; m++)
-                for (int r = 0; r < TILES; r++) done(first + m, panel * PANEL + r * LANES, y[m][r]);
-        }
+        for (int begin = 0; begin < TILES; begin += span)
+            for (int part = 0; part < parts; part++) {
+                const int first = rows * part / parts, count = rows * (part + 1) / parts - first;
+                floats y[ROWS][TILES];
+                functions[count - 1](a, panel, begin, begin + span, x + first * stride, stride, scales + first,
+                                     parts == 1 ? AHEAD : part == parts - 1 ? size : 0, y);
+                for (int m = 0; m < count; m++)
+                    for (int r = begin; r < begin + span; r++) done(first + m, panel * PANEL + r * LANES, y[m][r]);
+            }
 }
 
 void normalise(const float* x, const Norm& norm, float epsilon, int64_t width, float* to) {
@@ -260,6 +311,21 @@ inline void mix(const float* p, const C* values, int64_t d, int64_t count, float
     for (int n = 0; n < N; n++) store(out + n * LANES, sum[n] / whole);
 }
 
+// The products of q with ``here`` keys, at most as many as there are lanes.
+template <class C>
+inline floats products(const float* q, const C* keys, int64_t d, int64_t here) {
+    floats part[LANES] = {};
+    if (LANES < 16 && here == LANES) {  // so many stay in registers, if the compiler knows their number
+        for (int64_t i = 0; i < d; i += LANES)
+#pragma GCC unroll 8
+            for (int64_t j = 0; j < LANES; j++) part[j] += load<floats>(q + i) * widened(keys + j * d + i);
+    } else {
+        for (int64_t j = 0; j < here; j++)
+            for (int64_t i = 0; i < d; i += LANES) part[j] += load<floats>(q + i) * widened(keys + j * d + i);
+    }
+    return totals(part);
+}
+
 // Write one head's key and value (d) at ``position`` and attend with q (d) to everything up to it.
 template <class C>
 void attend(const float* q, const float* k, const float* v, C* keys, C* values, int64_t d, int64_t position, float* p, float* out) {
@@ -269,11 +335,8 @@ void attend(const float* q, const float* k, const float* v, C* keys, C* values, 
     const int64_t count = position + 1;
     floats most = floats{} - INFINITY, sum = {};
     for (int64_t t = 0; t < count; t += LANES) {
-        floats part[LANES] = {};
         const int64_t here = std::min<int64_t>(LANES, count - t);
-        for (int64_t j = 0; j < here; j++)
-            for (int64_t i = 0; i < d; i += LANES) part[j] += load<floats>(q + i) * widened(keys + (t + j) * d + i);
-        floats score = totals(part) * unit;
+        floats score = products(q, keys + t * d, d, here) * unit;
         for (int64_t j = here; j < LANES; j++) score[j] = -INFINITY;
         store(p + t, score);
         most = most < score ? score : most;
@@ -287,70 +350,73 @@ void attend(const float* q, const float* k, const float* v, C* keys, C* values, 
     }
     for (int i = 0; i < LANES; i++) whole += sum[i];
     int64_t i = 0;
-    for (; i + 4 * LANES <= d; i += 4 * LANES) mix<4>(p, values + i, d, count, whole, out + i);
+    for (; i + 64 <= d; i += 64) mix<64 / LANES>(p, values + i, d, count, whole, out + i);
+    if (LANES < 16)
+        for (; i + 4 * LANES <= d; i += 4 * LANES) mix<4>(p, values + i, d, count, whole, out + i);
     for (; i < d; i += LANES) mix<1>(p, values + i, d, count, whole, out + i);
 }
 
-// A step with weights of format T.
+// A step with weights of format T, by one of the threads at work.
 template <class T>
-void step(const Network& net, const Cache& cache, int threads, int rows, int64_t position, float* x, char* start, float* logits) {
-    const Room room(net, rows, threads, position + 1, start);
+void step(const Network& net, const Cache& cache, const Team::Member& member, int rows, int64_t position, float* x, const Room& room,
+          float* logits) {
     const int64_t width = net.width, d = width / net.heads;
-    auto* inputs = reinterpret_cast<typename T::Input*>(room.inputs);
+    const int me = member.me, all = member.all;
+    const bool shared = all > 1 && rows >= TOGETHER;  // else every thread computes norms and inputs of all rows for itself
+    const int64_t mine = shared ? 0 : me, first = shared ? rows * me / all : 0, last = shared ? rows * (me + 1) / all : rows;
+    float *normed = room.normed + mine * rows * width, *scales = room.scales + mine * rows;
+    auto* inputs = reinterpret_cast<typename T::Input*>(room.inputs + mine * rows * room.stride);
 
-#pragma omp parallel num_threads(threads)
-    {
-        const int me = omp_get_thread_num(), all = omp_get_num_threads();
-        const auto prepare = [&](const float* from, int64_t row, int64_t count) {
-            room.scales[row] = T::prepare(from, inputs + row * room.stride, count);
-        };
-        const auto enter = [&](const Norm& norm, int64_t row) {
-            float* from = x + row * width;
-            float* to = net.post_norm ? from : room.normed + me * width;
-            if (norm.weight) normalise(from, norm, net.epsilon, width, to);
-            prepare(norm.weight ? to : from, row, width);
-        };
-        const auto product = [&](const Matrix& a, auto done) { multiply<T>(a, inputs, room.stride, room.scales, rows, me, all, done); };
-        const auto residual = [&](int64_t row, int64_t n, floats y) {
-            float* to = x + row * width + n;
-            if (n < width) store(to, load<floats>(to) + y);  // not where a panel is filled up
-        };
-        const auto head = [&](int64_t l, int64_t task) {  // of a row
-            const int64_t row = task / net.heads, h = task % net.heads, place = row * cache.row + h * cache.head;
-            const float* q = room.qkv + row * room.wide + h * d;
-            float *p = room.scores + me * room.reach, *out = room.mixed + row * width + h * d;
-            const auto run = [&](auto* keys, auto* values) {
-                attend(q, q + width, q + 2 * width, keys + place, values + place, d, position, p, out);
-            };
-            if (net.half_cache) return run((uint16_t*)cache.keys[l], (uint16_t*)cache.values[l]);
-            run((float*)cache.keys[l], (float*)cache.values[l]);
-        };
-
-        for (int64_t l = 0; l < net.depth; l++) {
-            const Layer& layer = net.layers[l];
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) enter(net.norms[2 * l], row);
-            product(layer.qkv, [&](int64_t row, int64_t n, floats y) { store(room.qkv + row * room.wide + n, y); });
-#pragma omp barrier
-#pragma omp for schedule(static)
-            for (int64_t task = 0; task < rows * net.heads; task++) head(l, task);
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) prepare(room.mixed + row * width, row, width);
-            product(layer.out, residual);
-#pragma omp barrier
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) enter(net.norms[2 * l + 1], row);
-            product(layer.ffn_in, [&](int64_t row, int64_t n, floats y) { store(room.inner + row * room.deep + n, gelu(y)); });
-#pragma omp barrier
-#pragma omp for schedule(static)
-            for (int64_t row = 0; row < rows; row++) prepare(room.inner + row * room.deep, row, net.hidden);
-            product(layer.ffn_out, residual);
-#pragma omp barrier
+    // from (rows, count) times a matrix
+    const auto product = [&](const Matrix& a, const float* from, int64_t stride, int64_t count, auto done) {
+        if constexpr (T::DIRECT) {
+            multiply<T>(a, from, stride, scales, rows, me, all, done);
+        } else {
+            for (int64_t row = first; row < last; row++) scales[row] = T::prepare(from + row * stride, inputs + row * room.stride, count);
+            if (shared) member.barrier();
+            multiply<T>(a, inputs, room.stride, scales, rows, me, all, done);
         }
-#pragma omp for schedule(static)
-        for (int64_t row = 0; row < rows; row++) enter(net.norms[2 * net.depth], row);
-        product(net.head, [&](int64_t row, int64_t n, floats y) { store(logits + row * net.head.outputs + n, y); });
+    };
+    // the residual stream, normed
+    const auto enter = [&](const Norm& norm) -> const float* {
+        if (!norm.weight) return x;
+        for (int64_t row = first; row < last; row++) normalise(x + row * width, norm, net.epsilon, width, normed + row * width);
+        if (shared && T::DIRECT) member.barrier();
+        return normed;
+    };
+    const auto residual = [&](const float* base) {
+        return [&, base](int64_t row, int64_t n, floats y) {
+            if (n < width) store(x + row * width + n, load<floats>(base + row * width + n) + y);  // not where a panel is filled up
+        };
+    };
+    const auto head = [&](int64_t l, int64_t task) {  // of a row
+        const int64_t row = task / net.heads, h = task % net.heads, place = row * cache.row + h * cache.head;
+        const float* q = room.qkv + row * room.wide + h * d;
+        float *p = room.scores + me * room.kv_len, *out = room.mixed + row * width + h * d;
+        const auto run = [&](auto* keys, auto* values) {
+            attend(q, q + width, q + 2 * width, keys + place, values + place, d, position, p, out);
+        };
+        if (net.half_cache) return run((uint16_t*)cache.keys[l], (uint16_t*)cache.values[l]);
+        run((float*)cache.keys[l], (float*)cache.values[l]);
+    };
+
+    for (int64_t l = 0; l < net.depth; l++) {
+        const Layer& layer = net.layers[l];
+        const float* now = enter(net.norms[2 * l]);
+        product(layer.qkv, now, width, width, [&](int64_t row, int64_t n, floats y) { store(room.qkv + row * room.wide + n, y); });
+        member.barrier();
+        for (int64_t task = rows * net.heads * me / all; task < rows * net.heads * (me + 1) / all; task++) head(l, task);
+        member.barrier();
+        product(layer.out, room.mixed, width, width, residual(net.post_norm ? now : x));
+        member.barrier();
+        now = enter(net.norms[2 * l + 1]);
+        product(layer.ffn_in, now, width, width, [&](int64_t row, int64_t n, floats y) { store(room.inner + row * room.deep + n, gelu(y)); });
+        member.barrier();
+        product(layer.ffn_out, room.inner, room.deep, net.hidden, residual(net.post_norm ? now : x));
+        member.barrier();
     }
+    const float* now = enter(net.norms[2 * net.depth]);
+    product(net.head, now, width, width, [&](int64_t row, int64_t n, floats y) { store(logits + row * net.head.outputs + n, y); });
 }
 
 // Whether every thread takes rows of its own through the whole network. It reads all weights then, so they must be few enough to stay
@@ -365,29 +431,38 @@ bool apart(const Network& net, int64_t rows, int64_t threads) {
 
 extern "C" {
 
+// Outputs of a strip of packed weights.
+int64_t digit_strip() { return STRIP * LANES; }
+
 // Bytes that a step needs besides its inputs and outputs.
 int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t positions) {
-    if (apart(*net, rows, threads)) return threads * digit_room(net, (rows + threads - 1) / threads, 1, positions);
+    if (apart(*net, rows, threads)) return threads * digit_room(net, CHUNK, 1, positions);
     return Room(*net, rows, threads, positions, nullptr).end - (char*)nullptr;
 }
 
 // Run x (rows, width), embeddings of the token at ``position`` of the cache, through the network: logits (rows, padded outputs).
 // x is overwritten.
-void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* room, float* logits) {
+void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* start, float* logits) {
     const auto run = net->weights == 0 ? step<Float> : net->weights == 1 ? step<BFloat> : step<Narrow>;
-    if (!apart(*net, rows, threads)) return run(*net, *cache, threads, rows, position, x, room, logits);
-    const int64_t size = digit_room(net, rows, threads, position + 1) / threads;
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int64_t part = 0; part < threads; part++) {  // each in its own room, however many threads there really are
-        const int64_t first = rows * part / threads, last = rows * (part + 1) / threads;
-        const int64_t bytes = first * cache->row * (net->half_cache ? 2 : 4);
-        std::vector<void*> keys(net->depth), values(net->depth);
-        for (int64_t l = 0; l < net->depth; l++) {
-            keys[l] = static_cast<char*>(cache->keys[l]) + bytes;
-            values[l] = static_cast<char*>(cache->values[l]) + bytes;
-        }
-        const Cache own{keys.data(), values.data(), cache->row, cache->head};
-        run(*net, own, 1, int(last - first), position, x + first * net->width, room + part * size, logits + first * net->head.outputs);
+    if (!apart(*net, rows, threads)) {
+        const Room room(*net, rows, threads, position + 1, start);
+        return Team::run(threads, [&](const Team::Member& member) { run(*net, *cache, member, rows, position, x, room, logits); });
     }
+    const int64_t size = digit_room(net, CHUNK, 1, position + 1);
+    std::atomic<int> next{0};
+    Team::run(threads, [&](const Team::Member& member) {
+        std::vector<void*> keys(net->depth), values(net->depth);
+        for (int first; (first = int(CHUNK) * next++) < rows;) {  // a thread that has less of its core takes fewer
+            const int count = std::min(int(CHUNK), rows - first);
+            const int64_t bytes = first * cache->row * (net->half_cache ? 2 : 4);
+            for (int64_t l = 0; l < net->depth; l++) {
+                keys[l] = static_cast<char*>(cache->keys[l]) + bytes;
+                values[l] = static_cast<char*>(cache->values[l]) + bytes;
+            }
+            const Room room(*net, count, 1, position + 1, start + member.me * size);
+            run(*net, {keys.data(), values.data(), cache->row, cache->head}, {nullptr, 0, 1}, count, position, x + first * net->width,
+                room, logits + first * net->head.outputs);
+        }
+    });
 }
 }

@@ -1,17 +1,28 @@
-// Vectors of 16 numbers, which GCC and Clang make the best of on any processor.
+// Vectors as wide as the processor's registers, which GCC and Clang make the best of on any processor.
 
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
-typedef float floats __attribute__((vector_size(64)));  // 16 lanes
-typedef int32_t ints __attribute__((vector_size(64)));  // 16 lanes
-typedef uint16_t halves __attribute__((vector_size(32)));  // 16 lanes, bfloat16
+#if defined(__AVX512F__)
+constexpr int LANES = 16;  // 32 registers of 64 bytes
+#elif defined(__AVX2__)
+#define DIGIT_AVX2
+constexpr int LANES = 8;  // 16 registers of 32 bytes
+#else
+constexpr int LANES = 4;  // 16 bytes: SSE, NEON
+#endif
 
-constexpr int LANES = 16;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));  // bfloat16
 
 template <class V>
 inline V load(const void* from) {
@@ -25,9 +36,15 @@ inline void store(void* to, V v) {
     std::memcpy(to, &v, sizeof v);
 }
 
-// 16 numbers in float32, from float32 or bfloat16.
+// LANES numbers in float32, from float32 or bfloat16.
 inline floats widened(const float* from) { return load<floats>(from); }
-inline floats widened(const uint16_t* from) { return (floats)(__builtin_convertvector(load<halves>(from), ints) << 16); }
+inline floats widened(const uint16_t* from) {
+#if defined(DIGIT_AVX2)
+    return (floats)((ints)_mm256_cvtepu16_epi32((__m128i)load<halves>(from)) << 16);
+#else
+    return (floats)(__builtin_convertvector(load<halves>(from), ints) << 16);
+#endif
+}
 
 // And back: to the nearest bfloat16, ties to even.
 inline void narrow(floats v, float* to) { store(to, v); }

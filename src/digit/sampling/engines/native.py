@@ -153,10 +153,10 @@ class NativeStep:
         return _Norm(self._keep(norm.weight.float()), self._keep(norm.bias.float()))
 
     def _matrix(self, linear: nn.Linear | Int8Linear) -> _Matrix:
-        panels, size = pack(linear.weight), _size(linear.weight)
+        panels, size = pack(linear.weight, self._library.digit_strip()), _size(linear.weight)
         place, self._free = self._free[:size], self._free[size:]
         place.view(panels.dtype).view(panels.shape).copy_(panels)
-        outputs = panels.shape[0] * PANEL
+        outputs = _padded(len(linear.weight))
         extra = outputs - len(linear.weight)
         bias = torch.zeros(outputs) if linear.bias is None else F.pad(linear.bias.float(), (0, extra))
         scale = F.pad(linear.scale.float(), (0, extra)) if isinstance(linear, Int8Linear) else bias  # read by int8 only
@@ -209,13 +209,20 @@ def _memory(size: int) -> Tensor:
     return torch.frombuffer(area, dtype=torch.uint8)
 
 
+def _padded(outputs: int) -> int:
+    return -(-outputs // PANEL) * PANEL
+
+
 def _size(weight: Tensor) -> int:
-    """Bytes of a matrix in panels."""
-    return -(-len(weight) // PANEL) * PANEL * weight.shape[1] * weight.element_size()
+    """Bytes of a packed matrix."""
+    return _padded(len(weight)) * weight.shape[1] * weight.element_size()
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Matrix (out, in) to panels (out / 64, in / g, 4, 16, g), filled up with zeros; g = 1 for float32, else 2."""
+def pack(weight: Tensor, strip: int) -> Tensor:
+    """Matrix (out, in) to strips (out / strip, in / g, strip, g), filled up with zeros to whole panels.
+
+    g is 1 for float32, else 2: so many inputs of an output lie side by side.
+    """
     group = 1 if weight.dtype == torch.float32 else 2
-    filled = F.pad(weight, (0, 0, 0, -len(weight) % PANEL))
-    return filled.view(-1, PANEL // LANES, LANES, weight.shape[1] // group, group).permute(0, 3, 1, 2, 4).contiguous()
+    filled = F.pad(weight, (0, 0, 0, _padded(len(weight)) - len(weight)))
+    return filled.view(-1, strip, weight.shape[1] // group, group).transpose(1, 2).contiguous()
