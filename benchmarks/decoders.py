@@ -19,6 +19,7 @@ import torch
 
 from digit import DigitPipeline
 from digit.core.environment import hardware, versions
+from digit.sampling import SampleRequest
 
 
 def seconds(pipe: DigitPipeline, decoder: str, first: int, args: argparse.Namespace, **settings: float) -> float:
@@ -28,7 +29,8 @@ def seconds(pipe: DigitPipeline, decoder: str, first: int, args: argparse.Namesp
     for start in range(0, args.num, args.batch):
         part = slice(start, min(start + args.batch, args.num))
         images = range(first + part.start, first + part.stop)
-        tokens = pipe.sample_tokens(images, None if labels is None else labels[part], 0, decoder, **settings)
+        request = SampleRequest(images, 0, None if labels is None else labels[part], decoder, settings)
+        tokens = pipe.sample_tokens(request)
         pipe.to_pixels(tokens).cpu()
     return time.perf_counter() - began
 

@@ -53,7 +53,7 @@ def stages(size: str) -> list[str]:
 def network(size: str, stage: str):
     """The network of a stage, with random weights."""
     from digit.core.config import from_dict, load_preset
-    from digit.models.feedforward import OnePassConfig, OnePassDecoder
+    from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
     from digit.models.token_model import TokenModel, TokenModelConfig
     from digit.models.vqgan import VQGAN, VQGANConfig
 
@@ -63,7 +63,7 @@ def network(size: str, stage: str):
     if stage in ONE_PASS[size]:
         values = load_preset(ONE_PASS[size][stage])["model"]
         shape = {"prefix_vocab_size": K[size], "grid": values.get("grid", (8, 8))}
-        return OnePassDecoder(from_dict(OnePassConfig, {**values, **shape}, stage))
+        return FeedForwardDecoder(from_dict(FeedForwardConfig, {**values, **shape}, stage))
     values = load_preset(PRESETS[size][stage])["model"]
     length = 64 if size == "cifar10" else 256
     shape = {"vocab_size": K[size] if stage == "prior" else V, "length": length}
@@ -76,8 +76,8 @@ def work(model, size: str, stage: str, batch: int, device: str) -> Callable[[int
     """The function that makes batch number i of a stage."""
     import torch
 
-    from digit.sampling import SamplingSettings, sample
-    from digit.sampling.feedforward import noise
+    from digit.sampling import SamplingParams, sample
+    from digit.sampling.feedforward import pixel_latents
 
     def tokens(vocab: int, length: int) -> torch.Tensor:
         return torch.randint(vocab, (batch, length), device=device)
@@ -87,9 +87,10 @@ def work(model, size: str, stage: str, batch: int, device: str) -> Callable[[int
     if stage in ONE_PASS[size]:
         c = model.config
         return lambda i: model(
-            tokens(c.prefix_vocab_size, c.prefix_length), noise(c, range(i * batch, (i + 1) * batch)).to(model.start)
+            tokens(c.prefix_vocab_size, c.prefix_length),
+            pixel_latents(c, range(i * batch, (i + 1) * batch)).to(model.start),
         )
-    settings = SamplingSettings(top_k=200) if stage == "prior" else SamplingSettings(top_p=0.8)
+    settings = SamplingParams(top_k=200) if stage == "prior" else SamplingParams(top_p=0.8)
     prefix = tokens(K[size], model.config.prefix_length) if stage != "prior" else None
     return lambda i: sample(model, range(i * batch, (i + 1) * batch), 0, settings, prefix=prefix)
 

@@ -31,7 +31,7 @@ from digit.core.batching import allocated, peak, reset_peak
 from digit.core.config import from_dict
 from digit.core.environment import hardware
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.sampling import SamplingSettings, sample
+from digit.sampling import SampleRequest, SamplingParams, sample
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
 
 AUTHORS = 0.81  # seconds an image of the authors' loop at batch 8, on two quiet cores of this kind
@@ -72,7 +72,7 @@ class Contender:
     compile_seconds: float = 0.0
 
 
-def ours(name: str, model: TokenModel, settings: SamplingSettings, dtype: str, device: str, **speed) -> Contender:
+def ours(name: str, model: TokenModel, settings: SamplingParams, dtype: str, device: str, **speed) -> Contender:
     mine = copy.deepcopy(model).to(device=device, dtype=DTYPES[dtype])
     accelerate(mine, **speed)
 
@@ -285,7 +285,7 @@ def cpu(
     size: str, batches: list[int], rounds: int, only: list[str] | None, patience: float, earlier: list[dict]
 ) -> dict:
     model, top_k = small_model(size), 200 if size == "small" else 20
-    s = SamplingSettings(top_k=top_k)
+    s = SamplingParams(top_k=top_k)
     makers = {
         "C++ int8": lambda: ours("C++ int8", model, s, "bf16", "cpu", quantize="int8"),
         "C++ bf16": lambda: ours("C++ bf16", model, s, "bf16", "cpu"),
@@ -333,8 +333,8 @@ def paper_pipeline(name: str, guided: bool):
         decoders={"ar": part(f"imagenet256-{name}-ar")},
         vqgan=VQGAN(VQGANConfig()).eval().requires_grad_(False).bfloat16(),
         settings={
-            "prior": SamplingSettings(top_k=200, cfg_scale=2.0 if guided else 1.0),
-            "ar": SamplingSettings(top_p=0.8),
+            "prior": SamplingParams(top_k=200, cfg_scale=2.0 if guided else 1.0),
+            "ar": SamplingParams(top_p=0.8),
         },
     )
     return pipe.to("cuda", torch.bfloat16)
@@ -350,7 +350,7 @@ def chain(pipe, batch: int, rounds: int, compile: bool, bandwidth: float) -> dic
     times = []
     for index in range(rounds + 1):
         began = time.perf_counter()
-        tokens = pipe.sample_tokens(range(batch), labels)
+        tokens = pipe.sample_tokens(SampleRequest(range(batch), labels=labels))
         torch.cuda.synchronize()
         sampled = time.perf_counter() - began
         pipe.to_pixels(tokens)

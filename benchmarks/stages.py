@@ -79,9 +79,9 @@ def work(stage: str, images) -> Callable[[int, int], object]:
 
         return lambda a, b: fit_codebook(pipe.encoder, images[a:b].split(64), 64, show=False)
     from digit.pipeline.pipeline import Tokens
-    from digit.sampling import SamplingSettings, sample
+    from digit.sampling import SamplingParams, sample
 
-    settings = SamplingSettings(top_k=100)
+    settings = SamplingParams(top_k=100)
 
     def infer(function):
         return lambda a, b: torch.inference_mode()(function)(a, b)

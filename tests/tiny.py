@@ -8,10 +8,11 @@ from digit.core.config import from_dict
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.models.codebook import Codebook
-from digit.models.feedforward import OnePassConfig, OnePassDecoder
+from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
+from digit.sampling import SampleRequest
 
 CLASSES, CLUSTERS, CODES, TOKENS, SIZE = 3, 12, 20, 16, 32
 TRANSFORMER = {"dim": 32, "depth": 2, "heads": 2}
@@ -34,13 +35,13 @@ def token_model(role: str = "prior", seed: int = 0, **changes) -> TokenModel:
     return model
 
 
-def onepass(head: str = "pixels", seed: int = 3, **changes) -> OnePassDecoder:
+def onepass(head: str = "pixels", seed: int = 3, **changes) -> FeedForwardDecoder:
     """A one-pass decoder of 4 x 4 semantic tokens, to 32 px or to VQ tokens."""
     values = {"prefix_vocab_size": CLUSTERS, "grid": (4, 4), "head": head, "noise_dim": 6}
     values |= {"pixels": {"widths": (16, 8, 8), "patch": 2}} if head == "pixels" else {"vocab_size": CODES}
     values["transformer"] = {**TRANSFORMER, "causal": False}
     torch.manual_seed(seed)
-    model = OnePassDecoder(from_dict(OnePassConfig, {**values, **changes}, "tiny")).eval()
+    model = FeedForwardDecoder(from_dict(FeedForwardConfig, {**values, **changes}, "tiny")).eval()
     for table in (model.token_embedding, model.noise_embedding):  # tell the inputs apart, untrained as it is
         torch.nn.init.normal_(table.weight, std=1.0)
     if head == "vq":
@@ -83,3 +84,8 @@ def pipeline(conditional: bool = True) -> DigitPipeline:
         class_names=["cat", "dog", "ship"] if conditional else [],
         name="tiny",
     )
+
+
+def request(images, labels=None, seed=0, decoder=None, **settings) -> SampleRequest:
+    """A request for some images of a run; labels as a list or a tensor."""
+    return SampleRequest(images, seed, None if labels is None else torch.as_tensor(labels), decoder, settings)

@@ -26,6 +26,7 @@ from digit.evaluation.metrics.noise import Change, NoiseLaw, apply_change
 from digit.evaluation.metrics.stability import NOISE, stability
 from digit.evaluation.model_source import image_batches, open_images
 from digit.pipeline.pipeline import Tokens
+from digit.sampling import SampleRequest
 
 SIZE = 128  # pixels of a picture in a figure
 PHOTOGRAPHS = 4
@@ -109,7 +110,7 @@ def sampling(pipe: DigitPipeline, out: Path, seed: int = 1) -> None:
     """Pictures coming into being: semantic tokens one by one, and what the decoder makes of them."""
     count, grid, vocabulary = PHOTOGRAPHS, pipe.tokenizer.grid, pipe.tokenizer.vocab_size
     labels = torch.arange(count) * max(1, pipe.num_classes // count) % pipe.num_classes if pipe.num_classes else None
-    tokens = pipe.sample_tokens(range(count), labels, seed)
+    tokens = pipe.sample_tokens(SampleRequest(range(count), seed, labels))
     assert tokens.semantic is not None
     total = tokens.semantic.shape[1]
     moments = [total // 8, total // 3, 2 * total // 3, total]

@@ -19,8 +19,8 @@ def test_a_run_gives_the_pictures_of_generate(pipe):
 
 
 def test_labels_are_balanced(pipe):
-    assert SamplingRun(pipe, 25).classes.bincount().tolist() == [3] * 5 + [2] * 5
-    assert SamplingRun(pipe, 4, labels=[7]).classes.tolist() == [7] * 4
+    assert SamplingRun(pipe, 25).request.labels.bincount().tolist() == [3] * 5 + [2] * 5
+    assert SamplingRun(pipe, 4, labels=[7]).request.labels.tolist() == [7] * 4
     assert SamplingRun(pipe, 4).describe()["labels"] == "all in turns"
     assert SamplingRun(pipe, 4, labels=[3, 1]).describe()["labels"] == [3, 1]
     assert SamplingRun(pipe, 200, labels=[3] * 200).describe()["labels"] == "200, one an image"

@@ -4,9 +4,9 @@ import torch
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.models.component import load_component, save_component
-from digit.models.feedforward import OnePassConfig, OnePassDecoder
-from digit.sampling.feedforward import noise, sample_onepass
-from digit.sampling.settings import SamplingSettings
+from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
+from digit.sampling import SamplingParams
+from digit.sampling.feedforward import pixel_latents, sample_feedforward
 
 SHAPE = {
     "prefix_vocab_size": 12,
@@ -17,10 +17,10 @@ SHAPE = {
 PIXELS = {"pixels": {"resolution": 32, "widths": (16, 8, 8), "patch": 2, "groups": 4}}
 
 
-def decoder(**changes) -> OnePassDecoder:
+def decoder(**changes) -> FeedForwardDecoder:
     torch.manual_seed(0)
     values = {**SHAPE, **(PIXELS if changes.get("head") != "vq" else {"vocab_size": 20}), **changes}
-    return OnePassDecoder(from_dict(OnePassConfig, values, "test")).eval()
+    return FeedForwardDecoder(from_dict(FeedForwardConfig, values, "test")).eval()
 
 
 @pytest.fixture
@@ -63,19 +63,19 @@ def test_a_grid_need_not_be_square_and_every_token_counts() -> None:
 
 def test_noise_belongs_to_the_picture_and_moves_it(tokens: torch.Tensor) -> None:
     model = decoder()
-    all_at_once = noise(model.config, [0, 1, 2], seed=3)
-    assert torch.equal(all_at_once[2], noise(model.config, [2], seed=3)[0])
-    assert not torch.equal(all_at_once, noise(model.config, [0, 1, 2], seed=4))
-    many = noise(model.config, range(4000))
+    all_at_once = pixel_latents(model.config, [0, 1, 2], seed=3)
+    assert torch.equal(all_at_once[2], pixel_latents(model.config, [2], seed=3)[0])
+    assert not torch.equal(all_at_once, pixel_latents(model.config, [0, 1, 2], seed=4))
+    many = pixel_latents(model.config, range(4000))
     assert abs(float(many.mean())) < 0.02
     assert abs(float(many.std()) - 1) < 0.02
-    assert torch.equal(noise(model.config, [0], temperature=0.0), torch.zeros(1, 8))
+    assert torch.equal(pixel_latents(model.config, [0], temperature=0.0), torch.zeros(1, 8))
     assert not torch.allclose(model(tokens, all_at_once), model(tokens))
     with torch.no_grad():
         batch, alone = model(tokens, all_at_once), model(tokens[1:2], all_at_once[1:2])
     torch.testing.assert_close(batch[1:2], alone, atol=1e-5, rtol=1e-5)
     silent = decoder(noise_dim=0)
-    assert torch.equal(silent(tokens, noise(silent.config, [0, 1, 2])), silent(tokens))
+    assert torch.equal(silent(tokens, pixel_latents(silent.config, [0, 1, 2])), silent(tokens))
 
 
 def test_every_place_may_make_its_own_of_the_noise() -> None:
@@ -83,7 +83,7 @@ def test_every_place_may_make_its_own_of_the_noise() -> None:
     for local, same in ((0, True), (4, False)):
         model = decoder(local_noise=local)
         model.position_embedding.weight.data.zero_()
-        states = model._embed(tokens, noise(model.config, [0]), None)[0]  # (N, D)
+        states = model._embed(tokens, pixel_latents(model.config, [0]), None)[0]  # (N, D)
         assert torch.equal(states, states[:1].expand_as(states)) == same
 
 
@@ -101,8 +101,8 @@ def test_classes(tokens: torch.Tensor) -> None:
 def test_saved_and_loaded_it_is_the_same(tokens: torch.Tensor, tmp_path) -> None:
     model = decoder(num_classes=2)
     save_component(tmp_path / "decoder", model, model.config)
-    again = load_component(tmp_path / "decoder", OnePassDecoder, OnePassConfig)
-    z = noise(model.config, range(3))
+    again = load_component(tmp_path / "decoder", FeedForwardDecoder, FeedForwardConfig)
+    z = pixel_latents(model.config, range(3))
     assert again.config == model.config
     assert torch.equal(again(tokens, z), model(tokens, z))
 
@@ -110,15 +110,15 @@ def test_saved_and_loaded_it_is_the_same(tokens: torch.Tensor, tmp_path) -> None
 def test_vq_tokens_of_a_place_depend_on_its_number_alone(tokens: torch.Tensor) -> None:
     model = decoder(head="vq")
     torch.nn.init.normal_(model.head.weight)
-    uniform, z = torch.rand(3, 16), noise(model.config, range(3))
-    drawn = sample_onepass(model, uniform, z, SamplingSettings(), tokens)
-    assert torch.equal(drawn[1:2], sample_onepass(model, uniform[1:2], z[1:2], SamplingSettings(), tokens[1:2]))
-    greedy = sample_onepass(model, uniform, z, SamplingSettings(temperature=0), tokens)
+    uniform, z = torch.rand(3, 16), pixel_latents(model.config, range(3))
+    drawn = sample_feedforward(model, uniform, z, SamplingParams(), tokens)
+    assert torch.equal(drawn[1:2], sample_feedforward(model, uniform[1:2], z[1:2], SamplingParams(), tokens[1:2]))
+    greedy = sample_feedforward(model, uniform, z, SamplingParams(temperature=0), tokens)
     assert torch.equal(greedy, model(tokens, z).argmax(-1))
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[:, 3] = True
     given = torch.full((3, 16), 7)
-    kept = sample_onepass(model, uniform, z, SamplingSettings(), tokens, given=given, mask=mask)
+    kept = sample_feedforward(model, uniform, z, SamplingParams(), tokens, given=given, mask=mask)
     assert torch.equal(kept[~mask], given[~mask])
     assert torch.equal(kept[mask], drawn[mask])
 

@@ -25,8 +25,8 @@ from digit.models.probe import LinearProbe, mean_states
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
+from digit.sampling import SamplingParams
 from digit.sampling.engine import sample
-from digit.sampling.settings import SamplingSettings
 
 pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
@@ -261,7 +261,7 @@ def test_linear_probe(case):
 @having("greedy_ids")
 def test_greedy_tokens(case):
     prefix = case.tensor("given_sem_ids") if case.prefix is not None else None
-    ids = sample(case.network, range(len(case.tokens)), 0, SamplingSettings(temperature=0), case.labels, prefix)
+    ids = sample(case.network, range(len(case.tokens)), 0, SamplingParams(temperature=0), case.labels, prefix)
     assert torch.equal(ids, case.tensor("greedy_ids"))
     assert torch.equal(ids + SPECIALS, case.tensor("greedy_tokens_upstream")[:, :256])
 
@@ -274,7 +274,7 @@ def test_masked_trajectory(case):
     def keep(done: int, tokens: torch.Tensor, mask: torch.Tensor) -> None:
         steps.append((tokens + SPECIALS).masked_fill(mask, 3))
 
-    settings = SamplingSettings(temperature=0, steps=len(history), choice_temperature=0)
+    settings = SamplingParams(temperature=0, steps=len(history), choice_temperature=0)
     ids = sample(case.network, range(history.shape[1]), 0, settings, prefix=case.tensor("given_sem_ids"), callback=keep)
     assert torch.equal(torch.stack(steps), history)
     assert torch.equal(ids, case.tensor("nar_argmax_ids"))

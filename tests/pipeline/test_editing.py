@@ -34,23 +34,23 @@ def test_a_cell_is_touched_by_any_of_its_pixels():
 def test_the_kept_region_keeps_its_tokens(pipe, images, decoder):
     region = torch.zeros(tiny.SIZE, tiny.SIZE, dtype=torch.bool)
     region[10:20, 4:30] = True
-    tokens = edit_region(pipe, images, region, decoder=decoder, seed=1)
+    tokens = edit_region(pipe, images, region, tiny.request(range(6), seed=1, decoder=decoder))
     semantic, vq = grids(pipe, images)
     free = cells(region[None], (4, 4)).expand(6, -1)
     assert torch.equal(tokens.semantic[~free], semantic[~free])
     assert torch.equal(tokens.vq[~free], vq[~free])
     assert (tokens.semantic[free] != semantic[free]).any()
     assert (tokens.vq[free] != vq[free]).any()
-    other = edit_region(pipe, images, region, decoder=decoder, seed=2)
+    other = edit_region(pipe, images, region, tiny.request(range(6), seed=2, decoder=decoder))
     assert not torch.equal(other.vq, tokens.vq)
-    again = edit_region(pipe, images[2:3], region, decoder=decoder, seed=1, numbers=[2])
+    again = edit_region(pipe, images[2:3], region, tiny.request([2], seed=1, decoder=decoder))
     assert torch.equal(again.vq, tokens.vq[2:3])
 
 
 @pytest.mark.parametrize("keep_pixels", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_the_first_rows_are_kept(pipe, images, rows, keep_pixels):
-    tokens = continue_rows(pipe, images, rows, keep_pixels, top_k=8)
+    tokens = continue_rows(pipe, images, rows, tiny.request(range(6), top_k=8), keep_pixels)
     semantic, vq = grids(pipe, images)
     assert torch.equal(tokens.semantic[:, : rows * 4], semantic[:, : rows * 4])
     assert torch.equal(tokens.vq[:, : rows * 4], vq[:, : rows * 4]) == (keep_pixels or rows == 0)
@@ -62,17 +62,17 @@ def test_continuing_is_sampling_with_given_first_tokens(pipe, images):
 
     semantic, _ = grids(pipe, images)
     expected = sample(pipe.prior, range(6), 3, pipe.settings.get("prior"), given=semantic[:, :8])
-    assert torch.equal(continue_rows(pipe, images, 2, seed=3).semantic, expected)
+    assert torch.equal(continue_rows(pipe, images, 2, tiny.request(range(6), seed=3)).semantic, expected)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 1.0])
 def test_variations_change_the_asked_share_of_places(pipe, images, fraction):
-    tokens = vary(pipe, images, fraction, seed=5)
+    tokens = vary(pipe, images, fraction, tiny.request(range(6), seed=5))
     semantic, _ = grids(pipe, images)
     changed = (tokens.semantic != semantic).sum(1)
     assert (changed <= max(1, round(fraction * 16))).all()
     assert changed.any()
-    assert torch.equal(vary(pipe, images[3:4], fraction, [3], seed=5).semantic, tokens.semantic[3:4])
+    assert torch.equal(vary(pipe, images[3:4], fraction, tiny.request([3], seed=5)).semantic, tokens.semantic[3:4])
 
 
 def test_a_baseline_in_vq_space_is_edited_too(images):
@@ -86,26 +86,28 @@ def test_a_baseline_in_vq_space_is_edited_too(images):
     )
     region = torch.zeros(tiny.SIZE, tiny.SIZE, dtype=torch.bool)
     region[:, 16:] = True
+    everything = tiny.request(range(6))
     vq, free = baseline.vqgan.encode(images), cells(region[None], (4, 4))[0]
     for tokens, kept in (
-        (edit_region(baseline, images, region), ~free),
-        (continue_rows(baseline, images, 2), torch.arange(16) < 8),
+        (edit_region(baseline, images, region, everything), ~free),
+        (continue_rows(baseline, images, 2, everything), torch.arange(16) < 8),
     ):
         assert tokens.semantic is None
         assert torch.equal(tokens.vq[:, kept], vq[:, kept])
         assert not torch.equal(tokens.vq, vq)
-    assert (vary(baseline, images, 0.25).vq != vq).sum(1).max() <= 4
+    assert (vary(baseline, images, 0.25, everything).vq != vq).sum(1).max() <= 4
 
 
 def test_wrong_requests_are_explained(pipe, images, tmp_path):
+    asked = tiny.request(range(6))
     nothing = torch.zeros(tiny.SIZE, tiny.SIZE, dtype=torch.bool)
     for call, message in [
-        (lambda: edit_region(pipe, images, nothing), "marks nothing"),
-        (lambda: continue_rows(pipe, images, 4), "4 rows were given to continue from; this model's grid has 4"),
-        (lambda: vary(pipe, images, 0.0), "A fraction of 0.0"),
+        (lambda: edit_region(pipe, images, nothing, asked), "marks nothing"),
+        (lambda: continue_rows(pipe, images, 4, asked), "4 rows were given to continue from; this model's grid has 4"),
+        (lambda: vary(pipe, images, 0.0, asked), "A fraction of 0.0"),
         (
-            lambda: edit_pictures(pipe, [tmp_path] * 6, images, tmp_path, 1, fraction=0.5, labels=[0, 1]),
-            "2 labels were given for 6 pictures",
+            lambda: edit_pictures(pipe, [tmp_path] * 6, images, tmp_path, 1, asked, [0, 1], fraction=0.5),
+            "2 labels were given for 6 images",
         ),
     ]:
         with pytest.raises(DigitError, match=message):

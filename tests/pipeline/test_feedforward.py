@@ -19,6 +19,9 @@ from digit.pipeline.assembly import assemble
 from digit.pipeline.editing import continue_rows, edit_region, vary
 from digit.pipeline.generation import generate_folder, load_tokens_file
 from digit.pipeline.info import describe, folder_parts, model_tree, sampling_memory
+from digit.pipeline.stage2 import FITTED
+from digit.pipeline.tokens import PixelLatents, Tokens
+from digit.sampling.feedforward import pixel_latents
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def images() -> torch.Tensor:
 
 
 def test_every_decoder_decodes_the_same_prior_tokens(pipe: DigitPipeline) -> None:
-    made = {kind: pipe.sample_tokens(range(3), torch.tensor([0, 1, 2]), 5, kind) for kind in pipe.decoders}
+    made = {kind: pipe.sample_tokens(tiny.request(range(3), [0, 1, 2], 5, kind)) for kind in pipe.decoders}
     assert len({tokens.semantic.numpy().tobytes() for tokens in made.values()}) == 1
     assert made["onepass"].vq is None
     pixels = [pipe.to_pixels(tokens) for tokens in made.values()]
@@ -78,15 +81,15 @@ def test_the_noise_is_the_decoders_temperature(lean: DigitPipeline) -> None:
     varied, still = lean.decode(semantic), lean.decode(semantic, temperature=0)
     assert not torch.allclose(varied[0], varied[1], atol=1e-3)
     torch.testing.assert_close(still[0], still[1])
-    through = lean.sample_tokens([0, 1], seed=1, decoder_temperature=0)
-    assert float(through.paint.noise.abs().max()) == 0
+    through = lean.sample_tokens(tiny.request([0, 1], seed=1, decoder_temperature=0))
+    assert float(through.latents.noise.abs().max()) == 0
 
 
 def test_a_class_reaches_a_decoder_that_knows_classes(lean: DigitPipeline) -> None:
     knowing = lean.with_parts(decoders={"onepass": tiny.onepass(num_classes=tiny.CLASSES)})
     torch.nn.init.normal_(knowing.decoders["onepass"].class_embedding.weight)
-    tokens = knowing.sample_tokens(range(2), torch.tensor([0, 1]))
-    assert tokens.paint.labels.tolist() == [0, 1]
+    tokens = knowing.sample_tokens(tiny.request(range(2), [0, 1]))
+    assert tokens.labels.tolist() == [0, 1]
     semantic = torch.zeros(1, 16, dtype=torch.long)
     made = [pixels_of(knowing, semantic, [0], labels=torch.tensor([c])) for c in (-1, 0, 1)]
     assert len({m.numpy().tobytes() for m in made}) == 3
@@ -101,57 +104,59 @@ def test_kept_pixels_are_kept_and_the_noise_suits_them(lean: DigitPipeline) -> N
     given = lean.decode(semantic, seed=9)
     region = torch.zeros(32, 32, dtype=torch.bool)
     region[8:16, 8:24] = True  # two cells
-    tokens = edit_region(lean, given, region, seed=1)
+    tokens = edit_region(lean, given, region, tiny.request(range(3), seed=1))
     pixels = lean.to_pixels(tokens)
     assert torch.equal(pixels[:, :, ~region], given[:, :, ~region])
     assert (pixels != given)[:, :, region].any()
     tried = torch.stack(
-        [lean.to_pixels(type(tokens)(lean.tokenizer.encode(given), None, p)) for p in _tries(lean, tokens, 3)]
+        [lean.to_pixels(Tokens(lean.tokenizer.encode(given), None, p)) for p in _tries(lean, tokens, 3)]
     )
     errors = (tried - given).square()[:, :, :, ~region].mean((2, 3))  # (16, 3)
-    chosen = lean.to_pixels(type(tokens)(lean.tokenizer.encode(given), None, _bare(tokens, tokens.paint.noise)))
+    chosen = lean.to_pixels(Tokens(lean.tokenizer.encode(given), None, _bare(tokens, tokens.latents.noise)))
     torch.testing.assert_close((chosen - given).square()[:, :, ~region].mean((1, 2)), errors.min(0).values)
-    alone = lean.to_pixels(edit_region(lean, given[1:2], region, seed=1, numbers=[1]))
+    alone = lean.to_pixels(edit_region(lean, given[1:2], region, tiny.request([1], seed=1)))
     torch.testing.assert_close(alone, pixels[1:2])
-    assert painter.config.noise_dim == tokens.paint.noise.shape[1]
+    assert painter.config.noise_dim == tokens.latents.noise.shape[1]
 
 
 def _bare(tokens, noise):
-    return type(tokens.paint)("onepass", noise)
+    return PixelLatents("onepass", noise)
 
 
 def _tries(pipe, tokens, count):
-    from digit.pipeline.editing import FITTED
-    from digit.sampling.feedforward import noise
-
     config = pipe.decoders["onepass"].config
-    return [_bare(tokens, noise(config, range(count), 1, stage=f"onepass-{i}")) for i in range(FITTED)]
+    return [_bare(tokens, pixel_latents(config, range(count), 1, stage=f"onepass-{i}")) for i in range(FITTED)]
 
 
 def test_other_ways_to_edit(lean: DigitPipeline, images: torch.Tensor) -> None:
-    assert vary(lean, images, 0.25).paint.kept is None
-    assert continue_rows(lean, images, 2).paint.kept is None
-    kept = continue_rows(lean, images, 2, keep_pixels=True)
+    assert vary(lean, images, 0.25, tiny.request(range(3))).latents.kept is None
+    assert continue_rows(lean, images, 2, tiny.request(range(3))).latents.kept is None
+    kept = continue_rows(lean, images, 2, tiny.request(range(3)), keep_pixels=True)
     assert torch.equal(lean.to_pixels(kept)[:, :, :16], images[:, :, :16])
     large = lean.with_parts(
         decoders={"onepass": tiny.onepass(pixels={"resolution": 64, "widths": (16, 8), "patch": 8})}
     )
-    assert large.to_pixels(continue_rows(large, images, 2, keep_pixels=True)).shape == (3, 3, 64, 64)
+    assert large.to_pixels(continue_rows(large, images, 2, tiny.request(range(3)), keep_pixels=True)).shape == (
+        3,
+        3,
+        64,
+        64,
+    )
 
 
 def test_vq_tokens_in_one_pass_are_tokens_like_others(pipe: DigitPipeline, images: torch.Tensor) -> None:
     vq = pipe.with_parts(decoders={"onepass": tiny.onepass("vq")})
-    tokens = vq.sample_tokens(range(5), seed=2)
-    assert tokens.paint is None
+    tokens = vq.sample_tokens(tiny.request(range(5), seed=2))
+    assert tokens.latents is None
     assert tokens.vq.shape == (5, 16)
-    assert torch.equal(vq.sample_tokens([3], seed=2).vq, tokens.vq[3:4])
+    assert torch.equal(vq.sample_tokens(tiny.request([3], seed=2)).vq, tokens.vq[3:4])
     assert vq.to_pixels(tokens).shape == (5, 3, 32, 32)
     seen = []
-    vq.sample_tokens([0], callback=lambda stage, done, _: seen.append((stage, done)))
+    vq.sample_tokens(tiny.request([0]), lambda stage, done, _: seen.append((stage, done)))
     assert seen[-1] == ("onepass", 16)
     region = torch.zeros(32, 32, dtype=torch.bool)
     region[:8, :8] = True
-    edited = edit_region(vq, images, region)
+    edited = edit_region(vq, images, region, tiny.request(range(3)))
     assert torch.equal(edited.vq[:, 1:], vq.vqgan.encode(images)[:, 1:])
 
 
@@ -191,7 +196,7 @@ def test_what_it_cannot_do_gets_a_sentence(pipe: DigitPipeline, lean: DigitPipel
     with pytest.raises(DigitError, match="straight to pixels"):
         lean.decode_tokens(semantic)
     with pytest.raises(DigitError, match="let a decoder finish them"):
-        lean.to_pixels(type(lean.sample_tokens([0]))(semantic, None))
+        lean.to_pixels(Tokens(semantic))
     with pytest.raises(DigitError, match="guidance needs both"):
         lean.decode(semantic, cfg_scale=2.0)
     with pytest.raises(DigitError, match="range from 0 to 12"):

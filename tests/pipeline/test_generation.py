@@ -38,11 +38,11 @@ def test_a_killed_run_goes_on_where_it_was(pipe, reference, tmp_path, monkeypatc
     out, calls = tmp_path / "out", []
     sample = type(pipe).sample_tokens
 
-    def killed(self, images, *rest, **settings):
-        calls.append(list(images))
+    def killed(self, request):
+        calls.append(list(request.images))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return sample(self, images, *rest, **settings)
+        return sample(self, request)
 
     monkeypatch.setattr(type(pipe), "sample_tokens", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -109,7 +109,7 @@ def test_other_weights_are_not_mixed_in(pipe, reference):
 
 def test_foreign_pictures_are_left_alone_and_overwrite_begins_anew(pipe, tmp_path):
     (tmp_path / "00000.png").write_bytes(b"mine")
-    with pytest.raises(DigitError, match="holds pictures and no generation"):
+    with pytest.raises(DigitError, match="holds images and no generation"):
         generate_folder(pipe, tmp_path, 2)
     assert (tmp_path / "00000.png").read_bytes() == b"mine"
     assert generate_folder(pipe, tmp_path, 2, overwrite=True)["made"] == 2

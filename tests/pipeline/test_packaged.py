@@ -18,6 +18,7 @@ from digit.core.devices import bf16_is_fast
 from digit.evaluation.metrics.stability import NOISE, stability
 from digit.evaluation.model_source import open_images
 from digit.pipeline.hub import packaged_models
+from digit.sampling import SampleRequest
 from terminal import run
 
 LARGEST = 24e6  # bytes
@@ -54,7 +55,7 @@ def test_no_model_named_means_this_one(tmp_path, monkeypatch, capsys):
 def test_quick_pixels_are_those_of_float32_to_the_eye(decoder):
     """A processor that is quicker in bfloat16 rounds pixels; see `exact_pixels`. Elsewhere both are the same."""
     pipe = DigitPipeline.from_pretrained("cifar10")
-    tokens = pipe.sample_tokens(range(8), torch.arange(8), 0, decoder)
+    tokens = pipe.sample_tokens(SampleRequest(range(8), 0, torch.arange(8), decoder))
     quick = pipe.to_pixels(tokens)
     exact = pipe.with_parts(exact_pixels=True).to_pixels(tokens)
     assert exact.dtype == quick.dtype == torch.float32

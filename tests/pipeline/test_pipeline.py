@@ -15,7 +15,7 @@ from digit.core.files import write_json
 from digit.models.component import save_component
 from digit.pipeline.assembly import assemble
 from digit.pipeline.generation import generate_folder, load_tokens_file
-from digit.sampling import SamplingSettings
+from digit.sampling import SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +24,11 @@ def pipe():
 
 
 def test_a_saved_model_is_the_same_model(pipe, tmp_path):
-    pipe.settings["prior"] = SamplingSettings(top_k=5)
+    pipe.settings["prior"] = SamplingParams(top_k=5)
     folder = pipe.save_pretrained(tmp_path / "model")
     again = DigitPipeline.from_pretrained(folder)
     labels = torch.tensor([0, 1, 2])
-    one, other = (p.sample_tokens(range(3), labels, seed=3) for p in (pipe, again))
+    one, other = (p.sample_tokens(tiny.request(range(3), labels, seed=3)) for p in (pipe, again))
     assert one.sha256() == other.sha256()
     assert torch.equal(pipe.to_pixels(one), again.to_pixels(other))
     images = torch.rand(2, 3, tiny.SIZE, tiny.SIZE)
@@ -59,16 +59,10 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, decoder, cfg_scale):
 
     def run(batch):
         parts = [
-            pipe.sample_tokens(
-                range(i, min(i + batch, 64)),
-                labels[i : i + batch],
-                7,
-                decoder,
-                cfg_scale=cfg_scale,
-                top_k=6,
-                decoder_top_p=0.8,
-            )
-            for i in range(0, 64, batch)
+            pipe.sample_tokens(part)
+            for part in tiny.request(
+                range(64), labels, 7, decoder, cfg_scale=cfg_scale, top_k=6, decoder_top_p=0.8
+            ).batches(batch)
         ]
         return torch.cat([p.semantic for p in parts]), torch.cat([p.vq for p in parts])
 
@@ -80,7 +74,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipe, decoder, cfg_scale):
 
 def test_labels_seed_and_decoder_matter(pipe):
     def run(label=0, seed=0, decoder="ar", **settings):
-        return pipe.sample_tokens([0], torch.tensor([label]), seed, decoder, **settings).sha256()
+        return pipe.sample_tokens(tiny.request([0], [label], seed, decoder, **settings)).sha256()
 
     assert run() == run()
     assert (
@@ -99,12 +93,12 @@ def test_labels_seed_and_decoder_matter(pipe):
 
 
 def test_a_default_of_guidance_is_for_pictures_with_a_class(pipe):
-    guided = pipe.with_parts(settings={"prior": SamplingSettings(cfg_scale=3.0)})
+    guided = pipe.with_parts(settings={"prior": SamplingParams(cfg_scale=3.0)})
     plain = pipe.with_parts(settings={})
-    one, other = (p.sample_tokens(range(4), None, seed=1).sha256() for p in (guided, plain))
+    one, other = (p.sample_tokens(tiny.request(range(4), seed=1)).sha256() for p in (guided, plain))
     assert one == other
-    labels = torch.zeros(4, dtype=torch.long)
-    assert guided.sample_tokens(range(4), labels).sha256() != plain.sample_tokens(range(4), labels).sha256()
+    labelled = tiny.request(range(4), [0, 0, 0, 0])
+    assert guided.sample_tokens(labelled).sha256() != plain.sample_tokens(labelled).sha256()
     with pytest.raises(DigitError, match="needs class labels"):
         guided(num=1, cfg_scale=2.0)
 

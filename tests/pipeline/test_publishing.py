@@ -20,7 +20,7 @@ def outcome(work):
     except DigitError as error:
         return str(error)
 
-pipe, found = tiny.pipeline(), {}
+pipe, found, asked = tiny.pipeline(), {}, tiny.request(range(2), decoder="ar")
 found["first"] = pipe.push_to_hub("someone/tiny", private=True)
 smaller = pipe.with_parts(decoders={"ar": tiny.token_model("ar", 1)}, prior=tiny.token_model("prior", 5, num_classes=3))
 found["branch"] = smaller.push_to_hub("someone/tiny", revision="trial", message="Without the masked decoder")
@@ -28,8 +28,8 @@ found["request"] = pipe.push_to_hub("someone/tiny", create_pr=True)
 commit = found["first"].rsplit("/", 1)[1]
 for name, revision in {"main": None, "trial": "trial", "commit": commit}.items():
     loaded = DigitPipeline.from_pretrained("someone/tiny", revision=revision)
-    found[name] = [sorted(loaded.decoders), loaded.sample_tokens(range(2), decoder="ar").sha256()]
-found["local"] = [p.sample_tokens(range(2), decoder="ar").sha256() for p in (pipe, smaller)]
+    found[name] = [sorted(loaded.decoders), loaded.sample_tokens(asked).sha256()]
+found["local"] = [p.sample_tokens(asked).sha256() for p in (pipe, smaller)]
 # a branch moves: the newest commit is taken although an older one is in the cache
 smaller.push_to_hub("someone/tiny")
 found["moved"] = sorted(DigitPipeline.from_pretrained("someone/tiny").decoders)

@@ -8,14 +8,14 @@ from scipy.stats import chisquare
 
 from digit.core.errors import DigitError
 from digit.models.token_model import NO_LABEL
-from digit.sampling import SamplingSettings, sample
+from digit.sampling import SamplingParams, sample
 from digit.sampling.engines.acceleration import release, workshop
 from digit.sampling.guidance import guide, scales
 from digit.sampling.logits import draw, kept_probabilities
 from digit.sampling.rng import uniforms
 
-PLAIN = SamplingSettings(top_k=10)
-GUIDED = SamplingSettings(top_k=10, cfg_scale=3.0)
+PLAIN = SamplingParams(top_k=10)
+GUIDED = SamplingParams(top_k=10, cfg_scale=3.0)
 KINDS = {"prior": {}, "ar": {"prefix": 6}, "masked": {"prefix": 6}}
 
 
@@ -47,14 +47,14 @@ def without_cache(model, batch, settings, labels, prefix, given=None, mask=None)
     "settings",
     [
         PLAIN,
-        SamplingSettings(temperature=0),
-        SamplingSettings(top_p=0.7, temperature=1.4),
+        SamplingParams(temperature=0),
+        SamplingParams(top_p=0.7, temperature=1.4),
         GUIDED,
-        SamplingSettings(cfg_scale=2.5, cfg_schedule="linear"),
-        SamplingSettings(cfg_scale=2.5, cfg_interval=(0.4, 1.0), top_k=10),
-        SamplingSettings(cfg_scale=2.5, cfg_interval=(0.0, 0.5), top_k=10),
-        SamplingSettings(cfg_scale=2.5, cfg_interval=(0.3, 0.7), top_p=0.9),
-        SamplingSettings(cfg_scale=0.0, top_k=5),
+        SamplingParams(cfg_scale=2.5, cfg_schedule="linear"),
+        SamplingParams(cfg_scale=2.5, cfg_interval=(0.4, 1.0), top_k=10),
+        SamplingParams(cfg_scale=2.5, cfg_interval=(0.0, 0.5), top_k=10),
+        SamplingParams(cfg_scale=2.5, cfg_interval=(0.3, 0.7), top_p=0.9),
+        SamplingParams(cfg_scale=0.0, top_k=5),
     ],
     ids=str,
 )
@@ -84,7 +84,7 @@ def test_a_picture_is_the_same_in_any_batch(tiny, role, settings):
     assert not torch.equal(sample(model, range(64), 6, settings, labels, prefix), whole)
 
 
-@pytest.mark.parametrize("settings", [PLAIN, GUIDED, SamplingSettings(cfg_scale=2.5, cfg_interval=(0.6, 1.0))], ids=str)
+@pytest.mark.parametrize("settings", [PLAIN, GUIDED, SamplingParams(cfg_scale=2.5, cfg_interval=(0.6, 1.0))], ids=str)
 @pytest.mark.parametrize("role", ["prior", "ar"])
 @pytest.mark.parametrize("n", [1, 5, 11, 12])
 def test_first_tokens_are_kept(tiny, role, settings, n):
@@ -116,7 +116,7 @@ def test_the_unguided_half_is_not_computed_where_the_scale_is_one(tiny, monkeypa
     monkeypatch.setattr(
         model, "step", lambda cache, token, *rest: (rows.append(len(token)), step(cache, token, *rest))[1]
     )
-    sample(model, range(3), 0, SamplingSettings(cfg_scale=2, cfg_interval=(0.5, 0.8)), torch.tensor([0, 1, 2]))
+    sample(model, range(3), 0, SamplingParams(cfg_scale=2, cfg_interval=(0.5, 0.8)), torch.tensor([0, 1, 2]))
     assert rows == [3] * 5 + [6] * 4 + [3] * 2
 
 
@@ -154,12 +154,12 @@ def test_changed_weights_are_seen(tiny):
 @pytest.mark.parametrize(
     "settings",
     [
-        SamplingSettings(),
-        SamplingSettings(top_k=6),
-        SamplingSettings(top_p=0.7),
-        SamplingSettings(temperature=0.6),
-        SamplingSettings(cfg_scale=2.0),
-        SamplingSettings(cfg_scale=2.0, top_k=12, top_p=0.9, temperature=1.2),
+        SamplingParams(),
+        SamplingParams(top_k=6),
+        SamplingParams(top_p=0.7),
+        SamplingParams(temperature=0.6),
+        SamplingParams(cfg_scale=2.0),
+        SamplingParams(cfg_scale=2.0, top_k=12, top_p=0.9, temperature=1.2),
     ],
     ids=str,
 )
@@ -176,7 +176,7 @@ def test_sampled_frequencies_fit_the_exact_distribution(tiny, role, settings):
     )
     p, ids = kept_probabilities(logits, settings)
     exact = torch.zeros(1, 24).scatter(1, ids, p)[0] if ids is not None else p[0]
-    s = settings if role == "prior" else SamplingSettings(**{**vars(settings), "steps": 1})
+    s = settings if role == "prior" else SamplingParams(**{**vars(settings), "steps": 1})
     out = sample(model, range(n), 0, s, label.expand(n))
     counts = torch.bincount(out[:, 0], minlength=24)
     assert counts[exact == 0].sum() == 0
@@ -213,8 +213,8 @@ def test_a_trained_model_reproduces_a_known_joint_distribution(tiny):
     [
         ({}, {"labels": torch.tensor([4])}, "The label 4 was given; this model knows 0 to 3"),
         ({"classes": 0}, {"labels": torch.tensor([1])}, "this model is unconditional"),
-        ({}, {"settings": GUIDED}, "needs class labels"),
-        ({"classes": 0}, {"settings": GUIDED}, "has no classes"),
+        ({}, {"params": GUIDED}, "needs class labels"),
+        ({"classes": 0}, {"params": GUIDED}, "has no classes"),
         ({"role": "ar", "prefix": 6}, {}, "has none tokens; this model expects 6"),
     ],
 )
@@ -232,7 +232,7 @@ def test_callbacks_see_every_token(tiny):
 
 
 def test_no_value_is_ever_outside_the_vocabulary(tiny):
-    out = sample(tiny(), range(200), settings=SamplingSettings(temperature=math.inf))
+    out = sample(tiny(), range(200), params=SamplingParams(temperature=math.inf))
     assert out.min() >= 0
     assert out.max() < 24
     assert len(out.unique()) == 24

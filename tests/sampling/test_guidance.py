@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
+from digit.sampling import SamplingParams
 from digit.sampling.guidance import guide, scales
-from digit.sampling.settings import SamplingSettings
 
 SCHEDULES = ["constant", "linear", "cosine", "power-cosine"]
 
@@ -18,7 +18,7 @@ SCHEDULES = ["constant", "linear", "cosine", "power-cosine"]
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(SCHEDULES), st.floats(0, 10), st.integers(1, 300), st.floats(0.2, 4))
 def test_scales_run_between_one_and_the_asked_scale(schedule, scale, count, power):
-    s = scales(SamplingSettings(cfg_scale=scale, cfg_schedule=schedule, cfg_power=power), count)
+    s = scales(SamplingParams(cfg_scale=scale, cfg_schedule=schedule, cfg_power=power), count)
     assert len(s) == count
     low, high = min(1, scale), max(1, scale)
     assert all(low - 1e-9 <= x <= high + 1e-9 for x in s)
@@ -35,14 +35,14 @@ def test_scales_run_between_one_and_the_asked_scale(schedule, scale, count, powe
 @given(st.integers(1, 300), st.floats(0, 0.9), st.floats(0.05, 1))
 def test_outside_the_interval_the_scale_is_exactly_one(count, low, width):
     high = min(1.0, low + width)
-    s = scales(SamplingSettings(cfg_scale=3, cfg_interval=(low, high)), count)
+    s = scales(SamplingParams(cfg_scale=3, cfg_interval=(low, high)), count)
     for i, x in enumerate(s):
         assert x == (3 if low <= i / count < high else 1)
 
 
 def test_power_one_is_the_cosine_schedule():
-    a = scales(SamplingSettings(cfg_scale=4, cfg_schedule="power-cosine", cfg_power=1), 20)
-    assert a == pytest.approx(scales(SamplingSettings(cfg_scale=4, cfg_schedule="cosine"), 20))
+    a = scales(SamplingParams(cfg_scale=4, cfg_schedule="power-cosine", cfg_power=1), 20)
+    assert a == pytest.approx(scales(SamplingParams(cfg_scale=4, cfg_schedule="cosine"), 20))
 
 
 def test_guide_extrapolates():
@@ -56,4 +56,4 @@ def test_guide_extrapolates():
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.4), (-0.1, 1), (0, 1.1)])
 def test_an_interval_must_be_one(interval):
     with pytest.raises(DigitError, match="expected two fractions"):
-        from_dict(SamplingSettings, {"cfg_interval": interval}, "test")
+        from_dict(SamplingParams, {"cfg_interval": interval}, "test")

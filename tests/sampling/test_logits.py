@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from digit.native import NoCompiler, library
+from digit.sampling import SamplingParams
 from digit.sampling.engines.native import fast_draw
 from digit.sampling.guidance import guide
 from digit.sampling.logits import draw, kept_probabilities
-from digit.sampling.settings import SamplingSettings
 
 logits_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(torch.tensor)
 
@@ -24,7 +24,7 @@ def draws() -> list:
     return [draw, fast_draw]
 
 
-def exact(logits: torch.Tensor, s: SamplingSettings) -> torch.Tensor:
+def exact(logits: torch.Tensor, s: SamplingParams) -> torch.Tensor:
     """The filtered, normalised distribution by the definition, over ids, in float64; for logits without ties."""
     order = sorted(range(len(logits)), key=lambda i: -logits[i].item())
     if s.top_k:
@@ -37,7 +37,7 @@ def exact(logits: torch.Tensor, s: SamplingSettings) -> torch.Tensor:
     return out / out.sum()
 
 
-def dense(logits: torch.Tensor, s: SamplingSettings) -> torch.Tensor:
+def dense(logits: torch.Tensor, s: SamplingParams) -> torch.Tensor:
     p, ids = kept_probabilities(logits, s)
     if ids is None:
         return p / p.sum(-1, keepdim=True)
@@ -45,14 +45,14 @@ def dense(logits: torch.Tensor, s: SamplingSettings) -> torch.Tensor:
 
 
 SETTINGS = [
-    SamplingSettings(),
-    SamplingSettings(temperature=0.7),
-    SamplingSettings(top_k=5),
-    SamplingSettings(top_k=1),
-    SamplingSettings(top_p=0.8),
-    SamplingSettings(top_p=0.01),
-    SamplingSettings(temperature=1.3, top_k=12, top_p=0.6),
-    SamplingSettings(top_k=1000),
+    SamplingParams(),
+    SamplingParams(temperature=0.7),
+    SamplingParams(top_k=5),
+    SamplingParams(top_k=1),
+    SamplingParams(top_p=0.8),
+    SamplingParams(top_p=0.01),
+    SamplingParams(temperature=1.3, top_k=12, top_p=0.6),
+    SamplingParams(top_k=1000),
 ]
 
 
@@ -82,7 +82,7 @@ def test_frequencies_fit_the_exact_distribution(s, draw):
 @settings(max_examples=150, deadline=None)
 @given(logits_rows, st.integers(0, 50), st.floats(0.01, 1), st.floats(0.1, 5))
 def test_kept_tokens_are_the_likeliest_and_enough(row, k, p, temperature):
-    s = SamplingSettings(temperature=temperature, top_k=k, top_p=p)
+    s = SamplingParams(temperature=temperature, top_k=k, top_p=p)
     q = dense(row, s)
     kept, cut = q > 0, q == 0
     assert abs(q.sum().item() - 1) < 1e-5
@@ -99,14 +99,14 @@ def test_kept_tokens_are_the_likeliest_and_enough(row, k, p, temperature):
 @settings(max_examples=150, deadline=None)
 @given(logits_rows, st.floats(0, 1, exclude_max=True, width=32), st.integers(0, 50), st.floats(0.01, 1))
 def test_a_draw_has_probability(row, u, k, p):
-    s = SamplingSettings(top_k=k, top_p=p)
+    s = SamplingParams(top_k=k, top_p=p)
     token = draw(row[None], torch.tensor([u]), s)
     assert dense(row, s)[token] > 0
     for fast in draws()[1:]:
         token = fast(row[None], torch.tensor([u]), s)
         # of tokens that are equal at the edge, or become so in float32's exponential, either may be kept; and at the
         # edge of top-p rounding decides
-        slightly = SamplingSettings(top_k=k, top_p=min(1.0, p + 1e-5))
+        slightly = SamplingParams(top_k=k, top_p=min(1.0, p + 1e-5))
         equal = torch.isclose(row, row[token], rtol=1e-6, atol=1e-6)
         assert (dense(row, slightly) > 0)[equal].any()
 
@@ -116,8 +116,8 @@ def test_a_draw_has_probability(row, u, k, p):
 def test_temperature_zero_and_top_1_take_the_maximum(row, u):
     best = row.max()
     for one in draws():
-        assert row[one(row[None], torch.tensor([u]), SamplingSettings(temperature=0))] == best
-        taken = row[one(row[None], torch.tensor([u]), SamplingSettings(top_k=1))]
+        assert row[one(row[None], torch.tensor([u]), SamplingParams(temperature=0))] == best
+        taken = row[one(row[None], torch.tensor([u]), SamplingParams(top_k=1))]
         assert torch.isclose(
             taken, best, rtol=1e-6, atol=1e-6
         )  # what float32's exponential makes equal is equal to C++
@@ -126,8 +126,8 @@ def test_temperature_zero_and_top_1_take_the_maximum(row, u):
 @pytest.mark.parametrize("draw", draws())
 def test_the_largest_uniform_stays_inside(draw):
     u = torch.tensor([1 - 2**-24])
-    assert draw(torch.zeros(1, 1000), u, SamplingSettings()).item() == 999
-    assert draw(torch.tensor([[0.0, 0.0, -1e9]]), u, SamplingSettings()).item() == 1
+    assert draw(torch.zeros(1, 1000), u, SamplingParams()).item() == 999
+    assert draw(torch.tensor([[0.0, 0.0, -1e9]]), u, SamplingParams()).item() == 1
 
 
 @pytest.mark.usefixtures("compiler")
@@ -143,7 +143,7 @@ def test_guidance_may_come_before_the_draw_in_one_call(s):
 def test_rows_are_independent():
     g = torch.Generator().manual_seed(0)
     logits, u = torch.randn(5, 7, 30, generator=g), torch.rand(5, 7, generator=g)
-    s = SamplingSettings(top_k=10, top_p=0.7)
+    s = SamplingParams(top_k=10, top_p=0.7)
     whole = draw(logits, u, s)
     assert whole.shape == (5, 7)
     for i in range(5):
@@ -151,7 +151,7 @@ def test_rows_are_independent():
 
 
 @pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("s", [*SETTINGS, SamplingSettings(top_p=0.95), SamplingSettings(temperature=0)], ids=str)
+@pytest.mark.parametrize("s", [*SETTINGS, SamplingParams(top_p=0.95), SamplingParams(temperature=0)], ids=str)
 @pytest.mark.parametrize("vocab", [16, 24, 1000])
 def test_the_draw_in_c_takes_the_same_tokens(s, vocab):
     g = torch.Generator().manual_seed(2)
@@ -164,7 +164,7 @@ def test_the_draw_in_c_takes_the_same_tokens(s, vocab):
 
 @pytest.mark.parametrize("draw", draws())
 @pytest.mark.parametrize(
-    "s", [SamplingSettings(top_k=200), SamplingSettings(top_k=40, top_p=0.9), SamplingSettings(top_p=0.9)], ids=str
+    "s", [SamplingParams(top_k=200), SamplingParams(top_k=40, top_p=0.9), SamplingParams(top_p=0.9)], ids=str
 )
 def test_the_largest_uniform_draws_what_has_probability_whatever_is_rounded(s, draw):
     g = torch.Generator().manual_seed(3)

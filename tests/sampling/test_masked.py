@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from digit.sampling import SamplingSettings, sample
+from digit.sampling import SamplingParams, sample
 from digit.sampling.masked import masked_after
 
 SCHEDULES = ["cosine", "linear", "sqrt"]
@@ -18,7 +18,7 @@ def test_the_papers_schedule():
     """256 tokens in 8 steps, as the authors' decoder leaves them (251 236 212 181 142 97 49 0)."""
     masked, left = torch.tensor([256]), []
     for step in range(8):
-        masked = masked_after(SamplingSettings(steps=8), step, torch.tensor([256]), masked)
+        masked = masked_after(SamplingParams(steps=8), step, torch.tensor([256]), masked)
         left.append(masked.item())
     assert left == [251, 236, 212, 181, 142, 97, 49, 0]
 
@@ -26,7 +26,7 @@ def test_the_papers_schedule():
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(SCHEDULES), st.integers(1, 40), st.integers(0, 300))
 def test_schedules_shrink_to_nothing(schedule, steps, total):
-    s = SamplingSettings(steps=steps, mask_schedule=schedule)
+    s = SamplingParams(steps=steps, mask_schedule=schedule)
     masked, whole = torch.tensor([total]), torch.tensor([total])
     for step in range(steps):
         after = masked_after(s, step, whole, masked)
@@ -45,7 +45,7 @@ def test_every_token_is_drawn_and_kept_ones_stay(tiny, schedule, steps):
     out = sample(
         model,
         range(5),
-        settings=SamplingSettings(steps=steps, mask_schedule=schedule),
+        params=SamplingParams(steps=steps, mask_schedule=schedule),
         callback=lambda n, tokens, mask: left.append((tokens.clone(), mask.clone())),
     )
     assert len(left) == steps
@@ -63,7 +63,7 @@ def test_a_partial_mask_keeps_the_rest(tiny, guided):
     tokens, mask = torch.randint(24, (6, 12), generator=g), torch.rand(6, 12, generator=g) < 0.4
     mask[0], mask[1] = False, True  # nothing, and everything
     prefix, labels = torch.randint(9, (6, 6), generator=g), torch.arange(6) % 4
-    s = SamplingSettings(steps=4, cfg_scale=2.0 if guided else 1.0)
+    s = SamplingParams(steps=4, cfg_scale=2.0 if guided else 1.0)
     out = sample(model, range(6), 0, s, labels, prefix, tokens, mask)
     assert torch.equal(out[~mask], tokens[~mask])
     # the hidden tokens themselves must not leak into what replaces them
@@ -76,7 +76,7 @@ def test_one_step_is_independent_draws(tiny):
     model = tiny("masked", classes=0, length=4)
     n = 8000
     p = model(torch.zeros(1, 4, dtype=torch.long), mask=torch.ones(1, 4, dtype=torch.bool))[0].softmax(-1)  # (4, V)
-    out = sample(model, range(n), settings=SamplingSettings(steps=1))
+    out = sample(model, range(n), params=SamplingParams(steps=1))
     for place in range(4):
         counts = torch.bincount(out[:, place], minlength=24) / n
         assert (counts - p[place]).abs().max() < 5 * math.sqrt(0.25 / n)
@@ -95,8 +95,8 @@ def test_one_token_a_step_is_the_joint_distribution(tiny):
         loss.backward()
         optimizer.step()
     model.eval()
-    together = sample(model, range(4000), settings=SamplingSettings(steps=1))
-    after = sample(model, range(4000), settings=SamplingSettings(steps=2))
+    together = sample(model, range(4000), params=SamplingParams(steps=1))
+    after = sample(model, range(4000), params=SamplingParams(steps=2))
     assert 0.45 < (together[:, 0] == together[:, 1]).float().mean() < 0.55
     assert (after[:, 0] == after[:, 1]).float().mean() > 0.98
     assert 0.45 < after[:, 0].float().mean() < 0.55
@@ -108,7 +108,7 @@ def test_choice_temperature_zero_keeps_the_most_confident(tiny):
     sample(
         model,
         range(3),
-        settings=SamplingSettings(steps=12, choice_temperature=0, temperature=0),
+        params=SamplingParams(steps=12, choice_temperature=0, temperature=0),
         callback=lambda n, tokens, mask: steps.append((tokens.clone(), mask.clone())),
     )
     everything = torch.ones(3, 12, dtype=torch.bool)
@@ -128,7 +128,7 @@ def test_guidance_moves_towards_the_label(tiny):
     )
 
     def mean(scale):
-        out = sample(model, range(200), settings=SamplingSettings(steps=1, cfg_scale=scale), labels=labels)
+        out = sample(model, range(200), params=SamplingParams(steps=1, cfg_scale=scale), labels=labels)
         return ratio.gather(-1, out[..., None]).mean()
 
     assert mean(0.0) < mean(1.0) < mean(4.0)

@@ -14,11 +14,11 @@ from digit.data.dataset import ImageDataset
 from digit.data.token_cache import TokenCache
 from digit.encoders.loading import small_conv
 from digit.models.component import load_component
-from digit.models.feedforward import OnePassConfig, OnePassDecoder
+from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline.generation import save_tokens_file
 from digit.pipeline.pipeline import DigitPipeline, Tokens
-from digit.sampling.feedforward import noise
+from digit.sampling.feedforward import pixel_latents
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune
@@ -55,7 +55,7 @@ def build(
     values = {"prefix_vocab_size": 12, "grid": (4, 4), "head": head, "noise_dim": noise_dim,
               "transformer": {"dim": 32, "depth": 2, "heads": 2, "causal": False}}  # fmt: skip
     values |= {"pixels": {"widths": (16, 16, 8), "patch": 2}} if head == "pixels" else {"vocab_size": 20}
-    model = OnePassDecoder(from_dict(OnePassConfig, values, "test"))
+    model = FeedForwardDecoder(from_dict(FeedForwardConfig, values, "test"))
     chosen = from_dict(OnePassObjective, objective, "test")
     vqgan = parts.vqgan if head == "vq" else None
     return OnePassTask(model, chosen, parts.tokenizer, images, held_out, samples=samples, vqgan=vqgan)
@@ -85,9 +85,9 @@ def test_eight_images_are_learned_by_heart(images: ImageDataset, parts: DigitPip
     task = build(eight, parts, held_out=eight, noise_dim=0, flip=0.0, l2=2.0)
     train(task, training(steps=200, batch_size=8, schedule="cosine", log_every=50), tmp_path, device="cpu", show=False)
     assert read_metrics(tmp_path)[-1]["validation/psnr"] > 18  # one colour an image gives 13.9 dB
-    model = load_component(tmp_path / "model", OnePassDecoder, OnePassConfig)
+    model = load_component(tmp_path / "model", FeedForwardDecoder, FeedForwardConfig)
     pixels = torch.from_numpy(eight.arrays()[0]).permute(0, 3, 1, 2).float() / 255
-    rebuilt = model(parts.tokenizer.encode(pixels), noise(model.config, range(8))).clamp(0, 1)
+    rebuilt = model(parts.tokenizer.encode(pixels), pixel_latents(model.config, range(8))).clamp(0, 1)
     assert float(-10 * (rebuilt - pixels).square().mean((1, 2, 3)).log10().mean()) > 18
 
 
@@ -96,9 +96,9 @@ def test_all_vq_tokens_at_once_are_learned_too(images: ImageDataset, parts: Digi
     before = {name: value.clone() for name, value in parts.vqgan.state_dict().items()}
     task = build(eight, parts, head="vq", kl=0.0, flip=0.0)
     train(task, training(steps=120, batch_size=8), tmp_path, device="cpu", show=False)
-    model = load_component(tmp_path / "model", OnePassDecoder, OnePassConfig)
+    model = load_component(tmp_path / "model", FeedForwardDecoder, FeedForwardConfig)
     pixels = torch.from_numpy(eight.arrays()[0]).permute(0, 3, 1, 2).float() / 255
-    guessed = model(parts.tokenizer.encode(pixels), noise(model.config, range(8))).argmax(-1)
+    guessed = model(parts.tokenizer.encode(pixels), pixel_latents(model.config, range(8))).argmax(-1)
     assert float((guessed == parts.vqgan.encode(pixels)).float().mean()) > 0.8
     assert all(torch.equal(value, before[name]) for name, value in parts.vqgan.state_dict().items())
 
@@ -195,7 +195,7 @@ def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: Digi
             torch.equal(value, helpers[f"{name}.{key}"]) for key, value in post.modules[name].state_dict().items()
         )
     folder = train(post, config, tmp_path / "second", device="cpu", show=False)
-    again = load_component(folder, OnePassDecoder, OnePassConfig)
+    again = load_component(folder, FeedForwardDecoder, FeedForwardConfig)
     assert not torch.equal(again.token_embedding.weight, saved["token_embedding.weight"])
     assert "sampled" in next(iter(post.batches(Stream(start=0, stop=1, batch_size=8))))
 
@@ -291,12 +291,12 @@ IMAGENET = [name for name in preset_names() if name.startswith("imagenet256-base
 def test_presets_of_imagenet_are_whole_and_smaller_than_the_ar_decoder(name: str) -> None:
     preset = load_preset(name)
     assert preset["component"] == "decoder"
-    shape = from_dict(OnePassConfig, preset["model"], name)
+    shape = from_dict(FeedForwardConfig, preset["model"], name)
     from_dict(OnePassObjective, preset["objective"], name)
     from_dict(OnePassData, preset["data"], name)
     from_dict(TrainingConfig, preset["training"], name)
     with torch.device("meta"):
-        model = OnePassDecoder(shape)
+        model = FeedForwardDecoder(shape)
         other = TokenModel(from_dict(TokenModelConfig, load_preset("imagenet256-base-ar")["model"], "ar"))
         side = shape.pixels.resolution
         assert model(torch.zeros(2, shape.prefix_length, dtype=torch.long)).shape == (2, 3, side, side)
@@ -308,7 +308,7 @@ def test_presets_of_imagenet_are_whole_and_smaller_than_the_ar_decoder(name: str
 
 def test_the_study_decoder_has_no_more_parameters_than_the_ar_decoder() -> None:
     shape = {"prefix_vocab_size": 1024, "grid": (8, 8)}
-    one = OnePassDecoder(from_dict(OnePassConfig, {**load_preset("cifar10-onepass")["model"], **shape}, "test"))
+    one = FeedForwardDecoder(from_dict(FeedForwardConfig, {**load_preset("cifar10-onepass")["model"], **shape}, "test"))
     sizes = {"vocab_size": 1024, "length": 64, "prefix_vocab_size": 1024, "prefix_length": 64}
     other = TokenModel(from_dict(TokenModelConfig, {**load_preset("cifar10-ar")["model"], **sizes}, "test"))
     assert sum(p.numel() for p in one.parameters()) <= sum(p.numel() for p in other.parameters())

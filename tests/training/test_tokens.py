@@ -13,8 +13,8 @@ from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.sampling import SamplingParams
 from digit.sampling.engine import sample
-from digit.sampling.settings import SamplingSettings
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
 from digit.training.logs import read_metrics
@@ -246,7 +246,7 @@ def test_overfits_eight_images_to_exact_tokens(cifar512: Path, tmp_path: Path, r
     tokens = sample(
         task.model.eval(),
         range(8),
-        settings=SamplingSettings(temperature=0, choice_temperature=0),
+        params=SamplingParams(temperature=0, choice_temperature=0),
         labels=torch.arange(8),
         prefix=None if prefix is None else cache.tokens("semantic", np.arange(8)),
     )

@@ -163,9 +163,8 @@ def test_cells_become_pixels_that_touch_no_other_cell(service):
 def test_editing_is_the_librarys_own(service, picture):
     made = service.edit(picture, Edit(cells=[0, 5], label="dog", num=2, seed=3, decoder="masked"), visit())
     images = to_tensor(picture)[None].expand(2, -1, -1, -1)
-    own = edit_region(
-        service.pipe, images, service.region([0, 5]), labels=torch.tensor([1, 1]), seed=3, decoder="masked"
-    )
+    request = tiny.request(range(2), [1, 1], 3, "masked")
+    own = edit_region(service.pipe, images, service.region([0, 5]), request)
     assert made.tokens.sha256() == own.sha256()
     kept = service.edit(picture, Edit(rows=2, num=1), visit())
     before = service.pipe.tokenizer.encode(to_tensor(picture)[None])

@@ -30,7 +30,7 @@ from digit.models.codebook import Codebook
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
-from digit.sampling.settings import SamplingSettings
+from digit.sampling.request import SamplingParams
 
 Role = Literal["prior", "ar", "masked"]
 _OPTION: dict[Role, str] = {"prior": "--stage1", "ar": "--stage2", "masked": "--stage2-masked"}
@@ -205,14 +205,14 @@ def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"]
     return pipe
 
 
-def _paper_settings(pipe: DigitPipeline) -> dict[str, SamplingSettings]:
+def _paper_settings(pipe: DigitPipeline) -> dict[str, SamplingParams]:
     """Sampling as the authors' scripts have it (scripts/infer_*.sh; top-k 400 for the large prior is in their
     README).
     """
-    settings = {"ar": SamplingSettings(top_p=0.8), "masked": SamplingSettings(steps=8, choice_temperature=4.5)}
+    settings = {"ar": SamplingParams(top_p=0.8), "masked": SamplingParams(steps=8, choice_temperature=4.5)}
     chosen = {kind: settings[kind] for kind in pipe.decoders}
     if pipe.prior is not None:
         large = pipe.prior.config.vocab_size > 8192
         top_k = 300 if pipe.num_classes or pipe.space == "vq" else 400 if large else 200
-        chosen["prior"] = SamplingSettings(top_k=min(top_k, pipe.prior.config.vocab_size))
+        chosen["prior"] = SamplingParams(top_k=min(top_k, pipe.prior.config.vocab_size))
     return chosen

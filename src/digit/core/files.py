@@ -41,6 +41,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
             errno.EDQUOT: "the disk quota is used up; free some space or choose another --out",
             errno.EACCES: "permission was denied; choose a folder you may write to",
             errno.EROFS: "the file system is read-only; choose another --out",
+            errno.ENOENT: "no folder can be made there; choose another --out",
             errno.ENOTDIR: "a part of the path is a file, not a folder",
         }
         if error.errno in reasons:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from digit.core.config import config
+from digit.models.component import weights_checksum as weights_checksum
 from digit.models.transformer import PositiveInt
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -81,16 +80,3 @@ class Encoder(Protocol):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
         ...
-
-
-def weights_checksum(module: nn.Module) -> str:
-    """SHA-256 of a module's weights as float32 values, 64 hexadecimal digits.
-
-    Neither the names nor the order of the tensors count: they differ between versions of transformers.
-    """
-    digests = []
-    for value in module.state_dict().values():
-        plain = value.detach().cpu()
-        plain = plain.float() if plain.is_floating_point() else plain
-        digests.append(hashlib.sha256(plain.contiguous().view(-1).view(torch.uint8).numpy()).digest())
-    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from digit.core.config import config
 from digit.core.errors import DigitError
 from digit.encoders.base import Preprocessing
 from digit.encoders.transformers_encoder import check_images
-from digit.models.component import load_component, save_component
+from digit.models.component import Component
 from digit.models.transformer import PositiveInt
 
 
@@ -73,16 +72,15 @@ def _norm(width: int, kind: str) -> nn.Module:
     return nn.BatchNorm2d(width) if kind == "batch" else nn.GroupNorm(width // 8, width)
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(Component):
     """Images to a grid of features, as the patch features of a ViT: N positions of width D, layer-normed."""
 
-    provenance: dict[str, Any]
+    config_class = ConvEncoderConfig
+    config: ConvEncoderConfig
 
     def __init__(self, config: ConvEncoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.preprocessing = config.preprocessing
-        self.provenance = {}
         self.dim = config.widths[-1]
         side = (self.preprocessing.resize or self.preprocessing.image_size) // config.factor
         self.grid: tuple[int, int] = (side, side)
@@ -111,12 +109,3 @@ class ConvEncoder(nn.Module):
         """
         check_images(images, self.preprocessing)
         return self.features(self.preprocessing(images).to(self.stem.weight.dtype))
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
-        save_component(folder, self, self.config, self.provenance, dtype)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ConvEncoder:
-        """Read a folder written by :meth:`save_pretrained`, in float32 and frozen."""
-        return load_component(folder, cls, ConvEncoderConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from digit.core.progress import track
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.sampling import Batch, Batches, OrderedSampler
-from digit.pipeline.pipeline import DigitPipeline, Tokens
-from digit.sampling.engine import check_request, sample
+from digit.pipeline.pipeline import DigitPipeline
+from digit.sampling.request import SampleRequest
 
 _LABELS_SHOWN = 100
 
@@ -68,9 +69,7 @@ def encode_all(pipe: DigitPipeline, dataset: ImageDataset, batch_size: int) -> T
 @torch.inference_mode()
 def prior_tokens(pipe: DigitPipeline, images: Tensor) -> Tensor:
     """Images (B, 3, S, S) to tokens (B, N) of the space that the prior works in."""
-    if pipe.space == "vq":
-        return pipe.part("vqgan").encode(images.to(pipe.device))  # type: ignore[no-any-return]
-    return pipe.tokenizer.encode(images)
+    return pipe.prior_tokenizer.encode(images)
 
 
 def pipe_size(pipe: DigitPipeline) -> int:
@@ -116,39 +115,29 @@ class SamplingRun:
     batch_size: int = 64
     settings: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def classes(self) -> Tensor | None:
-        """(num,) the class of each image; None for an unconditional model."""
+    @cached_property
+    def request(self) -> SampleRequest:
+        """What is asked for, checked.
+
+        Raises:
+            DigitError: see :meth:`~digit.sampling.request.SampleRequest.validate`.
+        """
         labels = self.labels
         if labels is None and self.pipe.num_classes:
             labels = range(self.pipe.num_classes)
-        return self.pipe.expand_labels(None if labels is None else list(labels), self.num)[1]
+        request = SampleRequest.of_run(self.num, labels, self.seed, self.decoder, self.settings)
+        return request.validate(self.pipe)
 
     def check(self) -> None:
-        """Try the settings without sampling.
-
-        Raises:
-            DigitError: unknown settings or labels, guidance that the model cannot do, or a part that it lacks.
-        """
-        pipe = self.pipe
-        prior = pipe.part("prior")
-        pipe.check_pixels(self.decoder)
-        chosen, later = pipe.settings_for("prior", self.settings, self.classes is not None)
-        check_request(prior, chosen, self.classes)
-        if pipe.space == "semantic":
-            kind = pipe.pick_decoder(self.decoder)
-            check_request(pipe.decoders[kind], pipe.settings_for(kind, later)[0], None)
-        elif later or self.decoder:
-            raise DigitError(
-                f"The model '{pipe.name}' predicts VQ tokens itself; it has no decoder to choose or to set."
-            )
+        """Try the settings without sampling."""
+        _ = self.request
 
     def stages(self) -> dict[str, Any]:
         """The settings of "prior" and "decoder" with every default filled in: runs that agree here are one."""
-        prior, later = self.pipe.settings_for("prior", self.settings, self.classes is not None)
-        stages = {"prior": to_dict(prior)}
-        if self.pipe.space == "semantic":
-            stages["decoder"] = to_dict(self.pipe.settings_for(self.pipe.pick_decoder(self.decoder), later)[0])
+        params = self.request.params
+        stages = {"prior": to_dict(params["prior"])}
+        if self.request.decoder is not None:
+            stages["decoder"] = to_dict(params[self.request.decoder])
         return stages
 
     def identity(self) -> dict[str, Any]:
@@ -157,38 +146,26 @@ class SamplingRun:
             "num": self.num,
             "seed": self.seed,
             "labels": None if self.labels is None else list(self.labels),
-            "decoder": None if self.pipe.space == "vq" else self.pipe.pick_decoder(self.decoder),
+            "decoder": self.request.decoder,
         }
 
     def describe(self) -> dict[str, Any]:
         """What a result says about this run."""
         labels = self.labels
         shown = f"{len(labels):,}, one an image" if labels and len(labels) > _LABELS_SHOWN else labels and list(labels)
-        named = "none" if self.classes is None else shown or "all in turns"
+        named = "none" if self.request.labels is None else shown or "all in turns"
         return {**self.identity(), "labels": named, "settings": dict(self.settings), "batch_size": self.batch_size}
-
-    def spans(self) -> Iterator[range]:
-        """The numbers of the images of each batch."""
-        for start in range(0, self.num, self.batch_size):
-            yield range(start, min(start + self.batch_size, self.num))
 
     def prior(self, given: Tensor | None = None) -> Iterator[Tensor]:
         """Stage 1 batch by batch: tokens (B, N), continuing ``given`` (num, n) where there is any."""
-        chosen, _ = self.pipe.settings_for("prior", self.settings, self.classes is not None)
-        classes = self.classes
-        for span in self.spans():
-            part = slice(span.start, span.stop)
-            labels = None if classes is None else classes[part]
-            first = None if given is None else given[part]
-            yield sample(self.pipe.part("prior"), span, self.seed, chosen, labels, given=first)
+        for part in self.request.batches(self.batch_size):
+            yield self.pipe.sample_prior(part, None if given is None else given[list(part.images)])
 
     def batches(self, tokens: Tensor | None = None) -> Iterator[Tensor]:
         """The images as (B, 3, S, S) uint8, from fresh tokens or from the prior's ``tokens`` (num, N)."""
-        _, later = self.pipe.settings_for("prior", self.settings, self.classes is not None)
-        firsts = self.prior() if tokens is None else (tokens[span.start : span.stop] for span in self.spans())
-        for span, first in zip(self.spans(), firsts, strict=True):
-            labels = None if self.classes is None else self.classes[span.start : span.stop]
-            yield pixels_of(self.pipe, first, span, self.seed, self.decoder, later, labels)
+        for part in self.request.batches(self.batch_size):
+            first = self.pipe.sample_prior(part) if tokens is None else tokens[list(part.images)]
+            yield as_uint8(self.pipe.to_pixels(self.pipe.complete(first, part)))
 
 
 def pixels_of(
@@ -197,13 +174,10 @@ def pixels_of(
     images: Sequence[int],
     seed: int = 0,
     decoder: str | None = None,
-    settings: Mapping[str, Any] | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """The prior's tokens (B, N) to images (B, 3, S, S) uint8; through the decoder unless they are VQ tokens already."""
-    if pipe.space == "vq":
-        return as_uint8(pipe.to_pixels(Tokens(None, tokens)))
-    return as_uint8(pipe.to_pixels(pipe.complete(tokens, images, seed, decoder, labels, **(settings or {}))))
+    """The prior's tokens (B, N) to images (B, 3, S, S) uint8, through stage 2."""
+    return as_uint8(pipe.decode(tokens, seed, decoder, labels, images))
 
 
 def as_uint8(images: Tensor) -> Tensor:

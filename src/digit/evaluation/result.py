@@ -16,7 +16,7 @@ import torch
 from digit.core.environment import hardware, versions
 from digit.core.errors import require
 from digit.core.files import write_file, write_json
-from digit.encoders.base import weights_checksum
+from digit.models.component import weights_checksum
 
 if TYPE_CHECKING:
     from digit.pipeline.pipeline import DigitPipeline

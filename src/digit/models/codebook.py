@@ -7,7 +7,6 @@ on ties. They compute it in half precision; here it is float32 whatever the mode
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from digit.core.config import config
 from digit.core.errors import DigitError
-from digit.models.component import load_component, save_component
+from digit.models.component import Component
 from digit.models.transformer import PositiveInt
 
 _CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
@@ -74,7 +73,7 @@ class CodebookConfig:
     half_precision: bool = False
 
 
-class Codebook(nn.Module):
+class Codebook(Component):
     """K centroids (K, D).
 
     Attributes:
@@ -82,11 +81,11 @@ class Codebook(nn.Module):
             perplexity.
     """
 
-    provenance: dict[str, Any]
+    config_class = CodebookConfig
+    config: CodebookConfig
 
     def __init__(self, config: CodebookConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.centroids = nn.Parameter(torch.zeros(config.clusters, config.dim), requires_grad=False)
 
     @classmethod
@@ -112,12 +111,3 @@ class Codebook(nn.Module):
         from digit.pipeline.info import one_line
 
         return one_line(self)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
-        save_component(folder, self, self.config, getattr(self, "provenance", None))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Codebook:
-        """Read a folder written by :meth:`save_pretrained`."""
-        return load_component(folder, cls, CodebookConfig)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -13,35 +14,76 @@ from digit.core.config import from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_json, read_tensors, write_folder, write_json, write_tensors
 
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound="Component")
+
+
+class Component(nn.Module):
+    """A network that one config describes, and that is saved as a folder.
+
+    Attributes:
+        config: an instance of ``config_class``, and the only argument that the constructor needs.
+        provenance: where the weights come from: data, steps, metrics, converted file; saved with them.
+        saved_as: the "type" in ``config.json``; the name of the class where nothing else is said.
+    """
+
+    config_class: ClassVar[type[Any]]
+    saved_as: ClassVar[str]
+    _kinds: ClassVar[dict[str, type[Component]]] = {}
+    config: Any
+    provenance: dict[str, Any]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if "saved_as" not in cls.__dict__:
+            cls.saved_as = cls.__name__
+        Component._kinds[cls.saved_as] = cls
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance = {}
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write the folder; see :func:`save_component`."""
+        save_component(folder, self, dtype=dtype)
+
+    @classmethod
+    def from_pretrained(cls: type[M], folder: str | Path) -> M:
+        """Read a folder written by :meth:`save_pretrained`; see :func:`load_component`."""
+        return load_component(folder, cls)
 
 
 def save_component(
     folder: str | Path,
     module: nn.Module,
-    config: object,
+    config: object = None,
     provenance: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a module and its config as a folder, whole or not at all.
+    """Write a component as a folder, whole or not at all.
 
     Args:
-        folder: where; replaced if it exists.
-        module: its state dict is saved.
-        config: a config made with :func:`digit.core.config.config`.
-        provenance: where the weights come from: data, steps, metrics, converted file; kept under "provenance".
+        folder: replaced if it exists.
+        module: a :class:`Component`, or a module with the same state dict if ``config`` is given.
+        config, provenance: the module's own where left out.
         dtype: store floating-point tensors in it (bfloat16 or float16 halve the file); None keeps them.
     """
+    config = module.config if config is None else config
+    facts = getattr(module, "provenance", {}) if provenance is None else provenance
+    kind = getattr(module, "saved_as", type(module).__name__)
     tensors = {
         name: value.to(dtype) if dtype is not None and value.is_floating_point() else value
         for name, value in module.state_dict().items()
     }
     with write_folder(folder) as aside:
-        write_json(
-            aside / "config.json",
-            {"type": type(module).__name__, "config": to_dict(config), "provenance": dict(provenance or {})},
-        )
+        write_json(aside / "config.json", {"type": kind, "config": to_dict(config), "provenance": dict(facts)})
         write_tensors(aside / "model.safetensors", tensors)
+
+
+def component_class(kind: object, default: type[M]) -> type[M]:
+    """The class of a saved "type": a kind of ``default``, or ``default`` itself for a name that nobody has."""
+    found = Component._kinds.get(str(kind), default)
+    return found if issubclass(found, default) else default
 
 
 def read_component_config(folder: str | Path, config_class: type[Any]) -> tuple[Any, dict[str, Any]]:
@@ -59,13 +101,13 @@ def read_component_config(folder: str | Path, config_class: type[Any]) -> tuple[
     return from_dict(config_class, values["config"], str(path)), dict(values.get("provenance", {}))
 
 
-def load_component(folder: str | Path, module_class: type[M], config_class: type[Any]) -> M:
-    """Read a module saved by :func:`save_component`, in float32 and eval mode, with ``module.provenance`` set.
+def load_component(folder: str | Path, module_class: type[M], config_class: type[Any] | None = None) -> M:
+    """Read a saved component, in float32, eval mode and frozen.
 
     Raises:
         DigitError: files are missing or damaged, or tensors do not fit the config; the message names them.
     """
-    config, provenance = read_component_config(folder, config_class)
+    config, provenance = read_component_config(folder, config_class or module_class.config_class)
     tensors = {
         k: v.float() if v.is_floating_point() else v
         for k, v in read_tensors(Path(folder) / "model.safetensors").items()
@@ -73,7 +115,7 @@ def load_component(folder: str | Path, module_class: type[M], config_class: type
     with torch.device("meta"):
         module = module_class(config)
     load_strict(module, tensors, str(folder))
-    module.provenance = provenance  # type: ignore[assignment]
+    module.provenance = provenance
     return module.eval().requires_grad_(False)
 
 
@@ -91,3 +133,16 @@ def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: s
         shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
         raise DigitError(f"The weights in {where} do not fit its config: {shown}.")
     module.load_state_dict(dict(tensors), assign=True)
+
+
+def weights_checksum(module: nn.Module) -> str:
+    """SHA-256 of a module's weights as float32 values, 64 hexadecimal digits: the one name that weights go by.
+
+    Neither the names nor the order of the tensors count: they differ between versions of transformers.
+    """
+    digests = []
+    for value in module.state_dict().values():
+        plain = value.detach().cpu()
+        plain = plain.float() if plain.is_floating_point() else plain
+        digests.append(hashlib.sha256(plain.contiguous().view(-1).view(torch.uint8).numpy()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()

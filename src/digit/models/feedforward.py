@@ -21,7 +21,7 @@ arXiv 1711.11586 (BicycleGAN: a noise vector that means something); this project
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, cast
+from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from digit.core.config import config
 from digit.core.errors import DigitError
 from digit.core.files import read_json
-from digit.models.component import load_component
-from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.models.component import Component
+from digit.models.token_model import NO_LABEL, TokenModel
 from digit.models.transformer import PositiveInt, Probability, Transformer, TransformerConfig, init_weights
 from digit.models.vqgan import ResidualBlock
 from digit.native.norm import channels_last, norm_silu
@@ -67,7 +67,7 @@ class PixelHeadConfig:
 
 
 @config
-class OnePassConfig:
+class FeedForwardConfig:
     """What a one-pass decoder reads and gives. Names are those of :class:`~digit.models.token_model.TokenModelConfig`.
 
     Attributes:
@@ -181,12 +181,15 @@ def _smooth(images: Tensor) -> Tensor:
     return F.conv2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), kernel, groups=3)
 
 
-class OnePassDecoder(nn.Module):
+class FeedForwardDecoder(Component):
     """Embeddings, a transformer that looks both ways, and the head."""
 
-    def __init__(self, config: OnePassConfig) -> None:
-        super().__init__()
-        self.config = config
+    config_class = FeedForwardConfig
+    saved_as = "OnePassDecoder"
+    config: FeedForwardConfig
+
+    def __init__(self, config: FeedForwardConfig) -> None:
+        super().__init__(config)
         dim = config.transformer.dim
         self.token_embedding = nn.Embedding(config.prefix_vocab_size, dim)
         self.position_embedding = nn.Embedding(config.prefix_length, dim)
@@ -260,11 +263,7 @@ class OnePassDecoder(nn.Module):
         return x
 
 
-StageTwo: TypeAlias = TokenModel | OnePassDecoder
-"""A decoder of any kind."""
-
-
-def load_decoder(folder: str | Path) -> StageTwo:
+def load_decoder(folder: str | Path) -> TokenModel | FeedForwardDecoder:
     """Read a saved decoder of any kind.
 
     Raises:
@@ -272,6 +271,8 @@ def load_decoder(folder: str | Path) -> StageTwo:
     """
     path = Path(folder) / "config.json"
     kind = read_json(path).get("type") if path.is_file() else None
-    if kind == OnePassDecoder.__name__:
-        return load_component(folder, OnePassDecoder, OnePassConfig)
-    return load_component(folder, TokenModel, TokenModelConfig)
+    model = FeedForwardDecoder if kind == FeedForwardDecoder.saved_as else TokenModel
+    return model.from_pretrained(folder)
+
+
+OnePassConfig, OnePassDecoder = FeedForwardConfig, FeedForwardDecoder  # names of the first edition

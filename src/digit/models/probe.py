@@ -8,14 +8,12 @@ position included. State 0 is the embedding, state n the output of block n; the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from digit.core.config import config
-from digit.models.component import load_component, save_component
+from digit.models.component import Component
 from digit.models.transformer import PositiveInt
 
 
@@ -34,14 +32,14 @@ class LinearProbeConfig:
     classes: PositiveInt
 
 
-class LinearProbe(nn.Module):
+class LinearProbe(Component):
     """A linear classifier per state; weights start as Normal(0, 0.01), biases as zero."""
 
-    provenance: dict[str, Any]
+    config_class = LinearProbeConfig
+    config: LinearProbeConfig
 
     def __init__(self, config: LinearProbeConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.classifiers = nn.ModuleList(nn.Linear(config.dim, config.classes) for _ in range(config.states))
         for classifier in self.classifiers:
             nn.init.normal_(classifier.weight, std=0.01)  # type: ignore[arg-type]
@@ -50,15 +48,6 @@ class LinearProbe(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Mean states (S, B, D) of :func:`mean_states` to logits (S, B, C)."""
         return torch.stack([classifier(x) for classifier, x in zip(self.classifiers, features, strict=True)])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
-        save_component(folder, self, self.config, getattr(self, "provenance", None))
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LinearProbe:
-        """Read a folder written by :meth:`save_pretrained`."""
-        return load_component(folder, cls, LinearProbeConfig)
 
 
 def mean_states(states: Sequence[Tensor]) -> Tensor:

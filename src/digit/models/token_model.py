@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from digit.core.config import config
 from digit.core.errors import DigitError
+from digit.models.component import Component
 from digit.models.transformer import KVCache, PositiveInt, Probability, Transformer, TransformerConfig, init_weights
 
 NO_LABEL = -1
@@ -72,17 +73,24 @@ class TokenModelConfig:
             raise ValueError(f"role '{self.role}' needs transformer.causal = {self.role != 'masked'}")
 
     @property
+    def head(self) -> str:
+        """What a decoder of this kind gives: "vq"."""
+        return "vq"
+
+    @property
     def can_guide(self) -> bool:
         """Whether classifier-free guidance has an unconditional half that was trained."""
         return self.num_classes > 0 and self.class_dropout > 0
 
 
-class TokenModel(nn.Module):
+class TokenModel(Component):
     """Embeddings, the transformer and the output head. See the module for the layout of a sequence."""
 
+    config_class = TokenModelConfig
+    config: TokenModelConfig
+
     def __init__(self, config: TokenModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         dim = config.transformer.dim
         self.token_embedding = nn.Embedding(config.vocab_size, dim)
         self.position_embedding = nn.Embedding(1 + config.length, dim)  # row 0: the start position

@@ -11,7 +11,6 @@ average pooling down, nearest-neighbour up, bias-free convolutions in the residu
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from digit.core.config import config
 from digit.core.errors import DigitError
 from digit.models.codebook import nearest
-from digit.models.component import load_component, save_component
+from digit.models.component import Component
 from digit.models.transformer import PositiveInt
 from digit.native.norm import arranged, norm_silu
 
@@ -174,12 +173,14 @@ class Decoder(nn.Module):
         return out
 
 
-class VQGAN(nn.Module):
+class VQGAN(Component):
     """Encoder, codebook and decoder. Tokens are ids 0..V-1, row by row."""
 
+    config_class = VQGANConfig
+    config: VQGANConfig
+
     def __init__(self, config: VQGANConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         codes = torch.randn(config.codes, config.code_dim)
@@ -226,12 +227,3 @@ class VQGAN(nn.Module):
         from digit.pipeline.info import one_line
 
         return one_line(self)
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write ``config.json`` and ``model.safetensors``."""
-        save_component(folder, self, self.config, getattr(self, "provenance", None), dtype)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> VQGAN:
-        """Read a folder written by :meth:`save_pretrained`."""
-        return load_component(folder, cls, VQGANConfig)

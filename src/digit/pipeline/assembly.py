@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ from digit.core.config import from_dict, read_value, to_dict
 from digit.core.errors import DigitError
 from digit.encoders import load_encoder
 from digit.models.codebook import Codebook
-from digit.models.component import load_component
 from digit.models.feedforward import load_decoder
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
-from digit.sampling.settings import SamplingSettings
+from digit.sampling.request import SamplingParams
 
 
 def part_folder(path: str | Path) -> Path:
@@ -45,16 +44,16 @@ def assemble(
 
     A prior that was trained on VQ tokens makes a baseline in VQ space.
     """
-    parts: dict[str, Any] = {}
-    if encoder is not None:
-        parts["encoder"] = load_encoder(part_folder(encoder))
-    if codebook is not None:
-        parts["codebook"] = Codebook.from_pretrained(part_folder(codebook))
-    if vqgan is not None:
-        parts["vqgan"] = VQGAN.from_pretrained(part_folder(vqgan))
+    loaders: dict[str, Callable[[Path], Any]] = {
+        "encoder": load_encoder,
+        "codebook": Codebook.from_pretrained,
+        "vqgan": VQGAN.from_pretrained,
+    }
+    given = {"encoder": encoder, "codebook": codebook, "vqgan": vqgan}
+    parts: dict[str, Any] = {name: loaders[name](part_folder(path)) for name, path in given.items() if path is not None}
     if prior is not None:
-        parts["prior"] = load_component(part_folder(prior), TokenModel, TokenModelConfig)
-        provenance = getattr(parts["prior"], "provenance", {})
+        parts["prior"] = TokenModel.from_pretrained(part_folder(prior))
+        provenance = parts["prior"].provenance
         parts["class_names"] = list(provenance.get("class_names", []))
         parts["space"] = provenance.get("space", "semantic")
     if decoders:
@@ -95,7 +94,7 @@ def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str |
             )
         settings.setdefault(stage, {})[name] = read_value(value)
     chosen = {
-        stage: from_dict(SamplingSettings, values, f"The defaults of {stage}") for stage, values in settings.items()
+        stage: from_dict(SamplingParams, values, f"The defaults of {stage}") for stage, values in settings.items()
     }
     return pipe.with_parts(
         settings=chosen, default_decoder=pipe.pick_decoder(decoder) if decoder else pipe.default_decoder

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ from PIL import Image
 
 from digit.core.batching import PROBE, Batcher
 from digit.core.environment import hardware
-from digit.core.errors import DigitError
 from digit.core.grids import picture_grid
 from digit.core.images import save_png, to_pil
 from digit.core.progress import bar
+from digit.models.component import weights_checksum
 from digit.models.token_model import TokenModel
-from digit.pipeline.pipeline import DigitPipeline, Tokens
-from digit.pipeline.runfolder import RunFolder, weights_digest, write_arrays
-from digit.sampling.engine import check_request
+from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.runfolder import RunFolder
+from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
+from digit.sampling.request import SampleRequest
 
-GRID_PICTURES = 64
-GRID_CLASSES = 16  # as many rows; of more classes the pictures stay in order
+__all__ = ["generate_folder", "load_tokens_file", "save_tokens_file"]
+
+GRID_IMAGES = 64
+GRID_CLASSES = 16  # as many rows; of more classes the images stay in order
 WRITERS = 4
 DECODED_AT_ONCE = 8
 WORTH_COMPILING = 120.0
@@ -45,48 +49,48 @@ def generate_folder(
     overwrite: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Generate ``num`` pictures into a folder.
+    """Generate ``num`` images into a folder.
 
     Writes ``00000.png`` ..., ``grid.png`` (the first 64, a row for each class where they are few), ``generation.json``
     and, if asked, ``tokens.npz``. PNG files are compressed by worker threads while the next batch is sampled. A run
     that was killed goes on where it was when it is called again. Under torchrun or accelerate launch every process
-    makes its share of the pictures, and the last one to finish completes the folder.
+    makes its share of the images, and the last one to finish completes the folder.
 
     Args:
         pipe: the model.
         out: the folder; made if missing.
-        num: how many pictures.
-        labels: classes that the pictures take in turns; None: every class in turns for a class-conditional model.
-        seed: of the run.
-        decoder: its kind; None takes the model's default.
-        batch_size: how many at a time, by default as many as memory holds; does not change the pictures.
+        num: how many images.
+        labels: classes that the images take in turns, -1 for none; None: every class in turns for a class-conditional
+            model.
+        seed, decoder, settings: see :class:`~digit.sampling.request.SampleRequest`.
+        batch_size: how many at a time, by default as many as memory holds; does not change the images.
         save_tokens: also write the semantic and VQ tokens.
         compile: True compiles the sampling steps, False runs them in plain PyTorch. None takes the C++ step on a CPU,
             and compiles where that does not run and enough work is left after the first batch.
         quantize: "int8" for narrow weights on a CPU; see :func:`digit.sampling.engines.acceleration.accelerate`.
         overwrite: begin anew where the folder holds another run.
-        settings: sampling settings, see :meth:`DigitPipeline.__call__`.
 
     Returns:
         What ``generation.json`` holds: settings, seconds, images/s and the checksum of all tokens; "finished" is False
-            when other
-        processes are still at work.
+        when other processes are still at work.
 
     Raises:
-        DigitError: the folder holds pictures of another run.
+        DigitError: the folder holds images of another run; or see
+            :meth:`~digit.sampling.request.SampleRequest.validate`.
     """
     if labels is None and pipe.num_classes:
         labels = range(pipe.num_classes)
-    count, classes = pipe.expand_labels(labels if labels is None else list(labels), num)
-    _check(pipe, classes, decoder, settings)
+    labels = None if labels is None else list(labels)
+    request = SampleRequest.of_run(num, labels, seed, decoder, settings).validate(pipe)
+    sampled_by = {place: part for place, part in pipe.components.items() if place not in ("encoder", "codebook")}
     identity = {
         "model": pipe.name,
-        "weights": weights_digest(pipe),
-        "num": count,
-        "labels": None if labels is None else list(labels),
+        "weights": {place: weights_checksum(part)[:16] for place, part in sampled_by.items()},
+        "num": len(request),
+        "labels": labels,
         "seed": seed,
-        "decoder": None if pipe.space == "vq" else pipe.pick_decoder(decoder),
-        "settings": {k: v for k, v in settings.items() if v is not None},
+        "decoder": request.decoder,
+        "settings": dict(request.settings),
         "dtype": str(next(pipe.part("prior").parameters()).dtype).removeprefix("torch."),
         "quantize": quantize,
     }
@@ -94,9 +98,9 @@ def generate_folder(
     if run.finished and (run.path / "tokens.npz").is_file() >= save_tokens:
         return {**run.record(), "made": 0}
     started = time.perf_counter()
-    todo = _Todo(pipe, run, classes, compile, quantize)
+    work = _Work(pipe, run, request, compile, quantize)
     with ThreadPoolExecutor(WRITERS) as writers:
-        size = todo.make(batch_size, writers, lambda i, part: pipe.sample_tokens(i, part, seed, decoder, **settings))
+        size = work.make(batch_size, writers)
     seconds = time.perf_counter() - started
     results = {
         "batch_size": size,
@@ -104,42 +108,32 @@ def generate_folder(
         "threads": torch.get_num_threads(),
         "hardware": hardware(),
         "processes": run.processes,
-        "made": todo.made,
+        "made": work.made,
         "seconds": round(seconds, 3),
-        "engine": todo.engine(),
-        "compile_seconds": round(sum(compile_seconds(m) for m in todo.models), 3),
-        "images_per_second": round(todo.made / seconds, 3),
+        "engine": ", ".join(dict.fromkeys(filter(None, map(engine, work.models)))),
+        "compile_seconds": round(sum(compile_seconds(m) for m in work.models), 3),
+        "images_per_second": round(work.made / seconds, 3),
     }
-    return _complete(run, results, classes if save_tokens else None, save_tokens, pipe.class_names)
+    if not run.claim():
+        return {**run.identity, **results, "finished": False}
+    tokens = replace(run.tokens(), labels=request.labels)
+    save_png(_grid(run, pipe.class_names), run.path / "grid.png")
+    if save_tokens:
+        save_tokens_file(run.path / "tokens.npz", tokens)
+    return run.finish({**results, "tokens_sha256": tokens.sha256()})
 
 
-def _check(pipe: DigitPipeline, classes: torch.Tensor | None, decoder: str | None, settings: dict[str, Any]) -> None:
-    """Refuse what cannot be sampled before a folder is made for it."""
-    chosen, later = pipe.settings_for("prior", settings, classes is not None)
-    check_request(pipe.part("prior"), chosen, classes)
-    pipe.check_pixels(decoder)
-    if pipe.space == "semantic":
-        kind = pipe.pick_decoder(decoder)
-        check_request(pipe.decoders[kind], pipe.settings_for(kind, later)[0], None)
-
-
-class _Todo:
-    """The pictures that this process still has to make."""
+class _Work:
+    """The images that this process still has to make."""
 
     def __init__(
-        self,
-        pipe: DigitPipeline,
-        run: RunFolder,
-        classes: torch.Tensor | None,
-        compile: bool | None,
-        quantize: str | None,
+        self, pipe: DigitPipeline, run: RunFolder, request: SampleRequest, compile: bool | None, quantize: str | None
     ) -> None:
-        self.pipe, self.run, self.classes = pipe, run, classes
-        self.compile, self.quantize = compile, quantize
+        self.pipe, self.run, self.request = pipe, run, request
+        self.compile, self.quantize, self.made = compile, quantize, 0
         self.models = [m for m in (pipe.prior, *pipe.decoders.values()) if isinstance(m, TokenModel)]
-        self.made = 0
 
-    def make(self, batch_size: int | None, writers: ThreadPoolExecutor, sample: Callable[..., Tokens]) -> int:
+    def make(self, batch_size: int | None, writers: ThreadPoolExecutor) -> int:
         """Make them; the batch size that was used."""
         missing = self.run.missing()
         batcher = Batcher(self.pipe.device, batch_size, self._release)
@@ -148,10 +142,10 @@ class _Todo:
         writing: list[Future[Path]] = []
 
         def work(images: Sequence[int]) -> None:
-            tokens = sample(images, None if self.classes is None else self.classes[list(images)])
+            tokens = self.pipe.sample_tokens(self.request.take(images))
             pixels = _to_host(_pixels(self.pipe, tokens))
             self.run.keep(images, tokens)
-            writing.extend(writers.submit(_write, pixels, n, self.run.picture(i)) for n, i in enumerate(images))
+            writing.extend(writers.submit(_write, pixels, n, self.run.image(i)) for n, i in enumerate(images))
 
         began = time.perf_counter()
         with bar("Generating", len(missing), show=self.run.rank == 0) as progress:
@@ -173,10 +167,6 @@ class _Todo:
         for model in self.models:
             accelerate(model, compile, self.quantize, native=self.compile is not False)
 
-    def engine(self) -> str:
-        """Which step sampled; of several models, of each in turn where they differ."""
-        return ", ".join(dict.fromkeys(filter(None, map(engine, self.models))))
-
 
 def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
     """Decode (B, 3, S, S), always ``DECODED_AT_ONCE`` together: convolutions round differently for other batch sizes.
@@ -194,7 +184,7 @@ def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
 
 
 def _to_host(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Begin copying pictures off the device; the copy, and an event to wait for before it is read."""
+    """Begin copying images off the device; the copy, and an event to wait for before it is read."""
     if pixels.device.type != "cuda":
         return pixels.cpu(), None
     host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
@@ -212,57 +202,15 @@ def _write(pixels: tuple[torch.Tensor, Any], place: int, path: Path) -> Path:
 
 
 def _grid(run: RunFolder, names: Sequence[str]) -> Image.Image:
-    """The first pictures; where they are of a few classes with names, a row of each class."""
-    first = [Image.open(run.picture(i)) for i in range(min(GRID_PICTURES, run.identity["num"]))]
+    """The first images; where they are of a few classes with names, a row of each class."""
+    first = [Image.open(run.image(i)) for i in range(min(GRID_IMAGES, run.identity["num"]))]
     labels = run.identity["labels"]
     if not names or not labels or len(set(labels)) > GRID_CLASSES:
         return picture_grid(first)
     rows: dict[int, list[Image.Image]] = {}
-    for index, picture in enumerate(first):
-        rows.setdefault(labels[index % len(labels)], []).append(picture)
+    for index, image in enumerate(first):
+        rows.setdefault(labels[index % len(labels)], []).append(image)
     columns = max(map(len, rows.values()))
     blank = Image.new("RGB", first[0].size, "white")
-    cells = [picture for row in rows.values() for picture in (*row, *[blank] * (columns - len(row)))]
+    cells = [image for row in rows.values() for image in (*row, *[blank] * (columns - len(row)))]
     return picture_grid(cells, columns, row_titles=["no class" if label < 0 else names[label] for label in rows])
-
-
-def _complete(
-    run: RunFolder, results: dict[str, Any], labels: torch.Tensor | None, save_tokens: bool, names: Sequence[str]
-) -> dict[str, Any]:
-    """Put the run together, if nothing is missing and no other process does."""
-    if not run.claim():
-        return {**run.identity, **results, "finished": False}
-    tokens = run.tokens()
-    save_png(_grid(run, names), run.path / "grid.png")
-    if save_tokens:
-        save_tokens_file(run.path / "tokens.npz", tokens, labels)
-    return run.finish({**results, "tokens_sha256": tokens.sha256()})
-
-
-def save_tokens_file(path: str | Path, tokens: Tokens, labels: torch.Tensor | None = None) -> Path:
-    """Write token grids (and labels) as a compressed ``.npz`` of plain integer arrays: ``semantic``, ``vq``,
-    ``labels``.
-    """
-    return write_arrays(Path(path), {"semantic": tokens.semantic, "vq": tokens.vq, "labels": labels})
-
-
-def load_tokens_file(path: str | Path) -> Tokens:
-    """Read what :func:`save_tokens_file` wrote.
-
-    Raises:
-        DigitError: no such file, or not integer grids.
-    """
-    import zipfile
-
-    import numpy as np
-
-    if not Path(path).is_file():
-        raise DigitError(f"There is no token file {path}.")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            grids = {n: torch.from_numpy(arrays[n].astype(np.int64)) for n in ("semantic", "vq") if n in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise DigitError(f"{path} is not a token file (.npz of integer grids): {error}.") from error
-    if not grids:
-        raise DigitError(f"{path} holds neither 'semantic' nor 'vq' tokens.")
-    return Tokens(grids.get("semantic"), grids.get("vq"))

@@ -14,7 +14,7 @@ from rich.tree import Tree
 from digit.core.config import from_dict, load_preset, preset_names
 from digit.core.errors import DigitError
 from digit.core.files import read_json
-from digit.models.feedforward import OnePassConfig, PixelHeadConfig
+from digit.models.feedforward import FeedForwardConfig, PixelHeadConfig
 from digit.models.token_model import TokenModelConfig
 from digit.models.vqgan import VQGANConfig
 
@@ -48,9 +48,9 @@ class Part:
         """Its config, for priors and decoders that sample token by token or step by step."""
         return from_dict(TokenModelConfig, self.config, self.place) if self.type == "TokenModel" else None
 
-    def onepass(self) -> OnePassConfig | None:
+    def onepass(self) -> FeedForwardConfig | None:
         """Its config, for one-pass decoders."""
-        return from_dict(OnePassConfig, self.config, self.place) if self.type == "OnePassDecoder" else None
+        return from_dict(FeedForwardConfig, self.config, self.place) if self.type == "OnePassDecoder" else None
 
     def summary(self) -> str:
         """Its shape in a line."""
@@ -123,9 +123,8 @@ def module_part(place: str, module: Any) -> Part:
     size = sum(t.numel() * t.element_size() for t in tensors)
     dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
     count = sum(t.numel() for t in tensors)
-    return Part(
-        place, type(module).__name__, to_dict(module.config), count, size, dtypes, getattr(module, "provenance", {})
-    )
+    kind = getattr(module, "saved_as", type(module).__name__)
+    return Part(place, kind, to_dict(module.config), count, size, dtypes, getattr(module, "provenance", {}))
 
 
 def one_line(module: Any) -> str:
@@ -311,7 +310,7 @@ def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
 
 def matching_preset(part: Part) -> str | None:
     """The packaged preset that describes the same network, training aside."""
-    model: TokenModelConfig | OnePassConfig | None = part.token_model() or part.onepass()
+    model: TokenModelConfig | FeedForwardConfig | None = part.token_model() or part.onepass()
     if model is None:
         return None
     for name in preset_names():
@@ -319,7 +318,7 @@ def matching_preset(part: Part) -> str | None:
         if values.get("component") not in ("prior", "decoder"):
             continue
         try:
-            other: TokenModelConfig | OnePassConfig = from_dict(type(model), values["model"], name)
+            other: TokenModelConfig | FeedForwardConfig = from_dict(type(model), values["model"], name)
         except DigitError:
             continue  # another kind of model, or its vocabulary comes from a cache
         if _network(other) == _network(model):
@@ -327,12 +326,12 @@ def matching_preset(part: Part) -> str | None:
     return None
 
 
-def _network(model: TokenModelConfig | OnePassConfig) -> TokenModelConfig | OnePassConfig:
+def _network(model: TokenModelConfig | FeedForwardConfig) -> TokenModelConfig | FeedForwardConfig:
     """The config with the fields of training, which are no part of the network, set to a standard."""
     transformer = dataclasses.replace(
         model.transformer, dropout=0.0, ffn_dim=model.transformer.ffn_dim or 4 * model.transformer.dim
     )
-    if isinstance(model, OnePassConfig):
+    if isinstance(model, FeedForwardConfig):
         return dataclasses.replace(model, transformer=transformer, class_dropout=0.0)
     return dataclasses.replace(model, transformer=transformer, class_dropout=0.0, label_smoothing=0.0)
 
@@ -348,7 +347,7 @@ def _token_summary(model: TokenModelConfig) -> str:
     )
 
 
-def _onepass_summary(model: OnePassConfig) -> str:
+def _onepass_summary(model: FeedForwardConfig) -> str:
     t, p = model.transformer, model.pixels
     made = f"{model.length} VQ tokens of {model.vocab_size:,}"
     if p is not None:

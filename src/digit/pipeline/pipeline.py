@@ -1,15 +1,12 @@
-"""The pipeline: labels -> semantic tokens -> VQ tokens -> images. This file is the map of the house.
+"""The pipeline: labels to images, in two stages. This file is the map of the package.
 
-    prior     labels                     -> semantic tokens (B, N)        stage 1
-    decoder   semantic tokens            -> VQ tokens (B, M)              stage 2: ar | masked
-    vqgan     VQ tokens                  -> images (B, 3, S, S)
-    decoder   semantic tokens            -> images                        stage 2, both at once: onepass
-    tokenizer images                     -> semantic tokens               encoder + codebook
+    prior      labels              -> semantic tokens (B, N)        stage 1
+    stage 2    semantic tokens     -> images (B, 3, S, S)           a decoder and the VQGAN; see digit.pipeline.stage2
+    tokenizer  images              -> semantic tokens               encoder and codebook
 
-A model is a folder: ``model_index.json``, ``encoder/``, ``codebook/``, ``prior/``, ``decoder/<kind>/``, ``vqgan/``,
-    ``README.md``.
-Parts may be missing; what needs a missing part says so. A baseline whose prior predicts VQ tokens directly has
-``space`` "vq" and no decoder.
+A model is a folder: ``model_index.json``, ``README.md`` and a folder for each component: ``encoder/``, ``codebook/``,
+``prior/``, ``decoder/<kind>/``, ``vqgan/``. Components may be missing; what needs a missing one says so. The prior of a
+baseline predicts VQ tokens: its ``space`` is "vq", and it has no decoder.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,43 +23,54 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from digit import __version__
 from digit.core.config import from_dict, to_dict
 from digit.core.devices import quick_pixels
 from digit.core.errors import DigitError
 from digit.core.files import read_json, write_bytes, write_folder, write_json
+from digit.core.images import to_pil
 from digit.encoders.base import Encoder
+from digit.encoders.loading import load_encoder
 from digit.models.codebook import Codebook
-from digit.models.component import load_component, save_component
-from digit.models.feedforward import OnePassDecoder, StageTwo, load_decoder
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.feedforward import FeedForwardDecoder, load_decoder
+from digit.models.token_model import NO_LABEL, TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
 from digit.pipeline.fit import check_fit
-from digit.pipeline.tokenizer import SemanticTokenizer, prepare
-from digit.pipeline.tokens import Paint, Tokens
-from digit.sampling.engine import check_request, sample
-from digit.sampling.feedforward import noise
-from digit.sampling.settings import SamplingSettings
+from digit.pipeline.hub import push_folder, resolve_model
+from digit.pipeline.stage2 import STAGES, Callback, Stage2, VQBaseline, for_stage
+from digit.pipeline.tokenizer import Images, SemanticTokenizer, Tokenizer, VQTokenizer
+from digit.pipeline.tokens import Tokens
+from digit.sampling.engine import sample
+from digit.sampling.request import SampleRequest, SamplingParams
 
-__all__ = ["DigitPipeline", "Tokens", "for_stage", "read_index"]
+__all__ = ["DigitPipeline", "Tokens", "read_index"]
 
 INDEX = "model_index.json"
 FORMAT = 1
+Decoder = TokenModel | FeedForwardDecoder
+_LOADERS: Mapping[str, Callable[[Path], Any]] = {
+    "encoder": load_encoder,
+    "codebook": Codebook.from_pretrained,
+    "prior": TokenModel.from_pretrained,
+    "decoder": load_decoder,
+    "vqgan": VQGAN.from_pretrained,
+}
+"""Of each component, in the order in which images are made."""
 
 
 @dataclass
 class DigitPipeline:
-    """A generator of images, and its parts.
+    """A generator of images, and its components.
 
     Attributes:
-        encoder: of the semantic tokenizer.
-        codebook: of the semantic tokenizer, fitted on features of the encoder.
+        encoder, codebook: the semantic tokenizer; the codebook was fitted on features of the encoder.
         prior: stage 1.
-        decoders: stage 2 by kind: "ar", "masked", "onepass".
-        vqgan: VQ tokens to images.
+        decoders: of stage 2 by kind: "ar", "masked", "onepass".
+        vqgan: VQ tokens to images and back.
         space: what the prior predicts, "semantic" or (baseline) "vq".
         class_names: of the labels 0..C-1; may be empty.
-        settings: default sampling settings by stage: "prior" and each decoder's kind.
+        settings: default sampling parameters by stage: "prior" and each decoder's kind.
         default_decoder: the kind used when none is asked for; by default the first.
         provenance: where it comes from; kept in the index.
         card: what its card says beside that: licence, data, results; see :func:`digit.pipeline.card.with_facts`.
@@ -72,11 +80,11 @@ class DigitPipeline:
     encoder: Encoder | None = None
     codebook: Codebook | None = None
     prior: TokenModel | None = None
-    decoders: Mapping[str, StageTwo] = field(default_factory=dict)
+    decoders: Mapping[str, Decoder] = field(default_factory=dict)
     vqgan: VQGAN | None = None
     space: Literal["semantic", "vq"] = "semantic"
     class_names: list[str] = field(default_factory=list)
-    settings: dict[str, SamplingSettings] = field(default_factory=dict)
+    settings: dict[str, SamplingParams] = field(default_factory=dict)
     default_decoder: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     card: CardFacts = field(default_factory=CardFacts)
@@ -87,7 +95,6 @@ class DigitPipeline:
         check_fit(self)
 
     # -- generation
-    # --------------------------------------------------------------------------------------------------------
 
     def __call__(
         self,
@@ -98,247 +105,144 @@ class DigitPipeline:
         batch_size: int | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Generate pictures.
+        """Generate images.
 
         Args:
-            labels: a class per picture, or classes to take turns; None for unconditional.
+            labels: a class per image, or classes to take turns, -1 for none; None for unconditional.
             num: how many; by default one a label.
-            seed: picture ``i`` of a seed is always the same picture.
-            decoder: "ar", "masked" or "onepass"; see :attr:`decoders`.
-            batch_size: how many at a time; has no influence on the pictures.
-            settings: ``temperature=``, ``top_k=``, ``top_p=``, ``cfg_scale=`` ... of the prior, and ``steps=`` of a
-                masked decoder; see :class:`SamplingSettings`.
+            seed, decoder, settings: see :class:`~digit.sampling.request.SampleRequest`.
+            batch_size: how many at a time; has no influence on the images.
 
         Raises:
-            DigitError: labels out of range, unknown settings, or a part that this model lacks.
+            DigitError: see :meth:`~digit.sampling.request.SampleRequest.validate`.
         """
-        from digit.core.images import to_pil
-
-        count, classes = self.expand_labels(labels, num)
-        size = batch_size or min(count, 64)
-        pictures: list[Image.Image] = []
-        for start in range(0, count, size):
-            images = range(start, min(start + size, count))
-            part = None if classes is None else classes[start : start + size]
-            tokens = self.sample_tokens(images, part, seed, decoder, **settings)
-            pictures += [to_pil(image) for image in self.to_pixels(tokens)]
-        return pictures
+        request = SampleRequest.of_run(num, labels, seed, decoder, settings).validate(self)
+        parts = request.batches(batch_size or min(len(request), 64))
+        return [to_pil(image) for part in parts for image in self.to_pixels(self.sample_tokens(part))]
 
     def class_number(self, name: int | str) -> int:
-        """A class by its number, or by its name where the model's classes have names.
+        """A class by its number, or by its name where the model's classes have names; "none" is -1.
 
         Raises:
             DigitError: neither.
         """
-        if isinstance(name, int) or name.lstrip("-").isdecimal():
+        if isinstance(name, int) or name.isdecimal():
             return int(name)
         if name in self.class_names:
             return self.class_names.index(name)
+        if name == "none":
+            return NO_LABEL
+        if name.lstrip("-").isdecimal():
+            raise DigitError(f"The label {name} was given; classes are numbered from 0. For no class, give: none")
         known = f"its classes: {', '.join(self.class_names[:20])}" if self.class_names else "its classes have no names"
         raise DigitError(f"The label '{name}' is neither a number nor a class of this model; {known}.")
 
-    def expand_labels(self, labels: Sequence[int] | int | None, num: int | None) -> tuple[int, Tensor | None]:
-        """How many pictures, and the label (num,) of each: the given labels in turns."""
-        if num is not None and num < 1:
-            raise DigitError(f"num = {num} pictures were asked for; expected at least 1.")
-        if labels is None:
-            return num or 1, None
-        given = torch.as_tensor([labels] if isinstance(labels, int) else list(labels), dtype=torch.long)
-        if len(given) == 0:
-            raise DigitError("The list of labels is empty; leave it out for unconditional pictures.")
-        count = num or len(given)
-        return count, given.repeat(-(-count // len(given)))[:count]
+    def sample_tokens(self, request: SampleRequest, callback: Callback | None = None) -> Tokens:
+        """Run both stages, up to all that pixels are made of; for ``callback`` see there."""
+        if "prior" not in request.params:
+            request = request.validate(self, pixels=False)
+        return self.complete(self.sample_prior(request, callback=callback), request, callback)
 
-    def sample_tokens(
+    def sample_prior(
         self,
-        images: Sequence[int],
-        labels: Tensor | None = None,
-        seed: int = 0,
-        decoder: str | None = None,
-        callback: Callable[[str, int, Tensor], None] | None = None,
-        **settings: Any,
-    ) -> Tokens:
-        """Run the prior and a decoder for some pictures of a run.
-
-        Args:
-            images: (B,) their numbers within the run.
-            labels: (B,) classes or -1; None for unconditional.
-            seed: of the run.
-            decoder: its kind; None takes the default.
-            callback: called with (stage, done, tokens (B, length)) while sampling, stage being "prior" or the decoder's
-                kind: after each token, or after each iteration of a masked decoder, whose open tokens are -1. It may
-                    raise to stop.
-            settings: see :meth:`__call__`.
+        request: SampleRequest,
+        given: Tensor | None = None,
+        free: Tensor | None = None,
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """Stage 1 alone: tokens (B, N). ``given`` are first tokens (B, n); or, with ``free`` (B, N) bool, tokens (B, N)
+        of which those stay where ``free`` is False.
         """
-        prior = self.part("prior")
-        chosen, own = self.settings_for("prior", settings, labels is not None)
-        first = sample(prior, images, seed, chosen, labels, callback=for_stage("prior", callback))
-        if self.space == "vq":
-            return Tokens(None, first)
-        return self.complete(first, images, seed, decoder, labels, callback, **own)
+        if "prior" not in request.params:
+            request = request.validate(self, pixels=False)
+        model, params, told = self.part("prior"), request.params["prior"], for_stage("prior", callback)
+        return sample(model, request.images, request.seed, params, request.labels, None, given, free, told)
 
     @torch.inference_mode()
-    def complete(
+    def complete(self, first: Tensor, request: SampleRequest, callback: Callback | None = None) -> Tokens:
+        """Stage 2 up to all that pixels are made of, from the prior's tokens (B, N), or the tokenizer's."""
+        if not request.params:
+            request = request.validate(self, prior=False, pixels=False)
+        return self.stage2(request.decoder).sample(first, request, callback)
+
+    def decode(
         self,
-        semantic: Tensor,
-        images: Sequence[int] | None = None,
+        first: Tensor,
         seed: int = 0,
         decoder: str | None = None,
         labels: Tensor | None = None,
-        callback: Callable[[str, int, Tensor], None] | None = None,
-        **settings: Any,
-    ) -> Tokens:
-        """Stage 2: semantic tokens (B, N) to all that pixels are made of.
-
-        A decoder that goes straight to pixels does its work in :meth:`to_pixels`; here it only gets the noise of each
-        picture, whose standard deviation is the decoder's ``temperature``.
-
-        Args:
-            semantic: as the prior or the tokenizer gives them.
-            images: (B,) numbers of the pictures within the run; 0, 1, ... if left out.
-            seed: of the run.
-            decoder: its kind; None takes the default.
-            labels: (B,) classes or -1, for decoders that know classes.
-            callback: see :meth:`sample_tokens`; a decoder that goes straight to pixels never calls it.
-            settings: of the decoder; see :class:`SamplingSettings`.
-        """
-        kind = self.pick_decoder(decoder)
-        model = self.decoders[kind]
-        semantic = self._checked(semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic")
-        chosen, _ = self.settings_for(kind, settings)
-        numbers = range(len(semantic)) if images is None else images
-        known = labels if model.config.num_classes else None
-        if isinstance(model, OnePassDecoder) and model.config.head == "pixels":
-            check_request(model, chosen, known)
-            own = noise(model.config, numbers, seed, chosen.temperature)
-            return Tokens(semantic, None, Paint(kind, own, known))
-        on_step = for_stage(kind, callback)
-        return Tokens(semantic, sample(model, numbers, seed, chosen, known, prefix=semantic, callback=on_step))
-
-    def decode_tokens(
-        self,
-        semantic: Tensor,
         images: Sequence[int] | None = None,
-        seed: int = 0,
-        decoder: str | None = None,
-        callback: Callable[[str, int, Tensor], None] | None = None,
         **settings: Any,
     ) -> Tensor:
-        """Stage 2: semantic tokens (B, N) to VQ tokens (B, M).
+        """Semantic tokens (B, N) to images (B, 3, S, S) in 0..1.
+
+        Args:
+            first: as the prior or the tokenizer gives them.
+            seed, decoder, labels: see :class:`~digit.sampling.request.SampleRequest`.
+            images: numbers within the run; 0, 1, ... if left out.
+            settings: of the decoder, without ``decoder_`` in front.
+        """
+        return self.to_pixels(
+            self.complete(first, self.decode_request(first, seed, decoder, labels, images, **settings))
+        )
+
+    def decode_tokens(self, first: Tensor, seed: int = 0, decoder: str | None = None, **settings: Any) -> Tensor:
+        """As :meth:`decode`, but to VQ tokens (B, M).
 
         Raises:
-            DigitError: the decoder goes straight to pixels.
+            DigitError: the decoder makes pixels itself.
         """
-        if self.paints(decoder):
+        vq = self.complete(first, self.decode_request(first, seed, decoder, **settings)).vq
+        if vq is None:
             raise DigitError(
-                f"The {self.pick_decoder(decoder)} decoder of '{self.name}' goes from semantic tokens straight to pixels; there are "
-                "no VQ tokens in between. Decode to pixels, or choose another decoder."
+                f"The {self.pick_decoder(decoder)} decoder of '{self.name}' goes from semantic tokens straight to "
+                "pixels; there are no VQ tokens in between. Decode to pixels, or choose another decoder."
             )
-        vq = self.complete(semantic, images, seed, decoder, None, callback, **settings).vq
-        assert vq is not None
         return vq
 
-    def decode(self, semantic: Tensor, seed: int = 0, decoder: str | None = None, **settings: Any) -> Tensor:
-        """Semantic tokens (B, N) to images (B, 3, S, S) in 0..1."""
-        return self.to_pixels(self.complete(semantic, None, seed, decoder, **settings))
+    def decode_request(
+        self,
+        first: Tensor,
+        seed: int = 0,
+        decoder: str | None = None,
+        labels: Tensor | None = None,
+        images: Sequence[int] | None = None,
+        **settings: Any,
+    ) -> SampleRequest:
+        """The request of :meth:`decode`, checked."""
+        asked = {f"decoder_{name}": value for name, value in settings.items()}
+        request = SampleRequest(range(len(first)) if images is None else images, seed, labels, decoder, asked)
+        return request.validate(self, prior=False, pixels=False)
 
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Tensor:
-        """Finished tokens to images (B, 3, S, S) in 0..1: VQ tokens through the VQGAN, others through the decoder that
-        paints.
+        """Finished tokens to images (B, 3, S, S) in 0..1.
 
         Raises:
-            DigitError: there are semantic tokens alone; :meth:`complete` finishes them.
+            DigitError: there are semantic tokens alone; :meth:`decode` finishes them.
         """
-        if tokens.paint is not None:
-            return self._painted(tokens, tokens.paint)
-        if tokens.vq is None:
+        if tokens.latents is None and tokens.vq is None:
             raise DigitError("Semantic tokens alone say no pixels; let a decoder finish them: pipe.decode(semantic).")
-        vqgan = self.part("vqgan")
-        vq = self._checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ")
-        with self._pixels():
-            pixels: Tensor = vqgan.decode(vq)
-        return pixels.float().clamp(0, 1)
+        stage = VQBaseline(self) if tokens.latents is None else self.stage2(tokens.latents.decoder)
+        with nullcontext() if self.exact_pixels else quick_pixels(self.device):
+            return stage.pixels(tokens).float().clamp(0, 1)
 
-    def reconstruct(self, images: Tensor | Sequence[Image.Image], seed: int = 0, decoder: str | None = None) -> Tensor:
-        """Images through the whole path: semantic tokens, decoder, pixels (B, 3, S, S) in 0..1."""
-        if self.space == "vq":
-            vqgan = self.part("vqgan")
-            ready = prepare(images, vqgan.config.resolution).to(self.device)
-            with torch.inference_mode():
-                return self.to_pixels(Tokens(None, vqgan.encode(ready)))
-        return self.decode(self.tokenizer.encode(images), seed, decoder)
+    def reconstruct(self, images: Images, seed: int = 0, decoder: str | None = None) -> Tensor:
+        """Images through the whole path: tokens, decoder, pixels (B, 3, S, S) in 0..1."""
+        return self.decode(self.prior_tokenizer.encode(images), seed, decoder)
 
-    # -- parts
-    # -------------------------------------------------------------------------------------------------------------
+    # -- components
 
     @property
-    def tokenizer(self) -> SemanticTokenizer:
-        """Encoder and codebook.
-
-        Raises:
-            DigitError: this model lacks one of them.
-        """
-        return SemanticTokenizer(self.part("encoder"), self.part("codebook"))
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parts are."""
-        for part in (self.vqgan, self.prior, self.codebook, *self.decoders.values()):
-            if part is not None:
-                return next(part.parameters()).device
-        return torch.device("cpu")
-
-    @property
-    def num_classes(self) -> int:
-        """Classes C; 0 for an unconditional model."""
-        return self.prior.config.num_classes if self.prior is not None else 0
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that it takes, in pixels; those it makes have the same, unless a one-pass decoder enlarges
-        them.
-        """
-        return (
-            self.tokenizer.image_size
-            if self.vqgan is None and self.encoder is not None
-            else int(self.part("vqgan").config.resolution)
-        )
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DigitPipeline:
-        """Move every part to a device; ``dtype`` is for prior and decoders only, tokenizing stays in float32."""
-        for part in (self.prior, *self.decoders.values()):
-            if part is not None:
-                part.to(device=device, dtype=dtype)
-        for other in (self.encoder, self.codebook, self.vqgan):
-            if other is not None and device is not None:
-                other.to(device)
-        return self
-
-    def pick_decoder(self, kind: str | None) -> str:
-        """The kind of decoder to use: the asked one, else the default, else the first."""
-        if not self.decoders:
-            raise DigitError(f"The model '{self.name}' has no decoder; train one with: digit train decoder")
-        chosen = kind or self.default_decoder or next(iter(self.decoders))
-        if chosen not in self.decoders:
-            raise DigitError(f"The model '{self.name}' has no decoder '{chosen}'; it has: {', '.join(self.decoders)}.")
-        return chosen
-
-    def paints(self, kind: str | None = None) -> bool:
-        """Whether a decoder (None: the default one) goes straight to pixels, without VQ tokens and a VQGAN."""
-        if self.space == "vq":
-            return False
-        config = self.decoders[self.pick_decoder(kind)].config
-        return config.role == "onepass" and config.head == "pixels"
-
-    def check_pixels(self, decoder: str | None = None) -> None:
-        """See that there is a way from the prior's tokens to pixels.
-
-        Raises:
-            DigitError: the decoder or the VQGAN is missing.
-        """
-        if not self.paints(decoder):
-            self.part("vqgan")
+    def components(self) -> dict[str, Any]:
+        """The components there are, by their place in the model folder, in the order in which images are made."""
+        found: dict[str, Any] = {}
+        for name in _LOADERS:
+            if name == "decoder":
+                found |= {f"decoder/{kind}": model for kind, model in self.decoders.items()}
+            elif getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        return found
 
     def part(self, name: str) -> Any:
         """One of "encoder", "codebook", "prior", "vqgan".
@@ -351,59 +255,102 @@ class DigitPipeline:
             raise DigitError(f"The model '{self.name}' has no {name}, which this needs.")
         return value
 
-    def settings_for(
-        self, stage: str, given: Mapping[str, Any], labelled: bool = True
-    ) -> tuple[SamplingSettings, dict[str, Any]]:
-        """The settings that a stage samples with, and what of ``given`` is left for the decoder.
-
-        Args:
-            stage: "prior", or a decoder's kind.
-            given: what was asked for; it goes before the model's defaults. The prior leaves ``steps`` and every name
-                ``decoder_*`` to the decoder, the latter without that beginning.
-            labelled: whether the pictures have a class. A *default* of guidance is for those alone: without a class
-                there is nothing to guide to.
+    @property
+    def tokenizer(self) -> SemanticTokenizer:
+        """Encoder and codebook.
 
         Raises:
-            DigitError: unknown settings, or values out of range.
+            DigitError: this model lacks one of them.
         """
-        base = self.settings.get(stage, SamplingSettings())
-        mine = {k: v for k, v in given.items() if v is not None}
-        later = {k.removeprefix("decoder_"): mine.pop(k) for k in list(mine) if k.startswith("decoder_")}
-        if stage == "prior" and self.space == "semantic":
-            later |= {k: mine.pop(k) for k in ("steps", "mask_schedule", "choice_temperature") if k in mine}
-        defaults = to_dict(base) if labelled else {**to_dict(base), "cfg_scale": 1.0}
-        return from_dict(SamplingSettings, {**defaults, **mine}, "The sampling settings"), later
+        return SemanticTokenizer(self.part("encoder"), self.part("codebook"))
 
-    def _painted(self, tokens: Tokens, paint: Paint) -> Tensor:
-        model = self.decoders[self.pick_decoder(paint.decoder)]
-        assert tokens.semantic is not None
-        labels = None if paint.labels is None else paint.labels.to(self.device)
-        semantic = self._checked(
-            tokens.semantic, model.config.prefix_length, model.config.prefix_vocab_size, "semantic"
-        )
-        with self._pixels():
-            pixels: Tensor = model(semantic, paint.noise.to(model.start), labels)
-        pixels = pixels.float().clamp(0, 1)
-        if paint.kept is not None and paint.anew is not None:
-            pixels = torch.where(paint.anew.to(self.device), pixels, paint.kept.to(self.device))
-        return pixels
+    @property
+    def prior_tokenizer(self) -> Tokenizer:
+        """From images to the tokens that the prior predicts: the semantic tokenizer, or that of the VQGAN."""
+        return self.tokenizer if self.space == "semantic" else VQTokenizer(self.part("vqgan"))
 
-    def _pixels(self) -> AbstractContextManager[Any]:
-        return nullcontext() if self.exact_pixels else quick_pixels(self.device)
+    def stage2(self, kind: str | None = None) -> Stage2:
+        """What comes after the prior; ``kind`` of decoder, None: the default.
 
-    def _checked(self, tokens: Tensor, length: int, vocab: int, kind: str) -> Tensor:
-        if tokens.ndim != 2 or tokens.shape[1] != length:
-            raise DigitError(
-                f"{kind} tokens of shape {tuple(tokens.shape)} were given; this model takes (B, {length})."
-            )
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab):
-            raise DigitError(
-                f"{kind} tokens range from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {vocab - 1}."
-            )
-        return tokens.to(self.device)
+        Raises:
+            DigitError: no such decoder.
+        """
+        if self.space == "vq":
+            return VQBaseline(self)
+        kind = self.pick_decoder(kind)
+        config = self.decoders[kind].config
+        if (config.role, config.head) not in STAGES:
+            raise DigitError(f"The decoder '{kind}' of the model '{self.name}' has the role of a {config.role}.")
+        return STAGES[config.role, config.head](self, kind)
+
+    def pick_decoder(self, kind: str | None) -> str:
+        """The kind of decoder to use: the asked one, else the default, else the first."""
+        if not self.decoders:
+            raise DigitError(f"The model '{self.name}' has no decoder; train one with: digit train decoder")
+        chosen = kind or self.default_decoder or next(iter(self.decoders))
+        if chosen not in self.decoders:
+            raise DigitError(f"The model '{self.name}' has no decoder '{chosen}'; it has: {', '.join(self.decoders)}.")
+        return chosen
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether the model has all components from a class to pixels."""
+        try:
+            self.part("prior")
+            self.stage2().check_parts()
+        except DigitError:
+            return False
+        return True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components are."""
+        modules = [part for name, part in self.components.items() if name != "encoder"]
+        return next(modules[0].parameters()).device if modules else torch.device("cpu")
+
+    @property
+    def num_classes(self) -> int:
+        """Classes C; 0 for an unconditional model."""
+        return self.prior.config.num_classes if self.prior is not None else 0
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that it takes, in pixels; those it makes have the same, unless a decoder enlarges them."""
+        if self.vqgan is None and self.encoder is not None:
+            return self.tokenizer.image_size
+        return int(self.part("vqgan").config.resolution)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DigitPipeline:
+        """Move every component to a device; ``dtype`` is for prior and decoders only, tokenizing stays in float32."""
+        for name, part in self.components.items():
+            if name == "prior" or name.startswith("decoder/"):
+                part.to(device=device, dtype=dtype)
+            elif device is not None:
+                part.to(device)
+        return self
+
+    def with_parts(self, **parts: Any) -> DigitPipeline:
+        """A copy with some components or other attributes replaced or added; the rest is shared."""
+        return replace(self, **parts)
+
+    def fingerprint(self) -> str:
+        """A checksum of what determines tokens: encoder, codebook and VQGAN weights. Token caches are keyed by it, so
+        its value is that of the first edition.
+        """
+        digest = hashlib.sha256()
+        for place, part in self.components.items():
+            if place in ("encoder", "codebook", "vqgan"):
+                for name, value in part.state_dict().items():
+                    digest.update(name.encode())
+                    digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        from digit.pipeline.info import describe
+
+        return describe(self)
 
     # -- files
-    # -------------------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the model as a folder, whole or not at all.
@@ -413,41 +360,28 @@ class DigitPipeline:
             dtype: store prior, decoders and VQGAN in it; float16 and bfloat16 halve their files.
         """
         with write_folder(folder) as aside:
-            if self.encoder is not None:
-                self.encoder.save_pretrained(aside / "encoder")
-            if self.codebook is not None:
-                self.codebook.save_pretrained(aside / "codebook")
-            if self.vqgan is not None:
-                self.vqgan.save_pretrained(aside / "vqgan", dtype)
-            models = {"prior": self.prior, **{f"decoder/{kind}": model for kind, model in self.decoders.items()}}
-            for place, model in models.items():
-                if model is not None:
-                    save_component(aside / place, model, model.config, getattr(model, "provenance", None), dtype)
+            for place, part in self.components.items():
+                part.save_pretrained(aside / place, *([] if place in ("encoder", "codebook") else [dtype]))
             self.write_index(aside)
         return Path(folder)
 
     def write_index(self, folder: str | Path) -> None:
-        """Write the index and the card of a model whose parts are in the folder already."""
-        write_json(Path(folder) / INDEX, self._index())
-        write_bytes(Path(folder) / "README.md", model_card(self).encode())
-
-    def _index(self) -> dict[str, Any]:
-        from digit import __version__
-
-        parts = [p for p in ("encoder", "codebook", "prior", "vqgan") if getattr(self, p) is not None]
-        return {
+        """Write the index and the card of a model whose components are in the folder already."""
+        index = {
             "format": FORMAT,
             "digit_version": __version__,
             "name": self.name,
             "space": self.space,
-            "parts": parts,
+            "parts": [place for place in self.components if "/" not in place],
             "decoders": list(self.decoders),
             "default_decoder": self.default_decoder,
             "class_names": self.class_names,
-            "settings": {stage: to_dict(settings) for stage, settings in self.settings.items()},
+            "settings": {stage: to_dict(params) for stage, params in self.settings.items()},
             "provenance": self.provenance,
             "card": to_dict(self.card),
         }
+        write_json(Path(folder) / INDEX, index)
+        write_bytes(Path(folder) / "README.md", model_card(self).encode())
 
     def push_to_hub(
         self,
@@ -458,24 +392,12 @@ class DigitPipeline:
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> str:
-        """Publish the model on the Hub, with its card.
+        """Publish the model on the Hub, with its card; the address of the commit.
 
         Args:
-            repository: ``owner/name``; made if it does not exist.
-            private: make it readable by its owner alone.
-            token: see huggingface_hub; None: what ``hf auth login`` or ``$HF_TOKEN`` has left.
-            revision: the branch to write to, made if it does not exist; None: main.
+            repository, private, token, revision, options: see :func:`digit.pipeline.hub.push_folder`.
             dtype: as for :meth:`save_pretrained`.
-            options: ``variant=``, ``message=``, ``create_pr=``; see :func:`digit.pipeline.hub.push_folder`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            DigitError: no such place, or the Hub refuses.
         """
-        from digit.pipeline.hub import push_folder
-
         with tempfile.TemporaryDirectory() as aside:
             folder = self.save_pretrained(Path(aside) / "model", dtype)
             return push_folder(folder, repository, private, token, revision, **options)
@@ -499,8 +421,6 @@ class DigitPipeline:
         Raises:
             DigitError: nothing there; says what was tried.
         """
-        from digit.pipeline.hub import resolve_model
-
         return cls.from_folder(resolve_model(model, variant=variant, revision=revision, token=token))
 
     @classmethod
@@ -508,45 +428,16 @@ class DigitPipeline:
         """Load a model folder."""
         folder = Path(folder)
         index = read_index(folder)
-        from digit.encoders import load_encoder
-
-        parts = index["parts"]
+        where = str(folder / INDEX)
         return cls(
-            encoder=load_encoder(folder / "encoder") if "encoder" in parts else None,
-            codebook=Codebook.from_pretrained(folder / "codebook") if "codebook" in parts else None,
-            prior=load_component(folder / "prior", TokenModel, TokenModelConfig) if "prior" in parts else None,
-            decoders={k: load_decoder(folder / "decoder" / k) for k in index["decoders"]},
-            vqgan=VQGAN.from_pretrained(folder / "vqgan") if "vqgan" in parts else None,
-            space=index["space"],
-            class_names=list(index["class_names"]),
+            **{name: _LOADERS[name](folder / name) for name in index["parts"]},
+            decoders={kind: load_decoder(folder / "decoder" / kind) for kind in index["decoders"]},
             settings={
-                k: from_dict(SamplingSettings, v, f"{folder / INDEX}, settings of {k}")
-                for k, v in index["settings"].items()
+                k: from_dict(SamplingParams, v, f"{where}, settings of {k}") for k, v in index["settings"].items()
             },
-            default_decoder=index["default_decoder"],
-            provenance=index["provenance"],
-            card=from_dict(CardFacts, index.get("card", {}), f"{folder / INDEX}, card"),
-            name=index["name"],
+            card=from_dict(CardFacts, index.get("card", {}), f"{where}, card"),
+            **{name: index[name] for name in ("space", "class_names", "default_decoder", "provenance", "name")},
         )
-
-    def with_parts(self, **parts: Any) -> DigitPipeline:
-        """A copy with some parts replaced or added; the rest is shared."""
-        return replace(self, **parts)
-
-    def fingerprint(self) -> str:
-        """A checksum of what determines tokens: encoder, codebook and VQGAN weights. Token caches are keyed by it."""
-        digest = hashlib.sha256()
-        for part in (self.encoder, self.codebook, self.vqgan):
-            if part is not None:
-                for name, value in part.state_dict().items():  # type: ignore[union-attr]
-                    digest.update(name.encode())
-                    digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
-    def __repr__(self) -> str:
-        from digit.pipeline.info import describe
-
-        return describe(self)
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -579,13 +470,3 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             f"{path} has format {index['format']}; this version of digit reads format {FORMAT}. Update digit."
         )
     return index
-
-
-def for_stage(stage: str, callback: Callable[[str, int, Tensor], None] | None) -> Callable[..., None] | None:
-    """An engine's callback that tells ``callback`` the stage too, see :meth:`DigitPipeline.sample_tokens`."""
-
-    def tell(done: int, tokens: Tensor, masked: Tensor | None = None) -> None:
-        assert callback is not None
-        callback(stage, done, tokens if masked is None else tokens.masked_fill(masked, -1))
-
-    return None if callback is None else tell

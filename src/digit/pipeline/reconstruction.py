@@ -1,4 +1,4 @@
-"""Pictures beside what becomes of them: image, semantic tokens as colours, VQGAN alone, full path."""
+"""Images beside what becomes of them: image, semantic tokens as colours, VQGAN alone, full path."""
 
 from __future__ import annotations
 
@@ -7,36 +7,29 @@ from torch import Tensor, inference_mode
 
 from digit.core.grids import picture_grid, token_picture
 from digit.core.images import to_pil
-from digit.pipeline.pipeline import DigitPipeline, Tokens
+from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.tokens import Tokens
 
 
 @inference_mode()
 def reconstruction_sheet(
     pipe: DigitPipeline, images: Tensor, seed: int = 0, decoder: str | None = None
 ) -> tuple[Image.Image, list[Image.Image]]:
-    """Reconstruct pictures and lay each out in a row.
+    """Reconstruct images (B, 3, S, S) in 0..1: a sheet with one row an image, and the reconstructions alone.
 
-    Args:
-        pipe: a model with all its parts; a baseline in VQ space has no column of semantic tokens and no full path, a
-            model without a VQGAN no column of that.
-        images: (B, 3, S, S) in 0..1.
-        seed: of the decoder's sampling.
-        decoder: its kind.
-
-    Returns:
-        The sheet, one row a picture, and the reconstructions alone.
+    A model without a VQGAN has no column of that; a baseline in VQ space has no column of semantic tokens.
     """
     images = images.to(pipe.device)
-    size = images.shape[-1]
-    columns = [[to_pil(image) for image in images]]
-    if pipe.space == "semantic":
-        tokens = pipe.tokenizer.encode(images)  # (B, N)
-        grid, vocab = pipe.tokenizer.grid, pipe.tokenizer.vocab_size
-        columns.append([token_picture(row, grid, vocab, size) for row in tokens])
-    if pipe.vqgan is not None or not pipe.paints(decoder):
-        vqgan = pipe.part("vqgan")
-        columns.append([to_pil(image) for image in pipe.to_pixels(Tokens(None, vqgan.encode(images)))])
-    if pipe.space == "semantic":
-        columns.append([to_pil(image) for image in pipe.decode(tokens, seed, decoder)])
-    cells = [column[row] for row in range(len(images)) for column in columns]
-    return picture_grid(cells, columns=len(columns)), columns[-1]
+    pipe.stage2(decoder).check_parts()
+    columns = [images]
+    if pipe.vqgan is not None:
+        columns.append(pipe.to_pixels(Tokens(vq=pipe.vqgan.encode(images))))
+    drawn = [[to_pil(image) for image in column] for column in columns]
+    if pipe.encoder is not None and pipe.codebook is not None:
+        tokenizer, size = pipe.tokenizer, images.shape[-1]
+        tokens = tokenizer.encode(images)  # (B, N)
+        drawn.insert(1, [token_picture(row, tokenizer.grid, tokenizer.vocab_size, size) for row in tokens])
+    if pipe.decoders:
+        drawn.append([to_pil(image) for image in pipe.reconstruct(images, seed, decoder)])
+    cells = [column[row] for row in range(len(images)) for column in drawn]
+    return picture_grid(cells, columns=len(drawn)), drawn[-1]

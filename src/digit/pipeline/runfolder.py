@@ -1,19 +1,19 @@
-"""The folder of a run of generation: its record, which pictures are there, and several processes that share it.
+"""The folder of a run of generation: its record, which images are there, and several processes that share it.
 
-``generation.json`` is written first, so that a killed run can go on, and nobody mixes pictures of other settings into
+``generation.json`` is written first, so that a killed run can go on, and nobody mixes images of other settings into
 it. Until the run is complete the hidden folder ``.run`` keeps the tokens of what is done. Processes divide the images
 by index and need not talk: whichever finds everything done puts the run together.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from digit.core.errors import DigitError
-from digit.core.files import read_json, write_file, write_json
-from digit.pipeline.pipeline import DigitPipeline, Tokens
+from digit.core.files import read_json, write_json
+from digit.pipeline.tokens import PixelLatents, Tokens, write_arrays
 
 RECORD = "generation.json"
 
@@ -32,26 +32,16 @@ def share() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def weights_digest(pipe: DigitPipeline) -> str:
-    """Tells models apart without reading every weight: 64 numbers of each tensor, the same on any device."""
-    digest = hashlib.sha256()
-    for part in (pipe.prior, *pipe.decoders.values(), pipe.vqgan):
-        for name, value in part.state_dict().items() if part is not None else ():
-            few = value.flatten()[:: max(1, value.numel() // 64)][:64]
-            digest.update(name.encode() + few.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 class RunFolder:
     """A folder being filled.
 
     Args:
         path: the folder; made if missing.
-        identity: what determines the pictures; kept in the record.
+        identity: what determines the images; kept in the record.
         overwrite: begin anew in a folder that holds another run.
 
     Raises:
-        DigitError: it is a file, or holds pictures of another run.
+        DigitError: it is a file, or holds images of another run.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any], overwrite: bool = False) -> None:
@@ -71,7 +61,7 @@ class RunFolder:
             self._compare(read_json(record))
         elif any(self.path.glob("[0-9]*.png")):
             raise DigitError(
-                f"The folder {path} holds pictures and no {RECORD} that says how they were made; choose another --out, or "
+                f"The folder {path} holds images and no {RECORD} that says how they were made; choose another --out, or "
                 "--overwrite."
             )
         else:
@@ -89,6 +79,8 @@ class RunFolder:
         if not isinstance(there, dict):
             raise DigitError(f"{self.path / RECORD} is damaged; choose another --out, or --overwrite.")
         for name, value in self.identity.items():
+            if name == "weights" and isinstance(there.get(name), str):
+                continue  # a record of the first edition, with another kind of checksum
             if there.get(name) != value:
                 raise DigitError(
                     f"The folder {self.path} holds a run with {name} = {_short(there.get(name))}; now {_short(value)} was given. "
@@ -97,38 +89,43 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is complete and all its pictures are there."""
-        return bool(self.record()["finished"]) and all(self.picture(i).is_file() for i in range(self.identity["num"]))
+        """Whether the run is complete and all its images are there."""
+        return bool(self.record()["finished"]) and all(self.image(i).is_file() for i in range(self.identity["num"]))
 
     def record(self) -> dict[str, Any]:
         """What ``generation.json`` holds now."""
         return dict(read_json(self.path / RECORD))
 
-    def picture(self, image: int) -> Path:
-        """The file of a picture."""
-        return self.path / f"{image:05d}.png"
+    def image(self, index: int) -> Path:
+        """The file of an image."""
+        return self.path / f"{index:05d}.png"
 
     def missing(self, mine: bool = True) -> list[int]:
         """Images not made yet, of this process's share or of all."""
         done = set(self._done())
         images = range(self.rank, self.identity["num"], self.processes) if mine else range(self.identity["num"])
-        return [i for i in images if i not in done or not self.picture(i).is_file()]
+        return [i for i in images if i not in done or not self.image(i).is_file()]
 
     def keep(self, images: Sequence[int], tokens: Tokens) -> None:
-        """Store the tokens of a batch: before its pictures, so that a picture always has its tokens."""
-        grids = {"semantic": tokens.semantic, "vq": tokens.vq, "images": torch.as_tensor(list(images))}
+        """Store the tokens of a batch: before its images, so that an image always has its tokens."""
+        arrays: dict[str, torch.Tensor | None] = {
+            "semantic": tokens.semantic,
+            "vq": tokens.vq,
+            "images": torch.as_tensor(list(images)),
+        }
+        arrays["noise"] = None if tokens.latents is None else tokens.latents.noise
         tag = zlib.crc32(repr(list(images)).encode())
-        write_arrays(self.path / ".run" / f"{images[0]:09d}-{tag:08x}.npz", grids)
+        write_arrays(self.path / ".run" / f"{images[0]:09d}-{tag:08x}.npz", arrays)
 
     def tokens(self) -> Tokens:
-        """The tokens of all images, in order."""
+        """The tokens of all images, in order, without their labels."""
         rows = self._done()
         order = [rows[i] for i in range(self.identity["num"])]
-        semantic, vq = (
-            torch.from_numpy(np.stack([row[name] for row in order])).long() if name in order[0] else None
-            for name in ("semantic", "vq")
-        )
-        return Tokens(semantic, vq)
+        names = [name for name in ("semantic", "vq", "noise") if all(name in row for row in order)]
+        arrays = {name: torch.from_numpy(np.stack([row[name] for row in order])) for name in names}
+        noise = arrays.pop("noise", None)
+        latents = None if noise is None else PixelLatents(self.identity["decoder"], noise)
+        return replace(Tokens.of({name: grid.long() for name, grid in arrays.items()}), latents=latents)
 
     def _done(self) -> dict[int, dict[str, np.ndarray]]:
         """Tokens by image, of every batch kept so far."""
@@ -157,17 +154,6 @@ class RunFolder:
         write_json(self.path / RECORD, record)
         shutil.rmtree(self.path / ".run", ignore_errors=True)
         return record
-
-
-def write_arrays(path: Path, grids: dict[str, torch.Tensor | None]) -> Path:
-    """Write integer tensors as a compressed ``.npz`` of int32 arrays, whole or not at all."""
-    arrays = {name: grid.cpu().numpy().astype(np.int32) for name, grid in grids.items() if grid is not None}
-
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as handle:
-            np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
-
-    return write_file(path, write)
 
 
 def _short(value: Any) -> str:

@@ -1,36 +1,36 @@
-"""What is sampled before pixels: :class:`Tokens`."""
+"""What is sampled before pixels: :class:`Tokens`, and their files."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from digit.core.errors import DigitError
+from digit.core.files import write_file
+
 
 @dataclass(frozen=True)
-class Paint:
-    """What a decoder that goes straight to pixels needs beside the semantic tokens.
+class PixelLatents:
+    """What a feed-forward decoder needs beside semantic tokens to make pixels.
 
     Attributes:
         decoder: its kind.
-        noise: (B, noise_dim), made from each picture's number.
-        labels: (B,) classes or -1; None for none.
-        kept: (B, 3, S, S) a picture in 0..1 of which parts stay as they are, for editing.
+        noise: (B, noise_dim), made from each image's number.
+        kept: (B, 3, S, S) an image in 0..1 of which parts stay as they are, for editing.
         anew: (B, 1, S, S) bool, True where it does not.
     """
 
     decoder: str
     noise: Tensor
-    labels: Tensor | None = None
     kept: Tensor | None = None
     anew: Tensor | None = None
-
-    def take(self, rows: Tensor) -> Paint:
-        """Some of the pictures, by row (n,) int64."""
-        parts = (self.noise, self.labels, self.kept, self.anew)
-        return Paint(self.decoder, *(None if part is None else part[rows.to(part.device)] for part in parts))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,80 @@ class Tokens:
 
     Attributes:
         semantic: (B, N) int64, or None for a baseline in VQ space.
-        vq: (B, M) int64, or None where only the prior ran, or where the decoder goes straight to pixels.
-        paint: how that decoder makes the pixels.
+        vq: (B, M) int64, or None where only the prior ran, or where the decoder makes pixels itself.
+        latents: how such a decoder makes them.
+        labels: (B,) int64 classes, -1 for none; None where no image has one.
     """
 
-    semantic: Tensor | None
-    vq: Tensor | None
-    paint: Paint | None = None
+    semantic: Tensor | None = None
+    vq: Tensor | None = None
+    latents: PixelLatents | None = None
+    labels: Tensor | None = None
+
+    @classmethod
+    def of(cls, grids: Mapping[str, Tensor], labels: Tensor | None = None) -> Tokens:
+        """Tokens of the grids "semantic", "vq", or both."""
+        return cls(grids.get("semantic"), grids.get("vq"), labels=labels)
 
     def __len__(self) -> int:
-        """Pictures, B."""
+        """Images, B."""
         return next(len(grid) for grid in (self.semantic, self.vq) if grid is not None)
 
     def take(self, rows: Tensor) -> Tokens:
-        """Some of the pictures, by row (n,) int64."""
-        semantic, vq = (None if grid is None else grid[rows.to(grid.device)] for grid in (self.semantic, self.vq))
-        return Tokens(semantic, vq, None if self.paint is None else self.paint.take(rows))
+        """Some of the images, by row (n,) int64."""
+
+        def of(part: Tensor | None) -> Tensor | None:
+            return None if part is None else part[rows.to(part.device)]
+
+        old, latents = self.latents, None
+        if old is not None:
+            latents = replace(old, noise=old.noise[rows.to(old.noise.device)], kept=of(old.kept), anew=of(old.anew))
+        return Tokens(of(self.semantic), of(self.vq), latents, of(self.labels))
 
     def sha256(self) -> str:
-        """A checksum of both grids: equal tokens, equal checksum, on any machine."""
+        """A checksum of what decides the pixels: both grids, and where a decoder makes pixels itself its noise and the
+        labels. The same on any machine.
+        """
         digest = hashlib.sha256()
-        for grid in (self.semantic, self.vq):
+        grids = [self.semantic, self.vq]
+        for grid in grids if self.latents is None else [*grids, self.labels]:
             digest.update(b"-" if grid is None else grid.cpu().to(torch.int32).contiguous().numpy().tobytes())
+        if self.latents is not None:
+            digest.update(self.latents.noise.cpu().float().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+
+def write_arrays(path: Path, tensors: Mapping[str, Tensor | None]) -> Path:
+    """Write tensors as a compressed ``.npz``, integers as int32, whole or not at all."""
+    arrays = {name: part.cpu().numpy() for name, part in tensors.items() if part is not None}
+    arrays = {name: part if part.dtype.kind == "f" else part.astype(np.int32) for name, part in arrays.items()}
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as handle:
+            np.savez_compressed(handle, **arrays)  # type: ignore[arg-type]
+
+    return write_file(path, write)
+
+
+def save_tokens_file(path: str | Path, tokens: Tokens) -> Path:
+    """Write a ``.npz`` of plain integer arrays: ``semantic``, ``vq``, ``labels``, as far as they are there."""
+    return write_arrays(Path(path), {"semantic": tokens.semantic, "vq": tokens.vq, "labels": tokens.labels})
+
+
+def load_tokens_file(path: str | Path) -> Tokens:
+    """Read what :func:`save_tokens_file` wrote.
+
+    Raises:
+        DigitError: no such file, or not integer grids.
+    """
+    if not Path(path).is_file():
+        raise DigitError(f"There is no token file {path}.")
+    names = ("semantic", "vq", "labels")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            grids = {n: torch.from_numpy(arrays[n].astype(np.int64)) for n in names if n in arrays.files}
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
+        raise DigitError(f"{path} is not a token file (.npz of integer grids): {error}.") from error
+    if not grids.keys() & {"semantic", "vq"}:
+        raise DigitError(f"{path} holds neither 'semantic' nor 'vq' tokens.")
+    return Tokens.of(grids, grids.get("labels"))

@@ -1,8 +1,27 @@
-"""Sampling tokens: filters, guidance, the autoregressive and the masked engine, and randomness that belongs to the
-image.
+"""Sampling tokens: what is asked for, filters, guidance, the autoregressive and the masked way, and randomness that
+belongs to the image.
 """
 
-from digit.sampling.engine import sample
-from digit.sampling.settings import SamplingSettings
+from __future__ import annotations
 
-__all__ = ["SamplingSettings", "sample"]
+import importlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from digit.sampling.engine import sample
+    from digit.sampling.request import SampleRequest, SamplingParams
+
+__all__ = ["SampleRequest", "SamplingParams", "sample"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name when it is first used: the command line reads the request's fields without waiting for torch."""
+    if name == "SamplingSettings":
+        warnings.warn("SamplingSettings is now called SamplingParams.", DeprecationWarning, stacklevel=2)
+        name = "SamplingParams"
+    if name not in __all__:
+        raise AttributeError(f"module 'digit.sampling' has no attribute '{name}'")
+    return getattr(
+        importlib.import_module("digit.sampling.engine" if name == "sample" else "digit.sampling.request"), name
+    )

@@ -10,13 +10,13 @@ from torch import Tensor
 from digit.models.token_model import TokenModel
 from digit.sampling.engines.acceleration import workshop
 from digit.sampling.guidance import scales
-from digit.sampling.settings import SamplingSettings
+from digit.sampling.request import SamplingParams
 
 
 def sample_autoregressive(
     model: TokenModel,
     uniform: Tensor,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     labels: Tensor | None = None,
     prefix: Tensor | None = None,
     given: Tensor | None = None,

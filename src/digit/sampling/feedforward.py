@@ -1,4 +1,4 @@
-"""The one-pass engine: the noise of each image, and a single pass of the decoder."""
+"""The feed-forward decoder's randomness: the pixel latents of each image, and a draw of all its VQ tokens."""
 
 from __future__ import annotations
 
@@ -7,26 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from digit.models.feedforward import OnePassConfig, OnePassDecoder
+from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.sampling.logits import draw
+from digit.sampling.request import SamplingParams
 from digit.sampling.rng import uniforms
-from digit.sampling.settings import SamplingSettings
 
 
-def noise(
-    config: OnePassConfig, images: Sequence[int], seed: int = 0, temperature: float = 1.0, stage: str = "onepass"
+def pixel_latents(
+    config: FeedForwardConfig, images: Sequence[int], seed: int = 0, temperature: float = 1.0, stage: str = "onepass"
 ) -> Tensor:
-    """The noise of some images of a run.
+    """The noise (B, noise_dim), float32 on the CPU, that decides what the tokens of an image leave open.
 
     Args:
         config: of the decoder.
-        images: (B,) numbers of the images within the run; picture ``i`` of a seed has the same noise in any batch.
+        images: (B,) numbers of the images within the run; image ``i`` of a seed has the same noise in any batch.
         seed: of the run.
-        temperature: the noise's standard deviation; 0 gives the middle of all pictures that the tokens allow.
+        temperature: the standard deviation; 0 gives the middle of all images that the tokens allow.
         stage: noise of different stages is independent.
-
-    Returns:
-        (B, noise_dim) float32 on the CPU.
     """
     u = uniforms(seed, images, stage, (config.noise_dim,))
     # in float64 on the host, so that it is the same number on every machine
@@ -34,30 +31,30 @@ def noise(
     return (temperature * normal).float()
 
 
-def sample_onepass(
-    model: OnePassDecoder,
+def sample_feedforward(
+    model: FeedForwardDecoder,
     uniform: Tensor,
     noise: Tensor,
-    settings: SamplingSettings,
+    params: SamplingParams,
     prefix: Tensor,
     labels: Tensor | None = None,
     given: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """All VQ tokens in one pass, each drawn from its own logits.
+    """All VQ tokens (B, M) in one pass of a decoder with the head "vq", each drawn from its own logits.
 
     Args:
-        model: with the head "vq".
+        model: the decoder.
         uniform: (B, M) numbers in [0, 1), one for each token.
         noise: (B, noise_dim).
-        settings: temperature, top-k and top-p of the tokens.
+        params: temperature, top-k and top-p of the tokens.
         prefix: (B, N) semantic tokens.
         labels: (B,) classes.
         given: (B, M) tokens; those outside ``mask`` are kept.
         mask: (B, M) bool, True where to sample; None samples everything.
-
-    Returns:
-        (B, M) ids.
     """
-    tokens = draw(model(prefix, noise.to(model.start), labels), uniform, settings)  # (B, M)
+    tokens = draw(model(prefix, noise.to(model.start), labels), uniform, params)  # (B, M)
     return tokens if mask is None or given is None else torch.where(mask, tokens, given)
+
+
+noise, sample_onepass = pixel_latents, sample_feedforward  # names of the first edition

@@ -12,17 +12,17 @@ import math
 
 from torch import Tensor
 
-from digit.sampling.settings import SamplingSettings
+from digit.sampling.request import SamplingParams
 
 
-def scales(settings: SamplingSettings, count: int) -> list[float]:
+def scales(settings: SamplingParams, count: int) -> list[float]:
     """The guidance scale at each of ``count`` tokens or steps; exactly 1.0 where the unguided half need not be
     computed.
     """
     return [_scale(settings, index / max(1, count - 1), index / count) for index in range(count)]
 
 
-def _scale(settings: SamplingSettings, progress: float, fraction: float) -> float:
+def _scale(settings: SamplingParams, progress: float, fraction: float) -> float:
     """``progress`` runs from 0 to 1 inclusive and shapes the growth; ``fraction`` in [0, 1) is compared with the
     interval.
     """

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from digit.sampling.settings import SamplingSettings
+from digit.sampling.request import SamplingParams
 
 
 class Knobs(NamedTuple):
@@ -32,7 +32,7 @@ class Knobs(NamedTuple):
     top_p: Tensor | float
 
 
-def kept_probabilities(logits: Tensor, settings: SamplingSettings | Knobs) -> tuple[Tensor, Tensor | None]:
+def kept_probabilities(logits: Tensor, settings: SamplingParams | Knobs) -> tuple[Tensor, Tensor | None]:
     """The filtered distribution, up to normalisation.
 
     Args:
@@ -70,7 +70,7 @@ def _nucleus(p: Tensor, top_p: Tensor | float) -> Tensor:
     return torch.where(bits >= threshold, p, 0.0)
 
 
-def draw(logits: Tensor, uniform: Tensor, settings: SamplingSettings | Knobs) -> Tensor:
+def draw(logits: Tensor, uniform: Tensor, settings: SamplingParams | Knobs) -> Tensor:
     """Draw a token per row by inverse transform sampling; no host synchronisation.
 
     Args:

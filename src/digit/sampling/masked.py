@@ -17,7 +17,7 @@ from torch import Tensor
 from digit.models.token_model import NO_LABEL, TokenModel
 from digit.sampling.guidance import guide, scales
 from digit.sampling.logits import draw
-from digit.sampling.settings import SamplingSettings
+from digit.sampling.request import SamplingParams
 
 _SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda r: math.cos(math.pi * r / 2),
@@ -26,7 +26,7 @@ _SCHEDULES: dict[str, Callable[[float], float]] = {
 }
 
 
-def masked_after(settings: SamplingSettings, step: int, total: Tensor, masked: Tensor) -> Tensor:
+def masked_after(settings: SamplingParams, step: int, total: Tensor, masked: Tensor) -> Tensor:
     """How many tokens stay masked after an iteration.
 
     Args:
@@ -45,7 +45,7 @@ def masked_after(settings: SamplingSettings, step: int, total: Tensor, masked: T
 def sample_masked(
     model: TokenModel,
     uniform: Tensor,
-    settings: SamplingSettings,
+    settings: SamplingParams,
     labels: Tensor | None = None,
     prefix: Tensor | None = None,
     given: Tensor | None = None,

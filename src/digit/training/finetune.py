@@ -26,8 +26,7 @@ from torch.nn.utils import parametrize
 from digit.core.config import config, to_dict
 from digit.core.errors import DigitError
 from digit.data.token_cache import TokenCache
-from digit.encoders.base import weights_checksum
-from digit.models.component import load_component
+from digit.models.component import load_component, weights_checksum
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.hub import resolve_model

@@ -27,7 +27,7 @@ from digit.evaluation.metrics.stability import token_spaces
 from digit.evaluation.model_source import pipe_size
 from digit.pipeline.editing import continue_rows, edit_region
 from digit.pipeline.pipeline import DigitPipeline, Tokens
-from digit.sampling.settings import SamplingSettings
+from digit.sampling.request import SampleRequest, SamplingParams
 from digit.web.limits import Limits, Refused, TooLarge, Visit
 
 Count = Annotated[int, Field(ge=1)]
@@ -58,8 +58,9 @@ class Sampling:
 
     def knobs(self) -> dict[str, Any]:
         """Arguments of the pipeline."""
-        names = ("seed", "decoder", "steps", "cfg_scale", "temperature", "top_k", "top_p")
-        return {name: getattr(self, name) for name in names}
+        names = ("steps", "cfg_scale", "temperature", "top_k", "top_p")
+        asked = {name: getattr(self, name) for name in names}
+        return {"seed": self.seed, "decoder": self.decoder, "settings": asked}
 
 
 @config
@@ -239,27 +240,24 @@ class Service:
     def can_generate(self) -> bool:
         """Whether the model has all parts from a class to pixels."""
         pipe = self.pipe
-        if pipe.prior is None or (pipe.space == "semantic" and not pipe.decoders):
-            return False
-        return pipe.vqgan is not None or pipe.paints()
+        return pipe.can_generate
 
     @property
     def can_edit(self) -> bool:
         """Whether it can tokenize pictures as well."""
-        return (
-            self.can_generate
-            and self.pipe.space in self.grids
-            and (self.pipe.space == "vq" or self.pipe.encoder is not None)
-        )
+        try:
+            return self.can_generate and bool(self.pipe.prior_tokenizer.grid)
+        except DigitError:
+            return False
 
     @property
     def can_guide(self) -> bool:
         """Whether classifier-free guidance works."""
         return self.pipe.prior is not None and self.pipe.prior.config.can_guide
 
-    def defaults(self, stage: str) -> SamplingSettings:
+    def defaults(self, stage: str) -> SamplingParams:
         """The model's sampling settings of "prior" or a decoder's kind."""
-        return self.pipe.settings.get(stage, SamplingSettings())
+        return self.pipe.settings.get(stage, SamplingParams())
 
     def describe(self) -> dict[str, Any]:
         """Everything a client needs to know to ask well."""
@@ -295,9 +293,9 @@ class Service:
         pipe = self.pipe
         self._check_count(max(wish.num or 0, len(wish.labels or [])))
         numbers = None if wish.labels is None else [self._label(label) for label in wish.labels]
-        count, classes = pipe.expand_labels(numbers, wish.num)
-        tokens = pipe.sample_tokens(range(count), classes, callback=self._watch(visit, wish), **wish.knobs())
-        return self._finish(tokens, classes, count, visit)
+        request = SampleRequest.of_run(wish.num, numbers, **wish.knobs()).validate(pipe)
+        tokens = pipe.sample_tokens(request, self._watch(visit, wish))
+        return self._finish(tokens, request.labels, len(request), visit)
 
     @torch.inference_mode()
     def look(self, picture: Image.Image, wish: Look, visit: Visit) -> Inside:
@@ -306,11 +304,12 @@ class Service:
         semantic = pipe.tokenizer.encode(images) if pipe.encoder is not None and pipe.codebook is not None else None
         visit.check()
         vq = None if pipe.vqgan is None else pipe.vqgan.encode(images)
-        alone = None if vq is None else to_pil(pipe.to_pixels(Tokens(None, vq))[0])
+        alone = None if vq is None else to_pil(pipe.to_pixels(Tokens(vq=vq))[0])
         full = None
-        if semantic is not None and pipe.decoders and (pipe.vqgan is not None or pipe.paints(wish.decoder)):
+        if semantic is not None and pipe.can_generate:
             watch = self._watch(visit, Sampling(seed=wish.seed, decoder=wish.decoder))
-            tokens = pipe.complete(semantic, None, wish.seed, wish.decoder, callback=watch)
+            request = SampleRequest(seed=wish.seed, decoder=wish.decoder).validate(pipe, prior=False)
+            tokens = pipe.complete(semantic, request, watch)
             full = to_pil(pipe.to_pixels(tokens)[0])
         return Inside(None if semantic is None else semantic[0].cpu(), None if vq is None else vq[0].cpu(), alone, full)
 
@@ -341,12 +340,12 @@ class Service:
         pipe = self.pipe
         images = self._batch(picture).expand(wish.num, -1, -1, -1)  # (num, 3, S, S)
         classes = None if wish.label is None else torch.full((wish.num,), self._label(wish.label))
-        options = {"labels": classes, "callback": self._watch(visit, wish), **wish.knobs()}
+        request, watch = SampleRequest(range(wish.num), labels=classes, **wish.knobs()), self._watch(visit, wish)
         if wish.rows is not None:
-            tokens = continue_rows(pipe, images, wish.rows, wish.keep_pixels, **options)
+            tokens = continue_rows(pipe, images, wish.rows, request, wish.keep_pixels, watch)
         else:
             assert wish.cells is not None
-            tokens = edit_region(pipe, images, self.region(wish.cells), **options)
+            tokens = edit_region(pipe, images, self.region(wish.cells), request, watch)
         return self._finish(tokens, classes, wish.num, visit)
 
     def cluster(self, number: int) -> np.ndarray:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from digit.core.errors import DigitError
-from digit.sampling import SamplingSettings, sample
+from digit.sampling import SamplingParams, sample
 from digit.sampling.engines import stepper as stepper_module
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, workshop
 from digit.sampling.engines.quantize import Int8Linear, quantized
 
-GUIDED = SamplingSettings(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
+GUIDED = SamplingParams(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
 
 
 def test_compiled_and_plain_steps_give_the_same_tokens(tiny):
@@ -21,7 +21,7 @@ def test_compiled_and_plain_steps_give_the_same_tokens(tiny):
     compilation."""
     model = tiny("ar", prefix=6, depth=1)
     labels, prefix = torch.arange(5) % 4, torch.arange(30).view(5, 6) % 9
-    requests = [SamplingSettings(top_k=10), SamplingSettings(top_k=10, temperature=0.7), GUIDED]
+    requests = [SamplingParams(top_k=10), SamplingParams(top_k=10, temperature=0.7), GUIDED]
     plain = [sample(model, range(5), 1, s, labels, prefix) for s in requests]
     accelerate(model, compile=True)
     for s, expected in zip(requests[:2], plain[:2], strict=True):
@@ -67,8 +67,8 @@ def test_without_a_compiler_the_plain_step_runs_and_says_so(tiny, monkeypatch, c
 def test_half_formats_sample_nearly_the_same(tiny, dtype):
     """In one image of many a token near a boundary changes, and what follows it."""
     model = tiny()
-    full = sample(model, range(200), settings=GUIDED, labels=torch.arange(200) % 4)
-    half = sample(model.to(dtype), range(200), settings=GUIDED, labels=torch.arange(200) % 4)
+    full = sample(model, range(200), params=GUIDED, labels=torch.arange(200) % 4)
+    half = sample(model.to(dtype), range(200), params=GUIDED, labels=torch.arange(200) % 4)
     assert (full[:, 0] == half[:, 0]).float().mean() > 0.95
     assert (full == half).float().mean() > 0.6
 
@@ -107,12 +107,12 @@ def test_a_quantized_model_shares_everything_but_its_matrices(tiny):
 
 def test_int8_sampling_is_nearly_the_same(tiny):
     model = tiny()
-    full = sample(model, range(200), settings=SamplingSettings(top_k=10))
+    full = sample(model, range(200), params=SamplingParams(top_k=10))
     accelerate(model, quantize="int8")
-    narrow = sample(model, range(200), settings=SamplingSettings(top_k=10))
+    narrow = sample(model, range(200), params=SamplingParams(top_k=10))
     assert (full[:, 1] == narrow[:, 1]).float().mean() > 0.9
     accelerate(model)
-    assert torch.equal(sample(model, range(200), settings=SamplingSettings(top_k=10)), full)
+    assert torch.equal(sample(model, range(200), params=SamplingParams(top_k=10)), full)
 
 
 def test_unknown_quantization_is_refused(tiny):

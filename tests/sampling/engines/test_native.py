@@ -12,7 +12,7 @@ import torch
 
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
-from digit.sampling import SamplingSettings, sample
+from digit.sampling import SamplingParams, sample
 from digit.sampling.engines import native
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
 from digit.sampling.engines.native import NativeStep, pack, suits
@@ -30,7 +30,7 @@ SHAPES = {
     "another epsilon": {"norm_eps": 0.1},
 }
 ROWS = [1, 2, 6, 7, 8, 13]
-GUIDED = SamplingSettings(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
+GUIDED = SamplingParams(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
 
 
 def build(dtype=torch.float32, prefix=0, vocab=24, length=12, depth=2, **transformer) -> TokenModel:
@@ -104,7 +104,7 @@ def test_float32_tokens_are_those_of_the_plain_step(shape):
     model = build(**SHAPES[shape])
     labels = torch.arange(40) % 4
     prefix = torch.arange(240).view(40, 6) % 9 if model.config.prefix_length else None
-    for settings in (SamplingSettings(top_k=10), SamplingSettings(top_p=0.8, temperature=1.3), GUIDED):
+    for settings in (SamplingParams(top_k=10), SamplingParams(top_p=0.8, temperature=1.3), GUIDED):
         accelerate(model)
         fast = sample(model, range(40), 3, settings, labels, prefix)
         assert engine(model) == "C++"
@@ -171,7 +171,7 @@ def test_weights_are_packed_once_for_all_batch_sizes(monkeypatch):
 )
 def test_what_it_does_not_cover_runs_the_plain_step(other, why):
     assert not suits(other)
-    sample(other, range(2), settings=SamplingSettings(top_k=5))
+    sample(other, range(2), params=SamplingParams(top_k=5))
     assert engine(other) == "plain"
 
 

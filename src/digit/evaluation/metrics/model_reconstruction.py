@@ -107,9 +107,11 @@ def paths(pipe: DigitPipeline, seed: int = 0) -> dict[str, Way]:
         DigitError: the model has no VQGAN, and no decoder that does without.
     """
     found: dict[str, Way] = {}
-    if pipe.vqgan is not None or not pipe.paints():
+    if pipe.vqgan is None:
+        pipe.stage2().check_parts()
+    else:
         vqgan = pipe.part("vqgan")
-        found[VQGAN_ALONE] = lambda images, _: as_uint8(pipe.to_pixels(Tokens(None, vqgan.encode(images))))
+        found[VQGAN_ALONE] = lambda images, _: as_uint8(pipe.to_pixels(Tokens(vq=vqgan.encode(images))))
     if pipe.space == "semantic" and pipe.encoder is not None and pipe.codebook is not None:
         for kind in pipe.decoders:
             found[f"semantic tokens, {kind} decoder"] = partial(_through, pipe, kind, seed)

@@ -27,8 +27,7 @@ from digit.evaluation.metrics.inception import FeatureExtractor
 from digit.evaluation.model_source import SamplingRun
 from digit.evaluation.result import describe_model
 from digit.evaluation.results import COLORS, Result, Rows, legend, panels
-from digit.pipeline.generation import load_tokens_file, save_tokens_file
-from digit.pipeline.pipeline import Tokens
+from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
 
 Axes = Mapping[str, Sequence[Any]]
 Point = Mapping[str, Any]
@@ -155,8 +154,7 @@ def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, g
 
     def point(each: SamplingRun, name: str) -> dict[str, Any]:
         prior = steps.run("tokens", {"prior": each.stages()["prior"]}, lambda folder: _sample_prior(each, folder))
-        saved = load_tokens_file(prior.folder / "tokens.npz")
-        tokens = saved.semantic if saved.semantic is not None else saved.vq
+        tokens = getattr(load_tokens_file(prior.folder / "tokens.npz"), run.pipe.space)
         return {**reference.measure(each, tokens, name), "prior_shared": prior.reused}
 
     points = []
@@ -186,7 +184,7 @@ def _sample_prior(run: SamplingRun, folder: Path) -> None:
             parts.append(part.cpu())
             progress.advance(len(part))
     tokens = torch.cat(parts)
-    save_tokens_file(folder / "tokens.npz", Tokens(None, tokens) if run.pipe.space == "vq" else Tokens(tokens, None))
+    save_tokens_file(folder / "tokens.npz", Tokens.of({run.pipe.space: tokens}))
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from digit.encoders import load_encoder
 from digit.pipeline.assembly import assemble, part_folder
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.reconstruction import reconstruction_sheet
-from digit.sampling import SamplingSettings
+from digit.sampling import SamplingParams
 from digit.training.build import build_task
 from digit.training.logs import last_metrics, read_metrics
 from digit.training.loop import train
@@ -152,7 +152,7 @@ def _cache(images: ImageDataset, out: Path) -> None:
 def _put_together(out: Path) -> DigitPipeline:
     pipe = assemble(
         out / "encoder", out / "codebook", out / "vqgan", out / "prior", [out / "ar", out / "masked"], name="tour"
-    ).with_parts(settings={"prior": SamplingSettings(cfg_scale=1.5, top_k=100), "ar": SamplingSettings(top_p=0.9)})
+    ).with_parts(settings={"prior": SamplingParams(cfg_scale=1.5, top_k=100), "ar": SamplingParams(top_p=0.9)})
     pipe.save_pretrained(out / "model")
     return pipe
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from digit.core.config import NonNegativeInt, PositiveInt, config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset
-from digit.encoders.base import weights_checksum
 from digit.encoders.loading import load_encoder, small_conv, small_vit
+from digit.models.component import weights_checksum
 from digit.training.finetune import FineTune, start_folder, take_modules
 from digit.training.losses.distillation import DistillationMethod, DistillationObjective
 from digit.training.losses.masked_autoencoder import MaskedAutoencoderMethod, MaskedAutoencoderObjective

@@ -1,7 +1,7 @@
 """Training a feed-forward ("one-pass") decoder: images from their semantic tokens, in one step, with the losses of the
 VQGAN.
 
-A preset has the sections ``model`` (:class:`~digit.models.feedforward.OnePassConfig`; vocabulary, grid and classes come
+A preset has the sections ``model`` (:class:`~digit.models.feedforward.FeedForwardConfig`; vocabulary, grid and classes come
 from the tokenizer and the data), ``objective`` (:class:`OnePassObjective`), ``data`` (:class:`OnePassData`) and
 ``training``.
 
@@ -33,9 +33,8 @@ from digit.core.grids import picture_grid
 from digit.core.images import to_pil
 from digit.data.dataset import ImageDataset
 from digit.data.token_cache import TokenCache
-from digit.encoders.base import weights_checksum
-from digit.models.component import save_component
-from digit.models.feedforward import OnePassConfig, OnePassDecoder
+from digit.models.component import save_component, weights_checksum
+from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.transformer import PositiveInt
 from digit.models.vqgan import VQGAN
 from digit.pipeline.tokenizer import SemanticTokenizer
@@ -132,7 +131,7 @@ class OnePassTask(Task):
 
     def __init__(
         self,
-        model: OnePassDecoder,
+        model: FeedForwardDecoder,
         objective: OnePassObjective,
         tokenizer: SemanticTokenizer,
         train: ImageDataset,
@@ -376,7 +375,7 @@ class OnePassTask(Task):
         return torch.from_numpy(self.held_out.labels[first : first + count]).to(self.device)
 
 
-def _resolution(model: OnePassConfig, vqgan: VQGAN | None) -> int:
+def _resolution(model: FeedForwardConfig, vqgan: VQGAN | None) -> int:
     if model.pixels is not None:
         return model.pixels.resolution
     if vqgan is None:

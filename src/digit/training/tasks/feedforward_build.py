@@ -14,9 +14,8 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.token_cache import TokenCache, open_token_cache
-from digit.encoders.base import weights_checksum
-from digit.models.component import load_component, load_strict
-from digit.models.feedforward import OnePassConfig, OnePassDecoder
+from digit.models.component import load_component, load_strict, weights_checksum
+from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.vqgan import VQGAN
 from digit.pipeline.generation import load_tokens_file
 from digit.pipeline.pipeline import DigitPipeline
@@ -57,7 +56,7 @@ def build(
     choice: OnePassData = from_dict(OnePassData, preset.get("data") or {}, f"{where}, data")
     train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
     shape = _shape(preset["model"], tokenizer, parts.vqgan, train if choice.labels else None, f"{where}, model")
-    model, origin = OnePassDecoder(shape), dict[str, Any]()
+    model, origin = FeedForwardDecoder(shape), dict[str, Any]()
     if start is not None:
         model, origin = _start(start, shape)
     elif objective.centroid_embeddings:
@@ -78,7 +77,7 @@ def _shape(
     vqgan: VQGAN | None,
     labelled: ImageDataset | None,
     where: str,
-) -> OnePassConfig:
+) -> FeedForwardConfig:
     """The config: what ``values`` leaves out comes from the tokenizer, the VQGAN and the classes."""
     known: dict[str, Any] = {"prefix_vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid), "num_classes": 0}
     if labelled is not None:
@@ -99,20 +98,20 @@ def _shape(
     ]
     if wrong:
         raise DigitError(f"{where} does not fit the tokenizer or the data: {', '.join(wrong)}. Leave these fields out.")
-    return from_dict(OnePassConfig, {**values, **known}, where)
+    return from_dict(FeedForwardConfig, {**values, **known}, where)
 
 
-def _start(start: FineTune, shape: OnePassConfig) -> tuple[OnePassDecoder, dict[str, Any]]:
+def _start(start: FineTune, shape: FeedForwardConfig) -> tuple[FeedForwardDecoder, dict[str, Any]]:
     """A saved decoder, ready to be trained on, and what to note about it."""
     if start.freeze or start.lora:
         raise DigitError("--freeze and --lora are for token models; a one-pass decoder is trained as a whole.")
     folder, _ = start_folder(start.source, "onepass")
-    saved = load_component(folder, OnePassDecoder, OnePassConfig)
+    saved = load_component(folder, FeedForwardDecoder, FeedForwardConfig)
     if replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) != shape:
         raise DigitError(
             f"{start.source} is a decoder of another shape or other tokens than the preset and the model describe."
         )
-    model = OnePassDecoder(shape)
+    model = FeedForwardDecoder(shape)
     load_strict(model, saved.state_dict(), start.source)
     return model.requires_grad_(True), {"weights": weights_checksum(saved)}
 

@@ -25,8 +25,7 @@ from digit.core.errors import DigitError
 from digit.core.grids import picture_grid
 from digit.core.images import to_pil
 from digit.data.dataset import ImageDataset
-from digit.encoders.base import weights_checksum
-from digit.models.component import load_component
+from digit.models.component import load_component, weights_checksum
 from digit.models.transformer import Probability
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.training.config import NonNegative, NonNegativeInt

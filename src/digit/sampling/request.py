@@ -1,0 +1,240 @@
+"""What is asked of a model: :class:`SampleRequest`, with the :class:`SamplingParams` of each stage.
+
+Options of the command line and fields of the JSON API are made from :func:`sampling_settings`. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+from pydantic import Field
+
+from digit.core.config import config, from_dict, to_dict
+from digit.core.errors import DigitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_OF_STEPS = ("steps", "mask_schedule", "choice_temperature")
+_DECODER = "decoder_"
+
+
+@config
+class SamplingParams:
+    """How one stage samples; an engine reads what it knows. The paper's values: top-k 200 (base), 400 (large) and 300
+    (class-conditional) of the prior, top-p 0.8 of the AR decoder, choice temperature 4.5 of the masked one.
+    """
+
+    temperature: Annotated[float, Field(ge=0, description="Divides the logits; 0 takes the likeliest token.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Keep the k likeliest tokens; 0 keeps all.")] = 0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Keep the likeliest tokens up to probability p.")] = 1.0
+    cfg_scale: Annotated[float, Field(ge=0, description="Classifier-free guidance; 1 is none.")] = 1.0
+    cfg_schedule: Annotated[
+        Literal["constant", "linear", "cosine", "power-cosine"],
+        Field(description="How guidance grows from 1: constant, linear, cosine or power-cosine."),
+    ] = "constant"
+    cfg_power: Annotated[float, Field(gt=0, description="Exponent of the power-cosine schedule.")] = 2.0
+    cfg_interval: Annotated[
+        tuple[float, float], Field(description="Fractions of the sequence between which guidance is on.")
+    ] = (0.0, 1.0)
+    steps: Annotated[int, Field(gt=0, description="Iterations of the masked decoder.")] = 8
+    mask_schedule: Annotated[
+        Literal["cosine", "linear", "sqrt"], Field(description="How many tokens stay masked after each iteration.")
+    ] = "cosine"
+    choice_temperature: Annotated[
+        float, Field(ge=0, description="Noise in the masked decoder's choice of tokens to keep; it falls to 0.")
+    ] = 4.5
+
+    def __post_init__(self) -> None:
+        low, high = self.cfg_interval
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"cfg_interval={self.cfg_interval}: expected two fractions 0 <= low < high <= 1")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A sampling setting as users give it: an option of the command line, a field of the JSON API.
+
+    Attributes:
+        name: such as "top_k", or "decoder_top_k" for the decoder's.
+        type: int, float or str; what is allowed in detail is in ``annotation``.
+        annotation: the type with its limits, for pydantic.
+        help: one sentence.
+    """
+
+    name: str
+    type: type
+    annotation: Any
+    help: str
+
+
+def sampling_settings(*names: str) -> dict[str, Setting]:
+    """Settings by name, in the order asked."""
+    hints, found = get_type_hints(SamplingParams, include_extras=True), {}
+    for name in names:
+        annotation = hints[name.removeprefix(_DECODER)]
+        plain, info = get_args(annotation)
+        kind = str if get_origin(plain) is Literal else plain
+        stage = " Of the decoder." if name.startswith(_DECODER) else ""
+        found[name] = Setting(name, kind, annotation, f"{info.description}{stage}")
+    return found
+
+
+class Model(Protocol):
+    """What a request needs to know of a pipeline."""
+
+    name: str
+    settings: dict[str, SamplingParams]
+
+    def part(self, name: str) -> Any:
+        """A component, or an error that says it is missing."""
+        ...
+
+    def stage2(self, kind: str | None = None) -> Any:
+        """The second stage; see :mod:`digit.pipeline.stage2`."""
+        ...
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Images to sample. Image ``i`` depends on the model, the seed, ``i``, its label and the settings alone.
+
+    Attributes:
+        images: numbers (B,) of the images within the run.
+        seed: of the run.
+        labels: (B,) int64 classes, -1 for none; None: no image has a class.
+        decoder: its kind: "ar", "masked" or "onepass"; None: the model's default.
+        settings: what was asked for, by the names of :class:`SamplingParams`; it goes before the model's defaults.
+            Names that begin with ``decoder_``, and ``steps`` and its like, are the decoder's, the others the prior's.
+        params: all settings of "prior" and of the decoder's kind; filled in by :meth:`validate`.
+    """
+
+    images: Sequence[int] = (0,)
+    seed: int = 0
+    labels: Tensor | None = None
+    decoder: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    params: Mapping[str, SamplingParams] = field(default_factory=dict)
+
+    @classmethod
+    def of_run(
+        cls,
+        num: int | None = None,
+        labels: Sequence[int] | int | None = None,
+        seed: int = 0,
+        decoder: str | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> SampleRequest:
+        """The images 0, 1, ... of a run, which take the given labels in turns; by default one image a label.
+
+        Raises:
+            DigitError: no image, or an empty list of labels.
+        """
+        import torch
+
+        if num is not None and num < 1:
+            raise DigitError(f"num = {num} images were asked for; expected at least 1.")
+        classes = None
+        if labels is not None:
+            given = torch.as_tensor([labels] if isinstance(labels, int) else list(labels), dtype=torch.long)
+            if len(given) == 0:
+                raise DigitError("The list of labels is empty; leave it out for unconditional images.")
+            num = num or len(given)
+            classes = given.repeat(-(-num // len(given)))[:num]  # (num,)
+        asked = {name: value for name, value in (settings or {}).items() if value is not None}
+        return cls(range(num or 1), seed, classes, decoder, asked)
+
+    def __len__(self) -> int:
+        """Images, B."""
+        return len(self.images)
+
+    def take(self, rows: Sequence[int]) -> SampleRequest:
+        """The same for some of the images, by their places in this request."""
+        labels = None if self.labels is None else self.labels[list(rows)]
+        return replace(self, images=[self.images[row] for row in rows], labels=labels)
+
+    def batches(self, size: int) -> list[SampleRequest]:
+        """The request in pieces of at most ``size`` images."""
+        return [self.take(range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
+
+    def validate(self, model: Model, prior: bool = True, pixels: bool = True) -> SampleRequest:
+        """The request with the decoder named and every setting filled in, after all checks. Nothing is sampled.
+
+        Args:
+            model: the pipeline.
+            prior: False where the prior's tokens are given, so that only the decoder runs.
+            pixels: whether images are wanted, or only their tokens.
+
+        Raises:
+            DigitError: labels out of range, guidance without classes, unknown settings or ones that nothing reads, no
+                such decoder, or a part that the model lacks.
+        """
+        if self.seed < 0:
+            raise DigitError(f"The seed {self.seed} was given; expected a number from 0 up.")
+        if self.labels is not None and len(self.labels) != len(self.images):
+            raise DigitError(f"{len(self.labels)} labels were given for {len(self.images)} images.")
+        first = model.part("prior") if prior else None
+        second = model.stage2(self.decoder)
+        if pixels:
+            second.check_parts()
+        asked, later = self._divided(second.config is not None)
+        if second.config is None and (later or self.decoder is not None):
+            raise DigitError(
+                f"The model '{model.name}' predicts VQ tokens itself; it has no decoder to choose or to set."
+            )
+        params = {}
+        if first is not None:
+            params["prior"] = self._params("prior", first.config, model.settings, asked)
+        if second.config is not None:
+            params[second.kind] = self._params(second.kind, second.config, model.settings, later)
+        return replace(self, decoder=second.kind, params=params)
+
+    def _divided(self, decoder: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What was asked of the prior, and of the decoder where there is one."""
+        asked = {name: value for name, value in self.settings.items() if value is not None}
+        later = {name.removeprefix(_DECODER): asked.pop(name) for name in list(asked) if name.startswith(_DECODER)}
+        if decoder:
+            later |= {name: asked.pop(name) for name in _OF_STEPS if name in asked}
+        return asked, later
+
+    def _params(
+        self, stage: str, config: Any, defaults: Mapping[str, SamplingParams], asked: Mapping[str, Any]
+    ) -> SamplingParams:
+        """All settings of a stage. A *default* of guidance is for images with a class alone."""
+        labels = self.labels if config.num_classes or stage == "prior" else None
+        values = to_dict(defaults.get(stage, SamplingParams()))
+        if labels is not None and bool((labels == -1).all()):
+            labels = None
+        if labels is None:
+            values["cfg_scale"] = 1.0
+        params = from_dict(SamplingParams, {**values, **asked}, "The sampling settings")
+        check_model(config, params, labels)
+        if config.role != "masked" and (unread := [name for name in _OF_STEPS if name in asked]):
+            what = "the prior" if stage == "prior" else f"the {stage} decoder"
+            raise DigitError(
+                f"{unread[0]} = {asked[unread[0]]} was given, but {what} has no steps; leave it out, or choose a masked "
+                "decoder."
+            )
+        return params
+
+
+def check_model(config: Any, params: SamplingParams, labels: Tensor | None) -> None:
+    """Refuse labels (B,) that a token model or decoder does not know, and guidance that it was not trained for."""
+    if labels is not None and bool(((labels >= config.num_classes) | (labels < -1)).any()):
+        bad = next(int(x) for x in labels if x >= config.num_classes or x < -1)
+        raise DigitError(
+            f"The label {bad} was given; this model knows 0 to {config.num_classes - 1}."
+            if config.num_classes
+            else f"The label {bad} was given, but this model is unconditional; leave labels out."
+        )
+    if params.cfg_scale == 1:
+        return
+    if not config.can_guide:
+        reason = "has no classes" if not config.num_classes else "was trained without label dropout"
+        raise DigitError(
+            f"cfg_scale {params.cfg_scale} was given, but this model {reason}; guidance needs both. Use 1."
+        )
+    if labels is None:
+        raise DigitError(f"cfg_scale {params.cfg_scale} needs class labels; give --labels, or use a scale of 1.")
