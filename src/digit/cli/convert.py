@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.generate import Model, Variant
+from digit.cli.options import Model, Variant
 
 converters = typer.Typer(no_args_is_help=True)
 

@@ -105,7 +105,7 @@ def _sampling_run(
         return None
     if num is None:
         raise DigitError("How many images the model should generate is not said; give --num, such as --num 10000.")
-    from digit.cli.generate import load
+    from digit.cli.options import load
     from digit.evaluation.model_source import SamplingRun
     from digit.evaluation.studies.sweep import parse_settings
 

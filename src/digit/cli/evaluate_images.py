@@ -10,7 +10,7 @@ import typer
 
 from digit.cli.evaluate import Backend, Weights
 from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers
-from digit.cli.generate import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
+from digit.cli.options import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
 
 if TYPE_CHECKING:
     from digit.evaluation.metrics.fidelity import FidelityOptions

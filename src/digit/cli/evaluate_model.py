@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from digit.cli.generate import Device, RequiredModel, Seed, Variant, load
+from digit.cli.options import Device, RequiredModel, Seed, Variant, load
 
 if TYPE_CHECKING:
     from digit.data.dataset import ImageDataset

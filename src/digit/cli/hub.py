@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.generate import RequiredModel
+from digit.cli.options import RequiredModel
 
 
 def add_to(app: typer.Typer) -> None:

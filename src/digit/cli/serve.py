@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.generate import Device, Dtype, Model, RequiredModel, Variant
+from digit.cli.options import Device, Dtype, Model, RequiredModel, Variant
 
 
 def add_to(app: typer.Typer) -> None:
@@ -45,7 +45,7 @@ def serve(
 
       DIGIT_AUTH=me:secret digit serve cifar10 --host 0.0.0.0
     """
-    from digit.cli.generate import load
+    from digit.cli.options import load
     from digit.core.config import from_dict
     from digit.core.errors import DigitError
     from digit.pipeline.hub import resolve_model
@@ -90,7 +90,7 @@ def atlas(
 
     Example:  digit atlas runs/model --data data/cifar10
     """
-    from digit.cli.generate import load
+    from digit.cli.options import load
     from digit.clustering.patches import FILE, build_atlas
     from digit.core.progress import track
     from digit.evaluation.model_source import image_batches, open_images

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from digit.cli.generate import Device
+from digit.cli.options import Device
 
 Workers = Annotated[int, typer.Option(min=0, help="Threads that read and cut images.")]
 Split = Annotated[str, typer.Option(help="Which part of the dataset.")]
@@ -190,7 +190,7 @@ def cache_tokens(
 
     Example:  digit cache-tokens --model runs/tokenizers --data data/photos --crops 8 --device cuda --out runs/tokens
     """
-    from digit.cli.generate import load
+    from digit.cli.options import load
     from digit.data.dataset import open_dataset
     from digit.data.token_cache import Views, build_token_cache
 

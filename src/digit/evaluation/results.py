@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from digit.core.environment import hardware, versions
 from digit.core.errors import DigitError, MissingPackageError, require
 from digit.core.files import read_json, write_bytes, write_file, write_json
-from digit.evaluation.result import hardware, versions
 
 RESULT = "result.json"
 DASH = "\u2013"  # stands where there is no value

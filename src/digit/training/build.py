@@ -111,7 +111,7 @@ def _token_task(
         raise DigitError(
             "objective.centroid_embeddings is for new models; one that starts from another has its own vectors."
         )
-    kinds = {data.target} if auxiliary.centroid_embeddings else set()
+    kinds: set[str] = {data.target} if auxiliary.centroid_embeddings else set()
     kinds |= {data.prefix} if data.prefix and (auxiliary.prefix_noise or auxiliary.centroid_embeddings) else set()
     centroids = load_centroids(str(auxiliary.codebook), kinds, cache) if kinds else {}
     if auxiliary.centroid_embeddings:

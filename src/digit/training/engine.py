@@ -79,7 +79,12 @@ class Engine:
                 module.checkpointing = config.gradient_checkpointing
         self._shard()
         fused = self.device.type == "cuda" if config.fused is None else config.fused
-        shared = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+        shared: dict[str, Any] = {
+            "lr": config.lr,
+            "betas": config.betas,
+            "eps": config.eps,
+            "weight_decay": config.weight_decay,
+        }
         groups = task.parameters_by_optimizer()
         raw = {name: torch.optim.AdamW(some, **shared, fused=fused) for name, some in groups.items()}
         self.trained = {name: _named(self.networks, optimizer) for name, optimizer in raw.items()}

@@ -127,7 +127,7 @@ def open_start(source: str, role: str) -> Start:
     model = load_component(folder, TokenModel, TokenModelConfig)
     if model.config.role != role:
         raise DigitError(f"{source} is a model of role '{model.config.role}'; the preset trains one of role '{role}'.")
-    provenance: Mapping[str, Any] = model.provenance  # type: ignore[assignment]
+    provenance: Mapping[str, Any] = model.provenance
     return Start(model, list(provenance.get("class_names") or names), provenance.get("space"))
 
 

@@ -28,7 +28,7 @@ def neighbour_accuracy(
         memory = F.normalize(memory.float(), dim=1).T.contiguous()  # (D, n)
         classes = int(torch.cat([memory_labels, labels]).max()) + 1
         right = 0
-        for chunk, expected in zip(queries.split(_CHUNK), labels.split(_CHUNK), strict=True):
+        for chunk, expected in zip(torch.split(queries, _CHUNK), torch.split(labels, _CHUNK), strict=True):
             similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(min(neighbours, memory.shape[1]))
             votes = similar.new_zeros(len(chunk), classes)
             votes.scatter_add_(1, memory_labels[nearest], (similar / temperature).exp())

@@ -46,7 +46,8 @@ def gradient_ratio(loss: Tensor, adversarial: Tensor, at: Tensor, limit: float) 
     ``limit`` [1].
     """
     ours, theirs = (torch.autograd.grad(value, at, retain_graph=True)[0].norm() for value in (loss, adversarial))
-    return (ours / (theirs + 1e-6)).clamp(max=limit).detach()
+    ratio: Tensor = (ours / (theirs + 1e-6)).clamp(max=limit).detach()
+    return ratio
 
 
 def ramp(progress: float, start: float, warmup: float) -> float:

@@ -194,7 +194,7 @@ class PictureLoss:
         shown, layers = self._shown(rebuilt, seen)
         adversarial = generator_hinge(judge(shown, layers))
         metrics = {**metrics, "judgement": adversarial.detach()}
-        weight = ramp(step.progress, objective.gan_start + objective.gan_alone, objective.gan_warmup)
+        weight: float | Tensor = ramp(step.progress, objective.gan_start + objective.gan_alone, objective.gan_warmup)
         weight = objective.gan_weight * weight
         if objective.gan_adaptive and weight:
             at = rebuilt if self.last is None else self.last

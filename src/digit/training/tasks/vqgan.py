@@ -225,7 +225,7 @@ class VqganTask:
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the VQGAN."""
-        self.vqgan.provenance = dict(provenance)  # type: ignore[assignment]
+        self.vqgan.provenance = dict(provenance)
         self.vqgan.save_pretrained(folder)
 
     def _reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor]:
