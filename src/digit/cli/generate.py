@@ -38,10 +38,16 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     model: Model = None,
     out: Out = Path("generated"),
-    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many images.")] = 64,
+    num: Annotated[int | None, typer.Option("--num", "-n", min=1, help="How many images. Default: 64.")] = None,
     labels: Annotated[
         str | None,
-        typer.Option(help='Classes by number or name, comma separated, taken in turns; or "none". Default: all.'),
+        typer.Option(
+            help='Classes by number or name, comma separated, taken in turns; "random"; "none". Default: all.'
+        ),
+    ] = None,
+    labels_per_class: Annotated[int | None, typer.Option(min=1, help="So many images of each class.")] = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
     ] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
@@ -80,8 +86,8 @@ def generate(
 
     pipe = load(model, device, dtype, variant)
     record = generate_folder(
-        pipe, out, num, parse_labels(labels, pipe), seed, decoder, batch_size, save_tokens, compile, quantize,
-        overwrite, **settings,
+        pipe, out, num, labels if labels == "random" else parse_labels(labels, pipe), seed, decoder, batch_size,
+        save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
     )  # fmt: skip
     if not record["made"] and record["finished"]:
         typer.echo(f"All {record['num']} images are there already: {out}")
@@ -92,6 +98,8 @@ def generate(
         typer.echo(f"{speed}{compiling}{step}: {out}")
     if record["finished"]:
         typer.echo(f"Look at {out / 'grid.png'}")
+        if npz is not None:
+            typer.echo(f"All images in one array: {npz}")
 
 
 def tokenize(
