@@ -170,7 +170,7 @@ def test_nothing_found_says_at_once_where_it_looked(monkeypatch, tmp_path):
     began = time.monotonic()
     with pytest.raises(DigitError, match=r"no such local folder, and it is not in the cache .*HF_HUB_OFFLINE is set"):
         load_encoder("facebook/dinov2-with-registers-giant")
-    with pytest.raises(DigitError, match="no such file or folder, and it is not a hub id"):
+    with pytest.raises(DigitError, match="no such file or folder, and it is not a Hub id"):
         load_encoder("./nowhere")
     with pytest.raises(DigitError, match="no such file or folder"):
         load_encoder("models/dinov2_vitb14_reg4_pretrain.pth")

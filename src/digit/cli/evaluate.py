@@ -97,7 +97,7 @@ def _sampling_run(
 ) -> SamplingRun | None:
     """A run of generation where the source is a model: a folder, or the name of a packaged one."""
     from digit.core.errors import DigitError
-    from digit.pipeline.hub import INDEX, packaged_models
+    from digit.core.hub import INDEX, packaged_models
 
     if not (Path(source) / INDEX).is_file() and source not in packaged_models():
         if decoder or settings:
