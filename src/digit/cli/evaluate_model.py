@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from digit.cli.options import Device, RequiredModel, Seed, Variant, load
 
 if TYPE_CHECKING:
     from digit.data.dataset import ImageDataset
-    from digit.evaluation.result import Record
 
 Data = Annotated[
     str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
@@ -48,22 +45,6 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise DigitError(f"{option} {text} was given; expected numbers separated by commas, such as 0.5,1.") from error
-
-
-def show(record: Record, columns: Sequence[str], rows: Sequence[Sequence[str]], out: Path) -> None:
-    """Print a table, the notes, and where everything is."""
-    table = Table(title=record.title, title_justify="left")
-    for index, column in enumerate(columns):
-        words = any(row[index][:1].isalpha() for row in rows)
-        table.add_column(column, justify="left" if words else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    for note in record.notes:
-        console.print(f"Note: {note}", highlight=False, markup=False)
-    files = ", ".join(["result.json", *record.plots])
-    console.print(f"Written to {out}: {files} ({record.seconds:.0f} s)", highlight=False, markup=False)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
