@@ -46,6 +46,7 @@ def folder(
         int | None,
         typer.Option("--size", min=1, help="Scale the shorter side to this and take the center crop."),
     ] = None,
+    filter: Annotated[str, typer.Option(help="How it is scaled: bicubic, bilinear, lanczos or box.")] = "bicubic",
 ) -> None:
     """Make a dataset of your own images. Every file is accounted for in OUT/report.json.
 
@@ -53,6 +54,6 @@ def folder(
     """
     from digit.data.folder import import_folder
 
-    report = import_folder(source, out, size)
+    report = import_folder(source, out, size, filter)
     typer.echo(report.summary())
     typer.echo(f"The dataset is in {out}; {out / 'report.json'} names every converted, animated and skipped file.")

@@ -55,7 +55,7 @@ def fidelity(
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.result import describe_model
+    from digit.pipeline.card import describe_model
 
     wanted = {"fid": fid and reference is not None, "kid": kid, "prc": prc, "isc": isc}
     options = FidelityOptions(

@@ -29,12 +29,12 @@ from digit.evaluation.metrics.fidelity import FidelityOptions
 from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor
 from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import Result, Rows
 from digit.evaluation.studies.stages import Line, Stages, cells, comparison, predictability
 from digit.evaluation.studies.sweep import Reference
 from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 
 METRICS = ("nll", "probe", "fid")
