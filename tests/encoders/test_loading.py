@@ -177,7 +177,7 @@ def test_nothing_found_says_at_once_where_it_looked(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(hub_module.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_module.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(DigitError, match=r"the hub \(http://127.0.0.1:9\) is out of reach: "):
+    with pytest.raises(DigitError, match=r"the Hub \(http://127.0.0.1:9\) is out of reach: "):
         load_encoder("facebook/dinov2-with-registers-giant")
     assert time.monotonic() - began < 6
 

@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from digit.cli.options import Device, RequiredModel, Seed, Variant, load
+from digit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Num,
+    Out,
+    RequiredModel,
+    Seed,
+    Split,
+    Variant,
+    Weights,
+    load,
+    num_option,
+    set_option,
+)
 
 if TYPE_CHECKING:
     from digit.data.dataset import ImageDataset
-
-Data = Annotated[
-    str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
-]
-Split = Annotated[str, typer.Option(help="Split of the images.")]
-Num = Annotated[
-    int | None, typer.Option("--num", "-n", min=2, help="How many images, spread over the set; all if left out.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for result.json, plots and tables.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the values.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -200,14 +204,10 @@ def ablation(
     holdout: Annotated[
         float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")
     ] = 0.0,
-    num: Annotated[
-        int | None, typer.Option("--num", "-n", min=2, help="How many images prior and decoder learn; all if left out.")
-    ] = None,
+    num: Annotated[int | None, num_option("How many images prior and decoder learn; all if left out.", 2)] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="Change a field of the ablation, such as base.prior_set=[training.steps=50]; may be repeated."
-        ),
+        set_option("Change a field of the ablation, such as base.prior_set=[training.steps=50]"),
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="Some of nll (held-out loss), probe, fid; comma separated.")
@@ -215,9 +215,7 @@ def ablation(
     reference: Annotated[
         str | None, typer.Option(help="For FID: images or their .npz; the training images if left out.")
     ] = None,
-    weights: Annotated[
-        str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")
-    ] = "auto",
+    weights: Weights = "auto",
     out: Out = Path("ablation"),
     device: Device = None,
 ) -> None:
