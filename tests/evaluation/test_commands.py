@@ -180,7 +180,7 @@ def test_an_array_of_images_as_adm_evaluates_it(run, model_folder, cifar512, net
     assert {"fid", "sfid", "is_adm", "is_mean", "precision", "recall"} <= result["values"].keys()
     assert not result["not_measured"]
     assert record["num"] == result["source"]["images"] == 30
-    for said in ("sFID ↓", "Inception Score as ADM", "Precision ↑", "Recall ↑", "labels: balanced, 3 a class"):
+    for said in ("sFID ↓", "Inception Score as ADM", "Precision ↑", "Recall ↑", "labels balanced, 3 a class"):
         assert said in text
     run("fidelity", tmp_path / "out", "--reference", tmp_path / "adm.npz", "--sfid", "--out", tmp_path / "f.json")
     files = json.loads((tmp_path / "f.json").read_text())
@@ -208,7 +208,7 @@ def test_a_models_labels_are_balanced_or_random(run, model_folder, cifar512, net
         result = json.loads(out.read_text())
         assert (result["source"]["images"], result["reference"]["images"]) == (20, 64)
         assert result["sampling"]["labels"] == named
-        assert f"labels: {named}" in text
+        assert f"labels {named}" in text
 
 
 # ---- through the real network's layout; minutes, for FID's square root of a 2048 x 2048 matrix

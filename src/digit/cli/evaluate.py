@@ -7,9 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
-from digit.cli.options import Decoder, load, parse_labels
+from digit.cli.options import (
+    Backend,
+    BatchSize,
+    Decoder,
+    Device,
+    LabelsPerClass,
+    RunLabels,
+    Weights,
+    load,
+    num_option,
+    out_option,
+    parse_labels,
+    set_option,
+)  # fmt: skip
 from digit.core.files import write_json
 
 if TYPE_CHECKING:
@@ -18,30 +30,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure generated images, tokens and models.")
 
-Data = Annotated[
-    str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
-]
-Split = Annotated[str, typer.Option(help="Split of the images.")]
 TestSplit = Annotated[str, typer.Option(help="Split that the probe is tested on.")]
 Holdout = Annotated[
     float,
     typer.Option(min=0, max=1, help="Test on this share of the training split instead; for data without a test split."),
 ]
-Num = Annotated[
-    int | None, typer.Option("--num", "-n", min=2, help="How many images, spread over the set; all if left out.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for result.json, plots and tables.")]
-OutFile = Annotated[Path | None, typer.Option(help="Write the whole result here as JSON.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the values.")]
-Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
-Backend = Annotated[str, typer.Option(help="What runs the network: auto, torch or onnx.")]
-TorchDevice = Annotated[str, typer.Option("--device", help="Where torch runs, such as cpu or cuda.")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of sampling, such as top_k=200; may be repeated.")
-]
-Labels = Annotated[str | None, typer.Option(help='Classes of a model, taken in turns; "random"; "none". Default: all.')]
-LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="So many images of each class.")]
-Filter = Annotated[str, typer.Option(help="How --size scales: bicubic, bilinear (the authors'), lanczos or box.")]
+OutFile = Annotated[Path | None, out_option("Write the whole result here as JSON.")]
+Settings = Annotated[list[str] | None, set_option("A setting of sampling, such as top_k=200")]
 
 
 def save_and_show(result: Result, out: Path) -> None:
@@ -78,7 +73,7 @@ def fidelity(
         int | None, typer.Option(min=2, help="At most so many real images, spread over theirs.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of a model's generation.")] = 0,
-    labels: Labels = None,
+    labels: RunLabels = None,
     labels_per_class: LabelsPerClass = None,
     decoder: Decoder = None,
     settings: Settings = None,
@@ -86,7 +81,7 @@ def fidelity(
     kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
     weights: Weights = "auto",
     backend: Backend = "auto",
-    device: TorchDevice = "cpu",
+    device: Device = None,
     out: OutFile = None,
 ) -> None:
     """Compare images with a reference: FID, sFID, KID, precision and recall, Inception Score.
@@ -97,12 +92,13 @@ def fidelity(
 
       digit evaluate fidelity --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     """
+    from digit.core.devices import pick_device
     from digit.core.errors import DigitError
     from digit.evaluation.metrics.features import is_statistics
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.result import describe_model
+    from digit.pipeline.card import describe_model
 
     if (source is None) == (images is None):
         raise DigitError("Give what is measured once: a folder, data set or model, or a .npz of images with --images.")
@@ -117,7 +113,7 @@ def fidelity(
     result = measure_fidelity(
         run.batches() if run else source,
         reference,
-        extractor=None if saved else open_extractor(weights, backend, device),
+        extractor=None if saved else open_extractor(weights, backend, str(pick_device(device))),
         options=options,
         source_name=run.pipe.name if run else None,
         source_split=split,
@@ -129,7 +125,7 @@ def fidelity(
         result = replace(result, model=describe_model(run.pipe), sampling={**run.describe(), "labels": labelling})
     result.show()
     if out is not None:
-        Console().print(f"Written to {write_json(out, result.to_dict())}", highlight=False, markup=False)
+        typer.echo(f"Written to {write_json(out, result.to_dict())}")
 
 
 def _sampling_run(
@@ -141,14 +137,14 @@ def _sampling_run(
     decoder: str | None,
     settings: list[str] | None,
     batch_size: int,
-    device: str,
+    device: str | None,
 ) -> tuple[SamplingRun | None, str]:
     """A run of generation where the source is a model (a folder, or the name of a packaged one), and its labels in words."""
     from digit.core.errors import DigitError
+    from digit.core.hub import INDEX, packaged_models
     from digit.evaluation.model_source import SamplingRun
     from digit.evaluation.studies.sweep import parse_settings
     from digit.pipeline.generation import run_labels
-    from digit.pipeline.hub import INDEX, packaged_models
 
     if not (Path(source) / INDEX).is_file() and source not in packaged_models():
         if decoder or settings or labels or labels_per_class:
@@ -169,13 +165,15 @@ def _sampling_run(
 @app.command()
 def statistics(
     images: Annotated[str, typer.Argument(help="A folder of images, tar shards, a data set or a .npz of images.")],
-    out: Annotated[Path, typer.Option(help="The .npz to write.")],
+    out: Annotated[Path, out_option("The .npz to write.")],
     split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
-    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many images, the first ones.")] = None,
+    num: Annotated[int | None, num_option("Take at most so many images, the first ones.", 2)] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Scale the shorter side to this and cut out the middle.")
     ] = None,
-    filter: Filter = "bicubic",
+    filter: Annotated[
+        str, typer.Option(help="How --size scales: bicubic, bilinear (the authors'), lanczos or box.")
+    ] = "bicubic",
     features: Annotated[
         bool, typer.Option("--features", help="Keep every image's features, which KID and --prc need: 8 KB an image.")
     ] = False,
@@ -183,19 +181,23 @@ def statistics(
     batch_size: BatchSize = 64,
     weights: Weights = "auto",
     backend: Backend = "auto",
-    device: TorchDevice = "cpu",
+    device: Device = None,
 ) -> None:
     """Make a reference: the Inception statistics of real images, as a file for --reference.
 
     Example:  digit evaluate statistics imagenet/val --size 256 --filter bilinear --out val256.npz
     """
+    from digit.core.devices import pick_device
     from digit.evaluation.metrics.features import measure
     from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.metrics.statistics import save_statistics
 
-    extractor, metrics = open_extractor(weights, backend, device), ("sfid", *(["kid"] if features else []))
+    extractor, metrics = (
+        open_extractor(weights, backend, str(pick_device(device))),
+        ("sfid", *(["kid"] if features else [])),
+    )
     how = {"batch_size": batch_size, "split": split, "total": num}
     found = measure(images, extractor, metrics, **how, size=size, filter=filter)  # type: ignore[arg-type]
     spatial = None if compact else found.spatial
     save_statistics(out, found.statistics, found.features if features else None, spatial, compact)
-    Console().print(f"Statistics of {found.statistics.n:,} images written to {out}", highlight=False)
+    typer.echo(f"Statistics of {found.statistics.n:,} images written to {out}")

@@ -8,19 +8,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from digit.cli.evaluate import (
+from digit.cli.evaluate import Settings, save_and_show
+from digit.cli.evaluate_model import numbers
+from digit.cli.options import (
     Backend,
     BatchSize,
     Data,
+    Decoder,
+    Device,
+    Labels,
     Num,
     Out,
-    Settings,
+    RequiredModel,
+    Seed,
     Split,
+    Variant,
     Weights,
-    save_and_show,
+    load,
+    num_option,
+    parse_labels,
 )  # fmt: skip
-from digit.cli.evaluate_model import numbers
-from digit.cli.options import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
 
 if TYPE_CHECKING:
     from digit.evaluation.metrics.fidelity import FidelityOptions
@@ -30,7 +37,7 @@ Metrics = Annotated[
     str, typer.Option(help="Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
 ]
 ReferenceSplit = Annotated[str | None, typer.Option(help="Split of the reference.")]
-Images = Annotated[int, typer.Option("--num", "-n", min=2, help="Images a point.")]
+Images = Annotated[int, num_option("Images per point.", 2)]
 RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
 
 
@@ -138,7 +145,7 @@ def sweep(
     fixed: Settings = None,
     metrics: Metrics = "fid,isc,prc",
     reference_split: ReferenceSplit = None,
-    labels: Annotated[str | None, typer.Option(help="Classes; all in turns if left out.")] = None,
+    labels: Labels = None,
     decoder: Decoder = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from digit.cli.evaluate import BatchSize, Data, Holdout, Num, Out, Split, TestSplit, Weights, save_and_show
-from digit.cli.options import Device, RequiredModel, Seed, Variant, load
+from digit.cli.evaluate import Holdout, TestSplit, save_and_show
+from digit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Num,
+    Out,
+    RequiredModel,
+    Seed,
+    Split,
+    Variant,
+    Weights,
+    load,
+    num_option,
+    set_option,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from digit.data.dataset import ImageDataset
@@ -118,7 +132,7 @@ def probe(
     from digit.evaluation.model_source import open_images
 
     train, test = train_and_test(open_images(data, train_split, num), data, test_split, holdout)
-    given = {"standardize": standardize, "neighbours": knn, "seed": seed}
+    given: dict[str, Any] = {"standardize": standardize, "neighbours": knn, "seed": seed}
     given |= preset_options(load_preset(preset), train) if preset else {}
     given |= {"epochs": epochs} if epochs else {}
     given |= {"lrs": numbers(lr, "--lr")} if lr else {}
@@ -191,11 +205,9 @@ def ablation(
     split: Split = "train",
     test_split: TestSplit = "test",
     holdout: Holdout = 0.0,
-    num: Annotated[
-        int | None, typer.Option("--num", "-n", min=2, help="How many images prior and decoder learn; all if left out.")
-    ] = None,
+    num: Annotated[int | None, num_option("How many images prior and decoder learn; all if left out.", 2)] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a field, such as base.prior_set=[training.steps=50].")
+        list[str] | None, set_option("Change a field of the ablation, such as base.prior_set=[training.steps=50]")
     ] = None,
     metrics: Annotated[str, typer.Option(help="Some of nll (held-out loss), probe, fid.")] = "nll,probe,fid",
     reference: Annotated[

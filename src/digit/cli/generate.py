@@ -13,12 +13,16 @@ from digit.cli.options import (
     Device,
     Dtype,
     Images,
+    LabelsPerClass,
     Model,
     Out,
     RequiredModel,
+    RunLabels,
     Seed,
     Variant,
     load,
+    num_option,
+    out_option,
     parse_labels,
     read_images,
     with_settings,
@@ -38,20 +42,17 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     model: Model = None,
     out: Out = Path("generated"),
-    num: Annotated[int | None, typer.Option("--num", "-n", min=1, help="How many images. Default: 64.")] = None,
-    labels: Annotated[
-        str | None,
-        typer.Option(
-            help='Classes by number or name, comma separated, taken in turns; "random"; "none". Default: all.'
-        ),
-    ] = None,
-    labels_per_class: Annotated[int | None, typer.Option(min=1, help="So many images of each class.")] = None,
+    num: Annotated[int | None, num_option("How many images. Default: 64.")] = None,
+    labels: RunLabels = None,
+    labels_per_class: LabelsPerClass = None,
     npz: Annotated[
         Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
     ] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; does not change them.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; does not change the results.")
+    ] = None,
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
     compile: Annotated[
         bool | None,
@@ -65,7 +66,7 @@ def generate(
         str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "float32",
     device: Device = None,
     variant: Variant = None,
     **settings: Any,
@@ -105,7 +106,7 @@ def generate(
 def tokenize(
     model: RequiredModel,
     images: Images,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")] = Path("tokens.npz"),
+    out: Annotated[Path, out_option("The .npz file to write.")] = Path("tokens.npz"),
     device: Device = None,
 ) -> None:
     """Turn images into tokens: semantic (B, N) and, where the model has a VQGAN, vq (B, M), in one .npz file.

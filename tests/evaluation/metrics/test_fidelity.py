@@ -226,7 +226,7 @@ def test_an_array_of_images_is_measured_as_the_images(folder, halves, pooling, t
         "20 generated images",
         "cfg_scale 1.5",
         "ar decoder",
-        "labels: balanced, 2 a class",
+        "labels balanced, 2 a class",
         "feature network",
     ):
         assert said in of_array.provenance()

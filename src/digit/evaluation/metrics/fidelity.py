@@ -183,7 +183,7 @@ def _sampling(source: Source) -> dict[str, Any] | None:
     else:
         return None
     labels = about.get("labelling") or about.get("labels")
-    kept = {name: about[name] for name in ("model", "num", "decoder", "settings") if name in about}
+    kept = {name: about[name] for name in ("model", "num", "decoder", "settings", "stages") if name in about}
     return {**kept, "labels": labels} if kept else None
 
 

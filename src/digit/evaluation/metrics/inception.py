@@ -146,11 +146,9 @@ class _Layers(nn.Module):
         network.load_state_dict({**network.state_dict(), **weights.tensors})
         parts = dict(network.named_children())  # in the order in which they run, the classifier last
         block = list(parts).index(SPATIAL_BLOCK)
-        self.before, self.after = (
-            nn.Sequential(*list(parts.values())[:block]),
-            nn.Sequential(*list(parts.values())[block:-1]),
-        )
-        self.branch = parts[SPATIAL_BLOCK].branch1x1
+        self.before = nn.Sequential(*list(parts.values())[:block])
+        self.after = nn.Sequential(*list(parts.values())[block:-1])
+        self.branch: nn.Module = parts[SPATIAL_BLOCK].get_submodule("branch1x1")
         self.eval().requires_grad_(False)
 
     def forward(self, scaled: Tensor) -> tuple[Tensor, Tensor]:

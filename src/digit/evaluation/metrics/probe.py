@@ -30,10 +30,10 @@ from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
 from digit.evaluation.metrics.probe_features import FEATURES, Features, collect_features, crops, fresh_feed
 from digit.evaluation.model_source import describe_data
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
 from digit.models.probe import LinearProbe, LinearProbeConfig
 from digit.models.transformer import PositiveInt, Probability
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.neighbours import neighbour_accuracy
 
@@ -179,9 +179,8 @@ def train_probes(
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(options.seed)
                     probes[lr] = LinearProbe(shape).to(device)
-                optimizer = torch.optim.SGD(probes[lr].parameters(), lr=lr * scale, momentum=options.momentum)
-                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-                running.append((probes[lr], optimizer, schedule))
+                sgd = torch.optim.SGD(probes[lr].parameters(), lr=lr * scale, momentum=options.momentum)
+                running.append((probes[lr], sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)))
         for probe, optimizer, schedule in running:
             logits = probe(values)  # (S, B, C)
             # the sum of the states' means
