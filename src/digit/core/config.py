@@ -132,7 +132,7 @@ def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> di
             raise DigitError(f"There is no preset '{name}'; {_suggest(name, preset_names(group))}")
     values = _read_preset(path, ())
     for item in overrides:
-        _override(values, item, name)
+        override(values, item, name)
     return values
 
 
@@ -171,7 +171,8 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _override(values: dict[str, Any], item: str, preset: str) -> None:
+def override(values: dict[str, Any], item: str, preset: str) -> None:
+    """Apply one ``a.b=c`` to the sections of a preset, in place; see :func:`load_preset`."""
     path, separator, text = item.partition("=")
     if not separator or not path:
         raise DigitError(f"--set '{item}' was given; expected the form a.b=c, such as training.steps=1000.")

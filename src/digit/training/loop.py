@@ -28,7 +28,7 @@ from torch import Tensor
 from digit.core.config import to_dict
 from digit.core.environment import hardware
 from digit.core.errors import DigitError
-from digit.core.files import write_bytes
+from digit.core.files import write_bytes, write_json
 from digit.core.progress import bar
 from digit.training import checkpoint
 from digit.training.checkpoint import Checkpoint
@@ -39,6 +39,7 @@ from digit.training.logs import Averages, Log
 from digit.training.speed import Meter
 from digit.training.task import Batch, Loss, Step, Stream, Task
 
+REQUEST = "request.json"
 _VALIDATION, _SAMPLE = 1 << 62, (1 << 62) + 1  # keys of the random state that no step has
 
 
@@ -52,10 +53,8 @@ class Interrupted(DigitError):
 
     def __init__(self, signum: int, step: int, total: int, checkpoint: Path) -> None:
         self.exit_code, self.checkpoint = 128 + signum, checkpoint
-        super().__init__(
-            f"Stopped by {signal.Signals(signum).name} after step {step} of {total}; the checkpoint is {checkpoint}. "
-            "To go on, give the same command again; digit train wants --resume with it."
-        )
+        name = signal.Signals(signum).name
+        super().__init__(f"Stopped by {name} after step {step} of {total}; the checkpoint is {checkpoint}.")
 
 
 def train(
@@ -66,6 +65,8 @@ def train(
     resume: bool = False,
     device: str | None = None,
     show: bool = True,
+    request: object = None,
+    extend: bool = False,
 ) -> Path:
     """Train a component to the end of its run; the folder of the finished component, ``out/model``.
 
@@ -77,6 +78,8 @@ def train(
         resume: go on from the newest checkpoint in ``out``; from the start if there is none yet.
         device: "cpu", "cuda", or None for the best there is.
         show: show a progress bar.
+        request: a config of what the user asked for, kept as ``request.json``; ``digit train --resume`` reads it.
+        extend: the length of the run may change though its learning rates depend on it (schedule "cosine").
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved. Several processes agree on it at log lines.
@@ -84,7 +87,9 @@ def train(
             or jumped; a file cannot be written.
     """
     run = _Run(task, config, Path(out), device)
-    run.begin(resume)
+    run.begin(resume, extend)
+    if request is not None and run.is_main:
+        write_json(run.out / REQUEST, to_dict(request))
     engine = run.engine
     rank = engine.accelerator.process_index
     what = f"Training {task.description.get('component', 'a component')}"
@@ -153,7 +158,7 @@ class _Run:
 
     # -- begin and end
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, extend: bool) -> None:
         """Prepare the folder, or go on from its newest checkpoint."""
         last = checkpoint.latest(self.out)
         if last is not None and not resume:
@@ -162,7 +167,7 @@ class _Run:
                 "or choose another --out."
             )
         if last is not None:
-            self._restore(checkpoint.load(last), last)
+            self._restore(checkpoint.load(last), last, extend)
         if self.is_main:
             checkpoint.remove_unfinished(self.out)
             text = yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True)
@@ -303,8 +308,8 @@ class _Run:
         self.engine.accelerator.wait_for_everyone()
         return checkpoint.path_of(self.out, self.done)
 
-    def _restore(self, saved: Checkpoint, where: Path) -> None:
-        checkpoint.check_same_run(saved.run, self.description, where)
+    def _restore(self, saved: Checkpoint, where: Path, extend: bool) -> None:
+        checkpoint.check_same_run(saved.run, self.description, where, extend)
         if saved.step > self.total:
             raise DigitError(
                 f"{where} is {saved.step} steps into a run that is now asked to take {self.total}; give more steps."
