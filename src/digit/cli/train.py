@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from digit.cli.options import Device
+from digit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Split,
+    Workers,
+    complete_presets,
+    out_option,
+    set_option,
+)
 
 if TYPE_CHECKING:
     from digit.training.build import Request
 
-Workers = Annotated[int, typer.Option(min=0, help="Threads that read and crop images.")]
-Split = Annotated[str, typer.Option(help="Which part of the dataset.")]
-Data = Annotated[
-    str,
-    typer.Option("--data", help="A dataset: a folder made by digit data, a folder of images, tar shards, a Hub id."),
-]
 _NAMES = {
     "psnr": "PSNR (dB)",
     "l1": "mean absolute error",
@@ -40,13 +43,6 @@ _NEXT = {
 }
 
 
-def _presets(begun: str) -> list[str]:
-    """For the shell's completion."""
-    from digit.core.config import preset_names
-
-    return [name for name in preset_names() if name.startswith(begun)]
-
-
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
     app.command(name="fit-codebook")(fit_codebook)
@@ -60,7 +56,7 @@ def fit_codebook(
     ],
     data: Data,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Tokens in the vocabulary, K.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The codebook folder to write.")],
+    out: Annotated[Path, out_option("The codebook folder to write.")],
     split: Split = "train",
     images: Annotated[int | None, typer.Option(min=1, help="Use this many random images; all if left out.")] = None,
     random_crops: Annotated[
@@ -159,7 +155,7 @@ def cache_tokens(
         str, typer.Option("--model", help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")
     ],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The cache folder; one that was begun is finished.")],
+    out: Annotated[Path, out_option("The cache folder; one that was begun is finished.")],
     split: Split = "train",
     flip: Annotated[bool, typer.Option(help="Cache the horizontal flip of the center crop too.")] = True,
     crops: Annotated[
@@ -169,7 +165,7 @@ def cache_tokens(
         Literal["random", "random-resized"], typer.Option(help="random: anywhere. random-resized: of varying size too.")
     ] = "random",
     seed: Annotated[int, typer.Option(min=0, help="Of the random crops.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: BatchSize = 64,
     shard_size: Annotated[
         int, typer.Option(min=1, help="Images per shard; a shard is written whole or not at all.")
     ] = 8192,
@@ -210,11 +206,10 @@ def cache_tokens(
 
 def train(
     component: Annotated[Literal["encoder", "vqgan", "prior", "decoder"], typer.Argument(help="What to train.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The run's folder: config, checkpoints, metrics, and the model.")
-    ],
+    out: Annotated[Path, out_option("The run's folder: config, checkpoints, metrics, and the model.")],
     preset: Annotated[
-        str | None, typer.Option("--preset", "-p", autocompletion=_presets, help="Name of a preset, or a YAML file.")
+        str | None,
+        typer.Option("--preset", "-p", autocompletion=complete_presets, help="Name of a preset, or a YAML file."),
     ] = None,
     data: Annotated[
         str | None,
@@ -222,7 +217,7 @@ def train(
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a field of the preset, such as training.steps=1000; may be repeated."),
+        set_option("Change a field of the preset, such as training.steps=1000"),
     ] = None,
     resume: Annotated[
         bool,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from digit.core.config import config
@@ -20,7 +21,7 @@ from digit.models.transformer import PositiveInt
 _CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
 
 
-def nearest(features: Tensor, centroids: Tensor, half: bool = False) -> Tensor:
+def nearest(features: Float[Tensor, "*B D"], centroids: Float[Tensor, "K D2"], half: bool = False) -> Int[Tensor, "*B"]:
     """The id of the nearest centroid (squared Euclidean distance, the lowest id on ties).
 
     Memory stays near 64 MiB beyond the inputs, whatever the batch and K.
@@ -90,7 +91,7 @@ class Codebook(Component):
 
     @classmethod
     def from_centroids(
-        cls, centroids: Tensor, provenance: dict[str, Any] | None = None, half_precision: bool = False
+        cls, centroids: Float[Tensor, "K D"], provenance: dict[str, Any] | None = None, half_precision: bool = False
     ) -> Codebook:
         """A codebook of given centroids (K, D)."""
         clusters, dim = centroids.shape
@@ -99,11 +100,11 @@ class Codebook(Component):
         book.provenance = provenance or {}
         return book.eval()
 
-    def assign(self, features: Tensor) -> Tensor:
+    def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "*B"]:
         """Features (..., D) to ids (...) int64 in [0, K)."""
         return nearest(features, self.centroids, self.config.half_precision)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup(self, tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
         """Ids (...) to centroids (..., D)."""
         return self.centroids[tokens]
 

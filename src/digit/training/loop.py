@@ -10,7 +10,9 @@ metrics stay where they were computed until the next line is due.
 from __future__ import annotations
 
 import json
+import math
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -28,7 +30,7 @@ from torch import Tensor
 from digit.core.config import to_dict
 from digit.core.environment import hardware
 from digit.core.errors import DigitError
-from digit.core.files import write_bytes, write_json
+from digit.core.files import write_bytes, write_folder, write_json
 from digit.core.progress import bar
 from digit.training import checkpoint
 from digit.training.checkpoint import Checkpoint
@@ -104,13 +106,15 @@ def train(
         workers=config.workers,
     )
     with _caught_signals() as caught, bar(what, run.total - run.done, "steps", show and rank == 0) as progress:
-        for batch in task.batches(stream):
+        for batch in () if run.is_over else task.batches(stream):
             logged = run.step(batch)
             progress.advance(1, f"loss {logged['loss']:.4g}" if "loss" in logged else "")
+            if run.is_over:
+                break
             signum = engine.largest(max(caught, default=0)) if logged or engine.world == 1 else 0
             if signum and run.done < run.total:
                 raise Interrupted(signum, run.done, run.total, run.save())
-    if run.done < run.total:
+    if not run.is_over:
         raise RuntimeError(f"{type(task).__name__}.batches ended after step {run.done} of {run.total}")
     return run.finish()
 
@@ -154,7 +158,17 @@ class _Run:
         self.guard = Guard(out, config.max_spike, self.engine.accelerator.scaler is not None)
         self.meter = Meter(self.engine.networks, self.engine.device, config.precision, self.engine.world)
         self.validated: dict[str, float] = {}
+        self.best: tuple[float, int] = (math.inf, 0)  # the score, and how many validations were not better since
+        if config.patience and not task.score:
+            raise DigitError(
+                "training.patience is for token models, whose validation has one figure to go by; set it to 0."
+            )
         self._since = (0, time.perf_counter())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps were made, or further ones did not help for as long as was allowed."""
+        return self.done >= self.total or 0 < self.config.patience <= self.best[1]
 
     # -- begin and end
 
@@ -181,12 +195,20 @@ class _Run:
         """Save the last checkpoint and the component."""
         self.save()
         folder = self.out / "model"
+        if not self.config.patience:
+            self._export(folder)
+        if self.is_main:
+            if self.config.patience:
+                with write_folder(folder) as aside:
+                    shutil.copytree(self.out / "best", aside, dirs_exist_ok=True)
+            self.log.close()
+        self.engine.accelerator.wait_for_everyone()
+        return folder
+
+    def _export(self, folder: Path) -> None:
         with self.engine.averaged():
             if self.is_main:
                 self.task.export(folder, self._provenance())
-                self.log.close()
-        self.engine.accelerator.wait_for_everyone()
-        return folder
 
     def _provenance(self) -> dict[str, Any]:
         versions = {"digit-ar": metadata.version("digit-ar"), "torch": torch.__version__}
@@ -268,6 +290,14 @@ class _Run:
         with self._evaluating(_VALIDATION):
             found = self.task.validate()
         self.validated = self.engine.mean(found)
+        if self.config.patience:
+            if self.task.score not in self.validated:
+                raise DigitError("training.patience needs held-out images to measure: set data.held_out above 0.")
+            score = self.validated[self.task.score]
+            better = score < self.best[0]
+            self.best = (score, 0) if better else (self.best[0], self.best[1] + 1)
+            if better or not (self.out / "best").exists():
+                self._export(self.out / "best")
         if self.is_main:
             self.log.write(self.done, {f"validation/{name}": value for name, value in self.validated.items()})
 
@@ -299,7 +329,12 @@ class _Run:
         totals = self.engine.mean({name: total for name, (total, _) in sums.items()})
         if self.is_main:
             averages = {name: [totals[name], count] for name, (_, count) in sums.items()}
-            numbers = {"averages": averages, "validated": self.validated, "recent": list(self.guard.recent)}
+            numbers = {
+                "averages": averages,
+                "validated": self.validated,
+                "best": list(self.best),
+                "recent": list(self.guard.recent),
+            }
             scaler = self.engine.accelerator.scaler
             if scaler is not None:
                 numbers["scaler"] = scaler.state_dict()
@@ -323,6 +358,8 @@ class _Run:
             scaler.load_state_dict(saved.numbers["scaler"])
         self.averages = Averages(saved.numbers["averages"], self.engine.device)
         self.validated = saved.numbers["validated"]
+        score, since = saved.numbers.get("best", self.best)
+        self.best = float(score), int(since)
         self.guard.recent.extend(saved.numbers.get("recent", ()))
         self.done = saved.step
 
