@@ -201,6 +201,8 @@ def override(values: dict[str, Any], item: str, preset: str) -> None:
 
 def read_value(text: str) -> Any:
     """What was typed for a field, read as YAML, so ``3e-4``, ``true`` and ``[1, 2]`` mean what they say."""
+    if text.strip() in ("no", "yes", "on", "off"):
+        return text.strip()  # words, such as the precision "no"; YAML 1.1 would make booleans of them
     value = yaml.safe_load(text)
     # YAML 1.1 reads 3e-4 as text, for want of a dot
     if isinstance(value, str):
