@@ -43,8 +43,10 @@ def test_every_packaged_preset_is_yaml_with_its_component():
 def test_overrides_are_yaml_values(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"component": "prior", "training": {"lr": 1.0, "steps": 5}}))
-    values = load_preset(str(path), ["training.lr=3e-4", "training.steps=7", "training.new=[1, 2]"])
-    assert values["training"] == {"lr": 3e-4, "steps": 7, "new": [1, 2]}
+    values = load_preset(
+        str(path), ["training.lr=3e-4", "training.steps=7", "training.new=[1, 2]", "training.precision=no"]
+    )
+    assert values["training"] == {"lr": 3e-4, "steps": 7, "new": [1, 2], "precision": "no"}
 
 
 @pytest.mark.parametrize("item", ["training.lr", "nothing.here=1", "training.lr.deep=1"])

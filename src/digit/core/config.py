@@ -141,7 +141,7 @@ def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> di
             raise DigitError(f"There is no preset '{name}'; {_suggest(name, preset_names(group))}")
     values = _read_preset(path, ())
     for item in overrides:
-        _override(values, item, name)
+        override(values, item, name)
     return values
 
 
@@ -180,7 +180,8 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _override(values: dict[str, Any], item: str, preset: str) -> None:
+def override(values: dict[str, Any], item: str, preset: str) -> None:
+    """Apply one ``a.b=c`` to the sections of a preset, in place; see :func:`load_preset`."""
     path, separator, text = item.partition("=")
     if not separator or not path:
         raise DigitError(f"--set '{item}' was given; expected the form a.b=c, such as training.steps=1000.")
@@ -200,6 +201,8 @@ def _override(values: dict[str, Any], item: str, preset: str) -> None:
 
 def read_value(text: str) -> Any:
     """What was typed for a field, read as YAML, so ``3e-4``, ``true`` and ``[1, 2]`` mean what they say."""
+    if text.strip() in ("no", "yes", "on", "off"):
+        return text.strip()  # words, such as the precision "no"; YAML 1.1 would make booleans of them
     value = yaml.safe_load(text)
     # YAML 1.1 reads 3e-4 as text, for want of a dot
     if isinstance(value, str):

@@ -111,10 +111,18 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: images of another shape.
         """
+        features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
+        return features
+
+    def states(self, images: Tensor) -> list[Tensor]:
+        """The features (B, N, D) after each block up to the chosen one, the last normed as :meth:`forward` gives it."""
+        found = self._run(images, output_hidden_states=True)
+        return [state[:, self.prefix :] for state in (*found.hidden_states[1:-1], found.last_hidden_state)]
+
+    def _run(self, images: Tensor, **options: Any) -> Any:
         check_images(images, self.preprocessing)
         pixels = self.preprocessing(images)  # (B, 3, s, s)
-        states = self.network(pixels.to(next(self.network.parameters()).dtype), **self._call(pixels)).last_hidden_state
-        return states[:, self.prefix :]  # type: ignore[no-any-return]  # (B, N, D)
+        return self.network(pixels.to(next(self.network.parameters()).dtype), **self._call(pixels), **options)
 
     def _call(self, pixels: Tensor) -> dict[str, Any]:
         arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if self.config.family.interpolate else {}

@@ -155,6 +155,8 @@ class TokenTask(Task):
         start: for the run's description, from which weights it begins, if not from random ones.
     """
 
+    score = "nll"
+
     def __init__(
         self,
         model: TokenModel,
