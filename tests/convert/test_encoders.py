@@ -161,7 +161,7 @@ def test_original_file_computes_what_its_authors_published(layout, tmp_path):
         torch.testing.assert_close(encoder(images), expected, atol=2e-5, rtol=1e-4)
     assert encoder.provenance["family"] == family
     assert len(encoder.provenance["sha256"]) == 64
-    assert encoder.config.positions == ("dinov2-offset" if family == "dinov2" and "reg" not in layout else "hub")
+    assert encoder.config.positions == ("dinov2-offset" if family == "dinov2" else "hub")
     encoder.save_pretrained(tmp_path / "ours")
     assert torch.equal(load_encoder(tmp_path / "ours")(images), encoder(images))
 

@@ -41,7 +41,7 @@ def read_centroids(path: str | Path) -> Tensor:
 
 
 def codebook_component(centroids: Tensor, half_precision: bool, file: Path) -> Component:
-    """Centroids (K, D) as a codebook."""
+    """The authors' centroids (K, D) as a codebook."""
     clusters, dim = centroids.shape
-    config = CodebookConfig(clusters=clusters, dim=dim, half_precision=half_precision)
+    config = CodebookConfig(clusters=clusters, dim=dim, half_precision=half_precision, positions="dinov2-offset")
     return Component("Codebook", config, {"centroids": [centroids]}, file=file)

@@ -67,7 +67,6 @@ class EncoderFacts:
     Attributes:
         family: one of :data:`FAMILY_NAMES`.
         dim, depth, heads, patch, registers: of the network.
-        options: fields of an encoder config that follow the family's original code.
         provenance: the same facts, to be kept with the encoder.
     """
 
@@ -77,7 +76,6 @@ class EncoderFacts:
     heads: int
     patch: int
     registers: int
-    options: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
 
@@ -265,9 +263,7 @@ def _convert(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any]
         block = _block(keys.under(f"blocks.{index}."), dim, hidden, dinov2, swiglu, bias)
         parts |= {f"encoder.layer.{index}.{name}": [value] for name, value in block.items()}
     keys.ignore(*(name for name in keys.names() if _IGNORED.match(name)))
-    # DINOv2's own code stretches positions by side + 0.1 without registers, and plainly with antialiasing with them
-    options = {"positions": "dinov2-offset"} if dinov2 and not registers else {}
-    facts = EncoderFacts(family, dim, depth, heads, patch, registers, options)
+    facts = EncoderFacts(family, dim, depth, heads, patch, registers)
     facts.provenance.update(family=family, dim=dim, depth=depth, heads=heads, patch=patch, registers=registers)
     return hf_config, parts, facts
 

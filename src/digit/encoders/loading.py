@@ -13,8 +13,7 @@ from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, plain_config
 from digit.encoders.hub import looks_like_repository, repository_folder
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
-
-Positions = Literal["hub", "dinov2-offset"]
+from digit.models.codebook import Positions
 
 
 def load_encoder(
@@ -31,7 +30,7 @@ def load_encoder(
     """Load a frozen encoder, in float32 and eval mode.
 
     A foreign network takes the paper's choices where nothing is said: ``layer=-3`` with the final norm, images of 256
-    seen at 224. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above
+    seen at 224, and for DINOv2, with registers or without, ``positions="dinov2-offset"``. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above
     ``image_size``. One of our own folders keeps what it was saved with.
 
     Args:
@@ -52,7 +51,6 @@ def load_encoder(
         from digit.convert.encoders import read_encoder_file
 
         hf_config, tensors, facts = read_encoder_file(path, family=family, heads=heads)
-        options = {**facts.options, **options}
         config = _foreign_config(hf_config, None, image_size, resize, options)
         return TransformersEncoder.from_weights(config, tensors, str(path), {"source": path.name, **facts.provenance})
     if not path.is_dir():
@@ -107,6 +105,8 @@ def _foreign_config(
         mean, std = tuple(saved.get("image_mean") or mean), tuple(saved.get("image_std") or std)
     if resize is None:
         resize = _tiled(image_size, hf_config) if image_size else 224
+    if str(hf_config["model_type"]).startswith("dinov2"):
+        options = {"positions": "dinov2-offset", **options}
     preprocessing = Preprocessing(image_size=image_size or 256, resize=resize, mean=mean, std=std)
     return EncoderConfig(hf_config=hf_config, preprocessing=preprocessing, **options)
 
