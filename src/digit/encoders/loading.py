@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from digit.core.errors import DigitError
-from digit.core.files import read_json
+from digit.core.files import read_json, sha256_of
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, plain_config
@@ -30,8 +30,9 @@ def load_encoder(
     """Load a frozen encoder, in float32 and eval mode.
 
     A foreign network takes the paper's choices where nothing is said: ``layer=-3`` with the final norm, images of 256
-    seen at 224, and for DINOv2, with registers or without, ``positions="dinov2-offset"``. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above
-    ``image_size``. One of our own folders keeps what it was saved with.
+    seen at 224, and for DINOv2, with registers or without, ``positions="dinov2-offset"``. With ``image_size`` but no
+    ``resize``, it sees the largest multiple of its patch that is not above ``image_size``. One of our own folders keeps
+    what it was saved with.
 
     Args:
         source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
@@ -48,11 +49,15 @@ def load_encoder(
     options = {name: value for name, value in options.items() if value is not None}
     path = Path(source)
     if path.is_file():
-        from digit.convert.encoders import read_encoder_file
+        from digit.convert.encoders import convert_backbone, read_backbone
 
-        hf_config, tensors, facts = read_encoder_file(path, family=family, heads=heads)
+        keys, guess = read_backbone(path)
+        hf_config, parts, facts = convert_backbone(keys, family or guess, heads)
+        keys.check()
         config = _foreign_config(hf_config, None, image_size, resize, options)
-        return TransformersEncoder.from_weights(config, tensors, str(path), {"source": path.name, **facts.provenance})
+        tensors = {name: pieces[0] for name, pieces in parts.items()}
+        provenance = {"source": path.name, **facts, "sha256": sha256_of(path)}
+        return TransformersEncoder.from_weights(config, tensors, str(path), provenance)
     if not path.is_dir():
         if not looks_like_repository(str(source)):
             raise DigitError(
