@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import shapes
+
+shapes.install()  # before any module of the package is imported
+
 # small models gain nothing from a second thread, and the test runner uses the other cores itself
 torch.set_num_threads(1)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from digit.core.config import config
@@ -23,7 +24,7 @@ Positions = Literal["hub", "dinov2-offset"]
 _CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
 
 
-def nearest(features: Tensor, centroids: Tensor, half: bool = False) -> Tensor:
+def nearest(features: Float[Tensor, "*B D"], centroids: Float[Tensor, "K D2"], half: bool = False) -> Int[Tensor, "*B"]:
     """The id of the nearest centroid (squared Euclidean distance, the lowest id on ties).
 
     Memory stays near 64 MiB beyond the inputs, whatever the batch and K.
@@ -94,7 +95,9 @@ class Codebook(Component):
         self.centroids = nn.Parameter(torch.zeros(config.clusters, config.dim), requires_grad=False)
 
     @classmethod
-    def from_centroids(cls, centroids: Tensor, provenance: dict[str, Any] | None = None, **fields: Any) -> Codebook:
+    def from_centroids(
+        cls, centroids: Float[Tensor, "K D"], provenance: dict[str, Any] | None = None, **fields: Any
+    ) -> Codebook:
         """A codebook of given centroids (K, D); further fields of its config may be given."""
         clusters, dim = centroids.shape
         book = cls(CodebookConfig(clusters=clusters, dim=dim, **fields))
@@ -122,11 +125,11 @@ class Codebook(Component):
                 f"a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions {fitted}"
             )
 
-    def assign(self, features: Tensor) -> Tensor:
+    def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "*B"]:
         """Features (..., D) to ids (...) int64 in [0, K)."""
         return nearest(features, self.centroids, self.config.half_precision)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
+    def lookup(self, tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
         """Ids (...) to centroids (..., D)."""
         return self.centroids[tokens]
 

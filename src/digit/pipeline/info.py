@@ -256,6 +256,9 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
     tree = Tree(
         f"[bold]{escape(index['name'])}[/]  {_size(size)}, {_millions(count)} parameters  [dim]{escape(str(folder))}[/]"
     )
+    if names := index["class_names"]:
+        more = f" ... ({len(names):,})" if len(names) > 20 else ""
+        tree.add(escape(f"classes: {', '.join(names[:20])}{more}"))
     for part in parts:
         _add_part(tree, part)
     if any(part.place == "prior" or part.place.startswith("decoder/") for part in parts):

@@ -12,12 +12,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from digit.core.errors import DigitError
 
 
-def uniforms(seed: int, images: Sequence[int], stage: str, shape: tuple[int, ...]) -> Tensor:
+def uniforms(seed: int, images: Sequence[int], stage: str, shape: tuple[int, ...]) -> Float[Tensor, " B *shape"]:
     """Uniform numbers in [0, 1) for some images of a run.
 
     Args:
