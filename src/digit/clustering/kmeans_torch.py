@@ -145,7 +145,8 @@ def fit_codebook(
         "dead_clusters": clusters - len(share),
         "perplexity": torch.exp(-(share * share.log()).sum()).item(),
     }
-    return Codebook.from_centroids(fit.centroids, {**facts, **(provenance or {})})
+    positions = facts["encoder"].get("positions")
+    return Codebook.from_centroids(fit.centroids, {**facts, **(provenance or {})}, positions=positions)
 
 
 def kmeans(

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from digit.encoders.families import (
     network_config,
     quiet_transformers,
 )
+from digit.models.codebook import Positions
 from digit.models.component import read_component_config
 
 
@@ -37,14 +38,15 @@ class EncoderConfig:
         layer: the block whose output is taken, counted from the end. The paper: -3, the third-last.
         final_norm: apply the norm that follows the last block, as the paper does.
         positions: how learned positions stretch to another grid: "hub" as transformers does for this family;
-            "dinov2-offset" as DINOv2's first code and the DiGIT authors' do, see :func:`offset_positions`.
+            "dinov2-offset" as DINOv2's first code and, with registers too, the DiGIT authors' do: see
+            :func:`offset_positions`. A codebook belongs to one of them.
         preprocessing: from images to what the network sees. The paper: 256 in, 224 seen.
     """
 
     hf_config: dict[str, Any]
     layer: int = -3
     final_norm: bool = True
-    positions: Literal["hub", "dinov2-offset"] = "hub"
+    positions: Positions = "hub"
     preprocessing: Preprocessing = Preprocessing(resize=224)
 
     @property

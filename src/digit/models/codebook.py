@@ -7,7 +7,7 @@ on ties. They compute it in half precision; here it is float32 whatever the mode
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,9 @@ from digit.core.config import config
 from digit.core.errors import DigitError
 from digit.models.component import Component
 from digit.models.transformer import PositiveInt
+
+Positions = Literal["hub", "dinov2-offset"]
+"""How an encoder stretches its table of positions to another grid; see :class:`digit.encoders.EncoderConfig`."""
 
 _CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
 
@@ -67,11 +70,13 @@ class CodebookConfig:
         clusters: K.
         dim: D, the encoder's feature width.
         half_precision: assign in float16, as the authors' runs did; see :func:`nearest`.
+        positions: of the encoder whose features it was fitted on; None if that has no such choice, or nobody wrote it down.
     """
 
     clusters: PositiveInt
     dim: PositiveInt
     half_precision: bool = False
+    positions: Positions | None = None
 
 
 class Codebook(Component):
@@ -91,14 +96,34 @@ class Codebook(Component):
 
     @classmethod
     def from_centroids(
-        cls, centroids: Float[Tensor, "K D"], provenance: dict[str, Any] | None = None, half_precision: bool = False
+        cls, centroids: Float[Tensor, "K D"], provenance: dict[str, Any] | None = None, **fields: Any
     ) -> Codebook:
-        """A codebook of given centroids (K, D)."""
+        """A codebook of given centroids (K, D); further fields of its config may be given."""
         clusters, dim = centroids.shape
-        book = cls(CodebookConfig(clusters=clusters, dim=dim, half_precision=half_precision))
+        book = cls(CodebookConfig(clusters=clusters, dim=dim, **fields))
         book.centroids.data = centroids.float().clone()
         book.provenance = provenance or {}
         return book.eval()
+
+    def check_encoder(self, encoder: Any) -> None:
+        """Refuse an encoder whose features differ from those that the codebook was fitted on, as far as both tell.
+
+        Raises:
+            DigitError: the widths, or the ways to stretch positions, differ.
+        """
+        if encoder.dim != self.config.dim:
+            raise DigitError(
+                f"The parts do not fit: the feature width is {encoder.dim} in the encoder and {self.config.dim} in the "
+                "codebook, which was fitted on another encoder. Fit one with: digit fit-codebook"
+            )
+        given = getattr(getattr(encoder, "config", None), "positions", None)
+        # codebooks of the first edition have it in their provenance alone
+        fitted = self.config.positions or (self.provenance.get("encoder") or {}).get("positions")
+        if given and fitted and given != fitted:
+            raise DigitError(
+                f"The codebook was fitted on features of an encoder with positions '{fitted}', and this encoder has '{given}': "
+                f"a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions {fitted}"
+            )
 
     def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "*B"]:
         """Features (..., D) to ids (...) int64 in [0, K)."""

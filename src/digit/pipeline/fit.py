@@ -22,7 +22,7 @@ def check_fit(pipe: DigitPipeline) -> None:
     prior, vqgan, codebook = pipe.prior, pipe.vqgan, pipe.codebook
     semantic, codes, cells = "the number of semantic tokens K", "the number of VQ codes V", "VQ tokens an image M"
     if pipe.encoder is not None and codebook is not None:
-        agree("the feature width", ("encoder", pipe.encoder.dim), ("codebook", codebook.config.dim))
+        codebook.check_encoder(pipe.encoder)
     if prior is not None and prior.config.prefix_length:
         raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
     if prior is not None:

@@ -46,11 +46,7 @@ class SemanticTokenizer:
     """The semantic tokenizer: a frozen encoder, and a codebook that was fitted on its features."""
 
     def __init__(self, encoder: Encoder, codebook: Codebook) -> None:
-        if encoder.dim != codebook.config.dim:
-            raise DigitError(
-                f"The encoder's features are {encoder.dim} wide and the codebook's centroids {codebook.config.dim}: "
-                "the codebook was fitted on another encoder. Fit one with: digit fit-codebook"
-            )
+        codebook.check_encoder(encoder)
         self.encoder, self.codebook = encoder, codebook
 
     @property
