@@ -108,7 +108,7 @@ def _decode(image: ImageFile.ImageFile, name: object) -> Decoded:
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     else:
         notes += [] if mode == "RGB" else [{"P": "palette", "L": "grey", "1": "black and white"}.get(mode, mode)]
-        rgb = upright.convert("RGB").copy()
+        rgb = upright.convert("RGB")
     rgb.info = {}
     return Decoded(rgb, tuple(notes), format)
 
