@@ -3,21 +3,23 @@
 Run it with that commit's ``src`` on the path: ``PYTHONPATH=OLD/src python make_first_edition.py first_edition``.
 """
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 from digit.config import from_dict
-from digit.encoders.base import Preprocessing
-from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.generation import generate_folder
 from digit.models.onepass import OnePassConfig, OnePassDecoder
-from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.pipeline import DigitPipeline
 from digit.sampling.settings import SamplingSettings
 from digit.tokenizers.codebook import Codebook
 from digit.tokenizers.vqgan import VQGAN, VQGANConfig
+
+from digit.encoders.base import Preprocessing
+from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
+from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.pipeline import DigitPipeline
 
 OUT = Path(sys.argv[1])
 K, V, SIDE = 12, 20, 32
@@ -90,11 +92,11 @@ def killed(self, *args, **kwargs):
 
 
 DigitPipeline.sample_tokens = killed
-try:
-    generate_folder(semantic := DigitPipeline.from_pretrained(OUT / "first"), OUT / "killed", 2, [0, 2], seed=5,
-                    decoder="ar", batch_size=1)  # fmt: skip
-except KeyboardInterrupt:
-    pass
-(OUT / "fingerprint.txt").write_text("".join(f"{n} {DigitPipeline.from_pretrained(OUT / n).fingerprint()}\n" for n in ("first", "baseline", "tokens")))
+with contextlib.suppress(KeyboardInterrupt):
+    saved = DigitPipeline.from_pretrained(OUT / "first")
+    generate_folder(saved, OUT / "killed", 2, [0, 2], seed=5, decoder="ar", batch_size=1)
+names = ("first", "baseline", "tokens")
+lines = [f"{name} {DigitPipeline.from_pretrained(OUT / name).fingerprint()}\n" for name in names]
+(OUT / "fingerprint.txt").write_text("".join(lines))
 for folder in OUT.rglob("__pycache__"):
     shutil.rmtree(folder)

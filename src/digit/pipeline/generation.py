@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ import torch
 from PIL import Image
 
 from digit.core.batching import PROBE, Batcher
-from digit.core.environment import hardware
+from digit.core.config import to_dict
+from digit.core.environment import hardware, versions
 from digit.core.grids import picture_grid
 from digit.core.images import save_png, to_pil
 from digit.core.progress import bar
@@ -21,11 +25,9 @@ from digit.models.component import weights_checksum
 from digit.models.token_model import TokenModel
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.runfolder import RunFolder
-from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
-from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
+from digit.pipeline.tokens import Tokens, save_tokens_file
+from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 from digit.sampling.request import SampleRequest
-
-__all__ = ["generate_folder", "load_tokens_file", "save_tokens_file"]
 
 GRID_IMAGES = 64
 GRID_CLASSES = 16  # as many rows; of more classes the images stay in order
@@ -39,7 +41,7 @@ def generate_folder(
     pipe: DigitPipeline,
     out: str | Path,
     num: int,
-    labels: Sequence[int] | None = None,
+    labels: Sequence[int | str] | None = None,
     seed: int = 0,
     decoder: str | None = None,
     batch_size: int | None = None,
@@ -60,8 +62,8 @@ def generate_folder(
         pipe: the model.
         out: the folder; made if missing.
         num: how many images.
-        labels: classes that the images take in turns, -1 for none; None: every class in turns for a class-conditional
-            model.
+        labels: classes that the images take in turns, by number or name, -1 for none; None: every class in turns for a
+            class-conditional model.
         seed, decoder, settings: see :class:`~digit.sampling.request.SampleRequest`.
         batch_size: how many at a time, by default as many as memory holds; does not change the images.
         save_tokens: also write the semantic and VQ tokens.
@@ -71,27 +73,27 @@ def generate_folder(
         overwrite: begin anew where the folder holds another run.
 
     Returns:
-        What ``generation.json`` holds: settings, seconds, images/s and the checksum of all tokens; "finished" is False
-        when other processes are still at work.
+        What ``generation.json`` holds: what was asked for, the effective settings of every stage ("stages"), the
+        command, date, versions, machine and engine, seconds, images/s, and the checksum of all tokens; "finished" is
+        False when other processes are still at work.
 
     Raises:
         DigitError: the folder holds images of another run; or see
             :meth:`~digit.sampling.request.SampleRequest.validate`.
     """
-    if labels is None and pipe.num_classes:
-        labels = range(pipe.num_classes)
-    labels = None if labels is None else list(labels)
-    request = SampleRequest.of_run(num, labels, seed, decoder, settings).validate(pipe)
+    numbers = list(range(pipe.num_classes)) or None if labels is None else pipe.class_numbers(labels)
+    request = SampleRequest.of_run(num, numbers, seed, decoder, settings).validate(pipe)
     sampled_by = {place: part for place, part in pipe.components.items() if place not in ("encoder", "codebook")}
     identity = {
         "model": pipe.name,
         "weights": {place: weights_checksum(part)[:16] for place, part in sampled_by.items()},
         "num": len(request),
-        "labels": labels,
+        "labels": numbers,
         "seed": seed,
         "decoder": request.decoder,
         "settings": dict(request.settings),
-        "dtype": str(next(pipe.part("prior").parameters()).dtype).removeprefix("torch."),
+        "stages": {stage: to_dict(params) for stage, params in request.params.items()},
+        "dtype": str(pipe.dtype).removeprefix("torch."),
         "quantize": quantize,
     }
     run = RunFolder(out, identity, overwrite)
@@ -103,6 +105,9 @@ def generate_folder(
         size = work.make(batch_size, writers)
     seconds = time.perf_counter() - started
     results = {
+        "command": _command(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
         "batch_size": size,
         "device": str(pipe.device),
         "threads": torch.get_num_threads(),
@@ -110,7 +115,7 @@ def generate_folder(
         "processes": run.processes,
         "made": work.made,
         "seconds": round(seconds, 3),
-        "engine": ", ".join(dict.fromkeys(filter(None, map(engine, work.models)))),
+        "engine": ", ".join(dict.fromkeys(filter(None, map(engine_name, work.models)))),
         "compile_seconds": round(sum(compile_seconds(m) for m in work.models), 3),
         "images_per_second": round(work.made / seconds, 3),
     }
@@ -121,6 +126,12 @@ def generate_folder(
     if save_tokens:
         save_tokens_file(run.path / "tokens.npz", tokens)
     return run.finish({**results, "tokens_sha256": tokens.sha256()})
+
+
+def _command() -> str:
+    """What was typed."""
+    program, *words = sys.argv
+    return shlex.join(["digit" if Path(program).name == "__main__.py" else Path(program).name, *words])
 
 
 class _Work:
@@ -173,12 +184,11 @@ def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
 
     On a GPU the VQGAN computes in the number format of the prior; its weights stay in float32.
     """
-    dtype = next(pipe.part("prior").parameters()).dtype
-    narrow = pipe.device.type == "cuda" and dtype != torch.float32
+    narrow = pipe.device.type == "cuda" and pipe.dtype != torch.float32
     parts = []
     for start in range(0, len(tokens), DECODED_AT_ONCE):
         rows = torch.arange(start, start + DECODED_AT_ONCE).clamp(max=len(tokens) - 1)
-        with torch.autocast(pipe.device.type, dtype, enabled=narrow):
+        with torch.autocast(pipe.device.type, pipe.dtype, enabled=narrow):
             parts.append(pipe.to_pixels(tokens.take(rows))[: len(tokens) - start])
     return torch.cat(parts)
 
