@@ -13,11 +13,11 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from beartype import beartype
-from jaxtyping import jaxtyped
+from jaxtyping import AbstractArray, jaxtyped
 
 ROOMS = ("digit.models", "digit.sampling", "digit.encoders", "digit.clustering")
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from digit.core.environment import hardware, versions
 from digit.core.files import read_json, write_json
-from digit.pipeline.hub import packaged_models
+from digit.core.hub import packaged_models
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -152,7 +152,8 @@ class Study:
 
     def _judge(self) -> tuple[str, str]:
         """Settings of the perceptual loss: the plain encoder's features, for the other's are alike whether a picture is
-        sharp."""
+        sharp.
+        """
         encoder = self.out / f"encoder-{PLAIN}" / "model"
         return "objective.perceptual=encoder", f"objective.perceptual_encoder={encoder}"
 
@@ -254,7 +255,8 @@ class Study:
 
     def _baselines(self) -> Iterator[Step]:
         """Stability of tokens of encoders that nobody taught to tell pictures apart: random weights, and a masked
-        autoencoder."""
+        autoencoder.
+        """
         group = "baselines"
         for name, (preset, changes) in BASELINES.items():
             yield self._train(group, f"encoder-{name}", "encoder", preset, self.data, *changes)
@@ -263,7 +265,8 @@ class Study:
 
     def _ceiling(self) -> Iterator[Step]:
         """What better training of the VQGAN's decoder alone gives: what its tokens leave open limits every picture made
-        of them."""
+        of them.
+        """
         group = "ceiling"
         changes = (*self._judge(), *SHARPER)
         sharper = self._train(group, "vqgan-sharper", "vqgan", "cifar10-vqgan", self.data, *changes)
@@ -273,7 +276,8 @@ class Study:
 
     def _sizes(self) -> Iterator[Step]:
         """Priors of fewer blocks, of both kinds; a VQ prior about as large as semantic prior and decoder together, and
-        one with classes."""
+        one with classes.
+        """
         group, base = "sizes", f"models/tokenizers-{K}"
         for name, depth in SHALLOW.items():
             model = f"cond-{name}"
@@ -398,7 +402,8 @@ def run(step: Step, out: Path, extra: list[str], processes: int) -> None:
 
 def restore(out: Path) -> None:
     """Begin where the packaged model was made: its parts, rounded to float16 as they are stored, with the records of
-    their training."""
+    their training.
+    """
     parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "prior": "prior-cond-quarter"}
     for part, name in (parts | {f"decoder/{kind}": kind for kind in ("ar", "onepass")}).items():
         if not (out / name).exists():

@@ -81,7 +81,7 @@ def test_assemble_joins_saved_parts(model, tmp_path, monkeypatch, capsys):
         (["generate", "MODEL", "--labels", "cow"], "'cow' is neither a number nor a class of this model; its classes: cat, dog"),
         (["generate", "MODEL", "--top-p", "1.7"], "'top_p' = 1.7: Input should be less than or equal to 1"),
         (["generate", "MODEL", "--decoder", "onestep"], "has no decoder 'onestep'"),
-        (["generate", "MODEL", "--dtype", "fp8"], "expected one of fp32, bf16, fp16"),
+        (["generate", "MODEL", "--dtype", "fp8"], "expected one of: float32, bfloat16, float16, fp32, bf16, fp16"),
         (["generate", "MODEL", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["tokenize", "MODEL", "TMP/text.png"], "text.png is not an image"),
         (["tokenize", "MODEL", "TMP/missing.png"], "There is no image file"),

@@ -91,6 +91,17 @@ def test_size_makes_them_uniform(odd, tmp_path):
     assert dataset.arrays()[0].shape == (9, 16, 16, 3)
 
 
+def test_the_filter_is_used_and_said(odd, tmp_path):
+    for filter in ("bicubic", "bilinear"):
+        import_folder(odd, tmp_path / filter, size=16, filter=filter)
+        stored = {open_dataset(tmp_path / filter)[i].key: open_dataset(tmp_path / filter)[i].image for i in range(8)}
+        expected = _noise(60, 40).resize((24, 16), Image.Resampling[filter.upper()]).crop((4, 0, 20, 16))
+        assert np.array_equal(stored["cats/plain"], expected) or np.array_equal(stored["cats/plain-2"], expected)
+        assert json.loads((tmp_path / filter / "dataset.json").read_text())["filter"] == filter
+    with pytest.raises(DigitError, match="filter 'nearest' was given; expected one of bicubic, bilinear, lanczos, box"):
+        import_folder(odd, tmp_path / "none", size=16, filter="nearest")
+
+
 def test_flat_folder_and_splits(tmp_path):
     (tmp_path / "flat").mkdir()
     for i in range(3):

@@ -12,10 +12,12 @@ from digit.cli.options import (
     Device,
     Dtype,
     Images,
+    Labels,
     Out,
     RequiredModel,
     Seed,
     load,
+    num_option,
     parse_labels,
     read_images,
     with_settings,
@@ -36,13 +38,11 @@ def edit(
         float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")
     ] = None,
     out: Out = Path("edited"),
-    num: Annotated[int, typer.Option("--num", "-n", min=1, help="Results for each image.")] = 4,
-    labels: Annotated[
-        str | None, typer.Option(help="The class of each image by number or name, or one for all.")
-    ] = None,
+    num: Annotated[int, num_option("Results for each image.")] = 4,
+    labels: Labels = None,
     seed: Seed = 0,
     decoder: Decoder = None,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "float32",
     device: Device = None,
     **settings: Any,
 ) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from digit.cli.options import Backend, BatchSize, Decoder, Device, Weights, num_option, out_option, set_option
 from digit.core.files import write_json
 
 if TYPE_CHECKING:
@@ -16,10 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Measure generated images, tokens and models.")
 
-Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
-Backend = Annotated[str, typer.Option(help="What runs the network: auto, torch or onnx.")]
-Device = Annotated[str, typer.Option(help="Where torch runs, such as cpu or cuda.")]
-Out = Annotated[Path | None, typer.Option(help="Write the whole result here as JSON.")]
+Out = Annotated[Path | None, out_option("Write the whole result here as JSON.")]
 
 
 @app.command()
@@ -36,19 +33,15 @@ def fidelity(
     kid: Annotated[bool, typer.Option("--kid", help="Kernel Inception Distance.")] = False,
     prc: Annotated[bool, typer.Option("--prc", help="Precision and recall.")] = False,
     isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
-    num: Annotated[
-        int | None, typer.Option(min=2, help="Take at most so many images; a model generates as many.")
-    ] = None,
+    num: Annotated[int | None, num_option("Take at most so many images; a model generates as many.", 2)] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of a model's generation.")] = 0,
-    decoder: Annotated[str | None, typer.Option(help="A model's decoder: ar, masked.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A model's sampling setting, such as top_k=200.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step; the values do not depend on it.")] = 64,
+    decoder: Decoder = None,
+    settings: Annotated[list[str] | None, set_option("A model's sampling setting, such as top_k=200")] = None,
+    batch_size: BatchSize = 64,
     kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
     weights: Weights = "auto",
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = None,
     out: Out = None,
 ) -> None:
     """Compare images with a reference: FID, KID, precision and recall, Inception Score.
@@ -57,11 +50,12 @@ def fidelity(
 
       digit evaluate fidelity cifar10 --num 10000 --reference data/cifar10 --set top_k=50
     """
+    from digit.core.devices import pick_device
     from digit.evaluation.metrics.features import is_statistics
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.result import describe_model
+    from digit.pipeline.card import describe_model
 
     wanted = {"fid": fid and reference is not None, "kid": kid, "prc": prc, "isc": isc}
     options = FidelityOptions(
@@ -72,7 +66,7 @@ def fidelity(
     result = measure_fidelity(
         run.batches() if run else source,
         reference,
-        extractor=None if saved else open_extractor(weights, backend, device),
+        extractor=None if saved else open_extractor(weights, backend, str(pick_device(device))),
         options=options,
         source_name=run.pipe.name if run else None,
         source_split=split,
@@ -83,7 +77,7 @@ def fidelity(
         result = replace(result, model=describe_model(run.pipe), sampling=run.describe())
     result.show()
     if out is not None:
-        Console().print(f"Written to {write_json(out, result.to_dict())}", highlight=False, markup=False)
+        typer.echo(f"Written to {write_json(out, result.to_dict())}")
 
 
 def _sampling_run(
@@ -93,11 +87,11 @@ def _sampling_run(
     decoder: str | None,
     settings: list[str] | None,
     batch_size: int,
-    device: str,
+    device: str | None,
 ) -> SamplingRun | None:
     """A run of generation where the source is a model: a folder, or the name of a packaged one."""
     from digit.core.errors import DigitError
-    from digit.pipeline.hub import INDEX, packaged_models
+    from digit.core.hub import INDEX, packaged_models
 
     if not (Path(source) / INDEX).is_file() and source not in packaged_models():
         if decoder or settings:
@@ -117,26 +111,30 @@ def _sampling_run(
 @app.command()
 def statistics(
     images: Annotated[str, typer.Argument(help="A folder of images, tar shards or a data set.")],
-    out: Annotated[Path, typer.Option(help="The .npz to write.")],
+    out: Annotated[Path, out_option("The .npz to write.")],
     split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
-    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many images.")] = None,
+    num: Annotated[int | None, num_option("Take at most so many images.", 2)] = None,
     features: Annotated[
         bool, typer.Option("--features", help="Keep every image's features, which KID and --prc need: 8 KB an image.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    batch_size: BatchSize = 64,
     weights: Weights = "auto",
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Make a reference: the Inception statistics of real images, as a file for --reference.
 
     Example:  digit evaluate statistics data/cifar10 --split train --num 10000 --features --out real.npz
     """
+    from digit.core.devices import pick_device
     from digit.evaluation.metrics.features import measure
     from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.metrics.statistics import save_statistics
 
-    extractor, metrics = open_extractor(weights, backend, device), ("fid", *(["kid"] if features else []))
+    extractor, metrics = (
+        open_extractor(weights, backend, str(pick_device(device))),
+        ("fid", *(["kid"] if features else [])),
+    )
     found = measure(images, extractor, metrics, batch_size=batch_size, split=split, total=num)
     save_statistics(out, found.statistics, found.features)
-    Console().print(f"Statistics of {found.statistics.n:,} images written to {out}", highlight=False)
+    typer.echo(f"Statistics of {found.statistics.n:,} images written to {out}")

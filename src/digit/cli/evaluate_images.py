@@ -8,23 +8,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from digit.cli.evaluate import Backend, Weights
-from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers
-from digit.cli.options import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
+from digit.cli.evaluate_model import numbers
+from digit.cli.options import (
+    Backend,
+    BatchSize,
+    Data,
+    Decoder,
+    Device,
+    Labels,
+    Num,
+    Out,
+    RequiredModel,
+    Seed,
+    Split,
+    Variant,
+    Weights,
+    load,
+    num_option,
+    parse_labels,
+    set_option,
+)
 
 if TYPE_CHECKING:
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.studies.sweep import Reference
 
-Split = Annotated[str, typer.Option(help="Split of the images.")]
 Metrics = Annotated[
     str, typer.Option(help="Any of fid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
 ]
-Images = Annotated[int, typer.Option("--num", "-n", min=2, help="Images a point.")]
+Images = Annotated[int, num_option("Images per point.", 2)]
 RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
-Fixed = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of sampling, such as top_k=200; may be repeated.")
-]
+Fixed = Annotated[list[str] | None, set_option("A setting of sampling, such as top_k=200")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -131,7 +145,7 @@ def sweep(
     fixed: Fixed = None,
     metrics: Metrics = "fid,isc,prc",
     reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Classes; all in turns if left out.")] = None,
+    labels: Labels = None,
     decoder: Decoder = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,

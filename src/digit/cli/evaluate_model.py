@@ -7,24 +7,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from digit.cli.options import Device, RequiredModel, Seed, Variant, load
+from digit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Num,
+    Out,
+    RequiredModel,
+    Seed,
+    Split,
+    Variant,
+    Weights,
+    load,
+    num_option,
+    set_option,
+)
 
 if TYPE_CHECKING:
     from digit.data.dataset import ImageDataset
-    from digit.evaluation.result import Record
-
-Data = Annotated[
-    str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
-]
-Split = Annotated[str, typer.Option(help="Split of the images.")]
-Num = Annotated[
-    int | None, typer.Option("--num", "-n", min=2, help="How many images, spread over the set; all if left out.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for result.json, plots and tables.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the values.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -48,22 +49,6 @@ def numbers(text: str, option: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise DigitError(f"{option} {text} was given; expected numbers separated by commas, such as 0.5,1.") from error
-
-
-def show(record: Record, columns: Sequence[str], rows: Sequence[Sequence[str]], out: Path) -> None:
-    """Print a table, the notes, and where everything is."""
-    table = Table(title=record.title, title_justify="left")
-    for index, column in enumerate(columns):
-        words = any(row[index][:1].isalpha() for row in rows)
-        table.add_column(column, justify="left" if words else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console()
-    console.print(table)
-    for note in record.notes:
-        console.print(f"Note: {note}", highlight=False, markup=False)
-    files = ", ".join(["result.json", *record.plots])
-    console.print(f"Written to {out}: {files} ({record.seconds:.0f} s)", highlight=False, markup=False)
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -219,14 +204,10 @@ def ablation(
     holdout: Annotated[
         float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")
     ] = 0.0,
-    num: Annotated[
-        int | None, typer.Option("--num", "-n", min=2, help="How many images prior and decoder learn; all if left out.")
-    ] = None,
+    num: Annotated[int | None, num_option("How many images prior and decoder learn; all if left out.", 2)] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", help="Change a field of the ablation, such as base.prior_set=[training.steps=50]; may be repeated."
-        ),
+        set_option("Change a field of the ablation, such as base.prior_set=[training.steps=50]"),
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="Some of nll (held-out loss), probe, fid; comma separated.")
@@ -234,9 +215,7 @@ def ablation(
     reference: Annotated[
         str | None, typer.Option(help="For FID: images or their .npz; the training images if left out.")
     ] = None,
-    weights: Annotated[
-        str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")
-    ] = "auto",
+    weights: Weights = "auto",
     out: Out = Path("ablation"),
     device: Device = None,
 ) -> None:

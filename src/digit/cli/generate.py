@@ -13,12 +13,15 @@ from digit.cli.options import (
     Device,
     Dtype,
     Images,
+    Labels,
     Model,
     Out,
     RequiredModel,
     Seed,
     Variant,
     load,
+    num_option,
+    out_option,
     parse_labels,
     read_images,
     with_settings,
@@ -38,14 +41,11 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     model: Model = None,
     out: Out = Path("generated"),
-    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many images.")] = 64,
-    labels: Annotated[
-        str | None,
-        typer.Option(help='Classes by number or name, comma separated, taken in turns; or "none". Default: all.'),
-    ] = None,
+    num: Annotated[int, num_option("How many images.")] = 64,
+    labels: Labels = None,
     seed: Seed = 0,
     decoder: Decoder = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; does not change them.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; does not change the results.")] = None,
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
     compile: Annotated[
         bool | None,
@@ -59,7 +59,7 @@ def generate(
         str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "float32",
     device: Device = None,
     variant: Variant = None,
     **settings: Any,
@@ -97,7 +97,7 @@ def generate(
 def tokenize(
     model: RequiredModel,
     images: Images,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")] = Path("tokens.npz"),
+    out: Annotated[Path, out_option("The .npz file to write.")] = Path("tokens.npz"),
     device: Device = None,
 ) -> None:
     """Turn images into tokens: semantic (B, N) and, where the model has a VQGAN, vq (B, M), in one .npz file.

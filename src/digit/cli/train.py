@@ -9,14 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from digit.cli.options import Device
-
-Workers = Annotated[int, typer.Option(min=0, help="Threads that read and cut images.")]
-Split = Annotated[str, typer.Option(help="Which part of the dataset.")]
-Data = Annotated[
-    str,
-    typer.Option("--data", help="A dataset: a folder made by digit data, a folder of images, tar shards, a Hub id."),
-]
+from digit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Split,
+    Workers,
+    complete_presets,
+    out_option,
+    set_option,
+)
 
 
 class Component(str, Enum):
@@ -57,13 +59,6 @@ class Crop(str, Enum):
     random_resized = "random-resized"
 
 
-def _presets(begun: str) -> list[str]:
-    """For the shell's completion."""
-    from digit.core.config import preset_names
-
-    return [name for name in preset_names() if name.startswith(begun)]
-
-
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
     app.command(name="fit-codebook")(fit_codebook)
@@ -77,7 +72,7 @@ def fit_codebook(
     ],
     data: Data,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Tokens in the vocabulary, K.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The codebook folder to write.")],
+    out: Annotated[Path, out_option("The codebook folder to write.")],
     split: Split = "train",
     images: Annotated[int | None, typer.Option(min=1, help="Use this many random images; all if left out.")] = None,
     random_crops: Annotated[
@@ -167,7 +162,7 @@ def cache_tokens(
         str, typer.Option("--model", help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")
     ],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The cache folder; one that was begun is finished.")],
+    out: Annotated[Path, out_option("The cache folder; one that was begun is finished.")],
     split: Split = "train",
     flip: Annotated[bool, typer.Option(help="Cache the mirror image of the middle too.")] = True,
     crops: Annotated[
@@ -175,7 +170,7 @@ def cache_tokens(
     ] = 0,
     crop: Annotated[Crop, typer.Option(help="random: anywhere. random-resized: of varying size too.")] = Crop.random,
     seed: Annotated[int, typer.Option(min=0, help="Of the random cuts.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    batch_size: BatchSize = 64,
     shard_size: Annotated[
         int, typer.Option(min=1, help="Images a shard; a shard is written whole or not at all.")
     ] = 8192,
@@ -217,17 +212,15 @@ def cache_tokens(
 def train(
     component: Annotated[Component, typer.Argument(help="What to train.")],
     preset: Annotated[
-        str, typer.Option("--preset", "-p", autocompletion=_presets, help="Name of a preset, or a YAML file.")
+        str, typer.Option("--preset", "-p", autocompletion=complete_presets, help="Name of a preset, or a YAML file.")
     ],
     data: Annotated[
         str, typer.Option("--data", help="Encoder, VQGAN, one-pass decoder: a dataset. Others: a token cache.")
     ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The run's folder: config, checkpoints, metrics, and the model.")
-    ],
+    out: Annotated[Path, out_option("The run's folder: config, checkpoints, metrics, and the model.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a field of the preset, such as training.steps=1000; may be repeated."),
+        set_option("Change a field of the preset, such as training.steps=1000"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
     model: Annotated[

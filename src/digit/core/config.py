@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -107,6 +109,13 @@ def to_dict(value: Any) -> dict[str, Any]:
 def preset_names(group: str = "") -> list[str]:
     """The names of the packaged presets, sorted: of trainings, or of the group "ablations"."""
     return sorted(path.stem for path in (_PRESETS / group).glob("*.yaml"))
+
+
+def preset_summary(name: str, group: str = "") -> str:
+    """What a packaged preset is: the first sentence of the comment at its top."""
+    lines = (_PRESETS / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("# ") and not line.startswith("#  "), lines)
+    return re.split(r"(?<=\.)\s", " ".join(line[2:] for line in comment))[0]
 
 
 def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> dict[str, Any]:

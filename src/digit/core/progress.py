@@ -24,6 +24,12 @@ _lock = threading.Lock()
 _live: list[Progress] = []  # the display on the terminal, while there is one; bars inside bars share it
 
 
+def console(stderr: bool = False) -> Console:
+    """Where commands print. Where nobody watches (a pipe, a file), lines and tables are neither wrapped nor cut."""
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=None if terminal else 10_000)
+
+
 class Bar(Protocol):
     """What :func:`bar` hands out."""
 
@@ -138,7 +144,7 @@ def _display() -> Iterator[Progress]:
         TimeRemainingColumn(compact=True),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=console(stderr=True)) as progress:
         _live.append(progress)
         try:
             yield progress

@@ -1,4 +1,4 @@
-"""One door for every encoder: our folder, a `transformers` folder, an original checkpoint file, or a hub id."""
+"""One door for every encoder: our folder, a `transformers` folder, an original checkpoint file, or a Hub id."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 from digit.core.errors import DigitError
 from digit.core.files import read_json
+from digit.core.hub import repository_id
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, plain_config
-from digit.encoders.hub import looks_like_repository, repository_folder
+from digit.encoders.hub import repository_folder
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
 
 Positions = Literal["hub", "dinov2-offset"]
@@ -36,7 +37,7 @@ def load_encoder(
 
     Args:
         source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
-            MAE, MoCo v3), or a hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
+            MAE, MoCo v3), or a Hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
         layer, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
         image_size, resize: see :class:`~digit.encoders.base.Preprocessing`.
         family: of an original checkpoint file, where its tensors do not tell; see :mod:`digit.convert.encoders`.
@@ -56,11 +57,7 @@ def load_encoder(
         config = _foreign_config(hf_config, None, image_size, resize, options)
         return TransformersEncoder.from_weights(config, tensors, str(path), {"source": path.name, **facts.provenance})
     if not path.is_dir():
-        if not looks_like_repository(str(source)):
-            raise DigitError(
-                f"There is no encoder '{source}': no such file or folder, and it is not a hub id (owner/name)."
-            )
-        path = repository_folder(str(source), fallback="pytorch_model*.bin")
+        path = repository_folder(repository_id(str(source), "encoder"), fallback="pytorch_model*.bin")
     return _load_folder(path, str(source), options, image_size, resize)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from digit.core.config import NonNegativeInt, PositiveInt, Probability, config
 from digit.core.errors import DigitError
 from digit.models.component import Component
-from digit.models.transformer import KVCache, Transformer, TransformerConfig, init_weights
+from digit.models.transformer import KVCache, Transformer, TransformerConfig, init_as_fairseq, init_weights
 
 NO_LABEL = -1
 """In a tensor of labels: no class, the learned start vector."""
@@ -56,6 +56,9 @@ class TokenModelConfig:
         embedding_scale: token, start and class vectors are multiplied by it (the paper's code: sqrt(dim)); positions
             are not.
         label_smoothing: of the training loss.
+        init: how random weights are drawn. "normal", the default, is GPT-2's: std 0.02, tables that are scaled
+            1 / sqrt(dim); all packaged models began so. "authors" is fairseq's, for runs to be compared with the paper's:
+            std 1 / sqrt(dim) for every table and the head, see :func:`~digit.models.transformer.init_as_fairseq`.
     """
 
     role: Literal["prior", "ar", "masked"]
@@ -67,6 +70,7 @@ class TokenModelConfig:
     class_dropout: Probability = 0.1
     embedding_scale: float = 1.0
     label_smoothing: Probability = 0.0
+    init: Literal["normal", "authors"] = "normal"
     transformer: TransformerConfig
 
     def __post_init__(self) -> None:
@@ -115,15 +119,29 @@ class TokenModel(Component):
         self.prefix_position_embedding = nn.Embedding(config.prefix_length, dim) if config.prefix_length else None
         self.transformer = Transformer(config.transformer)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
-        # tables that are multiplied by embedding_scale start smaller, so that a position counts as much as a token
-        init_weights(self)
-        for name in ("start", "mask_vector"):
-            if getattr(self, name) is not None:
-                nn.init.normal_(getattr(self, name), std=0.02)
-        if config.embedding_scale != 1.0:
-            for table in (self.token_embedding, self.class_embedding, self.prefix_embedding):
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        tokens = (self.token_embedding, self.class_embedding, self.prefix_embedding)
+        vectors = (self.start, self.mask_vector)
+        if self.config.init == "authors":
+            init_as_fairseq(self.transformer)
+            positions = (self.position_embedding, self.prefix_position_embedding)
+            std = self.config.transformer.dim**-0.5
+            drawn = [*vectors, *(table.weight for table in (*tokens, *positions, self.head) if table is not None)]
+        else:
+            init_weights(self)
+            std, drawn = 0.02, [*vectors]
+        for weight in drawn:
+            if weight is not None:
+                nn.init.normal_(weight, std=std)
+        # With embedding_scale sqrt(dim) a token's vector enters with std 1 and its position, which is not multiplied,
+        # with std 0.02 (fairseq: 1 / sqrt(dim)): tokens outweigh positions until training says otherwise. With
+        # embedding_scale 1 both have 0.02.
+        if self.config.init == "normal" and self.config.embedding_scale != 1.0:
+            for table in tokens:
                 if table is not None:
-                    nn.init.normal_(table.weight, std=dim**-0.5)
+                    nn.init.normal_(table.weight, std=self.config.transformer.dim**-0.5)
 
     def embed_start(self, labels: Labels, batch: int) -> Float[Tensor, "B 1 D"]:
         """The vectors at the start position, without their position: the class, or the start vector."""

@@ -210,3 +210,17 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
+
+
+def init_as_fairseq(transformer: Transformer) -> None:
+    """Initialise blocks as the paper's code does (fairseq 0.12.2 at DAMO-NLP-SG/DiGIT cd6d8ca).
+
+    Queries, keys and values: uniform, Xavier with gain 1 / sqrt(2), that is up to sqrt(1.5 / D). The output projection:
+    uniform up to sqrt(3 / D), without bias at first. Feed-forward layers, and the biases of queries, keys and values:
+    PyTorch's default, uniform up to 1 / sqrt(inputs).
+    """
+    for part in transformer.modules():  # as constructed: what is not named here has PyTorch's default already
+        if isinstance(part, Attention):
+            nn.init.xavier_uniform_(part.qkv.weight)  # (3 D, D): the bound is sqrt(6 / 4 D), as said above
+            nn.init.xavier_uniform_(part.out.weight)
+            nn.init.zeros_(part.out.bias)

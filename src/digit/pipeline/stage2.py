@@ -126,7 +126,7 @@ class PixelDecoder(TokenDecoder):
         first: Tensor,
         request: SampleRequest,
         callback: Callback | None = None,
-        kept: Kept | None = None,  # noqa: ARG002
+        kept: Kept | None = None,
     ) -> Tokens:
         """The noise of each image; its standard deviation is the decoder's temperature.
 

@@ -27,9 +27,9 @@ from digit.evaluation.metrics.noise import perturb_tokens
 from digit.evaluation.metrics.reconstruction import Pair, Reconstructed, reconstruction
 from digit.evaluation.metrics.stability import SPACES, token_spaces
 from digit.evaluation.model_source import as_uint8, describe_data, image_batches, pipe_size, pixels_of
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import COLORS, Result, Rows, legend, panels, shown
 from digit.models.lpips import Lpips
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline, Tokens
 
 Numbers = Sequence[int]

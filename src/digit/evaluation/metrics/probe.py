@@ -30,10 +30,10 @@ from digit.data.dataset import ImageDataset
 from digit.data.sampling import Batches, OrderedSampler
 from digit.evaluation import paper
 from digit.evaluation.model_source import describe_data, pipe_size, prior_tokens
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
 from digit.models.probe import LinearProbe, LinearProbeConfig, mean_states
 from digit.models.transformer import PositiveInt, Probability
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.neighbours import neighbour_accuracy
 

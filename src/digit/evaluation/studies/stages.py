@@ -23,11 +23,11 @@ from digit.data.dataset import ImageDataset
 from digit.data.sampling import Batches, OrderedSampler
 from digit.data.token_cache import Views, build_token_cache
 from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, score_features
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import COLORS, OURS, PAPER, legend, panels
 from digit.models.codebook import Codebook
 from digit.models.token_model import TokenModel
 from digit.pipeline.assembly import part_folder
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.build import build_task
 from digit.training.loop import train
