@@ -14,7 +14,8 @@ from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.models.component import save_component
 from digit.pipeline.assembly import assemble
-from digit.pipeline.generation import generate_folder, load_tokens_file
+from digit.pipeline.generation import generate_folder
+from digit.pipeline.tokens import load_tokens_file
 from digit.sampling import SamplingParams
 
 

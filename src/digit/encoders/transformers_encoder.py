@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.core.config import config, to_dict
+from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_folder, write_json
 from digit.encoders.base import Preprocessing
@@ -26,7 +26,7 @@ from digit.encoders.families import (
     quiet_transformers,
 )
 from digit.models.codebook import Positions
-from digit.models.component import read_component_config
+from digit.models.component import read_component
 
 
 @config
@@ -66,6 +66,14 @@ class EncoderConfig:
                 f"layer={self.layer} was given; this network has {depth} blocks: -{depth} (first) to -1 (last)."
             )
         return network_config(self.hf_config, blocks=depth + self.layer + 1)
+
+    def describe(self) -> str:
+        """Its shape in a line."""
+        hf, norm = self.hf_config, " with the final norm" if self.final_norm else ""
+        return (
+            f"{hf.get('model_type')}, {hf.get('num_hidden_layers')} blocks of width {hf.get('hidden_size')}, "
+            f"patch {hf.get('patch_size')}; layer {self.layer}{norm}; {self.preprocessing.describe()}"
+        )
 
 
 class TransformersEncoder(nn.Module):
@@ -158,8 +166,9 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: files are missing or damaged, or do not fit; the message names them.
         """
-        saved, provenance = read_component_config(folder, EncoderConfig)
-        return cls.from_weights(dataclasses.replace(saved, **changes), Path(folder), str(folder), provenance)
+        values = read_component(folder)
+        saved = from_dict(EncoderConfig, values["config"], str(Path(folder) / "config.json"))
+        return cls.from_weights(dataclasses.replace(saved, **changes), Path(folder), str(folder), values["provenance"])
 
     @classmethod
     def from_weights(

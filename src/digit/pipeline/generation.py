@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,8 @@ import torch
 from PIL import Image
 
 from digit.core.batching import PROBE, Batcher
-from digit.core.environment import hardware
+from digit.core.config import to_dict
+from digit.core.environment import hardware, versions
 from digit.core.errors import DigitError
 from digit.core.grids import picture_grid
 from digit.core.images import save_png, to_pil
@@ -24,12 +28,10 @@ from digit.models.token_model import TokenModel
 from digit.pipeline.image_array import write_image_array
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.runfolder import RunFolder
-from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
-from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
+from digit.pipeline.tokens import Tokens, save_tokens_file
+from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 from digit.sampling.request import SampleRequest
 from digit.sampling.rng import uniforms
-
-__all__ = ["generate_folder", "load_tokens_file", "save_tokens_file"]
 
 GRID_IMAGES = 64
 GRID_CLASSES = 16  # as many rows; of more classes the images stay in order
@@ -44,7 +46,7 @@ def generate_folder(
     pipe: DigitPipeline,
     out: str | Path,
     num: int | None = None,
-    labels: Sequence[int] | str | None = None,
+    labels: Sequence[int | str] | str | None = None,
     seed: int = 0,
     decoder: str | None = None,
     batch_size: int | None = None,
@@ -77,8 +79,9 @@ def generate_folder(
         npz: also pack the images into this file, one array of all (:mod:`digit.pipeline.image_array`).
 
     Returns:
-        What ``generation.json`` holds: settings, seconds, images/s and the checksum of all tokens; "finished" is False
-        when other processes are still at work.
+        What ``generation.json`` holds: what was asked for, the effective settings of every stage ("stages"), the
+        command, date, versions, machine and engine, seconds, images/s, and the checksum of all tokens; "finished" is
+        False when other processes are still at work.
 
     Raises:
         DigitError: the folder holds images of another run, or ``npz`` ends otherwise; or see :func:`run_labels` and
@@ -86,7 +89,8 @@ def generate_folder(
     """
     if npz is not None and Path(npz).suffix != ".npz":
         raise DigitError(f"--npz {npz} was given; expected the name of a file that ends in .npz.")
-    chosen, num, labelling = run_labels(pipe.num_classes, num, labels, labels_per_class, seed)
+    numbers = labels if labels is None or isinstance(labels, str) else pipe.class_numbers(labels)
+    chosen, num, labelling = run_labels(pipe.num_classes, num, numbers, labels_per_class, seed)
     request = SampleRequest.of_run(num, chosen, seed, decoder, settings).validate(pipe)
     sampled_by = {place: part for place, part in pipe.components.items() if place not in ("encoder", "codebook")}
     identity = {
@@ -97,7 +101,8 @@ def generate_folder(
         "seed": seed,
         "decoder": request.decoder,
         "settings": dict(request.settings),
-        "dtype": str(next(pipe.part("prior").parameters()).dtype).removeprefix("torch."),
+        "stages": {stage: to_dict(params) for stage, params in request.params.items()},
+        "dtype": str(pipe.dtype).removeprefix("torch."),
         "quantize": quantize,
     }
     run = RunFolder(out, identity, overwrite)
@@ -110,6 +115,9 @@ def generate_folder(
         size = work.make(batch_size, writers)
     seconds = time.perf_counter() - started
     results = {
+        "command": _command(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
         "labelling": labelling,
         "batch_size": size,
         "device": str(pipe.device),
@@ -118,7 +126,7 @@ def generate_folder(
         "processes": run.processes,
         "made": work.made,
         "seconds": round(seconds, 3),
-        "engine": ", ".join(dict.fromkeys(filter(None, map(engine, work.models)))),
+        "engine": ", ".join(dict.fromkeys(filter(None, map(engine_name, work.models)))),
         "compile_seconds": round(sum(compile_seconds(m) for m in work.models), 3),
         "images_per_second": round(work.made / seconds, 3),
     }
@@ -182,6 +190,12 @@ def _pack(run: RunFolder, npz: str | Path | None) -> None:
     write_image_array(npz, (np.asarray(Image.open(file).convert("RGB")) for file in files), record["num"], about)
 
 
+def _command() -> str:
+    """What was typed."""
+    program, *words = sys.argv
+    return shlex.join(["digit" if Path(program).name == "__main__.py" else Path(program).name, *words])
+
+
 class _Work:
     """The images that this process still has to make."""
 
@@ -232,12 +246,11 @@ def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
 
     On a GPU the VQGAN computes in the number format of the prior; its weights stay in float32.
     """
-    dtype = next(pipe.part("prior").parameters()).dtype
-    narrow = pipe.device.type == "cuda" and dtype != torch.float32
+    narrow = pipe.device.type == "cuda" and pipe.dtype != torch.float32
     parts = []
     for start in range(0, len(tokens), DECODED_AT_ONCE):
         rows = torch.arange(start, start + DECODED_AT_ONCE).clamp(max=len(tokens) - 1)
-        with torch.autocast(pipe.device.type, dtype, enabled=narrow):
+        with torch.autocast(pipe.device.type, pipe.dtype, enabled=narrow):
             parts.append(pipe.to_pixels(tokens.take(rows))[: len(tokens) - start])
     return torch.cat(parts)
 
