@@ -17,11 +17,13 @@ def test_a_config_survives_the_round_trip():
     ("change", "expected"),
     [
         ({"vocab": 8}, "unknown field 'vocab'; did you mean 'vocab_size'"),
-        ({"vocab_size": 0}, "'vocab_size' = 0"),
-        ({"length": "many"}, "'length' = 'many'"),
+        ({"vocab_size": 0}, "vocab_size = 0: must be above 0"),
+        ({"length": "many"}, "length = 'many': must be a whole number"),
         ({"transformer": {"dim": 16, "depth": 1, "heads": 3}}, "heads=3 does not divide dim=16"),
         ({"role": "masked"}, "needs transformer.causal = False"),
         ({"prefix_length": 3}, "go together"),
+        ({"role": "poet"}, "role = 'poet': must be one of 'prior', 'ar'"),
+        ({"transformer": 3}, "transformer = 3: must hold fields of its own"),
     ],
 )
 def test_a_wrong_field_is_named(change, expected):

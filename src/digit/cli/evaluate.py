@@ -65,9 +65,7 @@ def fidelity(
     isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
     num: Annotated[
         int | None,
-        typer.Option(
-            min=2, help="At most so many images of the source, a model makes as many; the reference stays whole."
-        ),
+        num_option("At most so many images of the source, a model makes as many; the reference stays whole.", 2),
     ] = None,
     reference_num: Annotated[
         int | None, typer.Option(min=2, help="At most so many real images, spread over theirs.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -86,10 +88,15 @@ def generate(
     from digit.pipeline.generation import generate_folder
 
     pipe = load(model, device, dtype, variant)
-    record = generate_folder(
-        pipe, out, num, labels if labels == "random" else parse_labels(labels, pipe), seed, decoder, batch_size,
-        save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
-    )  # fmt: skip
+    try:
+        record = generate_folder(
+            pipe, out, num, labels if labels == "random" else parse_labels(labels, pipe), seed, decoder, batch_size,
+            save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        again = shlex.join(["digit", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        typer.echo(f"Stopped; finished images are in {out}. The same command makes the rest: {again}", err=True)
+        raise
     if not record["made"] and record["finished"]:
         typer.echo(f"All {record['num']} images are there already: {out}")
     else:

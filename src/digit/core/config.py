@@ -83,12 +83,30 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise DigitError(f"{where} does not describe a valid {cls.__name__}: {_explain(error, cls)}") from error
 
 
+_EXPECTED = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be one of {expected}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    "string_type": "must be text",
+    **dict.fromkeys(("dataclass_type", "dict_type"), "must hold fields of its own, as in 'name: value'"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+}
+"""What pydantic's kinds of errors mean, with the words of its contexts."""
+
+
 def _explain(error: ValidationError, cls: type) -> str:
     known = [field.name for field in dataclasses.fields(cls)]
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        text = f"'{name}' = {item['input']!r}: {item['msg']}" if name else item["msg"]
+        expected = _EXPECTED.get(item["type"])
+        reason = expected.format(**item.get("ctx", {})) if expected else item["msg"].removeprefix("Value error, ")
+        text = f"{name} = {item['input']!r}: {reason}" if name else reason
         if item["type"] == "missing":
             text = f"'{name}' is missing"
         elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
