@@ -80,12 +80,6 @@ def save_component(
         write_tensors(aside / "model.safetensors", tensors)
 
 
-def component_class(kind: object, default: type[M]) -> type[M]:
-    """The class of a saved "type": a kind of ``default``, or ``default`` itself for a name that nobody has."""
-    found = Component._kinds.get(str(kind), default)
-    return found if issubclass(found, default) else default
-
-
 def read_component_config(folder: str | Path, config_class: type[Any]) -> tuple[Any, dict[str, Any]]:
     """The config and the provenance of a saved component.
 
