@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from digit.core.config import config, from_dict, load_preset, preset_names, renamed, to_dict
+from digit.core.config import from_dict, load_preset, preset_names, to_dict
 from digit.core.errors import DigitError
 from digit.models.token_model import TokenModelConfig
 
@@ -99,18 +99,3 @@ def test_presets_that_extend_each_other_or_nothing_are_refused(tmp_path):
         load_preset(write(tmp_path, a="extends: b\n", b="extends: a\n"))
     with pytest.raises(DigitError, match="extends 'cifar10-tiny-prio', which does not exist; did you mean"):
         load_preset(write(tmp_path, a="extends: cifar10-tiny-prio\n"))
-
-
-def test_a_renamed_field_is_accepted_with_a_warning():
-    @config
-    class Inner:
-        _old = renamed(width="dim")
-        dim: int = 1
-
-    @config
-    class Outer:
-        inner: Inner
-
-    assert from_dict(Outer, {"inner": {"dim": 3}}, "test").inner == Inner(dim=3)
-    with pytest.warns(DeprecationWarning, match="'width' is now called 'dim'"):
-        assert from_dict(Outer, {"inner": {"dim": 3, "width": 5}}, "test").inner == Inner(dim=5)

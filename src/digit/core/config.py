@@ -14,16 +14,14 @@ import contextlib
 import dataclasses
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import ArgsKwargs
 from typing_extensions import dataclass_transform
 
 from digit.core.errors import DigitError
@@ -46,24 +44,6 @@ def config(cls: type[T]) -> type[T]:
     """Class decorator: a frozen, keyword-only dataclass that refuses unknown fields and wrong types."""
     decorated: type[T] = pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)  # type: ignore[assignment]
     return decorated
-
-
-def renamed(**names: str) -> Any:
-    """Accept former names of fields, with a warning; for the body of a config class.
-
-    ``_former = renamed(old="new")``. Where both are given the old one counts: it comes from the user, the new one from
-    a packaged preset.
-    """
-
-    def accept(_: type, values: Any) -> Any:
-        fields = dict(values.kwargs or {}) if isinstance(values, ArgsKwargs) else dict(values)
-        for old, new in names.items():
-            if old in fields:
-                warnings.warn(f"The field '{old}' is now called '{new}'.", DeprecationWarning, stacklevel=2)
-                fields[new] = fields.pop(old)
-        return fields
-
-    return model_validator(mode="before")(classmethod(accept))  # type: ignore[arg-type]
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
