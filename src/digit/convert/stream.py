@@ -85,7 +85,7 @@ def write_parts(path: str | Path, parts: Parts) -> None:
                 for part in parts[name]:
                     rows = part.detach().to(parts[name][0].dtype).reshape(part.shape or (1,))
                     count = max(1, _PIECE // max(1, rows[:1].nbytes))
-                    for piece in rows.split(count):
+                    for piece in torch.split(rows, count):
                         handle.write(piece.contiguous().view(torch.uint8).numpy().data)
                         release(piece)
 
