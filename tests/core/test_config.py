@@ -17,11 +17,13 @@ def test_a_config_survives_the_round_trip():
     ("change", "expected"),
     [
         ({"vocab": 8}, "unknown field 'vocab'; did you mean 'vocab_size'"),
-        ({"vocab_size": 0}, "'vocab_size' = 0"),
-        ({"length": "many"}, "'length' = 'many'"),
+        ({"vocab_size": 0}, "vocab_size = 0: must be above 0"),
+        ({"length": "many"}, "length = 'many': must be a whole number"),
         ({"transformer": {"dim": 16, "depth": 1, "heads": 3}}, "heads=3 does not divide dim=16"),
         ({"role": "masked"}, "needs transformer.causal = False"),
         ({"prefix_length": 3}, "go together"),
+        ({"role": "poet"}, "role = 'poet': must be one of 'prior', 'ar'"),
+        ({"transformer": 3}, "transformer = 3: must hold fields of its own"),
     ],
 )
 def test_a_wrong_field_is_named(change, expected):
@@ -43,8 +45,10 @@ def test_every_packaged_preset_is_yaml_with_its_component():
 def test_overrides_are_yaml_values(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"component": "prior", "training": {"lr": 1.0, "steps": 5}}))
-    values = load_preset(str(path), ["training.lr=3e-4", "training.steps=7", "training.new=[1, 2]"])
-    assert values["training"] == {"lr": 3e-4, "steps": 7, "new": [1, 2]}
+    values = load_preset(
+        str(path), ["training.lr=3e-4", "training.steps=7", "training.new=[1, 2]", "training.precision=no"]
+    )
+    assert values["training"] == {"lr": 3e-4, "steps": 7, "new": [1, 2], "precision": "no"}
 
 
 @pytest.mark.parametrize("item", ["training.lr", "nothing.here=1", "training.lr.deep=1"])

@@ -30,7 +30,7 @@ from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import assemble
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling import SamplingParams
-from digit.sampling.engine import sample
+from digit.sampling.sampler import sample
 
 pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent

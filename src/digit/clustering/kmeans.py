@@ -48,8 +48,11 @@ class Fit(NamedTuple):
 
     @property
     def quality(self) -> dict[str, Any]:
-        """ "inertia"; "used_clusters", "dead_clusters": with and without any vector; "perplexity": exp of the entropy of
-        the ids, between 1 and K.
+        """What a codebook's provenance says of it.
+
+        Returns:
+            "inertia"; "used_clusters", "dead_clusters": with and without any vector; "perplexity": exp of the entropy of
+            the ids, between 1 and K.
         """
         share = self.counts[self.counts > 0] / self.counts.sum()
         return {
@@ -143,7 +146,7 @@ def fit_codebook(
     source = sample.stream(device) if mode == "sample" else stream
     fit = kmeans(source, first, iterations=iterations, mini_batch=mode == "mini-batch", first_pass=1, show=show)
     described = describe_encoder(encoder)
-    facts = {
+    facts: dict[str, Any] = {
         "encoder": described,
         "preprocessing": to_dict(encoder.preprocessing),
         "method": {"mode": mode, "start": start},

@@ -158,16 +158,16 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
         "hidden_act": "gelu",
         **(_dinov2_fields(keys.where, dim, hidden, registers, swiglu) if dinov2 else {"intermediate_size": hidden}),
     }
-    outer = {
-        "embeddings.cls_token": ("cls_token", 1, 1, dim),
-        "embeddings.position_embeddings": ("pos_embed", 1, 1 + side**2, dim),
-        "embeddings.patch_embeddings.projection.weight": (_ANCHOR, dim, 3, patch, patch),
-        "embeddings.patch_embeddings.projection.bias": ("patch_embed.proj.bias", dim),
-        "layernorm.weight": ("norm.weight", dim),
-        "layernorm.bias": ("norm.bias", dim),
-        **({"embeddings.register_tokens": ("register_tokens", 1, registers, dim)} if registers else {}),
+    outer: dict[str, tuple[str, tuple[int, ...]]] = {
+        "embeddings.cls_token": ("cls_token", (1, 1, dim)),
+        "embeddings.position_embeddings": ("pos_embed", (1, 1 + side**2, dim)),
+        "embeddings.patch_embeddings.projection.weight": (_ANCHOR, (dim, 3, patch, patch)),
+        "embeddings.patch_embeddings.projection.bias": ("patch_embed.proj.bias", (dim,)),
+        "layernorm.weight": ("norm.weight", (dim,)),
+        "layernorm.bias": ("norm.bias", (dim,)),
+        **({"embeddings.register_tokens": ("register_tokens", (1, registers, dim))} if registers else {}),
     }
-    parts = {ours: [keys.take(*theirs)] for ours, theirs in outer.items()}
+    parts = {ours: [keys.take(theirs, *shape)] for ours, (theirs, shape) in outer.items()}
     if dinov2:  # only pre-training uses it; some files leave it out
         mask = keys.take("mask_token", 1, dim) if "mask_token" in keys else torch.zeros(1, dim)
         parts["embeddings.mask_token"] = [mask]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.core.config import config, to_dict
+from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_folder, write_json
 from digit.encoders.base import Preprocessing
@@ -26,7 +26,7 @@ from digit.encoders.families import (
     quiet_transformers,
 )
 from digit.models.codebook import Positions
-from digit.models.component import read_component_config
+from digit.models.component import read_component
 
 
 @config
@@ -66,6 +66,14 @@ class EncoderConfig:
                 f"layer={self.layer} was given; this network has {depth} blocks: -{depth} (first) to -1 (last)."
             )
         return network_config(self.hf_config, blocks=depth + self.layer + 1)
+
+    def describe(self) -> str:
+        """Its shape in a line."""
+        hf, norm = self.hf_config, " with the final norm" if self.final_norm else ""
+        return (
+            f"{hf.get('model_type')}, {hf.get('num_hidden_layers')} blocks of width {hf.get('hidden_size')}, "
+            f"patch {hf.get('patch_size')}; layer {self.layer}{norm}; {self.preprocessing.describe()}"
+        )
 
 
 class TransformersEncoder(nn.Module):
@@ -113,10 +121,18 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: images of another shape.
         """
+        features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
+        return features
+
+    def states(self, images: Tensor) -> list[Tensor]:
+        """The features (B, N, D) after each block up to the chosen one, the last normed as :meth:`forward` gives it."""
+        found = self._run(images, output_hidden_states=True)
+        return [state[:, self.prefix :] for state in (*found.hidden_states[1:-1], found.last_hidden_state)]
+
+    def _run(self, images: Tensor, **options: Any) -> Any:
         check_images(images, self.preprocessing)
         pixels = self.preprocessing(images)  # (B, 3, s, s)
-        states = self.network(pixels.to(next(self.network.parameters()).dtype), **self._call(pixels)).last_hidden_state
-        return states[:, self.prefix :]  # type: ignore[no-any-return]  # (B, N, D)
+        return self.network(pixels.to(next(self.network.parameters()).dtype), **self._call(pixels), **options)
 
     def _call(self, pixels: Tensor) -> dict[str, Any]:
         arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if self.config.family.interpolate else {}
@@ -150,8 +166,9 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: files are missing or damaged, or do not fit; the message names them.
         """
-        saved, provenance = read_component_config(folder, EncoderConfig)
-        return cls.from_weights(dataclasses.replace(saved, **changes), Path(folder), str(folder), provenance)
+        values = read_component(folder)
+        saved = from_dict(EncoderConfig, values["config"], str(Path(folder) / "config.json"))
+        return cls.from_weights(dataclasses.replace(saved, **changes), Path(folder), str(folder), values["provenance"])
 
     @classmethod
     def from_weights(
