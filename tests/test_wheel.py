@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 OPTIONAL = [
     "torchvision",
     "gradio",
-    "faiss",
     "lightly",
     "transformers",
     "accelerate",

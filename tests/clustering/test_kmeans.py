@@ -1,22 +1,66 @@
 import json
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import typer
+from scipy.cluster.vq import kmeans2
+from torch import Tensor
+from typer.testing import CliRunner
 
-from digit.clustering.kmeans import Reservoir, _kmeans, fit_codebook, quality
+from digit.cli.train import fit_codebook as command
+from digit.clustering.kmeans import Fit, fit_codebook, kmeans, start_centroids
+from digit.clustering.streams import PassSampler, Points, Sample
 from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.core.transforms import Transform
 from digit.data.dataset import open_dataset
-from digit.data.sampling import Batches, OrderedSampler
+from digit.data.sampling import Batches
 from digit.encoders import small_conv, weights_checksum
-from digit.models.codebook import Codebook
+from digit.models.codebook import Codebook, nearest
+from digit.models.component import save_component
 from digit.pipeline.tokenizer import SemanticTokenizer
+
+IMAGES, K = 96, 24
+MODES = ("sample", "whole", "mini-batch")
+# what every process of a group does, and a single one in its place
+PROGRAM = """
+import sys, torch
+torch.set_num_threads(1)
+from digit.data.dataset import open_dataset
+from digit.data.sampling import Batches
+from digit.core.transforms import Transform
+from digit.encoders import small_conv
+from digit.clustering.kmeans import fit_codebook
+from digit.clustering.streams import PassSampler, process_group
+
+data, out = sys.argv[1:]
+torch.manual_seed(0)
+encoder = small_conv(widths=(8, 8, 16), blocks=(1, 1, 1)).eval().requires_grad_(False)
+dataset = open_dataset(data).subset(range(97))
+with process_group(torch.device("cpu")) as (rank, world, device):
+    def passes(number):
+        sampler = PassSampler(97, 32, 1, number, rank, world)
+        return Batches(dataset, sampler, Transform(size=32, crop="none"), workers=0)
+    for mode in ("sample", "whole", "mini-batch"):
+        book = fit_codebook(encoder, passes, 24, mode=mode, seed=1, iterations=4, max_points_per_centroid=100, total=97,
+                            show=False)
+        book.save_pretrained(f"{out}/{mode}-{rank}-of-{world}")
+"""
+
+
+def in_memory(points: Tensor, chunk: int = 500):
+    numbers = torch.arange(len(points))
+    return lambda _: [Points(n, x) for n, x in zip(numbers.split(chunk), points.split(chunk), strict=True)]
+
+
+def inertia(points: Tensor, centroids: Tensor) -> float:
+    return float((points - centroids[nearest(points, centroids)]).square().sum(1).mean())
 
 
 @pytest.fixture(scope="module")
@@ -26,105 +70,207 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def batches(request):
-    dataset = open_dataset(request.path.parents[1] / "assets" / "cifar512").subset(range(96))
-    return list(Batches(dataset, OrderedSampler(len(dataset), 32), Transform(size=32, crop="none")))
+def batches(cifar512: Path):
+    dataset = open_dataset(cifar512).subset(range(IMAGES))
+    return lambda number: Batches(
+        dataset, PassSampler(IMAGES, 32, 1, number), Transform(size=32, crop="none"), workers=0
+    )
 
 
-def sampled(capacity: int, length: int, cuts: list[int], seed: int = 0) -> list[int]:
-    """Which of the vectors 0, 1, 2, ... a reservoir keeps when the stream comes in pieces."""
-    stream = np.arange(length, dtype=np.float32)[:, None]
-    reservoir = Reservoir(capacity, 1, seed)
-    for piece in np.split(stream, sorted({c for c in cuts if c < length})):
-        reservoir.add(piece)
-    assert reservoir.seen == length
-    return reservoir.sample[:, 0].astype(int).tolist()
+@pytest.fixture(scope="module")
+def features(encoder, batches) -> Tensor:
+    return torch.cat([encoder(batch.images).flatten(0, 1) for batch in batches(0)])  # (6144, 16)
 
 
-@settings(deadline=None)
-@given(st.integers(1, 20), st.integers(0, 80), st.lists(st.integers(0, 80), max_size=6), st.integers(0, 9))
-def test_reservoir_keeps_distinct_vectors_and_does_not_feel_batches(capacity, length, cuts, seed):
-    kept = sampled(capacity, length, cuts, seed)
-    assert len(kept) == len(set(kept)) == min(capacity, length)
-    assert kept == sampled(capacity, length, [], seed)
-    if length <= capacity:
-        assert sorted(kept) == list(range(length))
+@pytest.mark.parametrize("start", ["random", "k-means++"])
+def test_inertia_agrees_with_scipy(features: Tensor, start: str) -> None:
+    """Within 1 %, on the mean over five seeds: k-means ends in a local minimum, which depends on where it began."""
+    theirs, ours = [], []
+    for seed in range(5):
+        found, _ = kmeans2(features.numpy(), K, iter=20, minit="points", rng=seed)
+        theirs.append(inertia(features, torch.from_numpy(found)))
+        shuffled = features[torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))]
+        fit = kmeans(in_memory(features), start_centroids(shuffled, K, start, seed), show=False)
+        assert fit.inertia == pytest.approx(inertia(features, fit.centroids), rel=1e-5)
+        ours.append(fit.inertia)
+    assert np.mean(ours) < 1.01 * np.mean(theirs)
+    if start == "random":  # k-means++ may be better than a random start
+        assert np.mean(ours) > 0.99 * np.mean(theirs)
 
 
-@settings(deadline=None, max_examples=8)
-@given(st.integers(2, 12), st.integers(13, 40), st.lists(st.integers(1, 40), max_size=4))
-def test_reservoir_is_uniform(capacity, length, cuts):
-    """Every vector, early or late, is kept as often as every other: chi-squared far from the tail."""
-    runs = 1500
-    counts = np.zeros(length)
-    for seed in range(runs):
-        counts[sampled(capacity, length, cuts, seed)] += 1
-    share = capacity / length
-    chi2 = ((counts - runs * share) ** 2 / (runs * share * (1 - share))).sum() * (length - 1) / length
-    # mean length - 1, deviation sqrt(2 (length - 1)); six deviations is far beyond chance
-    assert chi2 < length - 1 + 6 * np.sqrt(2 * (length - 1))
+def test_same_start_gives_scipys_centroids(features: Tensor) -> None:
+    first = start_centroids(features, K, "random", 0)
+    theirs, _ = kmeans2(features.numpy(), first.numpy(), iter=5, minit="matrix")
+    ours = kmeans(in_memory(features), first, iterations=5, show=False)
+    assert torch.allclose(ours.centroids, torch.from_numpy(theirs), atol=1e-3)
+    assert ours.counts.sum() == len(features)
 
 
-def test_kmeans_is_that_of_faiss():
-    points = np.random.default_rng(0).standard_normal((3000, 8)).astype(np.float32)
-    whole = faiss.Kmeans(8, 40, niter=20, seed=3, min_points_per_centroid=1)
-    whole.train(points)
-    assert np.array_equal(_kmeans(points, 40, 20, 3, 256, show=False), whole.centroids)
+def test_quality_by_hand() -> None:
+    facts = Fit(torch.zeros(3, 2), torch.tensor([2.0, 2, 0]).double(), 0.5).quality
+    assert (facts["used_clusters"], facts["dead_clusters"], facts["inertia"]) == (2, 1, 0.5)
+    assert facts["perplexity"] == pytest.approx(2.0)
 
 
-def test_fitted_codebook_on_real_images(encoder, batches, tmp_path):
-    book = fit_codebook(encoder, batches, 24, seed=1, provenance={"data": "abc"}, show=False)
+def test_modes_on_real_images(encoder, batches, features: Tensor) -> None:
+    books = {
+        mode: fit_codebook(encoder, batches, K, mode=mode, seed=1, total=IMAGES, provenance={"data": "x"}, show=False)
+        for mode in MODES
+    }
+    # the sample is all there is, so both modes do the same
+    assert torch.allclose(books["sample"].centroids, books["whole"].centroids, atol=1e-4)
+    found = {mode: inertia(features, book.centroids) for mode, book in books.items()}
+    assert found["mini-batch"] < 1.05 * found["whole"]
+    facts = books["whole"].provenance
+    counts = torch.bincount(nearest(features, books["whole"].centroids), minlength=K).double()
+    expected = Fit(books["whole"].centroids, counts, found["whole"]).quality
+    assert {name: facts[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+    assert (facts["images"], facts["vectors_seen"], facts["data"]) == (IMAGES, len(features), "x")
+    assert facts["method"] == {"mode": "whole", "start": "random"}
+
+
+def test_two_processes_find_what_one_does(cifar512: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-c", PROGRAM, str(cifar512), str(tmp_path)]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pair = [
+        subprocess.Popen(arguments, env={**os.environ, **group, "RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+        for r in (0, 1)
+    ]
+    single = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
+    assert single.returncode == 0, single.stderr
+    for process in pair:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    for mode in MODES:
+        alone, first, second = (
+            Codebook.from_pretrained(tmp_path / f"{mode}-{who}") for who in ("0-of-1", "0-of-2", "1-of-2")
+        )
+        assert torch.equal(first.centroids, second.centroids)
+        assert torch.allclose(first.centroids, alone.centroids, atol=1e-5)
+        for name in ("vectors_seen", "vectors_used", "used_clusters"):
+            assert first.provenance[name] == alone.provenance[name]
+        assert first.provenance["inertia"] == pytest.approx(alone.provenance["inertia"], rel=1e-5)
+    assert Codebook.from_pretrained(tmp_path / "sample-0-of-2").provenance["vectors_used"] == 2400
+
+
+@pytest.mark.parametrize("mini_batch", [False, True])
+def test_empty_clusters_start_again_at_far_vectors(mini_batch: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    middles = 50 * torch.randn(8, 4, generator=generator)
+    points = (middles[:, None] + torch.randn(8, 100, 4, generator=generator)).flatten(0, 1)
+    points = points[torch.randperm(800, generator=generator)]
+    # but for the first, none is anywhere near
+    first = points[:1] + 1e4 * torch.arange(8)[:, None]
+    fit = kmeans(in_memory(points, 100), first, mini_batch=mini_batch, show=False)
+    assert int((fit.counts > 0).sum()) == 8
+    assert fit.inertia < 0.1 * inertia(points, points.mean(0, keepdim=True))
+
+
+def test_kmeans_plus_plus_spreads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    middles = 100 * torch.randn(10, 6, generator=generator)
+    points = (middles[:, None] + torch.randn(10, 50, 6, generator=generator)).flatten(0, 1)
+    points = points[torch.randperm(500, generator=generator)]
+    hit = [
+        len(set(nearest(start_centroids(points, 10, start, 3), middles).tolist())) for start in ("k-means++", "random")
+    ]
+    assert hit[0] == 10 > hit[1]
+    same = start_centroids(torch.ones(20, 3), 5, "k-means++", 0)
+    assert torch.equal(same, torch.ones(5, 3))
+
+
+def test_a_sample_is_uniform_and_does_not_feel_the_order() -> None:
+    numbers = torch.arange(3000)
+    vectors = numbers[:, None].float()
+    counts = torch.zeros(3000)
+    for seed in range(200):
+        sample = Sample(300, seed)
+        for part in numbers[torch.randperm(3000, generator=torch.Generator().manual_seed(seed))].split(251):
+            sample.add(Points(part, vectors[part]))
+        sample.settle("cpu")
+        assert (sample.seen, sample.total, len(sample.points.numbers.unique())) == (3000, 300, 300)
+        assert torch.equal(sample.points.features[:, 0].long(), sample.points.numbers)
+        counts[sample.points.numbers] += 1
+    again = Sample(300, 199)
+    again.add(Points(numbers, vectors))
+    again.settle("cpu")
+    assert torch.equal(again.points.numbers, sample.points.numbers)
+    assert torch.equal(again.smallest(7, "cpu"), sample.points.features[:7])
+    # binomial: mean 20, variance 18
+    assert float(((counts - 20) ** 2 / 18).mean()) == pytest.approx(1, abs=0.15)
+
+
+def test_every_image_is_read_once_by_one_process() -> None:
+    for world in (1, 2, 5):
+        samplers = [PassSampler(97, 32, 0, 3, rank, world) for rank in range(world)]
+        assert {sampler.steps for sampler in samplers} == {4}
+        for step in range(4):
+            batch = np.concatenate([sampler.indices(step) for sampler in samplers])
+            assert np.array_equal(batch, PassSampler(97, 32, 0, 3).indices(step))
+    whole = np.concatenate([PassSampler(97, 32, 0, 3).indices(step) for step in range(4)])
+    assert sorted(whole) == list(range(97))
+    assert not np.array_equal(whole[:32], PassSampler(97, 32, 0, 4).indices(0))
+
+
+def test_fitted_on_plain_images_is_saved_and_tokenizes(encoder, batches, tmp_path: Path) -> None:
+    images = torch.cat([b.images for b in batches(0)])
+    book = fit_codebook(encoder, images.split(32), K, seed=1, provenance={"data": "abc"}, show=False)
     facts = book.provenance
-    assert book.centroids.shape == (24, 16)
-    assert facts["images"] == 96
-    assert facts["vectors_seen"] == 96 * 64
-    assert facts["vectors_used"] == min(96 * 64, 24 * 256)
+    assert book.centroids.shape == (K, 16)
+    assert (facts["images"], facts["vectors_seen"], facts["vectors_used"]) == (IMAGES, IMAGES * 64, K * 256)
     assert facts["encoder"]["checksum"] == weights_checksum(encoder)
     assert facts["preprocessing"] == to_dict(encoder.preprocessing)
     assert facts["data"] == "abc"
-    assert facts["used_clusters"] + facts["dead_clusters"] == 24
-    assert 1 <= facts["perplexity"] <= 24
     # against the mean of all features, clusters explain a good part
-    features = torch.cat([encoder(b.images).flatten(0, 1) for b in batches])
+    features = encoder(images).flatten(0, 1)
     assert facts["inertia"] < 0.7 * (features - features.mean(0)).square().sum(1).mean().item()
     book.save_pretrained(tmp_path / "book")
     loaded = Codebook.from_pretrained(tmp_path / "book")
     assert loaded.provenance == json.loads(json.dumps(facts))
     assert torch.equal(loaded.centroids, book.centroids)
-    # what was fitted is what tokenizing sees
-    tokens = SemanticTokenizer(encoder, loaded).encode(batches[0].images)
-    assert torch.equal(tokens, book.assign(encoder(batches[0].images)))
+    assert torch.equal(SemanticTokenizer(encoder, loaded).encode(images), book.assign(encoder(images)))
 
 
-def test_fitting_depends_on_seed_and_images_alone(encoder, batches):
-    images = torch.cat([b.images for b in batches])
+def test_fitting_depends_on_seed_and_images_alone(encoder, batches) -> None:
+    images = torch.cat([b.images for b in batches(0)])
     options = {"seed": 5, "iterations": 3, "max_points_per_centroid": 40, "show": False}
-    first = fit_codebook(encoder, batches, 16, **options)
+    first = fit_codebook(encoder, images.split(32), 16, **options)
     assert first.provenance["vectors_used"] == 640
     assert torch.allclose(first.centroids, fit_codebook(encoder, images.split(7), 16, **options).centroids, atol=1e-4)
-    assert not torch.allclose(
-        first.centroids, fit_codebook(encoder, batches, 16, **options | {"seed": 6}).centroids, atol=1e-2
-    )
+    other = fit_codebook(encoder, images.split(32), 16, **options | {"seed": 6})
+    assert not torch.allclose(first.centroids, other.centroids, atol=1e-2)
 
 
-def test_quality_by_hand():
-    features = torch.tensor([[0.0, 0], [0, 2], [10, 0], [10, 0]])
-    centroids = torch.tensor([[0.0, 1], [10, 0], [99, 99]])
-    facts = quality(features, centroids)
-    assert facts["inertia"] == pytest.approx(0.5)
-    assert (facts["used_clusters"], facts["dead_clusters"]) == (2, 1)
-    assert facts["perplexity"] == pytest.approx(2.0)
-
-
-def test_refusals(encoder, batches, monkeypatch):
-    with pytest.raises(DigitError, match=r"128 feature vectors, fewer than the 200 clusters"):
-        fit_codebook(encoder, [batches[0].images[:2]], 200, show=False)
+def test_refusals(encoder, batches) -> None:
+    with pytest.raises(DigitError, match=r"6144 feature vectors, fewer than the 7000 clusters"):
+        fit_codebook(encoder, batches, 7000, show=False)
     with pytest.raises(DigitError, match="fewer than the 4 clusters"):
         fit_codebook(encoder, [], 4, show=False)
-    with pytest.raises(DigitError, match="at least 1"):
-        fit_codebook(encoder, batches, 0)
+    for sizes in ({"iterations": 0}, {"max_points_per_centroid": 0}):
+        with pytest.raises(DigitError, match="at least 1"):
+            fit_codebook(encoder, batches, 4, show=False, **sizes)
     with pytest.raises(DigitError, match="not finite"):
         fit_codebook(encoder, [torch.full((1, 3, 32, 32), torch.nan)], 4, show=False)
-    monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(DigitError, match=r"pip install 'digit-ar\[train\]'"):
-        fit_codebook(encoder, batches, 4, show=False)
+    with pytest.raises(DigitError, match="give a function"):
+        fit_codebook(encoder, [], 4, mode="whole", show=False)
+
+
+def test_command(encoder, cifar512: Path, tmp_path: Path) -> None:
+    save_component(tmp_path / "encoder", encoder, encoder.config)
+    app = typer.Typer()
+    app.command()(command)
+    options = ["--encoder", str(tmp_path / "encoder"), "--data", str(cifar512), "--out", str(tmp_path / "book")]
+    options += ["-k", "20", "--device", "cpu", "--iterations", "3", "--images", "64"]
+    old = ["--backend", "torch"]  # an option of the first edition
+    for given, method in (
+        ([*old, "--mode", "mini-batch", "--start", "k-means++"], {"mode": "mini-batch", "start": "k-means++"}),
+        ([], {"mode": "sample", "start": "random"}),
+    ):
+        result = CliRunner().invoke(app, [*options, *given], catch_exceptions=False)
+        assert "A codebook of 20 tokens from 64 images" in result.output
+        facts = Codebook.from_pretrained(tmp_path / "book").provenance
+        assert facts["method"] == method
+        assert facts["data"]["images"] == 64

@@ -70,21 +70,21 @@ def fit_codebook(
     batch_size: Annotated[
         int, typer.Option(min=1, help="Images at a time; changes the result of mini-batches only.")
     ] = 64,
-    backend: Annotated[
-        Literal["faiss", "torch"],
-        typer.Option(help="faiss: on the CPU. torch: on the device, and on several with torchrun."),
-    ] = "faiss",
+    backend: Annotated[  # noqa: ARG001
+        Literal["faiss", "torch"] | None,
+        typer.Option(hidden=True, help="Of the first edition, without effect: torch computes k-means."),
+    ] = None,
     mode: Annotated[
         Literal["sample", "whole", "mini-batch"],
         typer.Option(
-            help="sample: of 256 vectors per token. With torch also whole: each iteration reads all images again; "
-            "mini-batch: so it does, and the centroids move after every batch."
+            help="sample: of 256 vectors per token. whole: each iteration reads all images again. mini-batch: so it does, "
+            "and the centroids move after every batch."
         ),
     ] = "sample",
     start: Annotated[
         Literal["k-means++", "random"],
-        typer.Option(help="First centroids, with torch; faiss starts at random vectors."),
-    ] = "k-means++",
+        typer.Option(help="First centroids: random vectors, as in the paper; k-means++ takes much longer."),
+    ] = "random",
     workers: Workers = 2,
     device: Device = None,
 ) -> None:
@@ -94,17 +94,17 @@ def fit_codebook(
 
     Example:  digit fit-codebook --encoder facebook/dinov2-with-registers-base --data data/photos -k 8192 --out codebook
 
-    On several GPUs:  torchrun --nproc_per_node 8 -m digit fit-codebook --backend torch --mode whole --encoder ... --out
+    On several GPUs:  torchrun --nproc_per_node 8 -m digit fit-codebook --mode whole --encoder ... --out
         codebook
     """
     import numpy as np
 
     from digit.clustering.kmeans import fit_codebook as fit
+    from digit.clustering.streams import PassSampler, process_group
     from digit.core.devices import pick_device
-    from digit.core.errors import DigitError
     from digit.core.transforms import Transform
     from digit.data.dataset import open_dataset
-    from digit.data.sampling import Batches, OrderedSampler
+    from digit.data.sampling import Batches
     from digit.encoders import load_encoder
     from digit.evaluation.results import Result, shown
     from digit.pipeline.assembly import part_folder
@@ -118,26 +118,18 @@ def fit_codebook(
         size=network.preprocessing.image_size, crop="random" if random_crops else "center", flip=random_crops
     )
     facts = {"data": {"name": dataset.name, "split": split, "images": len(dataset), "fingerprint": dataset.fingerprint}}
-    common: dict[str, Any] = {"seed": seed, "iterations": iterations, "total": len(dataset), "provenance": facts}
-    if backend == "faiss":
-        if mode != "sample":
-            raise DigitError(f"--mode {mode} needs --backend torch; faiss fits to a sample.")
-        batches = Batches(dataset, OrderedSampler(len(dataset), batch_size), transform, seed=seed, workers=workers)
-        codebook = fit(network, batches, clusters, device=where, **common)
-    else:
-        from digit.clustering import kmeans_torch, streams
+    with process_group(where) as (rank, world, place):
 
-        with streams.process_group(where) as (rank, world, place):
+        def passes(number: int) -> Batches:
+            sampler = PassSampler(len(dataset), batch_size, seed, number, rank, world)
+            return Batches(dataset, sampler, transform, seed=seed, workers=workers)
 
-            def passes(number: int) -> Batches:
-                sampler = streams.PassSampler(len(dataset), batch_size, seed, number, rank, world)
-                return Batches(dataset, sampler, transform, seed=seed, workers=workers)
-
-            codebook = kmeans_torch.fit_codebook(
-                network, passes, clusters, mode=mode, start=start, device=place, show=rank == 0, **common
-            )
-        if rank:
-            return
+        codebook = fit(
+            network, passes, clusters, mode=mode, start=start, seed=seed, iterations=iterations, device=place,
+            total=len(dataset), provenance=facts, show=rank == 0,
+        )  # fmt: skip
+    if rank:
+        return
     codebook.save_pretrained(out)
     made = codebook.provenance
     rows = [

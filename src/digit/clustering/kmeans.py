@@ -1,78 +1,75 @@
-"""Fit a codebook: k-means over a uniform sample of an encoder's patch features, taken while they stream by.
+"""Fit a codebook: k-means over an encoder's patch features, on the CPU, a GPU or several, never written to disk.
 
-Source: the paper's section 3 and the authors' preprocess/ (DAMO-NLP-SG/DiGIT at cd6d8ca): faiss.Kmeans, 20 iterations,
-    plain squared
-distance. They write every feature to disk, about 100 GB, of which faiss then uses 256 a centroid; here those alone are
-ever kept.
+Source: the paper's section 3 and the authors' preprocess/ (DAMO-NLP-SG/DiGIT at cd6d8ca): 20 iterations of Lloyd's
+algorithm, plain squared distance, random first centroids, at most 256 vectors a centroid. They write every feature to
+disk, about 100 GB; here those 256 a centroid alone are kept. Three modes begin with one pass over the images that draws a
+uniform sample of the features:
+
+* ``sample``: Lloyd's iterations over that sample, as the authors do it;
+* ``whole``: each of Lloyd's iterations runs all images through the encoder again;
+* ``mini-batch``: so does each iteration here, but the centroids move after every batch (Sculley 2010, section 3).
+
+Several processes (``torchrun``) share the images. They add up sums and counts, so that they find what one process
+finds, up to rounding. A cluster that no vector is nearest to starts again at a vector that is far from its own centroid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from digit.clustering.streams import Points, Sample, Stream, gathered, hashed, summed
 from digit.core.config import to_dict
-from digit.core.errors import DigitError, require
+from digit.core.errors import DigitError
 from digit.core.progress import bar
 from digit.encoders.base import Encoder, weights_checksum
 from digit.models.codebook import Codebook, nearest
 
+Mode = Literal["sample", "whole", "mini-batch"]
+StartBy = Literal["random", "k-means++"]
 
-class HasImages(Protocol):
-    """A batch that carries images (B, 3, S, S) in 0..1, as :class:`digit.data.sampling.Batch` does."""
-
-    @property
-    def images(self) -> Tensor:
-        """The images."""
-        ...
+_START_SAMPLE = 32  # vectors a centroid that k-means++ chooses from
+_FAR = 256  # vectors of a pass that empty clusters may start again at
 
 
-class Reservoir:
-    """A uniform sample without replacement of a stream of vectors whose length is not known.
+class Fit(NamedTuple):
+    """What k-means found."""
 
-    Every subset of ``capacity`` vectors is equally likely. The sample depends on the seed and the stream alone, not on
-    how the stream is cut into batches. Source: algorithm R, Vitter 1985.
-
-    Attributes:
-        seen: vectors that went by.
-    """
-
-    def __init__(self, capacity: int, dim: int, seed: int) -> None:
-        """Reserve ``capacity * dim * 4`` bytes, which the system fills only as they are used."""
-        self._kept = np.empty((capacity, dim), dtype=np.float32)
-        self._rng = np.random.default_rng(seed)
-        self.seen = 0
-
-    def add(self, vectors: NDArray[np.float32]) -> None:
-        """Show it the next vectors (n, D) of the stream."""
-        capacity = len(self._kept)
-        numbers = np.arange(self.seen, self.seen + len(vectors))
-        self.seen += len(vectors)
-        # vector t goes to a random one of t + 1 places, of which only the first `capacity` exist
-        places = np.where(numbers < capacity, numbers, 0)
-        late = numbers >= capacity
-        places[late] = self._rng.integers(0, numbers[late], endpoint=True)
-        # of several that meet in one place the last stays
-        rows = np.flatnonzero(places < capacity)[::-1]
-        places, first = np.unique(places[rows], return_index=True)
-        self._kept[places] = vectors[rows[first]]
+    centroids: Float[Tensor, "K D"]
+    """float32, on the CPU."""
+    counts: Float[Tensor, " K"]
+    """float64: how many vectors each is nearest to."""
+    inertia: float
+    """Mean squared distance of a vector to its centroid."""
 
     @property
-    def sample(self) -> NDArray[np.float32]:
-        """The sample (min(seen, capacity), D), in no particular order."""
-        return self._kept[: min(self.seen, len(self._kept))]
+    def quality(self) -> dict[str, Any]:
+        """What a codebook's provenance says of it.
+
+        Returns:
+            "inertia"; "used_clusters", "dead_clusters": with and without any vector; "perplexity": exp of the entropy of
+            the ids, between 1 and K.
+        """
+        share = self.counts[self.counts > 0] / self.counts.sum()
+        return {
+            "inertia": self.inertia,
+            "used_clusters": len(share),
+            "dead_clusters": len(self.counts) - len(share),
+            "perplexity": torch.exp(-(share * share.log()).sum()).item(),
+        }
 
 
 def fit_codebook(
     encoder: Encoder,
-    batches: Iterable[Tensor | HasImages],
+    batches: Iterable[Any] | Callable[[int], Iterable[Any]],
     clusters: int,
     *,
+    mode: Mode = "sample",
+    start: StartBy = "random",
     seed: int = 0,
     iterations: int = 20,
     max_points_per_centroid: int = 256,
@@ -81,128 +78,86 @@ def fit_codebook(
     provenance: dict[str, Any] | None = None,
     show: bool = True,
 ) -> Codebook:
-    """Fit K centroids to the features of a stream of images.
-
-    The encoder carries its preprocessing, so a codebook is fitted on exactly what the tokenizer will see. Memory is
-    that of the
-    sample: ``max_points_per_centroid * clusters * D * 4`` bytes (6.4 GB for the paper's base model).
+    """Fit K centroids to the features of images. The encoder carries its preprocessing, so a codebook is fitted on
+    exactly what the tokenizer will see. Every process of a group calls this and gets the same codebook.
 
     Args:
         encoder: frozen.
-        batches: images (B, 3, S, S) in 0..1, or batches that carry them; read once, to the end.
+        batches: images (B, 3, S, S) in 0..1, or batches that carry ``images`` and their ``indices`` in the dataset, as
+            :class:`digit.data.sampling.Batch`. Read once, to the end; or called with the number of the pass, which the
+            modes "whole" and "mini-batch" need: see :class:`~digit.clustering.streams.PassSampler`.
         clusters: K.
+        mode: see the module. "whole" and "mini-batch" read the data ``iterations`` + 2 times.
+        start: the first centroids: "random" vectors, as in the paper; or by "k-means++" (Arthur & Vassilvitskii 2007),
+            whose time grows with K squared.
         seed: of the sample and of the first centroids.
         iterations: of k-means. The paper: 20.
-        max_points_per_centroid: at most this many feature vectors a centroid are used. faiss's default and the
-            authors': 256.
-        device: where the encoder runs; k-means itself runs on the CPU.
+        max_points_per_centroid: size of the sample in mode "sample", 4 K D bytes each in all processes together
+            (6.4 GB for the paper's base model).
+        device: where encoder and k-means run.
         total: number of images, for the progress bar.
         provenance: more to keep with the codebook, such as the data's fingerprint.
         show: show progress.
 
     Returns:
-        the codebook; its provenance has the encoder's type, checksum, layer and preprocessing, the seed, vectors seen
-        and used, and the :func:`quality` of the centroids on the sample.
+        The codebook; its provenance has the encoder's type, checksum, layer and preprocessing, the seed, vectors seen
+        and used, and :attr:`Fit.quality`.
 
     Raises:
         DigitError: fewer vectors than clusters, or features that are not finite.
     """
     if clusters < 1 or iterations < 1 or max_points_per_centroid < 1:
         raise DigitError(
-            f"clusters={clusters}, iterations={iterations}, max_points_per_centroid={max_points_per_centroid}: each must be at least 1."
+            f"clusters={clusters}, iterations={iterations}, max_points_per_centroid={max_points_per_centroid}: each must be "
+            "at least 1."
         )
-    reservoir = Reservoir(max_points_per_centroid * clusters, encoder.dim, seed)
-    images = _fill(reservoir, encoder.to(device), batches, torch.device(device), total, show)
-    sample = reservoir.sample
-    if len(sample) < clusters:
+    if not callable(batches) and mode != "sample":
         raise DigitError(
-            f"{images} images gave {reservoir.seen} feature vectors, fewer than the {clusters} clusters asked for; "
+            f"mode='{mode}' reads the images many times; give a function from a pass's number to its batches."
+        )
+    passes: Callable[[int], Iterable[Any]] = batches if callable(batches) else lambda _: batches
+    network, device, images = encoder.to(device), torch.device(device), 0
+
+    def stream(number: int) -> Iterator[Points]:
+        nonlocal images
+        images = 0
+        with bar(f"Reading features, pass {number + 1}", total=total, unit="images", show=show) as progress:
+            for batch in passes(number):
+                pixels = batch if isinstance(batch, Tensor) else batch.images
+                indices = images + torch.arange(len(pixels)) if isinstance(batch, Tensor) else batch.indices
+                yield _features(network, pixels, indices, device)
+                images += len(pixels)
+                progress.advance(len(pixels))
+
+    wanted = clusters * (max_points_per_centroid if mode == "sample" else _START_SAMPLE if start == "k-means++" else 1)
+    sample = Sample(wanted, seed)
+    for points in stream(0):
+        sample.add(points)
+    sample.settle(device)
+    if sample.total < clusters:
+        raise DigitError(
+            f"The images gave {sample.seen} feature vectors, fewer than the {clusters} clusters asked for; "
             "give more images or ask for fewer clusters."
         )
-    centroids = torch.from_numpy(_kmeans(sample, clusters, iterations, seed, max_points_per_centroid, show))
-    facts = {
-        "encoder": describe_encoder(encoder),
+    candidates = sample.smallest(_START_SAMPLE * clusters if start == "k-means++" else clusters, device)
+    first = start_centroids(candidates, clusters, start, seed)
+    if mode != "sample":
+        sample.forget()
+    source = sample.stream(device) if mode == "sample" else stream
+    fit = kmeans(source, first, iterations=iterations, mini_batch=mode == "mini-batch", first_pass=1, show=show)
+    described = describe_encoder(encoder)
+    facts: dict[str, Any] = {
+        "encoder": described,
         "preprocessing": to_dict(encoder.preprocessing),
+        "method": {"mode": mode, "start": start},
         "seed": seed,
         "iterations": iterations,
-        "images": images,
-        "vectors_seen": reservoir.seen,
-        "vectors_used": len(sample),
-        **quality(torch.from_numpy(sample), centroids),
+        "images": int(summed(torch.tensor([images], device=device))),
+        "vectors_seen": sample.seen,
+        "vectors_used": int(fit.counts.sum()),
+        **fit.quality,
     }
-    positions = facts["encoder"].get("positions")
-    return Codebook.from_centroids(centroids, {**facts, **(provenance or {})}, positions=positions)
-
-
-@torch.inference_mode()
-def _fill(
-    reservoir: Reservoir,
-    encoder: Encoder,
-    batches: Iterable[Tensor | HasImages],
-    device: torch.device,
-    total: int | None,
-    show: bool,
-) -> int:
-    """Run the images through the encoder; returns how many there were."""
-    count = 0
-    with bar("Reading features", total=total, unit="images", show=show) as progress:
-        for batch in batches:
-            images = batch if isinstance(batch, Tensor) else batch.images
-            features = encoder(images.to(device)).flatten(0, 1).float().cpu()  # (B * N, D)
-            if not features.isfinite().all():
-                raise DigitError(
-                    "The encoder's features are not finite: its weights are damaged, or the images are not in 0..1."
-                )
-            reservoir.add(features.numpy())
-            count += len(images)
-            progress.advance(len(images))
-    return count
-
-
-def _kmeans(
-    sample: NDArray[np.float32], clusters: int, iterations: int, seed: int, max_points: int, show: bool
-) -> NDArray[np.float32]:
-    """Centroids (K, D): faiss's k-means, one iteration a call, so that progress shows and Ctrl-C is heard."""
-    faiss = require("faiss", "train", "Fitting a codebook")
-    centroids: NDArray[np.float32] | None = None
-    with bar("Fitting the codebook", total=iterations, unit="iterations", show=show) as progress:
-        for _ in range(iterations):
-            # faiss warns below 39 points a centroid; small data are the user's own choice
-            fit = faiss.Kmeans(
-                sample.shape[1],
-                clusters,
-                niter=1,
-                seed=seed,
-                max_points_per_centroid=max_points,
-                min_points_per_centroid=1,
-            )
-            fit.train(sample, init_centroids=centroids)
-            centroids = np.array(fit.centroids, dtype=np.float32).reshape(clusters, -1)
-            progress.advance(1, note=f"mean squared distance {fit.obj[-1] / len(sample):.4g}")
-    assert centroids is not None
-    return centroids
-
-
-def quality(features: Tensor, centroids: Tensor) -> dict[str, Any]:
-    """How well centroids (K, D) stand for feature vectors (n, D).
-
-    Returns:
-        "inertia": mean squared distance to the nearest centroid; "used_clusters", "dead_clusters": with and without any
-        vector; "perplexity": exp of the entropy of the ids, between 1 and K.
-    """
-    ids = nearest(features, centroids)  # (n,)
-    counts = torch.bincount(ids, minlength=len(centroids)).double()  # (K,)
-    share = counts[counts > 0] / counts.sum()
-    squared = 0.0
-    for start in range(0, len(features), 65536):
-        part = slice(start, start + 65536)
-        squared += (features[part] - centroids[ids[part]]).double().square().sum().item()
-    return {
-        "inertia": squared / len(features),
-        "used_clusters": len(share),
-        "dead_clusters": len(centroids) - len(share),
-        "perplexity": torch.exp(-(share * share.log()).sum()).item(),
-    }
+    return Codebook.from_centroids(fit.centroids, {**facts, **(provenance or {})}, positions=described.get("positions"))
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
@@ -215,3 +170,149 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
         if hasattr(config, name):
             facts[name] = getattr(config, name)
     return facts
+
+
+@torch.inference_mode()
+def _features(encoder: Encoder, images: Tensor, indices: Tensor, device: torch.device) -> Points:
+    if not len(images):  # other processes have images left
+        return Points(torch.zeros(0, dtype=torch.long), torch.zeros(0, encoder.dim, device=device))
+    features = encoder(images.to(device)).float()  # (B, N, D)
+    if not features.isfinite().all():
+        raise DigitError(
+            "The encoder's features are not finite: its weights are damaged, or the images are not in 0..1."
+        )
+    numbers = indices[:, None] * features.shape[1] + torch.arange(features.shape[1])  # (B, N)
+    return Points(numbers.flatten(), features.flatten(0, 1))
+
+
+def kmeans(
+    stream: Stream,
+    centroids: Float[Tensor, "K D"],
+    *,
+    iterations: int = 20,
+    mini_batch: bool = False,
+    first_pass: int = 0,
+    show: bool = True,
+) -> Fit:
+    """Move centroids to the means of the vectors that are nearest to them, again and again.
+
+    Args:
+        stream: the vectors of this process; with ``mini_batch`` every process must get as many parts in a pass.
+        centroids: float32 to begin with, the same in every process, on the device that computes.
+        iterations: passes over the data. One more measures the result.
+        mini_batch: move after every part of the stream: a centroid becomes the running mean of all it was ever given.
+        first_pass: the number of the first pass.
+        show: show progress.
+    """
+    seen = torch.zeros(len(centroids), dtype=_wide(centroids), device=centroids.device)  # (K,) of mini-batches
+    with bar("Fitting the codebook", total=iterations, unit="iterations", show=show) as progress:
+        for number in range(first_pass, first_pass + iterations):
+            totals = _Totals(centroids)
+            for points in stream(number):
+                if mini_batch:
+                    part = _Totals(centroids)
+                    part.add(points, centroids)
+                    part.reduce()
+                    seen += part.counts
+                    step = (part.sums - part.counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
+                    centroids = (centroids + step).float()
+                    totals.take(part)
+                else:
+                    totals.add(points, centroids)
+            if not mini_batch:
+                totals.reduce()
+                means = totals.sums / totals.counts.clamp(min=1)[:, None]
+                centroids = torch.where((totals.counts > 0)[:, None], means, centroids).float()
+            centroids = _revive(centroids, totals, seen)
+            progress.advance(1, note=f"mean squared distance {totals.inertia:.4g}")
+    totals = _Totals(centroids)
+    for points in stream(first_pass + iterations):
+        totals.add(points, centroids)
+    totals.reduce()
+    return Fit(centroids.cpu(), totals.counts.cpu().double(), totals.inertia)
+
+
+def start_centroids(sample: Float[Tensor, "m D"], clusters: int, start: StartBy, seed: int) -> Float[Tensor, "K D"]:
+    """First centroids out of a sample in random order, m >= K.
+
+    "random" takes the first; "k-means++" takes one after the other, each with a probability that grows with the squared
+    distance to the nearest of those before.
+    """
+    if start == "random":
+        return sample[:clusters].clone()
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(clusters, generator=generator, dtype=torch.float64).tolist()
+    chosen = [0]
+    distances = (sample - sample[0]).square().sum(1)  # (m,)
+    for draw in draws[1:]:
+        ladder = distances.to(_wide(sample)).cumsum(0)
+        place = int(torch.searchsorted(ladder, draw * ladder[-1], right=True).clamp(max=len(sample) - 1))
+        if not ladder[-1] > 0:  # fewer different vectors than clusters
+            place = len(chosen)
+        chosen.append(place)
+        distances = torch.minimum(distances, (sample - sample[place]).square().sum(1))
+    return sample[torch.tensor(chosen, device=sample.device)]
+
+
+class _Totals:
+    """Sums over vectors, by the centroid that they are nearest to."""
+
+    def __init__(self, centroids: Tensor) -> None:
+        wide, device = _wide(centroids), centroids.device
+        self.sums = torch.zeros(centroids.shape, dtype=wide, device=device)  # (K, D)
+        self.counts = torch.zeros(len(centroids), dtype=wide, device=device)  # (K,)
+        self._squared = torch.zeros(1, dtype=wide, device=device)
+        # a sample (up to _FAR, D + 2) of the vectors, each with its squared distance and its key behind it
+        self.far = torch.zeros(0, centroids.shape[1] + 2, device=device)
+
+    @property
+    def inertia(self) -> float:
+        """Mean squared distance."""
+        return float(self._squared / self.counts.sum())
+
+    def add(self, points: Points, centroids: Tensor) -> None:
+        """Count vectors (n, D)."""
+        x = points.features
+        if not len(x):
+            return
+        ids = nearest(x, centroids)  # (n,)
+        squared = (x - centroids[ids]).square().sum(1)  # (n,)
+        self.sums.index_add_(0, ids, x.to(self.sums.dtype))
+        self.counts += torch.bincount(ids, minlength=len(centroids))
+        self._squared += squared.to(self.sums.dtype).sum()
+        # the largest keys are a sample with probabilities in proportion to the squared distance (Efraimidis & Spirakis
+        # 2006)
+        chance = (hashed(points.numbers, 0).double() / 2.0**63).log().float().to(x.device)  # (n,)
+        self._remember(torch.cat([x, squared[:, None], (chance / squared)[:, None]], 1))
+
+    def take(self, other: _Totals) -> None:
+        """Add totals of all processes, without their sums."""
+        self.counts += other.counts
+        self._squared += other._squared
+        self._remember(other.far)
+
+    def reduce(self) -> None:
+        """Add up over the processes."""
+        for value in (self.sums, self.counts, self._squared):
+            value.copy_(summed(value))
+        everyones, self.far = gathered(self.far), self.far[:0]
+        self._remember(everyones)
+
+    def _remember(self, vectors: Tensor) -> None:
+        together = torch.cat([self.far, vectors])
+        self.far = together[together[:, -1].topk(min(_FAR, len(together))).indices]
+
+
+def _revive(centroids: Tensor, totals: _Totals, seen: Tensor) -> Tensor:
+    """Put centroids without any vector at vectors that are far from their own centroid, and from each other."""
+    vectors, distances = totals.far[:, :-2], totals.far[:, -2]  # (m, D), (m,)
+    for empty in torch.nonzero(totals.counts == 0)[: len(vectors), 0].tolist():
+        furthest = vectors[distances.argmax()]
+        centroids[empty], seen[empty] = furthest, 0
+        distances = torch.minimum(distances, (vectors - furthest).square().sum(1))
+    return centroids
+
+
+def _wide(like: Tensor) -> torch.dtype:
+    """What sums are kept in: so wide that the order of the vectors does not show in float32."""
+    return torch.float32 if like.device.type == "mps" else torch.float64

@@ -22,7 +22,7 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
     """Import an optional module, or say in one sentence how to get it.
 
     Args:
-        module: what to import, such as ``"faiss"``.
+        module: what to import, such as ``"lpips"``.
         extra: the extra of this distribution that brings it, such as ``"train"``.
         purpose: what it is needed for, as in "fitting a codebook".
 
