@@ -20,9 +20,15 @@ import psutil
 import torch
 
 from digit.evaluation.metrics.features import measure
-from digit.evaluation.metrics.inception import InceptionWeights, OnnxExtractor, TorchExtractor, load_inception
+from digit.evaluation.metrics.inception import (
+    Activations,
+    InceptionWeights,
+    OnnxExtractor,
+    TorchExtractor,
+    load_inception,
+)
 
-BATCH, SIDE, WIDTH = 50, 32, 2048
+BATCH, SIDE, WIDTH, SPATIAL = 50, 32, 2048, 2023
 
 
 class RandomProjection:
@@ -34,8 +40,9 @@ class RandomProjection:
     def __init__(self) -> None:
         self.matrix = torch.randn(3 * SIDE * SIDE, WIDTH, generator=torch.Generator().manual_seed(0))
 
-    def __call__(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: D102
-        return images.flatten(1).float() @ self.matrix / 1000, None
+    def __call__(self, images: torch.Tensor) -> Activations:  # noqa: D102
+        features = images.flatten(1).float() @ self.matrix / 1000
+        return Activations(features, None, features[:, :SPATIAL])
 
 
 class RandomImages:
@@ -62,7 +69,7 @@ def peak_memory(count: int) -> dict[str, float]:
 def gather(count: int) -> dict[str, float]:
     began, images = time.monotonic(), RandomImages(count)
     before = images.process.memory_info().rss
-    statistics = measure(images, RandomProjection(), total=count).statistics
+    statistics = measure(images, RandomProjection(), ("fid", "sfid"), total=count).statistics
     assert statistics.n == count
     found = {"peak_mib": images.peak, "above_start_mib": images.peak - before}
     return {name: round(value / 2**20, 1) for name, value in found.items()} | {

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
@@ -9,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from digit.core.errors import DigitError
 from digit.core.images import to_tensor
 from digit.evaluation.metrics.fidelity import fidelity
-from digit.evaluation.metrics.model_reconstruction import model_reconstruction, perturbed_path
+from digit.evaluation.metrics.model_reconstruction import codebook_values, model_reconstruction, perturbed_path
 from digit.evaluation.model_source import open_images
 from digit.evaluation.results import Result
 from digit.pipeline.pipeline import Tokens
@@ -51,6 +52,18 @@ def test_every_path_is_measured_as_by_hand(pipe, images, tensors, pooling):
         assert row.values["rfid"] == pytest.approx(rfid.values["fid"], abs=1e-4)
         assert row.not_measured["lpips"] == "not measured: left out."
         assert row.images == 40
+
+
+def test_use_of_the_codebook_and_entropy(pipe, images, tensors):
+    rows = model_reconstruction(pipe, images, None, None, batch_size=16).values
+    for row, tokens, codes in zip(
+        rows, (pipe.vqgan.encode(tensors), *[pipe.tokenizer.encode(tensors)] * 2), (20, 12, 12), strict=True
+    ):
+        counts = np.bincount(tokens.flatten().numpy(), minlength=codes)
+        assert row.values["usage"] == np.count_nonzero(counts) / codes
+        assert row.values["entropy"] == pytest.approx(scipy.stats.entropy(counts, base=2), abs=1e-9)
+    even = codebook_values(torch.tensor([3, 3, 3, 3, 0, 0, 0, 0]))
+    assert even == {"usage": 0.5, "entropy": pytest.approx(2.0)}
 
 
 def test_no_perturbation_is_the_plain_path(pipe, tensors):
