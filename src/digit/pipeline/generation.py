@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from digit.core.batching import PROBE, Batcher
 from digit.core.environment import hardware
 from digit.core.errors import DigitError
 from digit.core.grids import picture_grid
@@ -25,6 +24,7 @@ from digit.pipeline.image_array import write_image_array
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.runfolder import RunFolder
 from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
+from digit.sampling.batching import PROBE, Batcher
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
 from digit.sampling.request import SampleRequest
 from digit.sampling.rng import uniforms
