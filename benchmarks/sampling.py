@@ -27,11 +27,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from digit.core.batching import allocated, peak, reset_peak
 from digit.core.config import from_dict
 from digit.core.environment import hardware
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling import SampleRequest, SamplingParams, sample
+from digit.sampling.batching import allocated, peak, reset_peak
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 
 AUTHORS = 0.81  # seconds an image of the authors' loop at batch 8, on two quiet cores of this kind

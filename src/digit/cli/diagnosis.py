@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import re
@@ -15,12 +16,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+import huggingface_hub
 import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from digit import __version__, native
 from digit.core.devices import bf16_is_fast
 from digit.core.errors import DigitError
+from digit.core.files import cache_folder
+from digit.core.hub import out_of_reach, packaged_models
+from digit.pipeline.pipeline import read_index
 
 State = Literal["ok", "note", "broken"]
 LITTLE_ROOM, NO_ROOM = 5 << 30, 200 << 20
@@ -50,92 +56,81 @@ def examine() -> list[Finding]:
     return [finding for check in checks for finding in check()]
 
 
-# -- the machine -------------------------------------------------------------------------------------------------------
-
-
 def versions() -> Iterator[Finding]:
     """Python, torch and this package."""
-    from digit import __version__
-
-    yield Finding(
-        "digit", "ok", f"{__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    )
-    if Version(torch.__version__) < Version("2.6"):
-        yield Finding("torch", "broken", torch.__version__, "digit needs 2.6 or newer: pip install -U torch")
-    else:
-        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
-        yield Finding("torch", "ok", f"{torch.__version__}, built for {build}")
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield Finding("digit", "ok", f"{__version__}, {system}")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    old = Version(torch.__version__) < Version("2.6")
+    advice = "digit needs 2.6 or newer: pip install -U torch" if old else ""
+    yield Finding("torch", "broken" if old else "ok", f"{torch.__version__}, built for {build}", advice)
 
 
 def devices() -> Iterator[Finding]:
     """Every device does a small computation, in float32 and bfloat16."""
     names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        names.append("mps")
+    names += ["mps"] * torch.backends.mps.is_available()
     for name in names:
         yield _device(torch.device(name))
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
-        yield Finding(
-            "GPU", "note", "a driver is installed (nvidia-smi), but torch sees no device",
-            "install a torch built for CUDA, or look at CUDA_VISIBLE_DEVICES; until then --device cpu is taken",
-        )  # fmt: skip
+        what = "a driver is installed (nvidia-smi), but torch sees no device"
+        advice = "install a torch built for CUDA, or look at CUDA_VISIBLE_DEVICES; until then --device cpu is taken"
+        yield Finding("GPU", "note", what, advice)
 
 
 def _device(device: torch.device) -> Finding:
-    title = f"device {device}"
+    size = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
         size = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
-    else:
-        size = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
     try:
         for dtype in (torch.float32, torch.bfloat16):
             ones = torch.ones(8, 8, device=device, dtype=dtype)
             if float((ones @ ones).sum()) != 512:
                 raise RuntimeError(f"a product of matrices in {dtype} is wrong")
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
         advice = "use --device cpu" if device.type != "cpu" else "reinstall torch"
-        return Finding(title, "broken", f"{size}; it does not compute: {reason}", advice)
+        reason = str(error).splitlines()[0]
+        return Finding(f"device {device}", "broken", f"{size}; it does not compute: {reason}", advice)
     if bf16_is_fast(device):
-        return Finding(title, "ok", f"{size}; bfloat16 is quick", "train with --set training.precision=bf16")
-    return Finding(title, "ok", f"{size}; bfloat16 works, but float32 is quicker")
+        advice = "train with --set training.precision=bf16"
+        return Finding(f"device {device}", "ok", f"{size}; bfloat16 is fast", advice)
+    return Finding(f"device {device}", "ok", f"{size}; bfloat16 works, but float32 is faster")
 
 
 def compiler() -> Iterator[Finding]:
     """The C++ step for CPUs, built here if it was not; and what torch.compile needs: Python's headers, triton on a CUDA
     GPU.
     """
-    from digit.native import NoCompiler, library
-
     found = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     slower = "sampling works without, more slowly"
     if found:
         try:
-            library()
-            yield Finding("C++ step", "ok", "it builds: small batches on a CPU sample quickly")
-        except NoCompiler as error:
-            yield Finding(
-                "C++ step", "note", f"it does not build: {error}; {slower}", "look at the compiler that CXX names"
-            )
+            native.library()
+            yield Finding("C++ step", "ok", "it builds: small batches on a CPU sample fast")
+        except native.NoCompiler as error:
+            advice = "look at the compiler that CXX names"
+            yield Finding("C++ step", "note", f"it does not build: {error}; {slower}", advice)
     if not found:
         yield Finding("compiler", "note", f"no C++ compiler; {slower}", "install g++ (Debian: apt-get install g++)")
-    elif not headers.is_file():
-        yield Finding(
-            "compiler", "note", f"{found}, but Python's headers are missing; {slower}",
-            f"install them (Debian: apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-dev)",
-        )  # fmt: skip
+    elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        advice = f"install them (Debian: apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-dev)"
+        yield Finding("compiler", "note", f"{found}, but Python's headers are missing; {slower}", advice)
     else:
         yield Finding("compiler", "ok", f"{found}: sampling can be compiled")
     if torch.cuda.is_available():
-        try:
-            yield Finding("triton", "ok", f"{metadata.version('triton')}: sampling can be compiled on the GPU")
-        except metadata.PackageNotFoundError:
-            yield Finding("triton", "note", "not installed; sampling on the GPU is not compiled", "pip install triton")
+        version = _installed("triton")
+        what = (
+            f"{version}: sampling can be compiled on the GPU" if version else "not installed; sampling is not compiled"
+        )
+        yield Finding("triton", "ok" if version else "note", what, "" if version else "pip install triton")
 
 
-# -- packages ----------------------------------------------------------------------------------------------------------
+def _installed(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def packages(requirements: Iterable[str] | None = None) -> Iterator[Finding]:
@@ -144,35 +139,27 @@ def packages(requirements: Iterable[str] | None = None) -> Iterator[Finding]:
     Args:
         requirements: lines as in a package's metadata; by default this package's own.
     """
-    extras: dict[str, list[Requirement]] = {}
+    there: dict[str, list[str]] = {}
+    missing: dict[str, list[str]] = {}
     for line in metadata.requires("digit-ar") or [] if requirements is None else requirements:
         wanted = Requirement(line)
         extra = re.search(r"""extra == ['"]([\w-]+)['"]""", str(wanted.marker or ""))
-        if extra and extra[1] not in ("dev", "docs", "all"):
-            extras.setdefault(extra[1], []).append(wanted)
-    for name, packages_of_extra in extras.items():
-        yield _extra(name, packages_of_extra)
-    yield from _torchvision()
-
-
-def _extra(extra: str, wanted: Iterable[Requirement]) -> Finding:
-    there, missing = [], []
-    for one in wanted:
-        try:
-            version = metadata.version(one.name)
-        except metadata.PackageNotFoundError:
-            missing.append(one.name)
+        if extra is None or extra[1] in ("dev", "docs", "all"):
             continue
-        if one.specifier.contains(version, prereleases=True):
-            there.append(f"{one.name} {version}")
-        else:
-            missing.append(f"{one.name} {one.specifier} ({version} is installed)")
-    if not missing:
-        return Finding(f"[{extra}]", "ok", ", ".join(there))
-    what = f"missing: {', '.join(missing)}" + (f"; there: {', '.join(there)}" if there else "")
-    return Finding(
-        f"[{extra}]", "note", what, f"{_PURPOSES.get(extra, 'if you need it')}: pip install 'digit-ar[{extra}]'"
-    )
+        version, name = _installed(wanted.name), wanted.name
+        fits = version is not None and wanted.specifier.contains(version, prereleases=True)
+        old = f"{name} {wanted.specifier} ({version} is installed)" if version else name
+        lists = there if fits else missing
+        lists.setdefault(extra[1], []).append(f"{name} {version}" if fits else old)
+    for name in dict.fromkeys([*there, *missing]):
+        has = ", ".join(there.get(name, []))
+        if name not in missing:
+            yield Finding(f"[{name}]", "ok", has)
+            continue
+        what = f"missing: {', '.join(missing[name])}" + (f"; there: {has}" if has else "")
+        advice = f"{_PURPOSES.get(name, 'if you need it')}: pip install 'digit-ar[{name}]'"
+        yield Finding(f"[{name}]", "note", what, advice)
+    yield from _torchvision()
 
 
 _PURPOSES = {
@@ -186,24 +173,17 @@ _PURPOSES = {
 
 def _torchvision() -> Iterator[Finding]:
     """A torchvision of another build fails on import, and takes transformers down with it."""
-    try:
-        version = metadata.version("torchvision")
-    except metadata.PackageNotFoundError:
+    if (version := _installed("torchvision")) is None:
         return
     try:
-        import torchvision  # noqa: F401
+        importlib.import_module("torchvision")
     except Exception as error:
         what = f"{version} does not fit torch {torch.__version__}: {str(error).splitlines()[0]}"
         yield Finding("torchvision", "broken", what, "install both from one place: pip install -U torch torchvision")
 
 
-# -- places ------------------------------------------------------------------------------------------------------------
-
-
 def places() -> Iterator[Finding]:
     """Whether the cache and the working folder can be written, and how much room there is."""
-    from digit.core.files import cache_folder
-
     for topic, folder, advice in (
         ("cache", cache_folder(), "name another folder in the variable DIGIT_CACHE"),
         ("working folder", Path.cwd(), "change to a folder of yours, or give --out"),
@@ -223,42 +203,23 @@ def places() -> Iterator[Finding]:
 
 def hub() -> Iterator[Finding]:
     """Whether the Hub answers. Without it everything works that is on this machine."""
-    import huggingface_hub
-
-    from digit.core.hub import out_of_reach
-
-    reason = out_of_reach()
-    if reason:
-        local = "models and datasets come from folders and the cache alone"
-        advice = (
-            "unset HF_HUB_OFFLINE to ask it" if "HF_HUB_OFFLINE" in reason else "look at the network and HF_ENDPOINT"
-        )
-        yield Finding("Hub", "note", f"{reason}; {local}", advice)
+    if reason := out_of_reach():
+        switched = "HF_HUB_OFFLINE" in reason
+        advice = "unset HF_HUB_OFFLINE to ask it" if switched else "look at the network and HF_ENDPOINT"
+        yield Finding("Hub", "note", f"{reason}; models and datasets come from folders and the cache alone", advice)
     else:
-        login = (
-            "logged in"
-            if huggingface_hub.get_token()
-            else "not logged in, which only private models and publishing need"
-        )
-        yield Finding("Hub", "ok", f"it answers; {login}")
+        missing = "not logged in, which only private models and publishing need"
+        yield Finding("Hub", "ok", f"it answers; {'logged in' if huggingface_hub.get_token() else missing}")
 
 
 def models() -> Iterator[Finding]:
     """The packaged models load."""
-    from digit.core.hub import packaged_models
-    from digit.pipeline.pipeline import read_index
-
-    found = packaged_models()
-    if not found:
-        yield Finding(
-            "model",
-            "note",
-            "none comes with this installation",
-            "give a folder or a Hub id where a command wants MODEL",
-        )
-    for name, folder in found.items():
+    for name, folder in packaged_models().items():
         try:
             read_index(folder)
-            yield Finding("model", "ok", f"{name} is packaged; try: digit generate --num 4 --out pictures")
+            yield Finding("model", "ok", f"{name} is packaged; try: digit generate --num 4 --out runs/four")
         except DigitError as error:
             yield Finding("model", "broken", f"the packaged {name}: {error}", "reinstall digit-ar")
+    if not packaged_models():
+        advice = "give a folder or a Hub id where a command wants MODEL"
+        yield Finding("model", "note", "none comes with this installation", advice)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from digit.core.errors import DigitError, require
-from digit.core.weights import PublishedWeights
+from digit.models.weights import PublishedWeights
 
 _ADDRESS = "https://download.pytorch.org/models"
 BACKBONES = {
@@ -54,7 +54,7 @@ class Lpips:
 def load_lpips(net: str = "alex", weights: str | Path = "auto", device: str = "cpu") -> Lpips:
     """LPIPS with "alex" (what the authors advise for measuring) or "vgg"; values of the two are not comparable.
 
-    ``weights`` of the backbone: see :meth:`~digit.core.weights.PublishedWeights.load`.
+    ``weights`` of the backbone: see :meth:`~digit.models.weights.PublishedWeights.load`.
 
     Raises:
         DigitError: unknown network, missing package, or no weights; the message says what was tried.

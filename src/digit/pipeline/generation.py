@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from digit.core.batching import PROBE, Batcher
 from digit.core.config import to_dict
 from digit.core.environment import hardware, versions
 from digit.core.errors import DigitError
@@ -29,6 +28,7 @@ from digit.pipeline.image_array import write_image_array
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.runfolder import RunFolder
 from digit.pipeline.tokens import Tokens, save_tokens_file
+from digit.sampling.batching import PROBE, Batcher
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 from digit.sampling.request import SampleRequest
 from digit.sampling.rng import uniforms

@@ -9,7 +9,6 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from digit.core.errors import DigitError
 from digit.core.files import sha256_of, write_tensors
-from digit.core.weights import download
 from digit.evaluation.metrics import inception
 from digit.evaluation.metrics.inception import (
     InceptionWeights,
@@ -18,6 +17,7 @@ from digit.evaluation.metrics.inception import (
     load_inception,
     open_extractor,
 )
+from digit.models.weights import download
 
 
 @pytest.fixture

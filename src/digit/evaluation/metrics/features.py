@@ -15,7 +15,6 @@ from torch import Tensor
 from digit.core.errors import DigitError
 from digit.core.files import cache_folder, read_json
 from digit.core.progress import bar
-from digit.core.steps import Steps
 from digit.core.transforms import center_crop, resize_shorter
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.evaluation.metrics.inception import PREPROCESSING, FeatureExtractor, tool_name
@@ -28,6 +27,7 @@ from digit.evaluation.metrics.statistics import (
     npz_arrays,
     save_statistics,
 )
+from digit.evaluation.steps import Steps
 from digit.pipeline.image_array import ImageArray
 
 Source = str | Path | FeatureStatistics | Iterable[Tensor]

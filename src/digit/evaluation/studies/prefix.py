@@ -18,11 +18,11 @@ import torch
 
 from digit.core.errors import DigitError
 from digit.core.progress import bar
-from digit.core.steps import Steps
 from digit.data.dataset import ImageDataset
 from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun, describe_data, encode_all
 from digit.evaluation.results import COLORS, Result, Rows, legend, panels
+from digit.evaluation.steps import Steps
 from digit.evaluation.studies.sweep import Point, Reference, fidelity_notes, measured, point_cells
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline

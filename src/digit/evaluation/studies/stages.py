@@ -1,6 +1,6 @@
 """What ablations and the ranking of tokenizers have in common: a prior is trained on tokens and probed, stage by stage.
 
-A stage is named by all that it depends on (:class:`~digit.core.steps.Steps`): variants that agree up to a stage share it, what
+A stage is named by all that it depends on (:class:`~.steps.Steps`): variants that agree up to a stage share it, what
 is finished is not done again, and a training that was interrupted goes on.
 """
 
@@ -17,13 +17,13 @@ from digit.clustering.kmeans import describe_encoder, fit_codebook
 from digit.core.config import to_dict
 from digit.core.devices import pick_device
 from digit.core.files import read_json
-from digit.core.steps import Step, Steps
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset
 from digit.data.sampling import Batches, OrderedSampler
 from digit.data.token_cache import Views, build_token_cache
 from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, score_features
 from digit.evaluation.results import COLORS, OURS, PAPER, legend, panels
+from digit.evaluation.steps import Step, Steps
 from digit.models.codebook import Codebook
 from digit.models.token_model import TokenModel
 from digit.pipeline.assembly import part_folder

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from digit.core.batching import is_out_of_memory
 from digit.models.token_model import NO_LABEL, TokenModel
 from digit.models.transformer import KVCache
+from digit.sampling.batching import is_out_of_memory
 from digit.sampling.engines.quantize import quantized
 from digit.sampling.logits import DrawParams, draw, guide
 from digit.sampling.request import SamplingParams

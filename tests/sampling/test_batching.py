@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from digit.core import batching
-from digit.core.batching import PROBE, Batcher, is_out_of_memory
 from digit.core.errors import DigitError
+from digit.sampling import batching
+from digit.sampling.batching import PROBE, Batcher, is_out_of_memory
 
 CPU = torch.device("cpu")
 MB = 1 << 20

@@ -1,7 +1,7 @@
 import pytest
 
 from digit.core.files import write_bytes
-from digit.core.steps import Steps
+from digit.evaluation.steps import Steps
 
 
 def test_a_step_is_done_once_for_all_that_it_depends_on(tmp_path):
