@@ -246,7 +246,7 @@ def hub() -> Iterator[Finding]:
 def models() -> Iterator[Finding]:
     """The packaged models load."""
     from digit.core.hub import packaged_models
-    from digit.pipeline.pipeline import read_index
+    from digit.pipeline.index import read_index
 
     found = packaged_models()
     if not found:

@@ -45,7 +45,9 @@ def generate(
     labels: Labels = None,
     seed: Seed = 0,
     decoder: Decoder = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; does not change the results.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; does not change the results.")
+    ] = None,
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
     compile: Annotated[
         bool | None,

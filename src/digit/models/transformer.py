@@ -148,7 +148,8 @@ class Block(nn.Module):
         """See :meth:`Attention.forward`."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), slot))
-            return x + self.dropout(self._ffn(self.ffn_norm(x)))
+            out: Tensor = x + self.dropout(self._ffn(self.ffn_norm(x)))
+            return out
         x = self.attention_norm(x + self.dropout(self.attention(x, slot)))
         normed: Tensor = self.ffn_norm(x + self.dropout(self._ffn(x)))
         return normed

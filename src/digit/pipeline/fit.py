@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from digit.core.errors import DigitError
 
 if TYPE_CHECKING:
-    from digit.pipeline.pipeline import DigitPipeline
+    from digit.pipeline.model import Model
 
 
-def check_fit(pipe: DigitPipeline) -> None:
+def check_fit(pipe: Model) -> None:
     """Neighbouring components must agree on vocabularies and lengths, or the first user would find out in a stack
     trace.
     """

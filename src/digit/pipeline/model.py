@@ -124,6 +124,13 @@ class Model:
         """Classes C; 0 for an unconditional model."""
         return self.prior.config.num_classes if self.prior is not None else 0
 
+    @property
+    def image_size(self) -> int:
+        """Side of the images that it takes, in pixels; those it makes have the same, unless a decoder enlarges them."""
+        if self.vqgan is None and self.encoder is not None:
+            return self.encoder.preprocessing.image_size
+        return int(self.part("vqgan").config.resolution)
+
     def to(
         self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | str | None = None
     ) -> Self:

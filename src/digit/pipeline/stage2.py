@@ -66,7 +66,7 @@ class Stage2:
         self,
         first: Tensor,
         request: SampleRequest,
-        callback: Callback | None = None,
+        callback: Callback | None = None,  # noqa: ARG002
         kept: Kept | None = None,  # noqa: ARG002
     ) -> Tokens:
         """The prior's tokens (B, N) to all that pixels are made of; what is kept stays as it is."""
@@ -125,7 +125,7 @@ class PixelDecoder(TokenDecoder):
         self,
         first: Tensor,
         request: SampleRequest,
-        callback: Callback | None = None,
+        callback: Callback | None = None,  # noqa: ARG002
         kept: Kept | None = None,
     ) -> Tokens:
         """The noise of each image; its standard deviation is the decoder's temperature.

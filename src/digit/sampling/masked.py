@@ -47,7 +47,7 @@ def choice_temperature(params: SamplingParams, tokens: int) -> float:
     """
     if params.mask_scaling == "none":
         return params.choice_temperature
-    return params.choice_temperature * (tokens / TUNED_FOR) ** (1 / 3)
+    return params.choice_temperature * math.pow(tokens / TUNED_FOR, 1 / 3)
 
 
 def masked_after(

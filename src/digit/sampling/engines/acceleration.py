@@ -79,7 +79,7 @@ class EngineCache:
         if packed is not None:
             return NativeEngine(model, batch, guided, packed, time.perf_counter() - began)
         graphs = options.cuda_graphs and model.start.device.type == "cuda"
-        kinds = {
+        kinds: dict[tuple[bool, bool], type[DecodeEngine]] = {
             (False, False): DecodeEngine,
             (True, False): CompiledEngine,
             (False, True): CudaGraphEngine,
