@@ -13,10 +13,11 @@ from digit.cli.options import (
     Device,
     Dtype,
     Images,
-    Labels,
+    LabelsPerClass,
     Model,
     Out,
     RequiredModel,
+    RunLabels,
     Seed,
     Variant,
     load,
@@ -41,8 +42,12 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     model: Model = None,
     out: Out = Path("generated"),
-    num: Annotated[int, num_option("How many images.")] = 64,
-    labels: Labels = None,
+    num: Annotated[int | None, num_option("How many images. Default: 64.")] = None,
+    labels: RunLabels = None,
+    labels_per_class: LabelsPerClass = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
+    ] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
     batch_size: Annotated[
@@ -82,8 +87,8 @@ def generate(
 
     pipe = load(model, device, dtype, variant)
     record = generate_folder(
-        pipe, out, num, parse_labels(labels, pipe), seed, decoder, batch_size, save_tokens, compile, quantize,
-        overwrite, **settings,
+        pipe, out, num, labels if labels == "random" else parse_labels(labels, pipe), seed, decoder, batch_size,
+        save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
     )  # fmt: skip
     if not record["made"] and record["finished"]:
         typer.echo(f"All {record['num']} images are there already: {out}")
@@ -94,6 +99,8 @@ def generate(
         typer.echo(f"{speed}{compiling}{step}: {out}")
     if record["finished"]:
         typer.echo(f"Look at {out / 'grid.png'}")
+        if npz is not None:
+            typer.echo(f"All images in one array: {npz}")
 
 
 def tokenize(

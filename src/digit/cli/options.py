@@ -108,6 +108,14 @@ Labels = Annotated[
         autocompletion=_labels,
     ),
 ]
+RunLabels = Annotated[
+    str | None,
+    typer.Option(
+        help='Classes by number or name, comma separated, taken in turns; "random"; or "none". Default: all.',
+        autocompletion=_labels,
+    ),
+]
+LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="So many images of each class: balanced labels.")]
 Seed = Annotated[int, typer.Option(min=0, help="Image i of a seed is always the same image.")]
 Decoder = Annotated[
     str | None,
