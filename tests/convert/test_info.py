@@ -17,7 +17,6 @@ from digit.native import norm
 from digit.pipeline.info import (
     Part,
     cache_bytes,
-    decoder_activation_bytes,
     describe,
     folder_parts,
     matching_preset,
@@ -68,7 +67,7 @@ def test_the_vqgan_estimate_is_what_decoding_allocates(multipliers, native, monk
         monkeypatch.setattr(norm, "available", lambda: None)
     with torch.no_grad(), LiveBytes() as live:
         vqgan.decode(tokens)
-    assert live.peak == pytest.approx(2 * decoder_activation_bytes(config), rel=0.15)
+    assert live.peak == pytest.approx(2 * config.activation_bytes(), rel=0.15)
 
 
 def test_the_cache_estimate_is_the_cache():

@@ -26,7 +26,7 @@ from digit.core.devices import bf16_is_fast
 from digit.core.errors import DigitError
 from digit.core.files import cache_folder
 from digit.core.hub import out_of_reach, packaged_models
-from digit.pipeline.pipeline import read_index
+from digit.pipeline.index import read_index
 
 State = Literal["ok", "note", "broken"]
 LITTLE_ROOM, NO_ROOM = 5 << 30, 200 << 20

@@ -13,7 +13,7 @@ from digit.core.config import config
 from digit.core.errors import DigitError
 from digit.core.files import read_json
 from digit.models.component import weights_checksum
-from digit.pipeline.info import pipeline_parts
+from digit.pipeline.info import model_parts
 
 if TYPE_CHECKING:
     from digit.pipeline.model import Model
@@ -71,7 +71,7 @@ def model_card(pipe: Model) -> str:
     facts: dict[str, Any] = {
         "what": _what(pipe),
         "call": call,
-        "parts": pipeline_parts(pipe),
+        "parts": model_parts(pipe),
         "training": _training(pipe),
     }
     card = ModelCard.from_template(_metadata(pipe), template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
@@ -109,7 +109,7 @@ def _what(pipe: Model) -> str:
 def _training(pipe: Model) -> list[str]:
     """What it learnt from, as far as the parts say, and the rest of the provenance."""
     lines = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
-    for part in pipeline_parts(pipe):
+    for part in model_parts(pipe):
         made, facts = part.provenance, []
         for given in (made.get("data"), made.get("source")):
             if isinstance(given, Mapping) and "name" in given:
@@ -144,7 +144,7 @@ def with_facts(
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def describe_model(pipe: DigitPipeline) -> dict[str, Any]:
+def describe_model(pipe: Model) -> dict[str, Any]:
     """A pipeline's name, and parameters and checksum of each of its parts, as results keep them."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     parts = {

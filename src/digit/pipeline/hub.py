@@ -18,6 +18,7 @@ from huggingface_hub import constants, errors
 from digit.core.errors import DigitError
 from digit.core.files import cache_folder
 from digit.core.hub import INDEX, endpoint, is_repository, out_of_reach, packaged_models, repository_id
+from digit.pipeline.index import read_index
 
 AUTHORS = "DAMO-NLP-SG/DiGIT"
 VQGAN_NAME = "vqgan_jax_strongaug.ckpt"
@@ -221,8 +222,6 @@ def push_folder(
     Raises:
         DigitError: not a model, no such place, or the Hub refuses.
     """
-    from digit.pipeline.pipeline import read_index
-
     index = read_index(folder)
     if not is_repository(repository):
         raise DigitError(f"The repository '{repository}' was given; expected owner/name, such as somebody/my-model.")

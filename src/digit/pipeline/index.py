@@ -7,8 +7,8 @@ from typing import Any
 
 from digit.core.errors import DigitError
 from digit.core.files import read_json
+from digit.core.hub import INDEX as INDEX
 
-INDEX = "model_index.json"
 FORMAT = 1
 _FIELDS = (
     "format", "space", "parts", "decoders", "default_decoder", "class_names", "settings", "provenance", "name",

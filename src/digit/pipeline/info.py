@@ -100,9 +100,6 @@ def model_parts(model: Model) -> list[Part]:
     return [module_part(place, module) for place, module in model.components.items()]
 
 
-pipeline_parts = model_parts
-
-
 def module_part(place: str, module: Any) -> Part:
     """A loaded component."""
     tensors: list[Any] = list(module.state_dict().values())

@@ -25,15 +25,14 @@ from digit.core.devices import quick_pixels
 from digit.core.errors import DigitError
 from digit.core.images import to_pil
 from digit.models.token_model import NO_LABEL
-from digit.pipeline.index import INDEX, read_index
-from digit.pipeline.model import Model, load_part
+from digit.pipeline.model import Model
 from digit.pipeline.stage2 import STAGES, Callback, Stage2, for_stage
 from digit.pipeline.tokenizer import Images, SemanticTokenizer, Tokenizer, VQTokenizer
 from digit.pipeline.tokens import Tokens
 from digit.sampling.request import SampleRequest, SamplingParams
 from digit.sampling.sampler import sample
 
-__all__ = ["INDEX", "DigitPipeline", "Tokens", "load_part", "read_index"]
+__all__ = ["DigitPipeline", "Tokens"]
 
 Label = int | str
 """A class by its number or by its name; -1 or "none" for none."""

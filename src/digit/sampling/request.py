@@ -153,7 +153,7 @@ class SampleRequest:
         given = [labels] if isinstance(labels, int) else None if labels is None else list(labels)
         if given == []:
             raise DigitError("The list of labels is empty; leave it out for unconditional images.")
-        num = num or len(given or ()) or (1 if isinstance(seed, int) else len(seed))
+        num = num or max(len(given or ()), 1 if isinstance(seed, int) else len(seed))
         classes = None if given is None else torch.tensor(given).repeat(-(-num // len(given)))[:num]  # (num,)
         asked = {name: value for name, value in (settings or {}).items() if value is not None}
         return cls(range(num) if isinstance(seed, int) else [0] * num, seed, classes, decoder, asked)

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from digit.core.config import PositiveInt, Share, config, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_json
+from digit.core.hub import INDEX
 from digit.data.token_cache import TokenCache
 from digit.models.codebook import Codebook
 from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
-from digit.pipeline.pipeline import INDEX
 from digit.training.task import Batch
 
 _CHUNK = 1 << 24  # distances held at a time

@@ -30,7 +30,7 @@ from digit.models.component import weights_checksum
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.hub import resolve_model
-from digit.pipeline.pipeline import read_index
+from digit.pipeline.index import read_index
 from digit.training import checkpoint
 from digit.training.tasks.tokens import TokenData, token_model_config
 
