@@ -60,7 +60,7 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return TypeAdapter(cls).validate_python(dict(values))
     except ValidationError as error:
-        raise DigitError(f"{where} does not describe a valid {cls.__name__}: {_explain(error, cls)}") from error
+        raise DigitError(f"{where}: {_explain(error, cls)}") from error
 
 
 _EXPECTED = {

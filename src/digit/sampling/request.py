@@ -231,7 +231,7 @@ class SampleRequest:
             labels = None
         if labels is None:
             values["cfg_scale"] = 1.0
-        params = from_dict(SamplingParams, {**values, **asked}, "The sampling settings")
+        params = from_dict(SamplingParams, {**values, **asked}, "Sampling settings")
         check_model(config, params, labels)
         if config.role != "masked" and (unread := [name for name in _OF_STEPS if name in asked]):
             what = "the prior" if stage == "prior" else f"the {stage} decoder"
