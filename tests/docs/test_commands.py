@@ -88,7 +88,7 @@ def place(clone, cifar512) -> Path:
             split, sample = "train" if index < 128 else "test", images[index]
             writer.add(split, f"{index:05d}", encode_png(sample.image), "png", (32, 32), sample.label)
             if index < 96:
-                save_png(sample.image, clone / "pictures" / classes[sample.label] / f"{index}.png")
+                save_png(sample.image, clone / "images" / classes[sample.label] / f"{index}.png")
     return clone
 
 
