@@ -123,6 +123,7 @@ def test_a_full_disk_is_a_sentence(model, tmp_path, monkeypatch, capsys):
 
 def test_ctrl_c_in_generate_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):
     """The interrupt is a real one, while the third image is written."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     write, seen = Path.write_bytes, []
 
     def stop(self, data):

@@ -267,7 +267,7 @@ def test_what_does_not_fit_gets_a_sentence(
         made(f"data.samples={tmp_path / 'tokens.npz'}", "objective.gan_weight=0")
     with pytest.raises(DigitError, match="trained as a whole"):
         made(start=FineTune(source="anywhere", lora=4))
-    with pytest.raises(DigitError, match=r"'head' =.*'pixels' or 'vq'"):
+    with pytest.raises(DigitError, match=r"head =.*'pixels' or 'vq'"):
         made("model.head=both")
     with pytest.raises(DigitError, match="did you mean 'gan_weight'"):
         from_dict(OnePassObjective, {"gan_weigth": 1.0}, "test")
