@@ -1,9 +1,9 @@
-"""The page of ``digit serve`` and its JSON API.
+"""``digit serve``: a JSON API over one model, and a static page that uses it.
 
-limits    one worker, a waiting room with few chairs, and what a request may ask for
-uploads   pictures from strangers
-service   what can be asked, as plain functions over the pipeline; knows nothing of the web
-api       the functions as JSON                page, markup    the functions as a Gradio page
-guard     what stands before both: size of requests, password, other web sites
-server    everything put together, and the command's server
+schema     what the API takes and gives, as types
+jobs       one worker, and a bounded queue before it
+service    what can be asked of a model; knows nothing of HTTP
+app        the service over HTTP, with FastAPI
+security   size of requests, password, other web sites
+static     the page: HTML, CSS and JavaScript without a build step, and sample images
 """
