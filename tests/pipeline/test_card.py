@@ -10,10 +10,10 @@ import tiny
 from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.data.dataset import open_dataset
+from digit.evaluation.metrics.fidelity import Fidelity
 from digit.evaluation.metrics.noise import Change, NoiseLaw
 from digit.evaluation.metrics.stability import stability
-from digit.evaluation.result import describe_model
-from digit.pipeline.card import CardFacts, Measured, model_card, with_facts
+from digit.pipeline.card import CardFacts, Measured, describe_model, model_card, with_facts
 from digit.pipeline.pipeline import DigitPipeline
 from hub_server import check_card
 from terminal import run
@@ -31,17 +31,16 @@ def runs(pipe, cifar512, tmp_path_factory):
     images = open_dataset(cifar512, "train").subset(np.arange(8))
     changes = [Change(kind="noise", level=level) for level in (30.0, 20.0, 5.0)]
     stability(pipe, images, changes, NoiseLaw(), 8).save(folder / "stability")
-    fidelity = {
-        "kind": "fidelity",
-        "title": "Fidelity of tiny",
-        "values": {"fid": 123.456},
-        "source": {"name": "tiny", "images": 64},
-        "reference": {"name": "cifar512", "images": 512},
-        "tool": "torch-fidelity 0.4.0",
-        "model": describe_model(pipe),
-        "sampling": {"decoder": "ar", "settings": {"top_k": 5}},
-    }
-    write_json(folder / "fid.json", fidelity)
+    fidelity = Fidelity(
+        title="Fidelity of tiny",
+        values={"fid": 123.456},
+        source={"name": "tiny", "images": 64},
+        reference={"name": "cifar512", "images": 512},
+        weights={"source": "a file", "sha256": "a1b2c3d4e5f6a7b8"},
+        model=describe_model(pipe),
+        sampling={"num": 64, "decoder": "ar", "labels": "all in turns", "settings": {"top_k": 5}},
+    )
+    write_json(folder / "fid.json", fidelity.to_dict())
     return folder
 
 
@@ -74,9 +73,9 @@ def test_results_become_a_table_and_the_hubs_model_index(pipe, runs, tmp_path):
     }
     assert found["unconditional-image-generation", "cifar512", "fid"] == 123.456
     assert 0 <= found["image-feature-extraction", "cifar512", "changed_tokens"] <= 1
-    assert (
-        "| FID, ar decoder | 123.5 | 64 pictures against cifar512 (512 images); top_k 5; torch-fidelity 0.4.0 |" in card
-    )
+    line = next(line for line in card.splitlines() if line.startswith("| FID, ar decoder | 123.5 |"))
+    told = ("64 generated images", "all in turns", "top_k 5", "reference cifar512 (512 images)", "weights a1b2c3d4e5f6")
+    assert all(fact in line for fact in told)
     assert "semantic tokens changed by noise of 20 dB" in card
     assert "VQ tokens changed by noise of 20 dB" in card
 

@@ -154,7 +154,8 @@ class SamplingRun:
         labels = self.labels
         shown = f"{len(labels):,}, one an image" if labels and len(labels) > _LABELS_SHOWN else labels and list(labels)
         named = "none" if self.request.labels is None else shown or "all in turns"
-        return {**self.identity(), "labels": named, "settings": dict(self.settings), "batch_size": self.batch_size}
+        how = {"settings": dict(self.settings), "stages": self.stages(), "batch_size": self.batch_size}
+        return {**self.identity(), "labels": named, **how}
 
     def prior(self, given: Tensor | None = None) -> Iterator[Tensor]:
         """Stage 1 batch by batch: tokens (B, N), continuing ``given`` (num, n) where there is any."""

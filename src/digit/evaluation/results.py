@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,13 +14,13 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from digit.core.environment import hardware, versions
 from digit.core.errors import DigitError, MissingPackageError, require
 from digit.core.files import read_json, write_bytes, write_file, write_json
+from digit.core.progress import console
 
 RESULT = "result.json"
 DASH = "\u2013"  # stands where there is no value
@@ -86,11 +85,12 @@ class Result:
     def provenance(self) -> str:
         """One line under the table: what the values depend on, as far as it is known."""
         s = self.settings
-        return provenance(model=self.model, data=self.data, reference=s.get("reference"), sampling=s)
+        runs = s.get("runs") or s
+        return provenance(model=self.model, data=self.data, reference=s.get("reference"), sampling=runs)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "seconds": round(self.seconds, 2)}
+        """Plain JSON values, with the line of :meth:`provenance`."""
+        return {**asdict(self), "seconds": round(self.seconds, 2), "provenance": self.provenance()}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Result:
@@ -163,13 +163,12 @@ class Result:
 
     def show(self, out: str | Path | None = None) -> None:
         """Print table, provenance and notes, and where the files are; not cut to a width where stdout is no terminal."""
-        console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
-        console.print(self.table(), soft_wrap=False)
-        console.print(self.provenance())
-        for note in self.notes:
-            console.print(f"Note: {note}")
+        screen = console()
+        screen.print(self.table(), soft_wrap=False)
+        lines = [self.provenance(), *(f"Note: {note}" for note in self.notes)]
         if out is not None:
-            console.print(f"Written to {out}: {', '.join([RESULT, *self.plots])} ({self.seconds:.0f} s)")
+            lines.append(f"Written to {out}: {', '.join([RESULT, *self.plots])} ({self.seconds:.0f} s)")
+        screen.print("\n".join(lines), markup=False)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -230,27 +229,24 @@ def provenance(
     network: str | None = None,
     sampling: Mapping[str, Any] | None = None,
 ) -> str:
-    """One line of what a table's values depend on: number of images, reference, feature network, filter, labels.
+    """One line of what a table's values depend on: numbers of images, reference, filters, network, labels, guidance.
 
     Args:
-        model: with ``name``.
-        data: one image set with ``name``, ``split`` and ``images``, or several of them by name.
+        model: with ``name``, or several models by name.
+        data: one image set with ``name``, ``split``, ``images`` and the ``filter`` of its resize, or several by name.
         reference: an image set; its ``weights`` are the feature network's checksum.
         network: the feature network, in words.
-        sampling: ``num``, ``labels``, ``decoder`` and ``settings`` of a run.
+        sampling: ``num``, ``labels``, ``decoder`` and the ``stages`` (or ``settings``) of a run, or several runs by name.
     """
-    facts = [f"model {model['name']}"] if model and "name" in model else []
-    sets = {"": data} if data and "name" in data else dict(data or {})
+    facts = [f"model {model['name']}"] if model and isinstance(model.get("name"), str) else []
+    sets = {"": data} if data and isinstance(data.get("name"), str) else dict(data or {})
     facts += [f"{name} {_images(one)}".strip() for name, one in sets.items() if isinstance(one, Mapping)]
-    sampling = sampling or {}
-    if "num" in sampling:
-        facts.append(f"{shown(sampling['num'])} generated images")
-    if sampling.get("decoder"):
-        facts.append(f"{sampling['decoder']} decoder")
-    if isinstance(settings := sampling.get("settings"), Mapping):
-        facts.append("filter and guidance: " + (_settings(settings) or "the model's own"))
-    if sampling.get("labels") is not None:
-        facts.append(f"labels: {', '.join(flatten(sampling['labels']).values())}")
+    runs = {"": sampling} if sampling and "num" in sampling else dict(sampling or {})
+    facts += [
+        f"{name}: {_sampled(run)}".removeprefix(": ")
+        for name, run in runs.items()
+        if isinstance(run, Mapping) and "num" in run
+    ]
     if reference:
         facts.append(f"reference {_images(reference)}")
         network = network or (f"weights {str(reference['weights'])[:12]}" if reference.get("weights") else None)
@@ -261,11 +257,38 @@ def provenance(
 
 def _images(side: Mapping[str, Any]) -> str:
     name = " ".join(str(side[key]) for key in ("name", "split") if side.get(key))
-    return f"{name} ({shown(side['images'])} images)" if side.get("images") is not None else name
+    count = f"{shown(side['images'])} images" if side.get("images") is not None else ""
+    resized = f"resized by {side['filter']}" if side.get("filter") else ""
+    details = ", ".join(filter(None, (count, resized)))
+    return f"{name} ({details})" if details else name
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {text}" for name, text in flatten(settings).items())
+def _sampled(run: Mapping[str, Any]) -> str:
+    """Number, decoder, labels, and of each stage its filters and guidance."""
+    facts = [f"{shown(run['num'])} generated images"]
+    if run.get("decoder"):
+        facts.append(f"{run['decoder']} decoder")
+    labels = run.get("labels")
+    facts.append("no labels" if labels in (None, "none") else f"labels {', '.join(flatten(labels).values())}")
+    if stages := run.get("stages"):
+        facts += [f"{stage}: {_stage(values)}" for stage, values in stages.items()]
+    else:
+        settings = ", ".join(f"{name} {text}" for name, text in flatten(run.get("settings") or {}).items())
+        facts.append("filter and guidance: " + (settings or "the model's own"))
+    return ", ".join(facts)
+
+
+def _stage(values: Mapping[str, Any]) -> str:
+    """Temperature, filters and guidance of a stage in words."""
+    facts = [
+        f"{name.replace('_', '-')} {values[name]:g}"
+        for name in ("top_k", "top_p")
+        if values.get(name) not in (None, 0, 1)
+    ]
+    facts = facts or ["no filter"]
+    facts += [f"temperature {values['temperature']:g}"] if values.get("temperature", 1) != 1 else []
+    guidance = values.get("cfg_scale", 1)
+    return " ".join([*facts, f"guidance {guidance:g}" if guidance != 1 else "no guidance"])
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

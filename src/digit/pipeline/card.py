@@ -6,21 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
 from digit.core.config import config
 from digit.core.errors import DigitError
+from digit.core.files import read_json
+from digit.models.component import weights_checksum
+from digit.pipeline.info import pipeline_parts
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
-
+    from digit.pipeline.model import Model
     from digit.pipeline.pipeline import DigitPipeline
 
 PAPER = "https://arxiv.org/abs/2410.12490"
-BIBTEX = """@inproceedings{zhu2024stabilize,
-  title     = {Stabilize the Latent Space for Image Autoregressive Modeling: A Unified Perspective},
-  author    = {Zhu, Yongxin and Li, Bocheng and Zhang, Hang and Li, Xin and Xu, Linli and Bing, Lidong},
-  booktitle = {Advances in Neural Information Processing Systems},
-  year      = {2024}
-}"""
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 
 @config
@@ -61,40 +61,31 @@ class CardFacts:
     results: tuple[Measured, ...] = ()
 
 
-def model_card(pipe: DigitPipeline) -> str:
-    """The README of a saved model: what it is, how to use it, what was measured, where it comes from, whom to cite.
-
-    The head is the Hub's metadata, with the results as a model index.
+def model_card(pipe: Model) -> str:
+    """The README of a saved model, by the template beside this file; the head is the Hub's metadata, with the results
+    as a model index.
     """
-    sections = [
-        f"---\n{_metadata(pipe).to_yaml()}\n---",
-        f"# {pipe.name}",
-        f"A model of `digit` (the package digit-ar): {_what(pipe)} The method is DiGIT, {PAPER}.",
-        _use(pipe),
-        _parts(pipe),
-        _training(pipe),
-        _results(pipe.card.results),
-        f"## Licence\n\n{_license(pipe.card.license)}",
-        f"## Citing\n\nThe method is the work of the paper's authors:\n\n```bibtex\n{BIBTEX}\n```",
-    ]
-    return "\n\n".join(section for section in sections if section) + "\n"
+    images = "labels=[0]" if pipe.num_classes else "num=4"
+    tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"
+    call = f"tokens = pipe.{tokens}" if pipe.prior is None else f"images = pipe({images}, seed=0)"
+    facts: dict[str, Any] = {
+        "what": _what(pipe),
+        "call": call,
+        "parts": pipeline_parts(pipe),
+        "training": _training(pipe),
+    }
+    card = ModelCard.from_template(_metadata(pipe), template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
+    return f"{str(card).rstrip()}\n"
 
 
-def _metadata(pipe: DigitPipeline) -> ModelCardData:
-    from huggingface_hub import EvalResult, ModelCardData
-
+def _metadata(pipe: Model) -> ModelCardData:
     results = [
         EvalResult(
-            task_type=one.task,
-            dataset_type=one.data,
-            dataset_name=one.data,
-            dataset_split=one.split,
-            metric_type=one.metric,
-            metric_name=one.name,
-            metric_value=one.value,
+            task_type=one.task, dataset_type=one.data, dataset_name=one.data, dataset_split=one.split,
+            metric_type=one.metric, metric_name=one.name, metric_value=one.value,
         )
         for one in pipe.card.results
-    ]
+    ]  # fmt: skip
     return ModelCardData(
         model_name=pipe.name,
         library_name="digit",
@@ -106,73 +97,28 @@ def _metadata(pipe: DigitPipeline) -> ModelCardData:
     )
 
 
-def _what(pipe: DigitPipeline) -> str:
+def _what(pipe: Model) -> str:
     if pipe.prior is None:
         return "the tokenizers alone, without a prior."
     tokens = "semantic tokens" if pipe.space == "semantic" else "VQ tokens"
     classes = f" of {pipe.num_classes:,} classes" if pipe.num_classes else ""
     size = f" of {pipe.image_size} x {pipe.image_size}" if pipe.vqgan is not None else ""
-    return f"pictures{size}{classes} from a GPT over {tokens}."
+    return f"images{size}{classes} from a GPT over {tokens}."
 
 
-def _use(pipe: DigitPipeline) -> str:
-    if pipe.prior is None:
-        call = (
-            "tokens = pipe.tokenizer.encode([picture])"
-            if pipe.codebook is not None
-            else "tokens = pipe.vqgan.encode(images)"
-        )
-    else:
-        call = f"pictures = pipe({'labels=[0]' if pipe.num_classes else 'num=4'}, seed=0)"
-    code = (
-        f'from digit import DigitPipeline\n\npipe = DigitPipeline.from_pretrained("PATH OR ID OF THIS MODEL")\n{call}'
-    )
-    names = ", ".join(f"{i} {name}" for i, name in enumerate(pipe.class_names[:20]))
-    more = f" and {len(pipe.class_names) - 20:,} more" if len(pipe.class_names) > 20 else ""
-    return f"```python\n{code}\n```" + (f"\n\nClasses: {names}{more}." if names else "")
-
-
-def _parts(pipe: DigitPipeline) -> str:
-    from digit.pipeline.info import pipeline_parts
-
-    rows = [f"| {part.place} | {part.summary()} | {part.parameters:,} |" for part in pipeline_parts(pipe)]
-    return "\n".join(["| part | what | parameters |", "|---|---|---|", *rows])
-
-
-def _training(pipe: DigitPipeline) -> str:
+def _training(pipe: Model) -> list[str]:
     """What it learnt from, as far as the parts say, and the rest of the provenance."""
-    from digit.pipeline.info import pipeline_parts
-
-    lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
+    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
     for part in pipeline_parts(pipe):
-        facts = [f"on {text}" for key in ("data", "source") if (text := _images(part.provenance.get(key)))]
-        facts += [
-            f"{part.provenance[key]:,} {key}"
-            for key in ("steps", "updates")
-            if isinstance(part.provenance.get(key), int)
-        ]
-        if isinstance(source := part.provenance.get("source"), str):
-            facts.append(f"from {source}")
+        made, facts = part.provenance, []
+        for given in (made.get("data"), made.get("source")):
+            if isinstance(given, Mapping) and "name" in given:
+                facts.append(f"on {given['name']}, split {given.get('split')}")
+        facts += [f"{made[key]:,} {key}" for key in ("steps", "updates") if isinstance(made.get(key), int)]
+        facts += [f"from {made['source']}"] if isinstance(made.get("source"), str) else []
         if facts:
-            lines.append(f"- {part.place}: {'; '.join(facts)}")
-    return "\n".join(["## Training", "", *lines]) if lines else ""
-
-
-def _images(facts: Any) -> str:
-    """The images that a part has learnt from, where its provenance names them."""
-    named = isinstance(facts, Mapping) and "name" in facts
-    return f"{facts['name']}, split {facts.get('split')}" if named else ""
-
-
-def _results(results: Sequence[Measured]) -> str:
-    if not results:
-        return ""
-    rows = [f"| {one.name} | {one.value:.4g} | {one.how} |" for one in results]
-    return "\n".join(["## Results", "", "| metric | value | how |", "|---|---|---|", *rows])
-
-
-def _license(name: str | None) -> str:
-    return f"The weights: {name}." if name else "Whoever made this model has not stated a licence of its weights."
+            lines.append(f"{part.place}: {'; '.join(facts)}")
+    return lines
 
 
 def with_facts(
@@ -195,7 +141,39 @@ def with_facts(
     return pipe.with_parts(card=facts)
 
 
-# -- results -----------------------------------------------------------------------------------------------------------
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def describe_model(pipe: DigitPipeline) -> dict[str, Any]:
+    """A pipeline's name, and parameters and checksum of each of its parts, as results keep them."""
+    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    parts = {
+        name: {"parameters": sum(p.numel() for p in module.parameters()), "sha256": weights_checksum(module)}
+        for name, module in modules.items()
+    }
+    return {"name": pipe.name, "space": pipe.space, "parts": parts}
+
+
+_NEEDED = {
+    "fidelity": {"prior", "vqgan"},
+    "probe": {"encoder", "codebook", "prior"},
+    "stability": {"encoder", "codebook", "vqgan"},
+    "reconstruction": {"encoder", "codebook", "vqgan"},
+}
+"""The parts that results of a kind depend on, beside decoders."""
+_FIDELITY = {
+    "fid": ("fid", "FID"),
+    "kid_mean": ("kid", "KID"),
+    "precision": ("precision", "precision"),
+    "recall": ("recall", "recall"),
+    "is_mean": ("inception_score", "Inception Score"),
+}
+_RECONSTRUCTION = {
+    "rfid": ("fid", "rFID"),
+    "psnr": ("psnr", "PSNR, dB"),
+    "ssim": ("ssim", "SSIM"),
+    "lpips": ("lpips", "LPIPS"),
+}
 
 
 def read_results(paths: Sequence[str | Path], pipe: DigitPipeline) -> tuple[Measured, ...]:
@@ -208,115 +186,74 @@ def read_results(paths: Sequence[str | Path], pipe: DigitPipeline) -> tuple[Meas
     Raises:
         DigitError: a path without a result of this model.
     """
-    from digit.core.files import read_json
-    from digit.evaluation.report.collect import collect
-    from digit.evaluation.result import describe_model
-
     mine = {name: part["sha256"] for name, part in describe_model(pipe)["parts"].items()}
     found: list[Measured] = []
     for path in map(Path, paths):
-        results = [item.data for item in collect([path]).found] if path.is_dir() else [read_json(path)]
-        numbers = [one for data in results if _is_of(data, mine) for one in _READERS[data["kind"]](data)]
+        results = [_readable(file) for file in sorted(path.rglob("*.json"))] if path.is_dir() else [read_json(path)]
+        numbers = [one for data in results if _is_of(data, mine) for one in _numbers(data)]
         if not numbers:
             raise DigitError(
-                f"{path} holds no measurement of the model '{pipe.name}' that a card shows ({', '.join(_READERS)}): "
+                f"{path} holds no measurement of the model '{pipe.name}' that a card shows ({', '.join(_NEEDED)}): "
                 "a result belongs to the weights that it was measured with."
             )
         found += numbers
     return tuple(dict.fromkeys(found))
 
 
+def _readable(file: Path) -> Any:
+    """What a JSON file of a run folder holds; None for a broken one, which other files need not suffer for."""
+    try:
+        return read_json(file)
+    except (DigitError, OSError):
+        return None
+
+
 def _is_of(data: Any, mine: Mapping[str, str]) -> bool:
     """Whether a result was measured with these weights, in the parts that it depends on."""
-    if not isinstance(data, Mapping) or data.get("kind") not in _READERS:
+    if not isinstance(data, Mapping) or data.get("kind") not in _NEEDED:
         return False
     theirs = (data.get("model") or {}).get("parts") or {}
-    decoders = {name for name in theirs if name.startswith("decoder/")}
-    if used := (data.get("sampling") or {}).get("decoder"):
-        decoders = {f"decoder/{used}"}
-    needed = {
-        "fidelity": {"prior", "vqgan"} | decoders,
-        "probe": {"encoder", "codebook", "prior"},
-        "stability": {"encoder", "codebook", "vqgan"},
-        "reconstruction": {"encoder", "codebook", "vqgan"} | decoders,
-    }[data["kind"]] & theirs.keys()
+    needed = _NEEDED[data["kind"]] & theirs.keys()
+    if data["kind"] in ("fidelity", "reconstruction"):
+        used = (data.get("sampling") or {}).get("decoder")
+        needed |= {f"decoder/{used}"} if used else {name for name in theirs if name.startswith("decoder/")}
     return bool(needed) and all(theirs[name]["sha256"] == mine.get(name) for name in needed)
 
 
-_FIDELITY = {
-    "fid": ("fid", "FID"),
-    "kid_mean": ("kid", "KID"),
-    "precision": ("precision", "precision"),
-    "recall": ("recall", "recall"),
-    "is_mean": ("inception_score", "Inception Score"),
-}
-
-
-def _fidelity(data: Mapping[str, Any]) -> list[Measured]:
-    reference = data.get("reference") or {"name": "none", "images": None}
-    count = f"{data['source']['images']:,} pictures"
-    against = f" against {reference['name']}" + (f" ({reference['images']:,} images)" if reference["images"] else "")
-    sampling = data.get("sampling") or {}
-    chosen = ", ".join(f"{key} {value}" for key, value in (sampling.get("settings") or {}).items())
-    decoder = f"{sampling['decoder']} decoder" if sampling.get("decoder") else ""
-    how = "; ".join(part for part in (count + against, chosen, data.get("tool", "")) if part)
+def _numbers(data: Mapping[str, Any]) -> list[Measured]:
+    """What a card shows of a result."""
+    kind, values, images = data["kind"], data["values"], data.get("data") or {}
+    found: list[tuple[str, str, float]] = []
+    if kind == "fidelity":
+        task, images = "unconditional-image-generation", data.get("reference") or {"name": "none"}
+        decoder = (data.get("sampling") or {}).get("decoder")
+        suffix = f", {decoder} decoder" if decoder else ""
+        found = [(m, name + suffix, values[key]) for key, (m, name) in _FIDELITY.items() if key in values]
+    elif kind == "probe":
+        task, images = "image-classification", images["test"]
+        best = max(values["layers"], key=lambda layer: layer["accuracy"])
+        where = f"state {best['state']} of {values['depth']}"
+        found = [("accuracy", f"top-1 accuracy of a linear probe of the prior, {where}", best["accuracy"])]
+    elif kind == "stability":  # at the noise level nearest to 20 dB
+        task, names = "image-feature-extraction", {"semantic": "semantic", "vq": "VQ"}
+        noise = [row for row in values if row["kind"] == "noise"]
+        level = min((row["level"] for row in noise), key=lambda db: abs(db - 20), default=None)
+        found = [
+            ("changed_tokens", f"{names[r['space']]} tokens changed by noise of {level:g} dB", r["changed"]["mean"])
+            for r in noise
+            if r["level"] == level
+        ]
+    else:
+        task = "image-to-image"
+        found = [
+            (metric, f"{name} of reconstructions: {row['name']}", row["values"][key])
+            for row in values
+            for key, (metric, name) in _RECONSTRUCTION.items()
+            if key in row["values"]
+        ]
+    count = f"{images['images']:,} images" if images.get("images") else ""
+    how = data.get("provenance") or " ".join(filter(None, (images["name"], images.get("split"), count)))
     return [
-        Measured(
-            task="unconditional-image-generation", metric=metric, name=f"{name}, {decoder}" if decoder else name,
-            value=data["values"][key], data=reference["name"], how=how,
-        )
-        for key, (metric, name) in _FIDELITY.items()
-        if key in data["values"]
-    ]  # fmt: skip
-
-
-def _probe(data: Mapping[str, Any]) -> list[Measured]:
-    best = max(data["values"]["layers"], key=lambda layer: layer["accuracy"])
-    test = data["data"]["test"]
-    state = f"linear classifier on state {best['state']} of {data['values']['depth']}"
-    how = f"{state}; {test['images']:,} images of {test['name']} {test['split']}"
-    name = "top-1 accuracy of a linear probe of the prior"
-    return [
-        Measured(task="image-classification", metric="accuracy", name=name, value=best["accuracy"], data=test["name"],
-                 split=test["split"], how=how)
-    ]  # fmt: skip
-
-
-def _stability(data: Mapping[str, Any]) -> list[Measured]:
-    """The share of tokens that noise changes, at the level nearest to 20 dB."""
-    noise = [row for row in data["values"] if row["kind"] == "noise"]
-    level = min((row["level"] for row in noise), key=lambda db: abs(db - 20), default=None)
-    images = data["data"]
-    return [
-        Measured(
-            task="image-feature-extraction", metric="changed_tokens", value=row["changed"]["mean"], data=images["name"],
-            name=f"{'semantic' if row['space'] == 'semantic' else 'VQ'} tokens changed by noise of {level:g} dB",
-            split=images["split"], how=f"{images['images']:,} images of {images['name']} {images['split']}",
-        )
-        for row in noise
-        if row["level"] == level
-    ]  # fmt: skip
-
-
-_RECONSTRUCTION = {
-    "rfid": ("fid", "rFID"),
-    "psnr": ("psnr", "PSNR, dB"),
-    "ssim": ("ssim", "SSIM"),
-    "lpips": ("lpips", "LPIPS"),
-}
-
-
-def _reconstruction(data: Mapping[str, Any]) -> list[Measured]:
-    images = data["data"]
-    return [
-        Measured(
-            task="image-to-image", metric=metric, name=f"{name} of reconstructions: {row['name']}", value=row["values"][key],
-            data=images["name"], split=images["split"], how=f"{row['images']:,} images of {images['name']} {images['split']}",
-        )
-        for row in data["values"]
-        for key, (metric, name) in _RECONSTRUCTION.items()
-        if key in row["values"]
-    ]  # fmt: skip
-
-
-_READERS = {"fidelity": _fidelity, "probe": _probe, "stability": _stability, "reconstruction": _reconstruction}
+        Measured(task=task, metric=m, name=name, value=value, data=images["name"], split=images.get("split"), how=how)
+        for m, name, value in found
+    ]

@@ -27,9 +27,9 @@ from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
 from digit.evaluation.metrics.noise import Change, Kind, NoiseLaw, apply_change, realised_snr
 from digit.evaluation.model_source import describe_data, image_batches, pipe_size
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import OTHER, OURS, Result, Rows, legend, panels
 from digit.models.codebook import nearest
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 
 NOISE = tuple(Change(kind="noise", level=snr) for snr in paper.SNRS)

@@ -22,9 +22,9 @@ from digit.core.steps import Steps
 from digit.data.dataset import ImageDataset
 from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun, describe_data, encode_all
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import COLORS, Result, Rows, legend, panels
 from digit.evaluation.studies.sweep import Point, Reference, fidelity_notes, measured, point_cells
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)

@@ -17,9 +17,9 @@ from digit.core.errors import DigitError
 from digit.data.token_cache import Views
 from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import describe_data
-from digit.evaluation.result import describe_model
 from digit.evaluation.results import Result, Rows
 from digit.evaluation.studies.stages import Stages, cells, comparison, predictability
+from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 
 
