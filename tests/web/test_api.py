@@ -211,7 +211,7 @@ def test_edit(server, photo):
         ("stability", {"image": "", "snr": "loud"}, 400, ""),
         ("generate", {"temperature": float("inf")}, 400, "temperature"),
         ("edit", {"cells": [0]}, 400, "'image' is missing"),
-        ("edit", {"image": 7, "cells": [0]}, 400, "'image' = 7"),
+        ("edit", {"image": 7, "cells": [0]}, 400, "image = 7"),
     ],
 )
 def test_mistakes_get_a_sentence(server, path, wish, status, message):

@@ -67,7 +67,7 @@ def test_the_bodies_of_all_requests_are_bounded_together():
             await until.wait()
             await Response()(scope, receive, send)
 
-        guard = security.RequestGuard(hold, Limits(upload_mb=1, memory_mb=2))
+        guard = security.Guard(hold, Limits(upload_mb=1, memory_mb=2))
         transport = httpx.ASGITransport(guard)
         async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
             first = [asyncio.ensure_future(client.post("/", content=bytes(MIB))) for _ in range(2)]

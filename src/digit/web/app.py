@@ -54,10 +54,10 @@ def make_app(service: Service, auth: tuple[str, str] | None = None, hosts: tuple
         description=__doc__,
         redoc_url=None,
         middleware=middleware(service.limits, auth, hosts),
+        exception_handlers=dict.fromkeys((DigitError, HTTPException, Exception), _answer_error),
         responses={"4XX": {"model": schema.Problem}, "5XX": {"model": schema.Problem}},
     )
     app.mount("/static", StaticFiles(directory=STATIC))
-    _handle_errors(app)
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -99,6 +99,19 @@ def make_app(service: Service, auth: tuple[str, str] | None = None, hosts: tuple
     return app
 
 
+def _answer_error(request: Request, error: Exception) -> Response:
+    """An answer in the documented shape, whatever went wrong."""
+    if not isinstance(error, HTTPException):
+        return error_response(error if isinstance(error, DigitError) else Refused(FAILED, 500))
+    path = request.url.path
+    sentences = {
+        404: f"There is nothing at {path}; see /docs for what there is.",
+        405: f"{path} does not take {request.method}; see /docs for what it takes.",
+    }
+    text = sentences.get(error.status_code, str(error.detail))
+    return error_response(Refused(text), error.status_code, error.headers)
+
+
 async def _json_object(request: Request) -> dict[str, Any]:
     """The body, whatever its content type says."""
     try:
@@ -112,60 +125,34 @@ async def _json_object(request: Request) -> dict[str, Any]:
 
 async def _respond(request: Request, job: Job) -> Response:
     """The job's result, or its events where the client asks for them."""
+    job.watcher = asyncio.ensure_future(_cancel_when_left(request, job))
     if EVENTS in request.headers.get("accept", ""):
-        return StreamingResponse(_stream(request, job), media_type=EVENTS, headers={"Cache-Control": "no-store"})
+        return StreamingResponse(_stream(job), media_type=EVENTS, headers={"Cache-Control": "no-store"})
     answer = Response(status_code=CLIENT_LEFT)
-    async for kind, value in _events(request, job):
+    async for kind, value in job.events():
         if kind != "progress":
-            answer = error_response(value) if kind == "error" else JSONResponse(value.model_dump())
+            answer = error_response(_for_client(value)) if kind == "error" else JSONResponse(value.model_dump())
     return answer
 
 
-async def _stream(request: Request, job: Job) -> AsyncIterator[str]:
+async def _cancel_when_left(request: Request, job: Job) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    job.cancel()
+
+
+async def _stream(job: Job) -> AsyncIterator[str]:
     """Server-sent events."""
-    async for kind, value in _events(request, job):
-        data = schema.Problem(error=str(value)) if kind == "error" else value
+    async for kind, value in job.events():
+        data = schema.Problem(error=str(_for_client(value))) if kind == "error" else value
         yield f"event: {kind}\ndata: {data.model_dump_json()}\n\n"
 
 
-async def _events(request: Request, job: Job) -> AsyncIterator[tuple[str, Any]]:
-    """The events of a job, which a client that leaves cancels."""
-
-    async def cancel_when_left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        job.cancel()
-
-    watcher = asyncio.ensure_future(cancel_when_left())
-    try:
-        async for kind, value in job.events():
-            if kind == "error" and not isinstance(value, DigitError):
-                log.error("A request to %s failed.", request.url.path, exc_info=value)
-                value = Refused(FAILED, 500)
-            yield kind, value
-    finally:
-        watcher.cancel()
-
-
-def _handle_errors(app: FastAPI) -> None:
-    """Give every error the documented shape."""
-
-    @app.exception_handler(DigitError)
-    async def refused(_: Request, error: DigitError) -> Response:
-        return error_response(error)
-
-    @app.exception_handler(HTTPException)
-    async def unknown(request: Request, error: HTTPException) -> Response:
-        sentences = {
-            404: f"There is nothing at {request.url.path}; see /docs for what there is.",
-            405: f"{request.url.path} does not take {request.method}; see /docs for what it takes.",
-        }
-        text = sentences.get(error.status_code, str(error.detail))
-        return error_response(Refused(text), error.status_code, error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(_: Request, __: Exception) -> Response:
-        return error_response(Refused(FAILED), 500)
+def _for_client(error: Exception) -> Exception:
+    if isinstance(error, DigitError):
+        return error
+    log.error("A request failed.", exc_info=error)
+    return Refused(FAILED, 500)
 
 
 def serve(app: FastAPI, host: str, port: int, share: bool = False) -> None:
@@ -179,15 +166,6 @@ def serve(app: FastAPI, host: str, port: int, share: bool = False) -> None:
     Raises:
         DigitError: the port is taken, or the address is not this machine's.
     """
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            name = f"[{host}]" if ":" in host else host
-            print(f"Serving on http://{name}:{place}  (stop with Ctrl+C)", flush=True)
-            if share:
-                threading.Thread(target=_share, args=(place,), daemon=True).start()
-
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
     try:
         socket = config.bind_socket()
@@ -195,12 +173,15 @@ def serve(app: FastAPI, host: str, port: int, share: bool = False) -> None:
         raise DigitError(
             f"Port {port} of {host} cannot be used; is another server running? Choose one with --port."
         ) from error
+    socket.listen()  # who asks before the loop runs is answered when it does
     place = socket.getsockname()[1]
-    Server(config).run(sockets=[socket])
+    print(f"Serving on http://{f'[{host}]' if ':' in host else host}:{place}  (stop with Ctrl+C)", flush=True)
+    if share:
+        threading.Thread(target=_share, args=(place,), daemon=True).start()
+    uvicorn.Server(config).run(sockets=[socket])
 
 
 def _share(port: int) -> None:
-    """Open the tunnel to a server that answers."""
     networking = require("gradio.networking", "share", "--share")
     try:
         address = networking.setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)

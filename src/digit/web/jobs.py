@@ -25,22 +25,21 @@ class Cancelled(Exception):
 
 
 class Job:
-    """One request at the worker. Made in the event loop; :meth:`check` and :meth:`report` are for the worker's thread.
-
-    Args:
-        seconds: it may run.
+    """One request at the worker, which may run so many ``seconds``. It is made in the event loop; :meth:`run`,
+    :meth:`check` and :meth:`report` are for the worker's thread.
     """
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
+        self.future: Future[None] | None = None
+        self.watcher: asyncio.Task[None] | None = None  # held here, for a task that nobody holds may vanish
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
         self._left = threading.Event()
         self._deadline = float("inf")
-        self.running: Future[None] | None = None
 
     def run(self, work: Callable[[Job], Any]) -> None:
-        """Do the work, in the worker's thread."""
+        """Do the work."""
         self._deadline = time.monotonic() + self.seconds
         try:
             self.check()
@@ -86,13 +85,13 @@ class Job:
     def cancel(self) -> None:
         """The client has left: a job that waits is dropped at once, one that runs stops at its next check."""
         self._left.set()
-        if self.running is not None:
-            self.running.cancel()
+        if self.future is not None:
+            self.future.cancel()
         self._events.put_nowait(None)
 
 
 class JobQueue:
-    """First come, first served, by one worker thread.
+    """First come, first served, by one worker thread; for the event loop alone.
 
     Args:
         waiting: jobs that may wait, beside the one that runs.
@@ -101,26 +100,24 @@ class JobQueue:
 
     def __init__(self, waiting: int, seconds: float) -> None:
         self.waiting, self.seconds = waiting, seconds
-        self.active = 0
-        """Jobs that wait or run."""
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="digit-worker")
-        self._lock = threading.Lock()
+        self._unfinished: set[Future[None]] = set()
+
+    @property
+    def active(self) -> int:
+        """Jobs that wait or run."""
+        return len(self._unfinished)
 
     def submit(self, work: Callable[[Job], Any]) -> Job:
-        """Queue a job; called in the event loop.
+        """Queue a job.
 
         Raises:
             Refused: the queue is full.
         """
-        with self._lock:
-            if self.active > self.waiting:
-                raise Refused(f"The server is busy: {self.waiting} requests are waiting. Try again in a moment.", 429)
-            self.active += 1
+        if self.active > self.waiting:
+            raise Refused(f"The server is busy: {self.waiting} requests are waiting. Try again in a moment.", 429)
         job = Job(self.seconds)
-        job.running = self._worker.submit(job.run, work)
-        job.running.add_done_callback(self._free)
+        job.future = self._worker.submit(job.run, work)
+        self._unfinished.add(job.future)
+        job.future.add_done_callback(self._unfinished.discard)
         return job
-
-    def _free(self, _: Future[None]) -> None:
-        with self._lock:
-            self.active -= 1

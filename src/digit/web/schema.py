@@ -55,12 +55,10 @@ class Limits:
 def with_settings(cls: type[T]) -> type[T]:
     """Class decorator: a config with a field for each sampling setting; None takes the model's default."""
     for name, setting in SETTINGS.items():
-        annotation = setting.annotation
-        if setting.type is float:
-            annotation = Annotated[annotation, Field(allow_inf_nan=False)]
-        if name == "steps":
-            annotation = Annotated[annotation, Field(le=MAX_STEPS)]
-        cls.__annotations__[name] = annotation | None
+        limit = (
+            Field(allow_inf_nan=False) if setting.type is float else Field(le=MAX_STEPS) if name == "steps" else None
+        )
+        cls.__annotations__[name] = Annotated[setting.annotation, limit] | None
         setattr(cls, name, None)
     return config(cls)
 
@@ -75,8 +73,7 @@ class Sampling:
     @property
     def settings(self) -> dict[str, Any]:
         """The sampling settings that were given."""
-        values = {name: getattr(self, name) for name in SETTINGS}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: getattr(self, name) for name in SETTINGS if getattr(self, name) is not None}
 
 
 @config

@@ -1,19 +1,15 @@
-"""What stands before page and API: size of requests, password, name of the server, pages of other web sites."""
+"""What stands before page and API: name of the server, password, pages of other web sites, size of requests."""
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import hmac
 from typing import Any
 
-from starlette.authentication import AuthCredentials, AuthenticationBackend, AuthenticationError, SimpleUser
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
-from starlette.middleware.authentication import AuthenticationMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,16 +20,16 @@ BODY_SECONDS = 60.0
 """A request must have arrived within this time."""
 DISCARDED_BYTES = 256 << 20
 """Of a request that is too large, read and thrown away, for a client that is cut off does not read the refusal."""
-HEADERS = {"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"}
 POLICY = "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'self'"
 DOCS_POLICY = POLICY.replace("'self';", "'self' 'unsafe-inline';", 1)  # Swagger UI starts with an inline script
+LATER = {"Retry-After": "2"}
+BY_STATUS = {401: {"WWW-Authenticate": 'Basic realm="digit", charset="UTF-8"'}, 429: LATER, 503: LATER}
 
 
 def error_response(error: Exception, status: int | None = None, headers: Any = None) -> Response:
     """An error in the documented shape."""
     status = status or (error.status if isinstance(error, Refused) else 400)
-    again = {"Retry-After": "2"} if status in (429, 503) else {}
-    return JSONResponse({"error": str(error)[:2000]}, status, {**again, **(headers or {})})
+    return JSONResponse({"error": str(error)[:2000]}, status, {**BY_STATUS.get(status, {}), **(headers or {})})
 
 
 def middleware(limits: Limits, auth: tuple[str, str] | None, hosts: tuple[str, ...] | None) -> list[Middleware]:
@@ -44,75 +40,24 @@ def middleware(limits: Limits, auth: tuple[str, str] | None, hosts: tuple[str, .
         auth: (user, password) asked by HTTP Basic, or None for everybody.
         hosts: names of the server, so that no other web site can point its own name at it; None for any.
     """
-    asking = {"WWW-Authenticate": 'Basic realm="digit", charset="UTF-8"'}
-    password = Middleware(
-        AuthenticationMiddleware,
-        backend=Password(*auth or ("", "")),
-        on_error=lambda _, error: error_response(error, 401, asking),
-    )
     return [
-        Middleware(ResponseShape),
+        Middleware(Guard, limits=limits, auth=auth),
         Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts or ["*"]), www_redirect=False),
-        *([password] if auth else []),
-        Middleware(RequestGuard, limits=limits),
     ]
 
 
-class Password(AuthenticationBackend):
-    """HTTP Basic with one user."""
-
-    def __init__(self, user: str, password: str) -> None:
-        self._secret = f"{user}:{password}".encode()
-
-    async def authenticate(self, conn: HTTPConnection) -> tuple[AuthCredentials, SimpleUser]:
-        """The user, if the password is right."""
-        kind, _, given = conn.headers.get("authorization", "").partition(" ")
-        try:
-            right = kind.lower() == "basic" and hmac.compare_digest(base64.b64decode(given), self._secret)
-        except (binascii.Error, ValueError):
-            right = False
-        if not right:
-            raise AuthenticationError("This server asks for a user and a password.")
-        return AuthCredentials(), SimpleUser("user")
-
-
-class ResponseShape:
-    """Security headers on every response, and the documented shape for TrustedHostMiddleware's plain text."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a request."""
-        refused = False
-
-        async def sending(message: Message) -> None:
-            nonlocal refused
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                refused = message["status"] == 400 and headers.get("content-type", "").startswith("text/plain")
-                policy = DOCS_POLICY if scope["path"] == "/docs" else POLICY
-                headers.update({**HEADERS, "content-security-policy": policy})
-            if not refused:
-                await send(message)
-
-        await self.app(scope, receive, sending)
-        if refused:
-            host = Headers(scope=scope).get("host", "")
-            error = Refused(f"This server is not called '{host}'; use the address that it printed.", 403)
-            await error_response(error)(scope, receive, send)
-
-
-class RequestGuard:
-    """Reads a request's body, within limits, before anything else sees it.
+class Guard:
+    """Refuses what it must, reads a request's body, within limits, before anything else sees it, and sets headers.
 
     Args:
         app: what is guarded.
         limits: bytes of a body, and of all bodies that are held at one time.
+        auth: (user, password), or None.
     """
 
-    def __init__(self, app: ASGIApp, limits: Limits) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, auth: tuple[str, str] | None = None) -> None:
         self.app, self.limits = app, limits
+        self.password = None if auth is None else base64.b64encode(":".join(auth).encode())
         self.held = 0
         """Bytes of the bodies of all requests that are not answered yet."""
 
@@ -121,24 +66,54 @@ class RequestGuard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        headers, wrong_host = Headers(scope=scope), False
         parts: list[bytes] = []
+
+        async def replay() -> Message:
+            return body.pop() if body else await receive()
+
+        async def sending(message: Message) -> None:
+            nonlocal wrong_host
+            if message["type"] == "http.response.start":
+                sent = MutableHeaders(scope=message)
+                # TrustedHostMiddleware alone answers with plain text
+                wrong_host = message["status"] == 400 and sent.get("content-type", "").startswith("text/plain")
+                sent["content-security-policy"] = DOCS_POLICY if scope["path"] == "/docs" else POLICY
+                sent.update({"x-content-type-options": "nosniff", "referrer-policy": "no-referrer"})
+            if not wrong_host:
+                await send(message)
+
         try:
-            problem = _from_other_site(Headers(scope=scope), scope["method"])
-            if problem is None:
-                try:
-                    problem = await asyncio.wait_for(self._read(receive, parts), BODY_SECONDS)
-                except asyncio.TimeoutError:
-                    problem = Refused("The request did not arrive in time.", 408)
+            problem = self._refusal(headers, scope["method"]) or await self._read(receive, parts)
             body: list[Message] = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
-
-            async def replay() -> Message:
-                return body.pop() if body else await receive()
-
-            await (self.app if problem is None else error_response(problem))(scope, replay, send)
+            await (error_response(problem) if problem else self.app)(scope, replay, sending)
+            if wrong_host:
+                name = f"This server is not called '{headers.get('host', '')}'; use the address that it printed."
+                await error_response(Refused(name, 403))(scope, receive, send)
         finally:
             self.held -= sum(map(len, parts))
 
+    def _refusal(self, headers: Headers, method: str) -> Refused | None:
+        """Of a wrong password, and of what the page of another web site sends; programs send neither of its headers."""
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        if self.password is not None:
+            right = hmac.compare_digest(given.strip().encode(), self.password)
+            if kind.lower() != "basic" or not right:
+                return Refused("This server asks for a user and a password.", 401)
+        site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+        at_home = not origin or origin.partition("://")[2] == headers.get("host")
+        if method in ("GET", "HEAD") or (site in ("same-origin", "none") if site else at_home):
+            return None
+        return Refused("Requests from the pages of other web sites are not served.", 403)
+
     async def _read(self, receive: Receive, parts: list[bytes]) -> Refused | None:
+        """Fill ``parts`` with the body; or the reason why not."""
+        try:
+            return await asyncio.wait_for(self._read_all(receive, parts), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            return Refused("The request did not arrive in time.", 408)
+
+    async def _read_all(self, receive: Receive, parts: list[bytes]) -> Refused | None:
         size, more, problem = 0, True, None
         while more and size < DISCARDED_BYTES:
             message = await receive()
@@ -153,12 +128,3 @@ class RequestGuard:
                 parts.append(part)
                 self.held += len(part)
         return problem
-
-
-def _from_other_site(headers: Headers, method: str) -> Refused | None:
-    """Refuse what the page of another web site sends; programs send neither header."""
-    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    same = site in ("same-origin", "none") if site else not origin or origin.partition("://")[2] == headers.get("host")
-    if method in ("GET", "HEAD") or same:
-        return None
-    return Refused("Requests from the pages of other web sites are not served.", 403)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64
 import binascii
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -47,54 +47,41 @@ class Service:
 
     def __init__(self, pipe: DigitPipeline, limits: schema.Limits | None = None, atlas: Atlas | None = None) -> None:
         self.pipe, self.limits, self.atlas = pipe, limits or schema.Limits(), atlas
+        self.image_size = pipe_size(pipe)
 
     @cached_property
-    def image_size(self) -> int:
-        """Side of the images that go in and out."""
-        return pipe_size(self.pipe)
-
-    @cached_property
-    def grids(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of each kind of tokens."""
-        pipe, grids = self.pipe, {}
+    def spaces(self) -> dict[str, tuple[tuple[int, int], int]]:
+        """Grid (rows, columns) and vocabulary of each kind of tokens."""
+        pipe, spaces = self.pipe, {}
         if pipe.encoder is not None and pipe.codebook is not None:
-            grids["semantic"] = pipe.tokenizer.grid
+            spaces["semantic"] = (pipe.tokenizer.grid, pipe.tokenizer.vocab_size)
         elif pipe.prior is not None and pipe.space == "semantic":  # a model that generates only: its grid is square
             side = round(pipe.prior.config.length**0.5)
-            grids["semantic"] = (side, pipe.prior.config.length // side)
+            spaces["semantic"] = ((side, pipe.prior.config.length // side), pipe.prior.config.vocab_size)
         if pipe.vqgan is not None:
-            grids["vq"] = pipe.vqgan.config.grid
-        return grids
+            spaces["vq"] = (pipe.vqgan.config.grid, pipe.vqgan.config.codes)
+        return spaces
 
     def about(self) -> schema.About:
         """What a client needs to know to ask well."""
-        pipe, vocabulary = self.pipe, {}
-        if pipe.codebook is not None:
-            vocabulary["semantic"] = pipe.codebook.config.clusters
-        elif pipe.prior is not None and pipe.space == "semantic":
-            vocabulary["semantic"] = pipe.prior.config.vocab_size
-        if pipe.vqgan is not None:
-            vocabulary["vq"] = pipe.vqgan.config.codes
-        can = {
-            "generate": pipe.can_generate,
-            "edit": pipe.can_generate and (pipe.encoder is not None or pipe.space == "vq"),
-            "guide": pipe.prior is not None and pipe.prior.config.can_guide,
-            "clusters": self.atlas is not None,
-        }
-        decoders = list(pipe.decoders)
-        atlas = self.atlas and f"{self.atlas.images:,} images{' of ' + self.atlas.source if self.atlas.source else ''}"
+        pipe, atlas, decoders = self.pipe, self.atlas, list(self.pipe.decoders)
         return schema.About(
             name=pipe.name,
             space=pipe.space,
             image_size=self.image_size,
-            grids=self.grids,
-            vocabulary=vocabulary,
+            grids={space: grid for space, (grid, _) in self.spaces.items()},
+            vocabulary={space: size for space, (_, size) in self.spaces.items()},
             classes=pipe.class_names or pipe.num_classes,
             decoders=decoders,
             default_decoder=pipe.stage2().kind if decoders else None,
             stepped=[kind for kind in decoders if pipe.decoders[kind].config.role == "masked"],
-            can=can,
-            clusters_from=atlas or None,
+            can={
+                "generate": pipe.can_generate,
+                "edit": pipe.can_generate and (pipe.encoder is not None or pipe.space == "vq"),
+                "guide": pipe.prior is not None and pipe.prior.config.can_guide,
+                "clusters": atlas is not None,
+            },
+            clusters_from=atlas and f"{atlas.images:,} images{atlas.source and f' of {atlas.source}'}",
             settings={stage: to_dict(pipe.settings.get(stage, SamplingParams())) for stage in ("prior", *decoders)},
             limits=to_dict(self.limits),
         )
@@ -107,30 +94,29 @@ class Service:
         Raises:
             DigitError: labels, settings or components that the model does not have, or too many images.
         """
-        self._check_count(max(body.num or 0, len(body.labels or [])))
-        labels = None if body.labels is None else [self._label(label) for label in body.labels]
-        request = SampleRequest.of_run(body.num, labels, body.seed, body.decoder, body.settings).validate(self.pipe)
+        request = self._request(body, body.num, body.labels)
         return self._images(self.pipe.sample_tokens(request, self._watch(job, request)), request, job)
 
     @torch.inference_mode()
     def tokenize(self, body: schema.Tokenize, job: Job) -> schema.Tokenization:
         """The tokens of an image, and the images made of them."""
         pipe, image = self.pipe, self._read(body.image)
-        batch = self._batch(image)
-        has_tokenizer = pipe.encoder is not None and pipe.codebook is not None
-        semantic = pipe.tokenizer.encode(batch) if has_tokenizer else None
-        job.check()
-        vq = None if pipe.vqgan is None else pipe.vqgan.encode(batch)
-        full = None
-        if semantic is not None and pipe.can_generate:
-            request = SampleRequest(seed=body.seed, decoder=body.decoder).validate(pipe, prior=False)
-            full = pipe.to_pixels(pipe.complete(semantic, request, self._watch(job, request)))
+        batch, semantic, vq, vqgan, full = self._batch(image), None, None, None, None
+        if pipe.encoder is not None and pipe.codebook is not None:
+            semantic = pipe.tokenizer.encode(batch)
+            job.check()
+            if pipe.can_generate:
+                request = SampleRequest(seed=body.seed, decoder=body.decoder).validate(pipe, prior=False)
+                full = pipe.to_pixels(pipe.complete(semantic, request, self._watch(job, request)))
+        if pipe.vqgan is not None:
+            vq = pipe.vqgan.encode(batch)
+            vqgan = pipe.to_pixels(Tokens(vq=vq))
         return schema.Tokenization(
             semantic=None if semantic is None else semantic[0].tolist(),
             vq=None if vq is None else vq[0].tolist(),
-            grids=self.grids,
+            grids={space: grid for space, (grid, _) in self.spaces.items()},
             picture=to_base64(image),
-            vqgan=None if vq is None else to_base64(to_pil(pipe.to_pixels(Tokens(vq=vq))[0])),
+            vqgan=None if vqgan is None else to_base64(to_pil(vqgan[0])),
             full=None if full is None else to_base64(to_pil(full[0])),
         )
 
@@ -161,16 +147,13 @@ class Service:
         """
         if (body.cells is None) == (body.rows is None):
             raise Refused("Say what to resample: exactly one of 'cells' and 'rows'.")
-        self._check_count(body.num)
-        pipe = self.pipe
+        request = self._request(body, body.num, None if body.label is None else [body.label])
         images = self._batch(self._read(body.image)).expand(body.num, -1, -1, -1)  # (num, 3, S, S)
-        labels = None if body.label is None else [self._label(body.label)]
-        request = SampleRequest.of_run(body.num, labels, body.seed, body.decoder, body.settings).validate(pipe)
         watch = self._watch(job, request)
         if body.rows is not None:
-            tokens = continue_rows(pipe, images, body.rows, request, body.keep_pixels, watch)
+            tokens = continue_rows(self.pipe, images, body.rows, request, body.keep_pixels, watch)
         else:
-            tokens = edit_region(pipe, images, self.region(body.cells or []), request, watch)
+            tokens = edit_region(self.pipe, images, self.region(body.cells or []), request, watch)
         return self._images(tokens, request, job)
 
     def cluster(self, number: int) -> schema.Cluster:
@@ -189,30 +172,26 @@ class Service:
         return schema.Cluster(cluster=number, patches=patches)
 
     def region(self, cells: list[int]) -> Tensor:
-        """The pixels (S, S), bool, that belong to these cells of the prior's grid and touch no other."""
-        (rows, columns), size = self.grids[self.pipe.space], self.image_size
-        marked = torch.zeros(size, size, dtype=torch.bool)
-        for cell in cells:
-            if not 0 <= cell < rows * columns:
-                raise Refused(f"There is no cell {cell}; this model's grid has the cells 0 to {rows * columns - 1}.")
-            row, column = divmod(cell, columns)
-            top, left = -(-row * size // rows), -(-column * size // columns)
-            marked[top : (row + 1) * size // rows, left : (column + 1) * size // columns] = True
-        return marked
+        """The prior's grid (rows, columns), bool, True at these cells."""
+        (rows, columns), _ = self.spaces[self.pipe.space]
+        if bad := [cell for cell in cells if not 0 <= cell < rows * columns]:
+            raise Refused(f"There is no cell {bad[0]}; this model's grid has the cells 0 to {rows * columns - 1}.")
+        marked = torch.zeros(rows * columns, dtype=torch.bool)
+        marked[cells] = True
+        return marked.view(rows, columns)
 
     # ---- help
 
-    def _check_count(self, count: int) -> None:
-        if count > self.limits.pictures:
-            most = self.limits.pictures
+    def _request(self, body: schema.Sampling, num: int | None, labels: Sequence[int | str] | None) -> SampleRequest:
+        most, classes = self.limits.pictures, self.pipe.num_classes
+        if (count := max(num or 0, len(labels or []))) > most:
             raise Refused(f"{count} images were asked for; at most {most} are made at a time here.", 413)
-
-    def _label(self, name: int | str) -> int:
-        number = self.pipe.class_number(name)
-        if not -1 <= number < self.pipe.num_classes or name == -1:
-            known = f"knows 0 to {self.pipe.num_classes - 1}" if self.pipe.num_classes else "has no classes"
-            raise Refused(f"The label {name} was given; this model {known}.")
-        return number
+        numbers = None if labels is None else self.pipe.class_numbers(labels)
+        for label, number in zip(labels or [], numbers or [], strict=True):
+            if label == -1 or number >= classes:
+                known = f"knows 0 to {classes - 1}" if classes else "has no classes"
+                raise Refused(f"The label {label} was given; this model {known}.")
+        return SampleRequest.of_run(num, numbers, body.seed, body.decoder, body.settings).validate(self.pipe)
 
     def _read(self, text: str) -> Image.Image:
         """An image as a request carries it, scaled and cropped to the model's size."""
@@ -235,10 +214,9 @@ class Service:
 
     def _images(self, tokens: Tokens, request: SampleRequest, job: Job) -> schema.Images:
         job.check()
-        images = self.pipe.to_pixels(tokens)
         labels = [-1] * len(request) if request.labels is None else request.labels.tolist()
         return schema.Images(
-            pictures=[to_base64(to_pil(image)) for image in images],
+            pictures=[to_base64(to_pil(image)) for image in self.pipe.to_pixels(tokens)],
             labels=[None if label < 0 else label for label in labels],
             semantic=None if tokens.semantic is None else tokens.semantic.tolist(),
             vq=None if tokens.vq is None else tokens.vq.tolist(),
