@@ -187,10 +187,12 @@ def test_more_noise_changes_more_tokens(service, upload):
 # ---- edit ------------------------------------------------------------------------------------------------------------
 
 
-def test_cells_become_pixels_that_touch_no_other_cell(service):
+def test_cells_are_marked_on_the_grid_and_touch_no_other(service):
     for chosen in ([0], [5, 6, 15], list(range(16))):
         found = cells(service.region(chosen)[None], (4, 4))[0]
         assert found.nonzero().flatten().tolist() == chosen
+    finer = cells(service.region([5])[None], (8, 8))[0]  # VQ tokens that lie closer
+    assert finer.nonzero().flatten().tolist() == [18, 19, 26, 27]
 
 
 def test_editing_is_the_librarys_own(service, image, upload):

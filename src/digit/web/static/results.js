@@ -61,8 +61,9 @@ export function results(panel, model, send, title = null) {
   function finished(made, body, label) {
     const how = describe(made);
     const items = made.pictures.map((png, number) => {
-      const about = `${title ?? className(model, made.labels[number])}, seed ${body.seed}, no. ${number}`;
-      return { url: dataUrl(png), about: `${about}; ${how}`, short: about, file: `${about.replace(/[^\p{L}\p{N}]+/gu, "-")}.png` };
+      const name = title ?? className(model, made.labels[number]), which = `seed ${body.seed}, no. ${number}`;
+      const file = `${name} ${which}`.replace(/[^\p{L}\p{N}]+/gu, "-");
+      return { url: dataUrl(png), about: `${name}, ${which}; ${how}`, lines: [which, how], name, file: `${file}.png` };
     });
     const space = made.semantic ? "semantic" : "vq";
     const figures = items.map((item, number) => {
@@ -72,7 +73,7 @@ export function results(panel, model, send, title = null) {
       return make(
         "figure", { dataset: { label: made.labels[number] ?? -1, seed: body.seed } },
         zoomable(items, number),
-        make("figcaption", {}, ...(tokens ? [tokens] : []), make("span", {}, item.short, make("small", { textContent: how }))),
+        make("figcaption", {}, ...(tokens ? [tokens] : []), make("span", {}, item.name, ...item.lines.map((textContent) => make("small", { textContent })))),
         buttons(
           make("a", { href: item.url, download: item.file, textContent: "Download" }),
           press("Tokens", () => send("tokens", item.url)),

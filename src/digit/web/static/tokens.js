@@ -54,17 +54,15 @@ function inspection(found, model) {
   if (found.full) items.push(["Full path", found.full, "from semantic tokens alone"]);
   const shown = items.map(([title, png, about]) => ({ title, url: dataUrl(png), about, file: `${title}.png` }));
   const figures = shown.map((item, number) => captioned(zoomable(shown, number), item.title, item.about));
-  let cluster = null;
   if (found.vq) {
     const [rows, columns] = model.grids.vq, count = model.vocabulary.vq.toLocaleString("en");
     figures.splice(1, 0, captioned(tokenCanvas(found.vq, model.grids.vq), "VQ tokens", `${rows} x ${columns} of ${count} codes`));
   }
   if (found.semantic) {
     const over = tokensOver(found, model);
-    figures.splice(1, 0, over.figure);
-    cluster = over.box;
+    figures.splice(1, 0, over.figure, over.box);
   }
-  return [make("div", { className: "pictures wide" }, ...figures), ...(cluster ? [cluster] : [])];
+  return [make("div", { className: "pictures wide" }, ...figures)];
 }
 
 function captioned(content, title, about) {
@@ -123,7 +121,7 @@ function stability({ realised_snr: snr, picture, flips }, model) {
     const meter = make("meter", { max: found.of, value: found.count });
     meter.setAttribute("aria-label", `changed ${KINDS[space]}`);
     const figure = captioned(canvas, `${found.count} of ${found.of}`, `${KINDS[space]} change: ${Math.round(found.share * 100)}%`);
-    figure.append(meter);
+    canvas.after(meter);
     Object.assign(figure.dataset, { space, flips: found.count });
     figures.push(figure);
   }
