@@ -207,6 +207,7 @@ def test_edit(server, photo):
         ("generate", {"steps": 10**9}, 400, "steps"),
         ("generate", {"cfg_scale": float("nan"), "labels": [0]}, 400, "cfg_scale"),
         ("generate", {"labels": [10**30]}, 400, "this model knows 0 to 2"),
+        ("generate", {"labels": [-(10**30)]}, 400, "this model knows 0 to 2"),
         ("generate", [1, 2], 400, "a JSON list"),
         ("stability", {"image": "", "snr": "loud"}, 400, ""),
         ("generate", {"temperature": float("inf")}, 400, "temperature"),

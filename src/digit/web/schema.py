@@ -55,10 +55,8 @@ class Limits:
 def with_settings(cls: type[T]) -> type[T]:
     """Class decorator: a config with a field for each sampling setting; None takes the model's default."""
     for name, setting in SETTINGS.items():
-        limit = (
-            Field(allow_inf_nan=False) if setting.type is float else Field(le=MAX_STEPS) if name == "steps" else None
-        )
-        cls.__annotations__[name] = Annotated[setting.annotation, limit] | None
+        limits = {"le": MAX_STEPS} if name == "steps" else {"allow_inf_nan": False} if setting.type is float else {}
+        cls.__annotations__[name] = Annotated[setting.annotation, Field(**limits)] | None
         setattr(cls, name, None)
     return config(cls)
 

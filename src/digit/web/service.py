@@ -188,7 +188,7 @@ class Service:
             raise Refused(f"{count} images were asked for; at most {most} are made at a time here.", 413)
         numbers = None if labels is None else self.pipe.class_numbers(labels)
         for label, number in zip(labels or [], numbers or [], strict=True):
-            if label == -1 or number >= classes:
+            if label == -1 or not -1 <= number < classes:  # "none" is -1
                 known = f"knows 0 to {classes - 1}" if classes else "has no classes"
                 raise Refused(f"The label {label} was given; this model {known}.")
         return SampleRequest.of_run(num, numbers, body.seed, body.decoder, body.settings).validate(self.pipe)
