@@ -86,7 +86,7 @@ BAD_UPLOADS = {
     "other data": ("data:text/html,<b>", "without ';base64'"),
     "no text": ("é", "not base64"),
 }
-"""A file or a text that is sent for a picture, and what the refusal says."""
+"""A file or a text that is sent for an image, and what the refusal says."""
 
 
 def bad_upload(name: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What the API takes and gives. Fields for sampling settings are made from :class:`~digit.sampling.request.SamplingParams`."""
+"""What the API takes and gives. Fields for sampling settings are made from those of :mod:`digit.sampling.request`."""
 
 from __future__ import annotations
 

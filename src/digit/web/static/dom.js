@@ -27,7 +27,8 @@ export function addRange(field, max, value) {
   slider.setAttribute("aria-label", `${field.firstChild.textContent.trim()}, slider`);
   slider.addEventListener("input", () => { number.value = slider.value; });
   number.addEventListener("input", () => { slider.value = number.value; });
-  const ends = make("span", { className: "ends" }, make("span", { textContent: min }), make("span", { textContent: most }));
+  const end = (text) => make("span", { textContent: text });
+  const ends = make("span", { className: "ends" }, end(min), end(most));
   field.append(make("span", { className: "range" }, slider, number), ends);
 }
 

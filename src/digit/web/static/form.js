@@ -29,7 +29,8 @@ export function fillForm(form, model) {
   fillClasses(form.elements.label, model);
   const box = form.querySelector(".decoder");
   for (const kind of model.decoders) {
-    const input = make("input", { type: "radio", name: "decoder", value: kind, checked: kind === model.default_decoder });
+    const checked = kind === model.default_decoder;
+    const input = make("input", { type: "radio", name: "decoder", value: kind, checked });
     const about = make("small", { textContent: DECODERS[kind] ?? "" });
     box.append(make("label", {}, input, make("span", {}, make("b", { textContent: kind }), " ", about)));
   }
@@ -58,7 +59,8 @@ function fillClasses(select, model) {
   const option = (value, textContent) => make("option", { value, textContent });
   const numbers = [...Array(count).keys()].map((label) => option(label, className(model, label)));
   if (select.dataset.all) {
-    const all = option("all", count <= most ? "all classes, one image each" : `the first ${most} classes, one image each`);
+    const which = count <= most ? "all classes" : `the first ${most} classes`;
+    const all = option("all", `${which}, one image each`);
     select.append(...numbers, ...(count > 1 ? [all] : []), option("none", "none"));
   } else {
     select.append(option("none", "none"), ...numbers);

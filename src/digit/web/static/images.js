@@ -39,7 +39,8 @@ async function gridUrl(urls) {
   const images = await Promise.all(urls.map(load));
   const columns = Math.min(8, images.length), side = images[0].naturalWidth;
   const scale = Math.max(1, Math.ceil(96 / side)), gap = 2, step = side * scale + gap;
-  const canvas = make("canvas", { width: columns * step - gap, height: Math.ceil(images.length / columns) * step - gap });
+  const rows = Math.ceil(images.length / columns);
+  const canvas = make("canvas", { width: columns * step - gap, height: rows * step - gap });
   const context = canvas.getContext("2d");
   context.fillStyle = "white";
   context.fillRect(0, 0, canvas.width, canvas.height);
@@ -65,14 +66,18 @@ export function saveAll(items) {
   for (const { url, file } of items) {
     const name = text.encode(file), data = Uint8Array.from(atob(url.split(",")[1]), (c) => c.charCodeAt(0));
     // version, flags, method, time, date (1980-01-01), checksum, sizes, lengths of name and extra field
-    const about = [[20, 2], [0, 2], [0, 2], [0, 2], [33, 2], [crc32(data), 4], [data.length, 4], [data.length, 4], [name.length, 2], [0, 2]];
+    const about = [
+      [20, 2], [0, 2], [0, 2], [0, 2], [33, 2], [crc32(data), 4], [data.length, 4], [data.length, 4],
+      [name.length, 2], [0, 2],
+    ];
     const local = bytes([[0x04034b50, 4], ...about]);
     parts.push(local, name, data);
     directory.push(bytes([[0x02014b50, 4], [20, 2], ...about, [0, 2], [0, 2], [0, 2], [0, 4], [offset, 4]]), name);
     offset += local.length + name.length + data.length;
   }
   const size = directory.reduce((sum, part) => sum + part.length, 0);
-  const end = bytes([[0x06054b50, 4], [0, 2], [0, 2], [items.length, 2], [items.length, 2], [size, 4], [offset, 4], [0, 2]]);
+  const count = [items.length, 2];
+  const end = bytes([[0x06054b50, 4], [0, 2], [0, 2], count, count, [size, 4], [offset, 4], [0, 2]]);
   const url = URL.createObjectURL(new Blob([...parts, ...directory, end], { type: "application/zip" }));
   save(url, "images.zip");
   setTimeout(() => URL.revokeObjectURL(url), 60_000);
@@ -80,7 +85,8 @@ export function saveAll(items) {
 
 /** Numbers as little-endian bytes: [[value, how many bytes], ...]. */
 function bytes(fields) {
-  return Uint8Array.from(fields.flatMap(([value, count]) => Array.from({ length: count }, (_, i) => (value >>> (8 * i)) & 255)));
+  const split = (value, count) => Array.from({ length: count }, (_, i) => (value >>> (8 * i)) & 255);
+  return Uint8Array.from(fields.flatMap(([value, count]) => split(value, count)));
 }
 
 function crc32(data) {
@@ -128,7 +134,9 @@ viewer.addEventListener("click", ({ target }) => {
   if (target === viewer) viewer.close();
   else act[target.name]?.();
 });
-viewer.addEventListener("change", ({ target }) => viewer.querySelector("img").classList.toggle("smooth", target.checked));
+viewer.addEventListener("change", ({ target }) => {
+  viewer.querySelector("img").classList.toggle("smooth", target.checked);
+});
 viewer.addEventListener("keydown", ({ key }) => {
   if (key === "ArrowLeft") turn(-1);
   if (key === "ArrowRight") turn(1);

@@ -33,7 +33,8 @@ function startGenerate(model) {
     shown.run("/api/generate", body, label);
   });
   form.elements.other.addEventListener("click", () => {
-    const select = form.elements.label, others = [...select.options].filter((option) => /^\d+$/.test(option.value) && !option.selected);
+    const select = form.elements.label;
+    const others = [...select.options].filter((option) => /^\d+$/.test(option.value) && !option.selected);
     if (others.length) select.value = others[Math.floor(Math.random() * others.length)].value;
     form.dispatchEvent(new Event("change"));
     form.requestSubmit();
@@ -80,7 +81,8 @@ async function start() {
     about.replaceWith(notice(error.message, true));
     return;
   }
-  const grids = Object.entries(model.grids).map(([space, [rows, columns]]) => `${rows} x ${columns} ${space === "vq" ? "VQ" : space} tokens`);
+  const named = (space) => `${space === "vq" ? "VQ" : space} tokens`;
+  const grids = Object.entries(model.grids).map(([space, [rows, columns]]) => `${rows} x ${columns} ${named(space)}`);
   const classes = classCount(model) ? [`${classCount(model)} classes`] : [];
   about.textContent = `${model.name}: ${[`${model.image_size} px`, ...grids, ...classes].join(", ")}`;
   document.title = `digit: ${model.name}`;

@@ -13,7 +13,8 @@ const KINDS = { semantic: "Semantic tokens", vq: "VQ tokens" };
  * `send(tab, url)` takes an image to another tab; `title` is how captions call images, instead of by their class.
  */
 export function results(panel, model, send, title = null) {
-  const form = panel.querySelector("form"), stage = panel.querySelector(".stage"), history = panel.querySelector(".history");
+  const form = panel.querySelector("form"), stage = panel.querySelector(".stage");
+  const history = panel.querySelector(".history");
   const stop = form.elements.stop, past = make("div");
   let running = null;
 
@@ -40,7 +41,8 @@ export function results(panel, model, send, title = null) {
     if (stage.getBoundingClientRect().top > innerHeight * 0.7) stage.scrollIntoView();
     let begun = false;
     get("/health").then(({ waiting }) => {
-      if (!begun && waiting > 1 && running === mine) stage.replaceChildren(notice(`Waiting: ${waiting - 1} before you.`));
+      if (begun || waiting <= 1 || running !== mine) return;
+      stage.replaceChildren(notice(`Waiting: ${waiting - 1} before you.`));
     }, () => {});
     try {
       const made = await postWithProgress(path, body, mine.signal, (progress) => {
@@ -49,7 +51,8 @@ export function results(panel, model, send, title = null) {
       });
       if (running === mine) stage.replaceChildren(finished(made, body, label));
     } catch (error) {
-      if (running === mine) stage.replaceChildren(error.name === "AbortError" ? notice("Stopped.") : notice(error.message, true));
+      const stopped = error.name === "AbortError";
+      if (running === mine) stage.replaceChildren(stopped ? notice("Stopped.") : notice(error.message, true));
     } finally {
       if (running === mine) {
         running = null;
@@ -73,7 +76,7 @@ export function results(panel, model, send, title = null) {
       return make(
         "figure", { dataset: { label: made.labels[number] ?? -1, seed: body.seed } },
         zoomable(items, number),
-        make("figcaption", {}, ...(tokens ? [tokens] : []), make("span", {}, item.name, ...item.lines.map((textContent) => make("small", { textContent })))),
+        make("figcaption", {}, ...(tokens ? [tokens] : []), make("span", {}, item.name, ...item.lines.map(small))),
         buttons(
           make("a", { href: item.url, download: item.file, textContent: "Download" }),
           press("Tokens", () => send("tokens", item.url)),
@@ -89,7 +92,8 @@ export function results(panel, model, send, title = null) {
     return make("section", { className: "done" }, all, make("div", { className: "pictures" }, ...figures));
   }
 
-  return { run, say: (text) => { keep(); stage.replaceChildren(notice(text)); }, fail: (text) => stage.replaceChildren(notice(text, true)) };
+  const say = (text) => { keep(); stage.replaceChildren(notice(text)); };
+  return { run, say, fail: (text) => stage.replaceChildren(notice(text, true)) };
 }
 
 /** Guidance and decoder, as a caption names them. */
@@ -104,6 +108,8 @@ function describe(made) {
 }
 
 const buttons = (...children) => make("div", { className: "buttons" }, ...children);
+
+const small = (textContent) => make("small", { textContent });
 
 function press(text, act) {
   const made = make("button", { type: "button", textContent: text });

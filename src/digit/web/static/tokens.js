@@ -7,6 +7,8 @@ import { zoomable } from "./results.js";
 import { well } from "./well.js";
 
 const KINDS = { semantic: "semantic tokens", vq: "VQ tokens" };
+const UNKNOWN = "What each cluster looks like is not known here: the model has no patches of real images. " +
+  "Its owner can add them with: digit atlas MODEL --data D";
 const PAUSE = 150; // ms after the last move of the slider
 
 export function startTokens(panel, model) {
@@ -35,7 +37,8 @@ export function startTokens(panel, model) {
     asked = new AbortController();
     if (!image || !snr.checkValidity()) return;
     try {
-      changed.replaceChildren(stability(await post("/api/stability", { image, snr: Number(snr.value) }, asked.signal), model));
+      const found = await post("/api/stability", { image, snr: Number(snr.value) }, asked.signal);
+      changed.replaceChildren(stability(found, model));
     } catch (error) {
       if (error.name !== "AbortError") changed.replaceChildren(notice(error.message, true));
     }
@@ -49,14 +52,16 @@ export function startTokens(panel, model) {
 }
 
 function inspection(found, model) {
-  const items = [["The image", found.picture, `${model.image_size} x ${model.image_size} pixels, as the model sees it`]];
+  const size = model.image_size;
+  const items = [["The image", found.picture, `${size} x ${size} pixels, as the model sees it`]];
   if (found.vqgan) items.push(["VQGAN alone", found.vqgan, "what VQ tokens keep"]);
   if (found.full) items.push(["Full path", found.full, "from semantic tokens alone"]);
   const shown = items.map(([title, png, about]) => ({ title, url: dataUrl(png), about, file: `${title}.png` }));
   const figures = shown.map((item, number) => captioned(zoomable(shown, number), item.title, item.about));
   if (found.vq) {
     const [rows, columns] = model.grids.vq, count = model.vocabulary.vq.toLocaleString("en");
-    figures.splice(1, 0, captioned(tokenCanvas(found.vq, model.grids.vq), "VQ tokens", `${rows} x ${columns} of ${count} codes`));
+    const about = `${rows} x ${columns} of ${count} codes`;
+    figures.splice(1, 0, captioned(tokenCanvas(found.vq, model.grids.vq), "VQ tokens", about));
   }
   if (found.semantic) {
     const over = tokensOver(found, model);
@@ -66,7 +71,8 @@ function inspection(found, model) {
 }
 
 function captioned(content, title, about) {
-  return make("figure", {}, content, make("figcaption", {}, make("b", { textContent: title }), make("span", { textContent: about })));
+  const lines = [make("b", { textContent: title }), make("span", { textContent: about })];
+  return make("figure", {}, content, make("figcaption", {}, ...lines));
 }
 
 /** Coloured cells over an image; the chosen one shows what its cluster looks like. */
@@ -80,7 +86,7 @@ function tokensOver({ semantic, picture }, model) {
   });
   const box = make("div", { className: "cluster", hidden: model.can.clusters });
   if (!model.can.clusters) {
-    box.append(notice("What each cluster looks like is not known here: the model has no patches of real images. Its owner can add them with: digit atlas MODEL --data D"));
+    box.append(notice(UNKNOWN));
   }
   let chosen = null;
   const choose = async ({ target }) => {
@@ -93,13 +99,16 @@ function tokensOver({ semantic, picture }, model) {
     if (chosen !== token) return;
     const count = semantic.filter((other) => String(other) === token).length;
     const images = patches.map((png) => make("img", { src: dataUrl(png), alt: "", className: "pixels" }));
-    const title = make("p", {}, make("b", { textContent: `Cluster ${token}` }), ` (${count} here): the nearest patches of ${model.clusters_from}`);
-    box.replaceChildren(title, make("div", { className: "patches" }, ...(images.length ? images : ["No image of the atlas has it."])));
+    const title = make("b", { textContent: `Cluster ${token}` });
+    const about = make("p", {}, title, ` (${count} here): the nearest patches of ${model.clusters_from}`);
+    const shown = images.length ? images : ["No image that was looked through has it."];
+    box.replaceChildren(about, make("div", { className: "patches" }, ...shown));
     box.hidden = false;
   };
   for (const kind of ["focusin", "pointerover", "click"]) grid.addEventListener(kind, choose);
   const used = new Set(semantic).size, count = model.vocabulary.semantic.toLocaleString("en");
-  const about = `${rows} x ${columns} of ${count} clusters, ${used} in use here. Point at a cell, or walk with the arrow keys.`;
+  const numbers = `${rows} x ${columns} of ${count} clusters, ${used} in use here.`;
+  const about = `${numbers} Point at a cell, or walk with the arrow keys.`;
   return { figure: captioned(grid, "Semantic tokens", about), box };
 }
 
@@ -120,7 +129,8 @@ function stability({ realised_snr: snr, picture, flips }, model) {
     const canvas = tokenCanvas(found.after, model.grids[space], (place) => places.has(place));
     const meter = make("meter", { max: found.of, value: found.count });
     meter.setAttribute("aria-label", `changed ${KINDS[space]}`);
-    const figure = captioned(canvas, `${found.count} of ${found.of}`, `${KINDS[space]} change: ${Math.round(found.share * 100)}%`);
+    const change = `${KINDS[space]} change: ${Math.round(found.share * 100)}%`;
+    const figure = captioned(canvas, `${found.count} of ${found.of}`, change);
     canvas.after(meter);
     Object.assign(figure.dataset, { space, flips: found.count });
     figures.push(figure);

@@ -5,6 +5,7 @@ import { cellGrid, make, notice } from "./dom.js";
 const TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
 const SAMPLES = ["horse", "automobile", "dog"];
 const ASK = "Drop or paste an image here, or press to choose a file";
+const TRY = "Or try a sample, made by the packaged model:";
 
 /** Fill `root`; `loaded(url)` is called with every new image, as a data URL. */
 export function well(root, model, loaded) {
@@ -12,9 +13,10 @@ export function well(root, model, loaded) {
   input.setAttribute("aria-label", "Choose an image");
   const image = make("img", { alt: "", hidden: true }), words = make("span", { textContent: ASK });
   const frame = make("label", { className: "frame" }, input, image, words);
-  const samples = make("div", { className: "samples" }, make("span", { textContent: "Or try a sample, made by the packaged model:" }));
+  const samples = make("div", { className: "samples" }, make("span", { textContent: TRY }));
   for (const name of SAMPLES) {
-    const sample = make("button", { type: "button" }, make("img", { src: `/static/samples/${name}.png`, alt: name, className: "pixels" }));
+    const picture = make("img", { src: `/static/samples/${name}.png`, alt: name, className: "pixels" });
+    const sample = make("button", { type: "button" }, picture);
     sample.addEventListener("click", async () => read(await (await fetch(`/static/samples/${name}.png`)).blob()));
     samples.append(sample);
   }
@@ -94,7 +96,8 @@ function paint(model) {
     button.addEventListener("click", () => cells.forEach((cell) => mark(cell, on)));
     return button;
   };
-  const board = make("div", { className: "board", hidden: true }, grid, make("div", { className: "buttons" }, all("Clear", false), all("All", true)));
+  const buttons = make("div", { className: "buttons" }, all("Clear", false), all("All", true));
+  const board = make("div", { className: "board", hidden: true }, grid, buttons);
   return {
     board,
     painted: () => cells.filter(marked).map((cell) => Number(cell.dataset.place)),

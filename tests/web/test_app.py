@@ -29,9 +29,9 @@ MIB = 1 << 20
 LONG = {"num": 16, "decoder": "masked", "steps": 256}
 
 
-def ask(server, path, wish=None, headers=None, data=None, method=None):
+def ask(server, path, asked=None, headers=None, data=None, method=None):
     """(status, answer) of a request."""
-    body = data if data is not None else None if wish is None else json.dumps(wish).encode()
+    body = data if data is not None else None if asked is None else json.dumps(asked).encode()
     sent = {"Content-Type": "application/json", **(headers or {})}
     request = urllib.request.Request(server.url + path, body, sent, method=method)
     try:
@@ -65,9 +65,9 @@ def test_the_model_is_described(server):
     assert about["settings"]["masked"]["steps"] == 8
 
 
-def leave(server, wish):
+def leave(server, asked):
     """Send a request; the client leaves when the connection that is returned is closed."""
-    address, body = urlsplit(server.url), json.dumps(wish).encode()
+    address, body = urlsplit(server.url), json.dumps(asked).encode()
     head = f"POST /api/generate HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(body)}\r\n\r\n"
     connection = socket.create_connection((address.hostname, address.port))
     connection.sendall(head.encode() + body)
@@ -145,9 +145,9 @@ def test_an_idle_server_does_nothing(server):
     assert (sum(process.cpu_times()[:2]) - used) / 5 < IDLE_SHARE
 
 
-def events(server, wish):
+def events(server, asked):
     """(kind, data) of the server-sent events of a request."""
-    request = urllib.request.Request(server.url + "/api/generate", json.dumps(wish).encode())
+    request = urllib.request.Request(server.url + "/api/generate", json.dumps(asked).encode())
     request.add_header("Accept", "text/event-stream")
     with urllib.request.urlopen(request, timeout=240) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -157,12 +157,12 @@ def events(server, wish):
 
 
 def test_progress_as_events(server):
-    wish = {"labels": [2], "num": 2, "seed": 5, "decoder": "masked", "steps": 6}
-    *progress, (kind, result) = events(server, wish)
+    asked = {"labels": [2], "num": 2, "seed": 5, "decoder": "masked", "steps": 6}
+    *progress, (kind, result) = events(server, asked)
     assert {kind for kind, _ in progress} == {"progress"}
     assert {data["stage"] for _, data in progress} == {"prior", "masked"}
     assert kind == "result"
-    assert result == ask(server, "/api/generate", wish)[1]
+    assert result == ask(server, "/api/generate", asked)[1]
     (failed,) = events(server, {"labels": ["horse"]})
     assert failed[0] == "error"
     assert "neither a number nor a class" in failed[1]["error"]
@@ -198,7 +198,7 @@ def test_edit(server, photo):
 
 
 @pytest.mark.parametrize(
-    ("path", "wish", "status", "message"),
+    ("path", "asked", "status", "message"),
     [
         ("generate", {"num": 17}, 413, "at most 16"),
         ("generate", {"lables": [1]}, 400, "did you mean 'labels'"),
@@ -215,8 +215,8 @@ def test_edit(server, photo):
         ("edit", {"image": 7, "cells": [0]}, 400, "image = 7"),
     ],
 )
-def test_mistakes_get_a_sentence(server, path, wish, status, message):
-    found, answer = ask(server, f"/api/{path}", wish)
+def test_mistakes_get_a_sentence(server, path, asked, status, message):
+    found, answer = ask(server, f"/api/{path}", asked)
     assert found == status
     assert message in answer["error"]
 
@@ -327,8 +327,8 @@ def test_other_web_sites_are_kept_out(server):
 
 
 def test_uploads_are_not_written_anywhere(server, photo):
-    for path, wish in (("tokenize", {}), ("stability", {"snr": 20}), ("edit", {"cells": [3]})):
-        assert ask(server, f"/api/{path}", {"image": photo, **wish})[0] == 200
+    for path, asked in (("tokenize", {}), ("stability", {"snr": 20}), ("edit", {"cells": [3]})):
+        assert ask(server, f"/api/{path}", {"image": photo, **asked})[0] == 200
     raw = base64.b64decode(photo)
     written = [path for path in server.scratch.rglob("*") if path.is_file()]
     assert not [path for path in written if raw in path.read_bytes()]
