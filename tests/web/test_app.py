@@ -65,10 +65,11 @@ def test_the_model_is_described(server):
     assert about["settings"]["masked"]["steps"] == 8
 
 
-def leave(server, asked):
+def leave(server, asked, accept="*/*"):
     """Send a request; the client leaves when the connection that is returned is closed."""
     address, body = urlsplit(server.url), json.dumps(asked).encode()
-    head = f"POST /api/generate HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"POST /api/generate HTTP/1.1\r\nHost: {address.netloc}\r\nAccept: {accept}\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
     connection = socket.create_connection((address.hostname, address.port))
     connection.sendall(head.encode() + body)
     return connection
@@ -126,7 +127,7 @@ def test_a_full_queue_says_so_and_a_client_that_leaves_frees_its_slot(model, tmp
         refused = next(answer for status, answer in answers if status == 429)
         assert "busy: 2 requests are waiting" in refused["error"]
 
-        gone = [leave(server, LONG) for _ in range(3)]
+        gone = [leave(server, LONG, accept) for accept in ("*/*", "text/event-stream", "text/event-stream")]
         until_waiting(server, 3)
         began = time.monotonic()
         for connection in gone:
