@@ -26,11 +26,13 @@ class Server:
         url: where.
         pid: of its process.
         scratch: its folder for temporary files.
+        said: what it printed.
     """
 
     url: str
     pid: int
     scratch: Path
+    said: str
 
 
 @contextlib.contextmanager
@@ -41,7 +43,6 @@ def running(model: Path, scratch: Path, *options: str):
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(scratch),
-        "GRADIO_TEMP_DIR": str(scratch / "gradio"),
     }
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
     said = ""
@@ -50,7 +51,8 @@ def running(model: Path, scratch: Path, *options: str):
             line = process.stdout.readline()
             assert line, f"the server ended: {said}"
             said += line
-        yield Server(re.search(r"http://[\d.]+:\d+", said)[0], process.pid, scratch)
+        url = re.search(r"http://[\d.]+:\d+", said)[0].replace("0.0.0.0", "127.0.0.1")
+        yield Server(url, process.pid, scratch, said)
         assert process.poll() is None, "the server died"
     finally:
         process.terminate()
@@ -84,7 +86,7 @@ BAD_UPLOADS = {
     "other data": ("data:text/html,<b>", "without ';base64'"),
     "no text": ("é", "not base64"),
 }
-"""A file or a text that is sent for a picture, and what the refusal says."""
+"""A file or a text that is sent for an image, and what the refusal says."""
 
 
 def bad_upload(name: str) -> tuple[str, str]:

@@ -19,7 +19,7 @@ import tiny
 ROOT = Path(__file__).parent.parent
 OPTIONAL = [
     "torchvision",
-    "gradio",
+    "fastapi",
     "lightly",
     "transformers",
     "accelerate",

@@ -4,7 +4,7 @@ import pytest
 
 from digit.clustering.patches import FILE, Atlas
 from digit.pipeline.pipeline import DigitPipeline
-from digit.web.server import open_atlas
+from digit.web.service import open_atlas
 from terminal import run
 
 

@@ -84,7 +84,7 @@ def test_crop_none_refuses_another_size():
     "values", [{"size": 0}, {"size": 8, "crop": "middle"}, {"size": 8, "scale": [0.9, 0.1]}, {"sizes": 8}]
 )
 def test_wrong_config_is_refused(values):
-    with pytest.raises(DigitError, match="^preset test: .*(size|crop|scale)"):
+    with pytest.raises(DigitError, match=r"^preset test: .*(size|crop|scale)"):
         from_dict(Transform, values, "preset test")
 
 

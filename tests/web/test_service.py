@@ -1,5 +1,6 @@
-"""What can be asked of a model, without any web."""
+"""What can be asked of a model, without HTTP."""
 
+import asyncio
 import base64
 import io
 
@@ -12,11 +13,11 @@ import tiny
 from digit.clustering.patches import Atlas, build_atlas
 from digit.core.errors import DigitError
 from digit.core.images import encode_png, to_pil, to_tensor
-from digit.pipeline.editing import edit_region
+from digit.pipeline.editing import cells, edit_region
 from digit.pipeline.pipeline import Tokens
-from digit.web.limits import Gone, Limits, Refused, TooLarge, Visit
-from digit.web.service import Edit, Generate, Look, Service, Shake
-from digit.web.uploads import read_picture
+from digit.web.jobs import JobQueue
+from digit.web.schema import Edit, Generate, Limits, Stability, Tokenize
+from digit.web.service import Service
 from serving import BAD_UPLOADS, bad_upload
 
 
@@ -26,125 +27,159 @@ def service():
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (tiny.SIZE, tiny.SIZE, 3), dtype=np.uint8))
 
 
-def visit(tell=None):
-    return Visit(60, tell)
+@pytest.fixture(scope="module")
+def upload(image):
+    return base64.b64encode(encode_png(image)).decode()
+
+
+def answer(method, body, progress=None):
+    """What a method of the service answers, as a job of a queue."""
+
+    async def scene():
+        async for kind, value in JobQueue(0, 60).submit(lambda job: method(body, job)).events():
+            if kind == "error":
+                raise value
+            if kind == "result":
+                return value
+            if progress is not None:
+                progress.append(value)
+        raise AssertionError("the job was cancelled")
+
+    return asyncio.run(scene())
+
+
+def png(image):
+    """An image as the service sends it."""
+    return base64.b64encode(encode_png(image)).decode()
 
 
 # ---- generate --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decoder", ["ar", "masked"])
-def test_generated_pictures_are_the_pipelines_own(service, decoder):
-    made = service.generate(Generate(labels=["ship", 0], num=3, seed=7, decoder=decoder, cfg_scale=1.0), visit())
+def test_generated_images_are_the_pipelines_own(service, decoder):
+    made = answer(service.generate, Generate(labels=["ship", 0], num=3, seed=7, decoder=decoder, cfg_scale=1.0))
     own = service.pipe([2, 0], num=3, seed=7, decoder=decoder)
     assert made.labels == [2, 0, 2]
-    assert [encode_png(a) for a in made.images] == [encode_png(b) for b in own]
+    assert made.decoder == decoder
+    assert made.pictures == [png(image) for image in own]
+
+
+def test_settings_of_every_stage_are_taken_and_told(service):
+    asked = {"temperature": 0.5, "top_k": 3, "steps": 5, "decoder_temperature": 0.7}
+    made = answer(service.generate, Generate(labels=["dog"], seed=1, decoder="masked", cfg_scale=2.0, **asked))
+    assert made.pictures == [png(image) for image in service.pipe([1], None, 1, "masked", cfg_scale=2.0, **asked)]
+    prior, masked = made.settings["prior"], made.settings["masked"]
+    assert (prior["cfg_scale"], prior["temperature"], prior["top_k"]) == (2.0, 0.5, 3)
+    assert (masked["steps"], masked["temperature"]) == (5, 0.7)
 
 
 @pytest.mark.parametrize(("decoder", "steps"), [("ar", None), ("masked", 5)])
-def test_frames_tell_what_is_known_so_far(service, decoder, steps):
-    frames = []
-    made = service.generate(Generate(labels=[1], num=2, decoder=decoder, steps=steps), visit(frames.append))
-    first = [frame for frame in frames if frame.stage == "prior"]
-    then = [frame for frame in frames if frame.stage == decoder]
-    assert frames == first + then
-    for part, whole in ((first, made.tokens.semantic), (then, made.tokens.vq)):
-        still_open = [int((frame.tokens < 0).sum()) for frame in part]
+def test_progress_tells_what_is_known_so_far(service, decoder, steps):
+    told = []
+    made = answer(service.generate, Generate(labels=[1], num=2, decoder=decoder, steps=steps), told)
+    first = [progress for progress in told if progress.stage == "prior"]
+    then = [progress for progress in told if progress.stage == decoder]
+    assert told == first + then
+    for part, whole in ((first, made.semantic), (then, made.vq)):
+        still_open = [sum(row.count(-1) for row in progress.tokens) for progress in part]
         assert still_open == sorted(still_open, reverse=True)
         assert still_open[0] > 0
-        assert still_open[-1] == 0
         assert len(part) >= 5
         assert part[-1].done == part[-1].total
-        for frame in part:
-            assert frame.tokens.shape == whole.shape
-        assert torch.equal(part[-1].tokens, whole)
-    assert {frame.space for frame in first} == {"semantic"}
-    assert {frame.space for frame in then} == {"vq"}
-    known = first[0].tokens >= 0
-    assert torch.equal(first[0].tokens[known], made.tokens.semantic[known])
+        assert part[-1].tokens == whole
+    assert {progress.space for progress in first} == {"semantic"}
+    assert {progress.space for progress in then} == {"vq"}
+    assert all(a in (-1, b) for a, b in zip(first[0].tokens[0], made.semantic[0], strict=True))
 
 
-def test_one_who_leaves_stops_the_sampling(service):
-    seen = []
-    one = visit()
+def test_a_client_that_leaves_stops_the_sampling(service):
+    async def scene():
+        queue = JobQueue(0, 60)
+        events = queue.submit(lambda job: service.generate(Generate(num=8), job)).events()
+        seen = [await anext(events) for _ in range(3)]
+        await events.aclose()
+        while queue.active:
+            await asyncio.sleep(0.01)
+        return seen
 
-    def tell(frame):
-        seen.append(frame)
-        if len(seen) == 3:
-            one.leave()
-
-    one._tell = tell
-    with pytest.raises(Gone):
-        service.generate(Generate(num=1), one)
-    assert len(seen) == 3
+    assert [kind for kind, _ in asyncio.run(scene())] == ["progress"] * 3
 
 
 @pytest.mark.parametrize(
-    ("wish", "error", "message"),
+    ("body", "status", "message"),
     [
-        ({"num": 9}, TooLarge, "9 pictures were asked for; at most 8"),
-        ({"labels": [0] * 9}, TooLarge, "9 pictures"),
-        ({"labels": ["horse"]}, DigitError, "neither a number nor a class"),
-        ({"labels": [3]}, Refused, "The label 3 was given; this model knows 0 to 2"),
-        ({"labels": ["9" * 40]}, Refused, "this model knows 0 to 2"),
-        ({"decoder": "none"}, DigitError, "no decoder 'none'"),
+        ({"num": 9}, 413, "9 images were asked for; at most 8"),
+        ({"labels": [0] * 9}, 413, "9 images"),
+        ({"labels": ["horse"]}, None, "neither a number nor a class"),
+        ({"labels": [3]}, 400, "The label 3 was given; this model knows 0 to 2"),
+        ({"labels": [-1]}, 400, "The label -1 was given"),
+        ({"labels": ["9" * 40]}, 400, "this model knows 0 to 2"),
+        ({"decoder": "none"}, None, "no decoder 'none'"),
+        ({"decoder": "ar", "steps": 4}, None, "has no steps"),
+        ({"cfg_scale": 2.0}, None, "needs class labels"),
     ],
 )
-def test_wishes_that_are_refused(service, wish, error, message):
-    with pytest.raises(error, match=message):
-        service.generate(Generate(**wish), visit())
+def test_requests_that_are_refused(service, body, status, message):
+    with pytest.raises(DigitError, match=message) as refused:
+        answer(service.generate, Generate(**body))
+    assert getattr(refused.value, "status", None) == status
 
 
 def test_parts_that_a_model_lacks():
     whole = tiny.pipeline()
     tokenizers = Service(whole.with_parts(prior=None, decoders={}))
-    assert not tokenizers.can_generate
+    assert not tokenizers.about().can["generate"]
     with pytest.raises(DigitError, match="has no prior"):
-        tokenizers.generate(Generate(), visit())
+        answer(tokenizers.generate, Generate())
     blind = Service(whole.with_parts(encoder=None, codebook=None))
-    assert blind.can_generate
-    assert not blind.can_edit
-    assert blind.grids == {"semantic": (4, 4), "vq": (4, 4)}
-    assert blind.describe()["can"] == {"generate": True, "edit": False, "guide": True, "clusters": False}
+    about = blind.about()
+    assert about.grids == {"semantic": (4, 4), "vq": (4, 4)}
+    assert about.can == {"generate": True, "edit": False, "guide": True, "clusters": False}
+    assert (about.default_decoder, about.stepped) == ("ar", ["masked"])
 
 
-def test_a_decoder_that_goes_straight_to_pixels(picture):
+def test_a_decoder_that_goes_straight_to_pixels(upload):
     service = Service(tiny.pipeline().with_parts(decoders={"onepass": tiny.onepass()}, vqgan=None))
-    assert service.can_generate
-    assert service.can_edit
-    made, frames = [], []
-    made += service.generate(Generate(labels=[1], num=2, seed=4, cfg_scale=1.0), visit(frames.append)).images
-    assert [encode_png(a) for a in made] == [encode_png(b) for b in service.pipe([1], num=2, seed=4)]
-    assert {frame.stage for frame in frames} == {"prior"}
-    inside = service.look(picture, Look(), visit())
-    assert inside.vq is None
-    assert inside.full.size == made[0].size
-    assert len(service.edit(picture, Edit(cells=[3], num=2), visit()).images) == 2
+    assert service.about().can["edit"]
+    told = []
+    made = answer(service.generate, Generate(labels=[1], num=2, seed=4, cfg_scale=1.0), told)
+    assert made.pictures == [png(image) for image in service.pipe([1], num=2, seed=4)]
+    assert made.vq is None
+    assert {progress.stage for progress in told} == {"prior"}
+    seen = answer(service.tokenize, Tokenize(image=upload))
+    assert seen.vq is None
+    assert seen.full is not None
+    assert len(answer(service.edit, Edit(image=upload, cells=[3], num=2)).pictures) == 2
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def test_inside_a_picture(service, picture):
-    pipe, inside = service.pipe, service.look(picture, Look(), visit())
-    images = to_tensor(picture)[None]
-    assert torch.equal(inside.semantic, pipe.tokenizer.encode(images)[0])
-    assert torch.equal(inside.vq, pipe.vqgan.encode(images)[0])
-    assert encode_png(inside.vqgan) == encode_png(to_pil(pipe.to_pixels(Tokens(None, inside.vq[None]))[0]))
-    assert encode_png(inside.full) == encode_png(to_pil(pipe.reconstruct(images)[0]))
+def test_what_an_image_becomes(service, image, upload):
+    pipe, seen = service.pipe, answer(service.tokenize, Tokenize(image=upload))
+    images = to_tensor(image)[None]
+    vq = pipe.vqgan.encode(images)
+    assert seen.semantic == pipe.tokenizer.encode(images)[0].tolist()
+    assert seen.vq == vq[0].tolist()
+    assert seen.vqgan == png(to_pil(pipe.to_pixels(Tokens(vq=vq))[0]))
+    assert seen.full == png(to_pil(pipe.reconstruct(images)[0]))
+    assert seen.picture == upload
 
 
-def test_more_noise_flips_more_tokens(service, picture):
-    counts = {}
+def test_more_noise_changes_more_tokens(service, upload):
+    before, counts = answer(service.tokenize, Tokenize(image=upload)), {}
     for snr in (60, 20, 0):
-        shaken = service.shake(picture, Shake(snr=snr), visit())
-        counts[snr] = {space: len(found.places) for space, found in shaken.flips.items()}
-        for found in shaken.flips.values():
-            assert found.places == [i for i in range(len(found.before)) if found.before[i] != found.after[i]]
+        changed = answer(service.stability, Stability(image=upload, snr=snr))
+        counts[snr] = {space: found.count for space, found in changed.flips.items()}
+        for space, found in changed.flips.items():
+            old = getattr(before, space)
+            assert found.places == [i for i in range(len(old)) if old[i] != found.after[i]]
+            assert found.count == len(found.places) == round(found.share * found.of)
     for space in ("semantic", "vq"):
         assert counts[60][space] <= 1 <= counts[20][space] <= counts[0][space]
 
@@ -152,27 +187,29 @@ def test_more_noise_flips_more_tokens(service, picture):
 # ---- edit ------------------------------------------------------------------------------------------------------------
 
 
-def test_cells_become_pixels_that_touch_no_other_cell(service):
-    from digit.pipeline.editing import cells
-
+def test_cells_are_marked_on_the_grid_and_touch_no_other(service):
     for chosen in ([0], [5, 6, 15], list(range(16))):
         found = cells(service.region(chosen)[None], (4, 4))[0]
         assert found.nonzero().flatten().tolist() == chosen
+    finer = cells(service.region([5])[None], (8, 8))[0]  # VQ tokens that lie closer
+    assert finer.nonzero().flatten().tolist() == [18, 19, 26, 27]
 
 
-def test_editing_is_the_librarys_own(service, picture):
-    made = service.edit(picture, Edit(cells=[0, 5], label="dog", num=2, seed=3, decoder="masked"), visit())
-    images = to_tensor(picture)[None].expand(2, -1, -1, -1)
+def test_editing_is_the_librarys_own(service, image, upload):
+    made = answer(service.edit, Edit(image=upload, cells=[0, 5], label="dog", num=2, seed=3, decoder="masked"))
+    images = to_tensor(image)[None].expand(2, -1, -1, -1)
     request = tiny.request(range(2), [1, 1], 3, "masked")
     own = edit_region(service.pipe, images, service.region([0, 5]), request)
-    assert made.tokens.sha256() == own.sha256()
-    kept = service.edit(picture, Edit(rows=2, num=1), visit())
-    before = service.pipe.tokenizer.encode(to_tensor(picture)[None])
-    assert torch.equal(kept.tokens.semantic[:, :8], before[:, :8])
+    assert made.sha256 == own.sha256()
+    kept = answer(service.edit, Edit(image=upload, rows=2, num=1))
+    before = service.pipe.tokenizer.encode(to_tensor(image)[None])[0].tolist()
+    assert kept.semantic[0][:8] == before[:8]
+    guided = answer(service.edit, Edit(image=upload, cells=[0, 5], label="dog", cfg_scale=3.0))
+    assert guided.settings["prior"]["cfg_scale"] == 3.0
 
 
 @pytest.mark.parametrize(
-    ("wish", "message"),
+    ("body", "message"),
     [
         ({}, "exactly one of"),
         ({"cells": [1], "rows": 1}, "exactly one of"),
@@ -183,9 +220,9 @@ def test_editing_is_the_librarys_own(service, picture):
         ({"cells": [1], "num": 99}, "at most 8"),
     ],
 )
-def test_edits_that_are_refused(service, picture, wish, message):
+def test_edits_that_are_refused(service, upload, body, message):
     with pytest.raises(DigitError, match=message):
-        service.edit(picture, Edit(**wish), visit())
+        answer(service.edit, Edit(image=upload, **body))
 
 
 # ---- clusters --------------------------------------------------------------------------------------------------------
@@ -230,25 +267,25 @@ def test_an_atlas_of_another_codebook_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", list(BAD_UPLOADS))
-def test_bad_uploads(name):
+def test_bad_uploads(service, name):
     text, message = bad_upload(name)
     with pytest.raises(DigitError, match=message):
-        read_picture(text, 32, Limits())
+        answer(service.tokenize, Tokenize(image=text))
 
 
-def test_an_upload_over_the_limit():
+def test_an_upload_over_the_limit(service):
     text = base64.b64encode(bytes(1_060_000)).decode()
-    with pytest.raises(TooLarge, match="at most 1 are taken"):
-        read_picture(text, 32, Limits(upload_mb=1))
-    with pytest.raises(TooLarge, match="larger than 1 MiB"):
-        read_picture(text * 2, 32, Limits(upload_mb=1))
+    with pytest.raises(DigitError, match="larger than 1 MiB") as refused:
+        answer(Service(service.pipe, Limits(upload_mb=1)).tokenize, Tokenize(image=text))
+    assert refused.value.status == 413
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
-def test_what_browsers_make_is_taken(kind):
+def test_what_browsers_make_is_taken(service, kind):
     buffer = io.BytesIO()
     Image.new("RGB", (100, 60), "red").save(buffer, format=kind)
     for head in ("", "data:image/whatever;base64,"):
-        taken = read_picture(head + base64.b64encode(buffer.getvalue()).decode(), 32, Limits())
+        text = head + base64.b64encode(buffer.getvalue()).decode()
+        taken = Image.open(io.BytesIO(base64.b64decode(answer(service.tokenize, Tokenize(image=text)).picture)))
         assert taken.size == (32, 32)
         assert taken.getpixel((16, 16))[0] > 250

@@ -24,21 +24,24 @@ def serve(
         typer.Option(envvar="DIGIT_AUTH", help="USER:PASSWORD that visitors must give. Default: nobody is asked."),
     ] = None,
     share: Annotated[
-        bool, typer.Option("--share", help="Also get a public address, through Gradio's tunnel; needs --auth.")
+        bool,
+        typer.Option(
+            "--share", help="Also get a public address, through Gradio's tunnel; needs --auth and the extra share."
+        ),
     ] = False,
     waiting: Annotated[
-        int, typer.Option(min=0, help="Requests that may wait; more are told that the server is busy.")
+        int, typer.Option(min=0, help="Requests in the queue; more are told that the server is busy.")
     ] = 64,
-    max_pictures: Annotated[int, typer.Option(min=1, help="Pictures a request may ask for.")] = 16,
-    max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds a request may be worked on.")] = 120.0,
-    max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded picture.")] = 10,
+    max_pictures: Annotated[int, typer.Option(min=1, help="Images per request.")] = 16,
+    max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may run.")] = 120.0,
+    max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded image.")] = 10,
     dtype: Dtype = "float32",
     device: Device = None,
     variant: Variant = None,
 ) -> None:
-    """Serve a model as a page (generate, look inside the tokens, edit) and as a JSON API, see docs/serving.md.
+    """Serve a model as a page (generate, inspect tokens, edit) and as a JSON API, see docs/serving.md.
 
-    Only this machine can reach it unless --host or --share say otherwise. Uploaded pictures are never kept.
+    Only this machine can reach it unless --host or --share say otherwise. Uploaded images are never kept.
 
     Examples:
       digit serve cifar10
@@ -47,27 +50,33 @@ def serve(
     """
     from digit.cli.options import load
     from digit.core.config import from_dict
-    from digit.core.errors import DigitError
+    from digit.core.errors import DigitError, require
     from digit.pipeline.hub import resolve_model
-    from digit.web.limits import Limits
-    from digit.web.server import LOCAL, make_app, open_atlas
-    from digit.web.server import serve as run
-    from digit.web.service import Service
 
     if auth is not None and not all(auth.partition(":")[::2]):
         raise DigitError("--auth needs the form USER:PASSWORD, with something on both sides.")
     if share and auth is None:
         raise DigitError("--share makes the server reachable for everybody, so it needs --auth USER:PASSWORD.")
-    limits = from_dict(
-        Limits,
-        {"waiting": waiting, "pictures": max_pictures, "seconds": max_seconds, "upload_mb": max_upload},
-        "The options of digit serve",
-    )
+    require("fastapi_offline", "web", "digit serve")
+    if share:
+        require("gradio", "share", "--share")
+    from digit.web.app import LOCAL, make_app
+    from digit.web.app import serve as run
+    from digit.web.schema import Limits
+    from digit.web.service import Service, open_atlas
+
+    values = {"waiting": waiting, "pictures": max_pictures, "seconds": max_seconds, "upload_mb": max_upload}
+    limits = from_dict(Limits, values, "The options of digit serve")
+    local = host.strip("[]") in {name.strip("[]") for name in LOCAL}
+    if not local and auth is None:
+        typer.echo(
+            f"Warning: everybody who can reach {host} can use this server; --auth asks for a password.", err=True
+        )
     folder = resolve_model(model, variant=variant)
     pipe = load(str(folder), device, dtype)
     service = Service(pipe, limits, open_atlas(folder, pipe))
     user, _, password = (auth or "").partition(":")
-    hosts = None if share or host not in LOCAL else LOCAL
+    hosts = LOCAL if local and not share else None
     run(make_app(service, (user, password) if auth else None, hosts), host, port, share)
 
 

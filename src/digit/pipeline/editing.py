@@ -34,8 +34,8 @@ from digit.sampling.rng import uniforms
 def edit_region(
     pipe: DigitPipeline, images: Tensor, region: Tensor, request: SampleRequest, callback: Callback | None = None
 ) -> Tokens:
-    """Sample a region anew and keep the rest. The region is (S, S) or (B, S, S) bool; a token is sampled when any of
-    its pixels is in it. Kept pixels go through the VQGAN like all others, if there is one.
+    """Sample a region anew and keep the rest. The region is (H, W) or (B, H, W) bool, of any resolution; a token is
+    sampled when any part of it is in it. Kept pixels go through the VQGAN like all others, if there is one.
     """
     region = region.expand(len(images), *region.shape[-2:])  # (B, S, S)
     if not bool(region.any()):

@@ -1,355 +1,163 @@
-"""What can be asked of a model over the web, as plain functions: generate, look inside, shake, edit.
-
-They know nothing of pages and requests. Everything that a stranger can choose is a field of a request class with limits
-of its own. Nothing is kept between two calls.
+"""What can be asked of a model over the web, as functions from :mod:`digit.web.schema` to it. Nothing is kept between
+two calls, and nothing is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import base64
+import binascii
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from digit.clustering.patches import Atlas
-from digit.core.config import config, to_dict
+from digit.clustering.patches import FILE, Atlas
+from digit.core.config import to_dict
 from digit.core.errors import DigitError
-from digit.core.grids import token_colors
-from digit.core.images import to_pil, to_tensor
+from digit.core.images import decode, encode_png, to_pil, to_tensor
+from digit.core.transforms import center_crop, resize_shorter
 from digit.evaluation.metrics.noise import NoiseLaw, add_noise, realised_snr
 from digit.evaluation.metrics.stability import token_spaces
 from digit.evaluation.model_source import pipe_size
 from digit.pipeline.editing import continue_rows, edit_region
 from digit.pipeline.pipeline import DigitPipeline, Tokens
 from digit.sampling.request import SampleRequest, SamplingParams
-from digit.web.limits import Limits, Refused, TooLarge, Visit
+from digit.web import schema
+from digit.web.jobs import Job, Refused
 
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""What browsers make. Pillow knows many more, one of which starts another program."""
 FRAMES = 16
-"""How many times a stage shows how far it is."""
-
-
-@config
-class Sampling:
-    """How pictures are sampled; None takes the model's default.
-
-    Attributes:
-        seed: picture ``i`` of a seed is always the same picture.
-        decoder: kind of the decoder.
-        steps: iterations of a masked decoder.
-        cfg_scale: classifier-free guidance; 1 is none.
-        temperature, top_k, top_p: of the prior.
-    """
-
-    seed: Seed = 0
-    decoder: str | None = None
-    steps: Annotated[int, Field(ge=1, le=256)] | None = None
-    cfg_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-
-    def knobs(self) -> dict[str, Any]:
-        """Arguments of the pipeline."""
-        names = ("steps", "cfg_scale", "temperature", "top_k", "top_p")
-        asked = {name: getattr(self, name) for name in names}
-        return {"seed": self.seed, "decoder": self.decoder, "settings": asked}
-
-
-@config
-class Generate(Sampling):
-    """A wish for new pictures.
-
-    Attributes:
-        labels: classes by number or name, which the pictures take in turns; None for unconditional.
-        num: how many; by default one a label.
-    """
-
-    labels: list[int | str] | None = None
-    num: Count | None = None
-
-
-@config
-class Edit(Sampling):
-    """A wish to change a picture; exactly one of ``cells`` and ``rows``.
-
-    Attributes:
-        cells: places on the grid of the prior's tokens, row by row from 0, that are sampled anew; or
-        rows: first rows of tokens that are kept.
-        keep_pixels: with ``rows``: keep the VQ tokens of these rows as well, and with them their pixels.
-        label: class of the picture by number or name.
-        num: how many results.
-    """
-
-    cells: list[int] | None = None
-    rows: Annotated[int, Field(ge=0)] | None = None
-    keep_pixels: bool = True
-    label: int | str | None = None
-    num: Count = 1
-
-
-@config
-class Look:
-    """A wish to see what a picture looks like to the model.
-
-    Attributes:
-        seed: of the decoder.
-        decoder: its kind.
-    """
-
-    seed: Seed = 0
-    decoder: str | None = None
-
-
-@config
-class Shake:
-    """A wish to see which tokens change under noise.
-
-    Attributes:
-        snr: signal-to-noise ratio in dB.
-        seed: of the noise.
-    """
-
-    snr: Annotated[float, Field(ge=-10, le=60)]
-    seed: Seed = 0
-
-
-@dataclass(frozen=True)
-class Frame:
-    """How far sampling is.
-
-    Attributes:
-        stage: "prior" or the decoder's kind.
-        space: which tokens: "semantic" or "vq".
-        done, total: tokens, or iterations of a masked decoder.
-        tokens: (B, length) int64, -1 where still open.
-    """
-
-    stage: str
-    space: Literal["semantic", "vq"]
-    done: int
-    total: int
-    tokens: Tensor
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Finished pictures, their tokens, and the class of each (-1 for none)."""
-
-    images: list[Image.Image]
-    tokens: Tokens
-    labels: list[int]
-
-
-@dataclass(frozen=True)
-class Inside:
-    """What a picture looks like to the model; what the model lacks is None.
-
-    Attributes:
-        semantic, vq: its tokens (N,), (M,).
-        vqgan: the picture through the VQGAN alone.
-        full: the picture through semantic tokens, decoder and VQGAN.
-    """
-
-    semantic: Tensor | None
-    vq: Tensor | None
-    vqgan: Image.Image | None
-    full: Image.Image | None
-
-
-@dataclass(frozen=True)
-class Flips:
-    """Which tokens of a kind change under noise: ``before`` and ``after`` (n,)."""
-
-    before: Tensor
-    after: Tensor
-
-    @property
-    def places(self) -> list[int]:
-        """Where they differ."""
-        return [int(i) for i in (self.before != self.after).nonzero().flatten()]
-
-    @property
-    def share(self) -> float:
-        """Of all tokens."""
-        return len(self.places) / len(self.before)
-
-
-@dataclass(frozen=True)
-class Shaken:
-    """A picture with noise, and what the noise does to its tokens, by kind."""
-
-    picture: Image.Image
-    realised_snr: float
-    flips: dict[str, Flips]
+"""How often a stage reports its progress."""
 
 
 class Service:
-    """A loaded model and what can be asked of it. Call it from one thread at a time.
+    """A loaded model. Its methods that take a job run in one thread at a time.
 
     Args:
         pipe: the model.
-        limits: on pictures.
+        limits: of a request.
         atlas: what its clusters look like, where it has one.
     """
 
-    def __init__(self, pipe: DigitPipeline, limits: Limits | None = None, atlas: Atlas | None = None) -> None:
-        self.pipe, self.limits, self.atlas = pipe, limits or Limits(), atlas
-
-    # -- what the model is
-    # -------------------------------------------------------------------------------------------------
+    def __init__(self, pipe: DigitPipeline, limits: schema.Limits | None = None, atlas: Atlas | None = None) -> None:
+        self.pipe, self.limits, self.atlas = pipe, limits or schema.Limits(), atlas
+        self.image_size = pipe_size(pipe)
 
     @cached_property
-    def image_size(self) -> int:
-        """Side of the pictures that go in and out."""
-        return pipe_size(self.pipe)
-
-    @cached_property
-    def grids(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of each kind of tokens."""
-        pipe, grids = self.pipe, {}
+    def spaces(self) -> dict[str, tuple[tuple[int, int], int]]:
+        """Grid (rows, columns) and vocabulary of each kind of tokens."""
+        pipe, spaces = self.pipe, {}
         if pipe.encoder is not None and pipe.codebook is not None:
-            grids["semantic"] = pipe.tokenizer.grid
+            spaces["semantic"] = (pipe.tokenizer.grid, pipe.tokenizer.vocab_size)
         elif pipe.prior is not None and pipe.space == "semantic":  # a model that generates only: its grid is square
             side = round(pipe.prior.config.length**0.5)
-            grids["semantic"] = (side, pipe.prior.config.length // side)
+            spaces["semantic"] = ((side, pipe.prior.config.length // side), pipe.prior.config.vocab_size)
         if pipe.vqgan is not None:
-            grids["vq"] = pipe.vqgan.config.grid
-        return grids
+            spaces["vq"] = (pipe.vqgan.config.grid, pipe.vqgan.config.codes)
+        return spaces
 
-    @cached_property
-    def colors(self) -> dict[str, np.ndarray]:
-        """A colour (vocabulary, 3) uint8 for each token, by kind."""
-        pipe, sizes = self.pipe, {}
-        if pipe.codebook is not None:
-            sizes["semantic"] = pipe.codebook.config.clusters
-        elif pipe.prior is not None and pipe.space == "semantic":
-            sizes["semantic"] = pipe.prior.config.vocab_size
-        if pipe.vqgan is not None:
-            sizes["vq"] = pipe.vqgan.config.codes
-        return {space: token_colors(size) for space, size in sizes.items()}
-
-    @property
-    def can_generate(self) -> bool:
-        """Whether the model has all parts from a class to pixels."""
-        pipe = self.pipe
-        return pipe.can_generate
-
-    @property
-    def can_edit(self) -> bool:
-        """Whether it can tokenize pictures as well."""
-        try:
-            return self.can_generate and bool(self.pipe.prior_tokenizer.grid)
-        except DigitError:
-            return False
-
-    @property
-    def can_guide(self) -> bool:
-        """Whether classifier-free guidance works."""
-        return self.pipe.prior is not None and self.pipe.prior.config.can_guide
-
-    def defaults(self, stage: str) -> SamplingParams:
-        """The model's sampling settings of "prior" or a decoder's kind."""
-        return self.pipe.settings.get(stage, SamplingParams())
-
-    def describe(self) -> dict[str, Any]:
-        """Everything a client needs to know to ask well."""
-        pipe = self.pipe
-        return {
-            "name": pipe.name,
-            "space": pipe.space,
-            "image_size": self.image_size,
-            "grids": {space: list(grid) for space, grid in self.grids.items()},
-            "vocabulary": {space: len(colors) for space, colors in self.colors.items()},
-            "classes": pipe.class_names or pipe.num_classes,
-            "decoders": list(pipe.decoders),
-            "can": {
-                "generate": self.can_generate,
-                "edit": self.can_edit,
-                "guide": self.can_guide,
-                "clusters": self.atlas is not None,
+    def about(self) -> schema.About:
+        """What a client needs to know to ask well."""
+        pipe, atlas, decoders = self.pipe, self.atlas, list(self.pipe.decoders)
+        return schema.About(
+            name=pipe.name,
+            space=pipe.space,
+            image_size=self.image_size,
+            grids={space: grid for space, (grid, _) in self.spaces.items()},
+            vocabulary={space: size for space, (_, size) in self.spaces.items()},
+            classes=pipe.class_names or pipe.num_classes,
+            decoders=decoders,
+            default_decoder=pipe.stage2().kind if decoders else None,
+            stepped=[kind for kind in decoders if pipe.decoders[kind].config.role == "masked"],
+            can={
+                "generate": pipe.can_generate,
+                "edit": pipe.can_generate and (pipe.encoder is not None or pipe.space == "vq"),
+                "guide": pipe.prior is not None and pipe.prior.config.can_guide,
+                "clusters": atlas is not None,
             },
-            "settings": {stage: to_dict(self.defaults(stage)) for stage in ("prior", *pipe.decoders)},
-            "limits": to_dict(self.limits),
-        }
+            clusters_from=atlas and f"{atlas.images:,} images{atlas.source and f' of {atlas.source}'}",
+            settings={stage: to_dict(pipe.settings.get(stage, SamplingParams())) for stage in ("prior", *decoders)},
+            limits=to_dict(self.limits),
+        )
 
-    # -- what it does
-    # ------------------------------------------------------------------------------------------------------
+    # ---- what can be asked
 
-    def generate(self, wish: Generate, visit: Visit) -> Pictures:
-        """New pictures; tells :class:`Frame` by frame how far they are.
+    def generate(self, body: schema.Generate, job: Job) -> schema.Images:
+        """New images.
 
         Raises:
-            DigitError: labels, settings or parts that the model does not have.
-            TooLarge: more pictures than are made at a time.
+            DigitError: labels, settings or components that the model does not have, or too many images.
         """
-        pipe = self.pipe
-        self._check_count(max(wish.num or 0, len(wish.labels or [])))
-        numbers = None if wish.labels is None else [self._label(label) for label in wish.labels]
-        request = SampleRequest.of_run(wish.num, numbers, **wish.knobs()).validate(pipe)
-        tokens = pipe.sample_tokens(request, self._watch(visit, wish))
-        return self._finish(tokens, request.labels, len(request), visit)
+        request = self._request(body, body.num, body.labels)
+        return self._images(self.pipe.sample_tokens(request, self._watch(job, request)), request, job)
 
     @torch.inference_mode()
-    def look(self, picture: Image.Image, wish: Look, visit: Visit) -> Inside:
-        """A picture of the model's size: its tokens, and the pictures made of them."""
-        pipe, images = self.pipe, self._batch(picture)
-        semantic = pipe.tokenizer.encode(images) if pipe.encoder is not None and pipe.codebook is not None else None
-        visit.check()
-        vq = None if pipe.vqgan is None else pipe.vqgan.encode(images)
-        alone = None if vq is None else to_pil(pipe.to_pixels(Tokens(vq=vq))[0])
-        full = None
-        if semantic is not None and pipe.can_generate:
-            watch = self._watch(visit, Sampling(seed=wish.seed, decoder=wish.decoder))
-            request = SampleRequest(seed=wish.seed, decoder=wish.decoder).validate(pipe, prior=False)
-            tokens = pipe.complete(semantic, request, watch)
-            full = to_pil(pipe.to_pixels(tokens)[0])
-        return Inside(None if semantic is None else semantic[0].cpu(), None if vq is None else vq[0].cpu(), alone, full)
+    def tokenize(self, body: schema.Tokenize, job: Job) -> schema.Tokenization:
+        """The tokens of an image, and the images made of them."""
+        pipe, image = self.pipe, self._read(body.image)
+        batch, semantic, vq, vqgan, full = self._batch(image), None, None, None, None
+        if pipe.encoder is not None and pipe.codebook is not None:
+            semantic = pipe.tokenizer.encode(batch)
+            job.check()
+            if pipe.can_generate:
+                request = SampleRequest(seed=body.seed, decoder=body.decoder).validate(pipe, prior=False)
+                full = pipe.to_pixels(pipe.complete(semantic, request, self._watch(job, request)))
+        if pipe.vqgan is not None:
+            vq = pipe.vqgan.encode(batch)
+            vqgan = pipe.to_pixels(Tokens(vq=vq))
+        return schema.Tokenization(
+            semantic=None if semantic is None else semantic[0].tolist(),
+            vq=None if vq is None else vq[0].tolist(),
+            grids={space: grid for space, (grid, _) in self.spaces.items()},
+            picture=to_base64(image),
+            vqgan=None if vqgan is None else to_base64(to_pil(vqgan[0])),
+            full=None if full is None else to_base64(to_pil(full[0])),
+        )
 
     @torch.inference_mode()
-    def shake(self, picture: Image.Image, wish: Shake, visit: Visit) -> Shaken:
-        """Add white noise to a picture of the model's size and see which tokens change: the paper's Table 1, for one
-        picture.
-        """
-        images, law = self._batch(picture), NoiseLaw(seed=wish.seed)
-        noisy = add_noise(images, wish.snr, [0], law)
-        flips = {}
+    def stability(self, body: schema.Stability, job: Job) -> schema.Changed:
+        """The paper's Table 1, for one image: add white noise and see which tokens change."""
+        images, law = self._batch(self._read(body.image)), NoiseLaw(seed=body.seed)
+        noisy = add_noise(images, body.snr, [0], law)
+        changes = {}
         for name, space in token_spaces(self.pipe).items():
-            visit.check()
+            job.check()
             before, after = (space.assign(space.features(x))[0].cpu() for x in (images, noisy))
-            flips[name] = Flips(before, after)
-        return Shaken(to_pil(noisy[0]), float(realised_snr(images, noisy, law.signal)), flips)
+            places = (before != after).nonzero().flatten().tolist()
+            share = len(places) / len(before)
+            changes[name] = schema.Changes(
+                count=len(places), of=len(before), share=share, places=places, after=after.tolist()
+            )
+        snr = float(realised_snr(images, noisy, law.signal))
+        found = snr if math.isfinite(snr) else None
+        return schema.Changed(realised_snr=found, picture=to_base64(to_pil(noisy[0])), flips=changes)
 
-    def edit(self, picture: Image.Image, wish: Edit, visit: Visit) -> Pictures:
-        """Sample cells of a picture anew, or everything below its first rows.
+    def edit(self, body: schema.Edit, job: Job) -> schema.Images:
+        """Resample cells of an image, or everything below its first rows.
 
         Raises:
             Refused: both or neither of cells and rows, or cells outside of the grid.
             DigitError: see :mod:`digit.pipeline.editing`.
         """
-        if (wish.cells is None) == (wish.rows is None):
-            raise Refused("Say what to sample anew: exactly one of 'cells' and 'rows'.")
-        self._check_count(wish.num)
-        pipe = self.pipe
-        images = self._batch(picture).expand(wish.num, -1, -1, -1)  # (num, 3, S, S)
-        classes = None if wish.label is None else torch.full((wish.num,), self._label(wish.label))
-        request, watch = SampleRequest(range(wish.num), labels=classes, **wish.knobs()), self._watch(visit, wish)
-        if wish.rows is not None:
-            tokens = continue_rows(pipe, images, wish.rows, request, wish.keep_pixels, watch)
+        if (body.cells is None) == (body.rows is None):
+            raise Refused("Say what to resample: exactly one of 'cells' and 'rows'.")
+        request = self._request(body, body.num, None if body.label is None else [body.label])
+        images = self._batch(self._read(body.image)).expand(body.num, -1, -1, -1)  # (num, 3, S, S)
+        watch = self._watch(job, request)
+        if body.rows is not None:
+            tokens = continue_rows(self.pipe, images, body.rows, request, body.keep_pixels, watch)
         else:
-            assert wish.cells is not None
-            tokens = edit_region(pipe, images, self.region(wish.cells), request, watch)
-        return self._finish(tokens, classes, wish.num, visit)
+            tokens = edit_region(self.pipe, images, self.region(body.cells or []), request, watch)
+        return self._images(tokens, request, job)
 
-    def cluster(self, number: int) -> np.ndarray:
-        """Patches (n, side, side, 3) uint8 of the real pictures that are nearest to a cluster.
+    def cluster(self, number: int) -> schema.Cluster:
+        """Patches of real images that are nearest to a cluster.
 
         Raises:
             DigitError: the model has no atlas, or no such cluster.
@@ -358,62 +166,91 @@ class Service:
             raise DigitError(
                 "This model has no patches of its clusters; its owner can add them: digit atlas MODEL --data D"
             )
-        if not 0 <= number < len(self.colors["semantic"]):
-            raise DigitError(f"There is no cluster {number}; expected 0 to {len(self.colors['semantic']) - 1}.")
-        return self.atlas.patches(number)
+        if not 0 <= number < len(self.atlas.counts):
+            raise DigitError(f"There is no cluster {number}; expected 0 to {len(self.atlas.counts) - 1}.")
+        patches = [to_base64(Image.fromarray(patch)) for patch in self.atlas.patches(number)]
+        return schema.Cluster(cluster=number, patches=patches)
 
     def region(self, cells: list[int]) -> Tensor:
-        """The pixels (S, S), bool, that belong to these cells of the prior's grid and touch no other."""
-        (rows, columns), size = self.grids[self.pipe.space], self.image_size
-        marked = torch.zeros(size, size, dtype=torch.bool)
-        for cell in cells:
-            if not 0 <= cell < rows * columns:
-                raise Refused(f"There is no cell {cell}; this model's grid has the cells 0 to {rows * columns - 1}.")
-            row, column = divmod(cell, columns)
-            top, left = -(-row * size // rows), -(-column * size // columns)
-            marked[top : (row + 1) * size // rows, left : (column + 1) * size // columns] = True
-        return marked
+        """The prior's grid (rows, columns), bool, True at these cells."""
+        (rows, columns), _ = self.spaces[self.pipe.space]
+        if bad := [cell for cell in cells if not 0 <= cell < rows * columns]:
+            raise Refused(f"There is no cell {bad[0]}; this model's grid has the cells 0 to {rows * columns - 1}.")
+        marked = torch.zeros(rows * columns, dtype=torch.bool)
+        marked[cells] = True
+        return marked.view(rows, columns)
 
-    # -- help
-    # --------------------------------------------------------------------------------------------------------------
+    # ---- help
 
-    def _check_count(self, count: int) -> None:
-        if count > self.limits.pictures:
-            raise TooLarge(f"{count} pictures were asked for; at most {self.limits.pictures} are made at a time here.")
+    def _request(self, body: schema.Sampling, num: int | None, labels: Sequence[int | str] | None) -> SampleRequest:
+        most, classes = self.limits.pictures, self.pipe.num_classes
+        if (count := max(num or 0, len(labels or []))) > most:
+            raise Refused(f"{count} images were asked for; at most {most} are made at a time here.", 413)
+        numbers = None if labels is None else self.pipe.class_numbers(labels)
+        for label, number in zip(labels or [], numbers or [], strict=True):
+            if label == -1 or not -1 <= number < classes:  # "none" is -1
+                known = f"knows 0 to {classes - 1}" if classes else "has no classes"
+                raise Refused(f"The label {label} was given; this model {known}.")
+        return SampleRequest.of_run(num, numbers, body.seed, body.decoder, body.settings).validate(self.pipe)
 
-    def _label(self, name: int | str) -> int:
-        number = self.pipe.class_number(name)
-        if not 0 <= number < self.pipe.num_classes:
-            known = (
-                f"knows 0 to {self.pipe.num_classes - 1}" if self.pipe.num_classes else "has no classes; leave it out"
-            )
-            raise Refused(f"The label {number} was given; this model {known}.")
-        return number
+    def _read(self, text: str) -> Image.Image:
+        """An image as a request carries it, scaled and cropped to the model's size."""
+        if text.startswith("data:"):
+            head, _, text = text.partition(",")
+            if not head.endswith(";base64"):
+                raise Refused("The image is a data URL without ';base64'; expected base64 of an image file.")
+        most = self.limits.upload_mb
+        if len(text) * 3 // 4 > (most << 20) + 2:
+            raise Refused(f"The image is larger than {most} MiB, which is the most that is accepted here.", 413)
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise Refused("The image is not base64 of a file; paths and addresses are not opened here.") from error
+        image = decode(data, "The uploaded file", self.limits.megapixels * 1_000_000, FORMATS).image
+        return center_crop(resize_shorter(image, self.image_size), self.image_size)
 
-    def _batch(self, picture: Image.Image) -> Tensor:
-        return to_tensor(picture)[None].to(self.pipe.device)  # (1, 3, S, S)
+    def _batch(self, image: Image.Image) -> Tensor:
+        return to_tensor(image)[None].to(self.pipe.device)  # (1, 3, S, S)
 
-    def _finish(self, tokens: Tokens, classes: Tensor | None, count: int, visit: Visit) -> Pictures:
-        visit.check()
-        images = [to_pil(image) for image in self.pipe.to_pixels(tokens)]
-        return Pictures(images, tokens, [-1] * count if classes is None else classes.tolist())
+    def _images(self, tokens: Tokens, request: SampleRequest, job: Job) -> schema.Images:
+        job.check()
+        labels = [-1] * len(request) if request.labels is None else request.labels.tolist()
+        return schema.Images(
+            pictures=[to_base64(to_pil(image)) for image in self.pipe.to_pixels(tokens)],
+            labels=[None if label < 0 else label for label in labels],
+            semantic=None if tokens.semantic is None else tokens.semantic.tolist(),
+            vq=None if tokens.vq is None else tokens.vq.tolist(),
+            sha256=tokens.sha256(),
+            decoder=request.decoder,
+            settings={stage: to_dict(params) for stage, params in request.params.items()},
+        )
 
-    def _watch(self, visit: Visit, wish: Sampling) -> Callable[[str, int, Tensor], None]:
-        """A callback for the pipeline: checks at every step, and tells some of them."""
+    def _watch(self, job: Job, request: SampleRequest) -> Callable[[str, int, Tensor], None]:
+        """A callback for the pipeline: checks at every step, and reports some of them."""
         pipe = self.pipe
 
         def watch(stage: str, done: int, tokens: Tensor) -> None:
-            visit.check()
+            job.check()
             space: Literal["semantic", "vq"] = "vq" if stage != "prior" or pipe.space == "vq" else "semantic"
-            role = "prior" if stage == "prior" else pipe.decoders[stage].config.role
-            if role == "masked":
-                total = wish.steps or self.defaults(stage).steps
-                visit.news(Frame(stage, space, done, total, tokens.cpu()))
+            masked = stage != "prior" and pipe.decoders[stage].config.role == "masked"
+            total = request.params[stage].steps if masked else tokens.shape[1]
+            if not masked and done % max(1, total // FRAMES) and done != total:
                 return
-            total = tokens.shape[1]
-            if done % max(1, total // FRAMES) == 0 or done == total:
-                known = tokens.cpu().clone()
+            known = tokens.cpu().clone()
+            if not masked:
                 known[:, done:] = -1
-                visit.news(Frame(stage, space, done, total, known))
+            job.report(schema.Progress(stage=stage, space=space, done=done, total=total, tokens=known.tolist()))
 
         return watch
+
+
+def to_base64(image: Any) -> str:
+    """An image as base64 of a PNG file."""
+    return base64.b64encode(encode_png(image)).decode()
+
+
+def open_atlas(folder: Path, pipe: DigitPipeline) -> Atlas | None:
+    """The patches of the clusters of a model folder, if it has them."""
+    path = folder / "codebook" / FILE
+    usable = path.is_file() and pipe.encoder is not None and pipe.codebook is not None
+    return Atlas(path, pipe.tokenizer) if usable else None
