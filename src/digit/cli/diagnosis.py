@@ -168,6 +168,7 @@ _PURPOSES = {
     "data": "for datasets of the Hub",
     "eval": "for measuring",
     "web": "for digit serve",
+    "share": "for digit serve --share",
 }
 
 

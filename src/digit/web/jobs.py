@@ -25,21 +25,20 @@ class Cancelled(Exception):
 
 
 class Job:
-    """One request at the worker, which may run so many ``seconds``. It is made in the event loop; :meth:`run`,
-    :meth:`check` and :meth:`report` are for the worker's thread.
+    """One request at the worker, which may run so many ``seconds``. It is made in the event loop; :meth:`check` and
+    :meth:`report` are for the worker's thread.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, worker: ThreadPoolExecutor, seconds: float, work: Callable[[Job], Any]) -> None:
         self.seconds = seconds
-        self.future: Future[None] | None = None
         self.watcher: asyncio.Task[None] | None = None  # held here, for a task that nobody holds may vanish
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[str, Any] | None] = asyncio.Queue()
         self._left = threading.Event()
         self._deadline = float("inf")
+        self.future = worker.submit(self._run, work)
 
-    def run(self, work: Callable[[Job], Any]) -> None:
-        """Do the work."""
+    def _run(self, work: Callable[[Job], Any]) -> None:
         self._deadline = time.monotonic() + self.seconds
         try:
             self.check()
@@ -85,8 +84,7 @@ class Job:
     def cancel(self) -> None:
         """The client has left: a job that waits is dropped at once, one that runs stops at its next check."""
         self._left.set()
-        if self.future is not None:
-            self.future.cancel()
+        self.future.cancel()
         self._events.put_nowait(None)
 
 
@@ -116,8 +114,7 @@ class JobQueue:
         """
         if self.active > self.waiting:
             raise Refused(f"The server is busy: {self.waiting} requests are waiting. Try again in a moment.", 429)
-        job = Job(self.seconds)
-        job.future = self._worker.submit(job.run, work)
+        job = Job(self._worker, self.seconds, work)
         self._unfinished.add(job.future)
         job.future.add_done_callback(self._unfinished.discard)
         return job

@@ -8,7 +8,6 @@ import base64
 import binascii
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +47,7 @@ class Service:
     def __init__(self, pipe: DigitPipeline, limits: schema.Limits | None = None, atlas: Atlas | None = None) -> None:
         self.pipe, self.limits, self.atlas = pipe, limits or schema.Limits(), atlas
         self.image_size = pipe_size(pipe)
-
-    @cached_property
-    def spaces(self) -> dict[str, tuple[tuple[int, int], int]]:
-        """Grid (rows, columns) and vocabulary of each kind of tokens."""
-        pipe, spaces = self.pipe, {}
+        spaces: dict[str, tuple[tuple[int, int], int]] = {}  # kinds of tokens: (rows, columns) and vocabulary
         if pipe.encoder is not None and pipe.codebook is not None:
             spaces["semantic"] = (pipe.tokenizer.grid, pipe.tokenizer.vocab_size)
         elif pipe.prior is not None and pipe.space == "semantic":  # a model that generates only: its grid is square
@@ -60,7 +55,8 @@ class Service:
             spaces["semantic"] = ((side, pipe.prior.config.length // side), pipe.prior.config.vocab_size)
         if pipe.vqgan is not None:
             spaces["vq"] = (pipe.vqgan.config.grid, pipe.vqgan.config.codes)
-        return spaces
+        self.grids = {space: grid for space, (grid, _) in spaces.items()}
+        self.vocabulary = {space: size for space, (_, size) in spaces.items()}
 
     def about(self) -> schema.About:
         """What a client needs to know to ask well."""
@@ -69,8 +65,8 @@ class Service:
             name=pipe.name,
             space=pipe.space,
             image_size=self.image_size,
-            grids={space: grid for space, (grid, _) in self.spaces.items()},
-            vocabulary={space: size for space, (_, size) in self.spaces.items()},
+            grids=self.grids,
+            vocabulary=self.vocabulary,
             classes=pipe.class_names or pipe.num_classes,
             decoders=decoders,
             default_decoder=pipe.stage2().kind if decoders else None,
@@ -114,7 +110,7 @@ class Service:
         return schema.Tokenization(
             semantic=None if semantic is None else semantic[0].tolist(),
             vq=None if vq is None else vq[0].tolist(),
-            grids={space: grid for space, (grid, _) in self.spaces.items()},
+            grids=self.grids,
             picture=to_base64(image),
             vqgan=None if vqgan is None else to_base64(to_pil(vqgan[0])),
             full=None if full is None else to_base64(to_pil(full[0])),
@@ -135,8 +131,9 @@ class Service:
                 count=len(places), of=len(before), share=share, places=places, after=after.tolist()
             )
         snr = float(realised_snr(images, noisy, law.signal))
-        found = snr if math.isfinite(snr) else None
-        return schema.Changed(realised_snr=found, picture=to_base64(to_pil(noisy[0])), flips=changes)
+        return schema.Changed(
+            realised_snr=snr if math.isfinite(snr) else None, picture=to_base64(to_pil(noisy[0])), flips=changes
+        )
 
     def edit(self, body: schema.Edit, job: Job) -> schema.Images:
         """Resample cells of an image, or everything below its first rows.
@@ -173,7 +170,7 @@ class Service:
 
     def region(self, cells: list[int]) -> Tensor:
         """The prior's grid (rows, columns), bool, True at these cells."""
-        (rows, columns), _ = self.spaces[self.pipe.space]
+        rows, columns = self.grids[self.pipe.space]
         if bad := [cell for cell in cells if not 0 <= cell < rows * columns]:
             raise Refused(f"There is no cell {bad[0]}; this model's grid has the cells 0 to {rows * columns - 1}.")
         marked = torch.zeros(rows * columns, dtype=torch.bool)
