@@ -459,7 +459,7 @@ def test_hub_dataset(tmp_path):
     assert source.labels.tolist() == [1, 0, 1]
     from digit.data.dataset import ImageDataset
 
-    dataset = ImageDataset(source, "me/mine", "train", source.classes)
+    dataset = ImageDataset(source, "me/mine", "train")
     assert _pixels(dataset[1].image) == _pixels(_picture(1))
     assert len(dataset.fingerprint) == 64
     with pytest.raises(DigitError, match="has no image column; it has: label"):

@@ -7,14 +7,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from digit.data.sampling import Positions
+from digit.data.sampling import OrderedSampler
 
 _CHUNK = 65536  # vectors of a sample at a time
 
@@ -32,30 +32,14 @@ Stream = Callable[[int], Iterable[Points]]
 """Gives the vectors of this process in a pass, the same ones in every pass; called with the number of the pass."""
 
 
-class PassSampler:
-    """All images once, in a random order of the pass; every process gets its part of each batch.
-
-    A :class:`digit.data.sampling.Sampler`. A part is empty where the last batch has fewer images than there are
-    processes.
+class PassSampler(OrderedSampler):
+    """All images once, in a random order that depends on (seed, number of the pass); every process gets its part of each
+    batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, number: int, rank: int = 0, world: int = 1) -> None:
-        self._order = np.random.default_rng([seed, number]).permutation(length).astype(np.int64)
-        self._batch_size, self._rank, self._world = batch_size, rank, world
-
-    @property
-    def steps(self) -> int:
-        """Number of batches, the same for every process."""
-        return -(-len(self._order) // self._batch_size)
-
-    def indices(self, step: int) -> Positions:
-        """The images of this process in batch ``step``."""
-        batch = self._order[step * self._batch_size : (step + 1) * self._batch_size]
-        return np.array_split(batch, self._world)[self._rank]
-
-    def epochs(self, step: int) -> Positions:
-        """Zeros: an image is cut in the same way in every pass."""
-        return np.zeros_like(self.indices(step))
+        order = np.random.default_rng([seed, number]).permutation(length)
+        super().__init__(length, batch_size, order, rank, world)
 
 
 class Sample:
@@ -171,17 +155,12 @@ def summed(value: Tensor) -> Tensor:
 
 
 def gathered(value: Tensor) -> Tensor:
-    """The rows of all processes, one after the other."""
+    """The rows of all processes, one after the other; each may have another number of them."""
     if not _together():
         return value
-    sizes = [torch.zeros(1, dtype=torch.long, device=value.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(value)], device=value.device))
-    longest = int(max(size.item() for size in sizes))
-    padded = value.new_zeros(longest, *value.shape[1:])
-    padded[: len(value)] = value
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value.cpu())
+    return torch.cat(parts).to(value.device)
 
 
 def hashed(numbers: Tensor, seed: int) -> Tensor:
