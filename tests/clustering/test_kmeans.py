@@ -187,14 +187,14 @@ def test_a_sample_is_uniform_and_does_not_feel_the_order() -> None:
     vectors = numbers[:, None].float()
     counts = torch.zeros(3000)
     for seed in range(200):
-        sample = Sample(300, seed)
+        sample = Sample(300, seed, width=1)
         for part in numbers[torch.randperm(3000, generator=torch.Generator().manual_seed(seed))].split(251):
             sample.add(Points(part, vectors[part]))
         sample.settle("cpu")
         assert (sample.seen, sample.total, len(sample.points.numbers.unique())) == (3000, 300, 300)
         assert torch.equal(sample.points.features[:, 0].long(), sample.points.numbers)
         counts[sample.points.numbers] += 1
-    again = Sample(300, 199)
+    again = Sample(300, 199, width=1)
     again.add(Points(numbers, vectors))
     again.settle("cpu")
     assert torch.equal(again.points.numbers, sample.points.numbers)
