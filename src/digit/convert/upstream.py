@@ -133,8 +133,7 @@ class _Found:
         try:
             return dataclasses.replace(encoder_component(keys, self.heads), file=file)
         except DigitError as error:
-            text = str(error)
-            raise error if str(file) in text else DigitError(f"The encoder in {file}: {text}") from error
+            raise error if str(file) in str(error) else DigitError(f"The encoder in {file}: {error}") from error
 
     def _offer(self, place: str, component: Component | None) -> None:
         if component is not None:
@@ -157,14 +156,10 @@ class _Found:
             raise DigitError(f"{sentence}: '{name}' is {x[name]} in the one and {y[name]} in the other. {advice}")
         for name in a.parts:
             for piece, other in zip(a.parts[name], b.parts[name], strict=True):
-                if not _same_but_for_rounding(piece, other):
+                if not torch.allclose(piece.float(), other.float(), rtol=_HALF_STEP, atol=_HALF_TINY):
                     raise DigitError(f"{sentence}: the values of '{name}' differ. {advice}")
                 release(piece)
                 release(other)
-
-
-def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.float(), b.float(), rtol=_HALF_STEP, atol=_HALF_TINY)
 
 
 def _open(path: str | Path, role: Role) -> Checkpoint:
@@ -179,18 +174,15 @@ def _open(path: str | Path, role: Role) -> Checkpoint:
 
 def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"], name: str) -> DigitPipeline:
     """The model without its numbers: checks that the parts fit each other, and knows the index and the card."""
-
-    def build(place: str, module_class: Any) -> Any:
-        return module_class(parts[place].config) if place in parts else None
-
+    classes = {"encoder": TransformersEncoder, "codebook": Codebook, "vqgan": VQGAN}
     with torch.device("meta"):
-        decoders = {kind: build(f"decoder/{kind}", TokenModel) for kind in ("ar", "masked")}
+        built: dict[str, Any] = {
+            place: classes.get(place, TokenModel)(part.config) for place, part in parts.items() if place != "probe"
+        }
+        decoders = {kind: built.pop(f"decoder/{kind}", None) for kind in ("ar", "masked")}
         pipe = DigitPipeline(
-            encoder=build("encoder", TransformersEncoder),
-            codebook=build("codebook", Codebook),
-            prior=build("prior", TokenModel),
+            **built,
             decoders={kind: decoder for kind, decoder in decoders.items() if decoder is not None},
-            vqgan=build("vqgan", VQGAN),
             space=space,
             name=name,
             provenance={"converted_from": sorted({short_name(part.file) for part in parts.values() if part.file})},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +22,6 @@ from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
 
 Positions = NDArray[np.int64]
-
-
-class Sampler(Protocol):
-    """Says which images belong to a step."""
-
-    def indices(self, step: int) -> Positions:
-        """The images of a step, as numbers in the dataset."""
-
-    def epochs(self, step: int) -> Positions:
-        """For each of them, how many times the dataset has been passed through before."""
-
-    @property
-    def steps(self) -> int | None:
-        """Number of steps in one pass, for a sampler that makes only one; None for one that never ends."""
 
 
 class StepSampler:
@@ -53,6 +39,7 @@ class StepSampler:
     """
 
     steps = None
+    """It never ends."""
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if length < 1 or batch_size < 1:
@@ -166,7 +153,7 @@ class Batches:
     def __init__(
         self,
         dataset: ImageDataset,
-        sampler: Sampler,
+        sampler: StepSampler | OrderedSampler,
         transform: Transform,
         seed: int = 0,
         start: int = 0,
