@@ -207,16 +207,14 @@ def kmeans(
         for number in range(first_pass, first_pass + iterations):
             totals = _Totals(centroids)
             for points in stream(number):
+                part = _Totals(centroids) if mini_batch else totals
+                part.add(points, centroids)
                 if mini_batch:
-                    part = _Totals(centroids)
-                    part.add(points, centroids)
                     part.reduce()
                     seen += part.counts
                     step = (part.sums - part.counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
                     centroids = (centroids + step).float()
                     totals.take(part)
-                else:
-                    totals.add(points, centroids)
             if not mini_batch:
                 totals.reduce()
                 means = totals.sums / totals.counts.clamp(min=1)[:, None]

@@ -38,6 +38,7 @@ from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
 from digit.data.sampling import sample_rng
 from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.tokenizer import Tokenizer, VQTokenizer
 
 FORMAT = "digit-token-cache"
 VERSION = 1
@@ -269,6 +270,7 @@ def build_token_cache(
     out, views = Path(out), views or Views()
     info = _describe(model, dataset, views, shard_size)
     _claim(out, info, rank, world)
+    tokenizers = _tokenizers(model)
     size, folders = info["image_size"], _shard_folders(out, len(dataset), shard_size)
     missing = [number for number, folder in enumerate(folders) if not folder.is_dir()]
     todo = [n for n in missing if n % world == rank]
@@ -281,32 +283,37 @@ def build_token_cache(
     cuts = map_ahead(cut, chain.from_iterable(ranges), max(1, workers), 2 * batch_size)
     with bar("Caching tokens", sum(map(len, ranges))) as progress:
         for number, images in zip(todo, ranges, strict=True):
-            parts = []
+            arrays: dict[str, NDArray[Any]] = {"labels": dataset.labels[images]}
+            for kind, tokenizer in tokenizers.items():
+                space = TokenSpace(tokenizer.vocab_size, tokenizer.grid)
+                arrays[kind] = np.empty((len(images), len(views.names), space.length), dtype=space.dtype)
             for start in range(0, len(images), batch_size):
                 batch = torch.stack(list(islice(cuts, min(batch_size, len(images) - start))))  # (B, views, 3, S, S)
-                parts.append(_tokenize(model, info["tokens"], batch))
+                for kind, tokenizer in tokenizers.items():
+                    tokens = tokenizer.encode(batch.flatten(0, 1).to(model.device)).view(*batch.shape[:2], -1)
+                    arrays[kind][start : start + batch_size] = tokens.cpu().numpy()
                 progress.advance(len(batch))
-            arrays = {kind: np.concatenate([part[kind] for part in parts]) for kind in info["tokens"]}
-            _write_shard(folders[number], {**arrays, "labels": dataset.labels[images]})
+            _write_shard(folders[number], arrays)
     return None if any(not folder.is_dir() for folder in folders) else open_token_cache(out)
+
+
+def _tokenizers(model: DigitPipeline) -> dict[str, Tokenizer]:
+    """By kind, those for which the model has the parts."""
+    semantic = model.encoder is not None and model.codebook is not None
+    return {
+        **({"semantic": model.tokenizer} if semantic else {}),
+        **({"vq": VQTokenizer(model.vqgan)} if model.vqgan is not None else {}),
+    }
 
 
 def _describe(model: DigitPipeline, dataset: ImageDataset, views: Views, shard_size: int) -> dict[str, Any]:
     """The ``index.json`` of a cache, before any work is done."""
-    spaces, sizes = {}, {}
-    if model.encoder is not None and model.codebook is not None:
-        tokenizer = model.tokenizer
-        spaces["semantic"] = {"vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid)}
-        sizes["encoder"] = tokenizer.image_size
-    if model.vqgan is not None:
-        spaces["vq"] = {"vocab_size": model.vqgan.config.codes, "grid": list(model.vqgan.config.grid)}
-        sizes["vqgan"] = model.vqgan.config.resolution
-    if not spaces:
+    tokenizers = _tokenizers(model)
+    if not tokenizers:
         raise DigitError("The model makes no tokens: it needs an encoder with a codebook, a VQGAN, or all of them.")
-    if len(set(sizes.values())) > 1:
-        raise DigitError(
-            f"The encoder takes images of {sizes['encoder']} pixels and the VQGAN of {sizes['vqgan']}; they must agree."
-        )
+    sizes = [tokenizer.image_size for tokenizer in tokenizers.values()]
+    if len(set(sizes)) > 1:
+        raise DigitError(f"The encoder takes images of {sizes[0]} pixels and the VQGAN of {sizes[1]}; they must agree.")
     settings = getattr(model.encoder, "config", None)
     return {
         "format": FORMAT,
@@ -314,9 +321,9 @@ def _describe(model: DigitPipeline, dataset: ImageDataset, views: Views, shard_s
         "source": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint},
         "images": len(dataset),
         "classes": list(dataset.classes),
-        "image_size": next(iter(sizes.values())),
+        "image_size": sizes[0],
         "views": {**to_dict(views), "names": views.names},
-        "tokens": spaces,
+        "tokens": {kind: {"vocab_size": t.vocab_size, "grid": list(t.grid)} for kind, t in tokenizers.items()},
         # weights alone do not say how images are prepared for them
         "models": {"weights": model.fingerprint(), "encoder": to_dict(settings) if settings is not None else None},
         "shard_size": shard_size,
@@ -343,19 +350,6 @@ def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
         # another process may be writing its own right now
         if int(aside.name.split(".")[1].removeprefix("shard-")) % world == rank:
             shutil.rmtree(aside)
-
-
-@torch.inference_mode()
-def _tokenize(model: DigitPipeline, kinds: Mapping[str, Any], cuts: Tensor) -> dict[str, NDArray[Any]]:
-    """Tokens (B, views, N) of each kind."""
-    count, views = cuts.shape[:2]
-    images = cuts.flatten(0, 1).to(model.device)  # (B * views, 3, S, S)
-    found = {}
-    for kind, space in kinds.items():
-        tokens = model.tokenizer.encode(images) if kind == "semantic" else model.vqgan.encode(images)  # type: ignore[union-attr]
-        dtype = TokenSpace(space["vocab_size"], space["grid"]).dtype
-        found[kind] = tokens.view(count, views, -1).cpu().numpy().astype(dtype)
-    return found
 
 
 def _write_shard(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -60,7 +60,7 @@ def load_encoder(
         provenance = {"source": path.name, **facts, "sha256": sha256_of(path)}
         return TransformersEncoder.from_weights(config, tensors, str(path), provenance)
     if not path.is_dir():
-        path = repository_folder(repository_id(str(source), "encoder"), fallback="pytorch_model*.bin")
+        path = repository_folder(repository_id(str(source), "encoder"))
     return _load_folder(path, str(source), options, image_size, resize)
 
 
