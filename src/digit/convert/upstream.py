@@ -6,7 +6,6 @@ make a whole model. A part that is in several files must be the same in all of t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -106,10 +105,10 @@ class _Found:
             self._offer("codebook", codebook_component(read_centroids(codebook), self.half, Path(codebook)))
         if vqgan is not None:
             self.keys.append(vqgan_keys(vqgan))
-            self._offer("vqgan", vqgan_component(self.keys[-1], _RESOLUTION, Path(vqgan)))
+            self._offer("vqgan", vqgan_component(self.keys[-1], _RESOLUTION))
         if encoder is not None:
             self.keys.append(read_backbone(encoder)[0])
-            self._offer("encoder", self._encoder(self.keys[-1], Path(encoder)))
+            self._offer("encoder", encoder_component(self.keys[-1], self.heads))
 
     def add_checkpoint(self, file: Checkpoint, role: Role) -> None:
         self.keys.append(file.keys)
@@ -125,15 +124,9 @@ class _Found:
             self._offer("codebook", codebook_component(table, self.half, file.path))
         encoder, vqgan = (file.keys.under(prefix) for prefix in ("pretrained_encoder.", "vqgan."))
         if encoder.names():
-            self._offer("encoder", self._encoder(encoder, file.path))
+            self._offer("encoder", encoder_component(encoder, self.heads))
         if vqgan.names():
-            self._offer("vqgan", vqgan_component(vqgan, _RESOLUTION, file.path))
-
-    def _encoder(self, keys: Keys, file: Path) -> Component:
-        try:
-            return dataclasses.replace(encoder_component(keys, self.heads), file=file)
-        except DigitError as error:
-            raise error if str(file) in str(error) else DigitError(f"The encoder in {file}: {error}") from error
+            self._offer("vqgan", vqgan_component(vqgan, _RESOLUTION))
 
     def _offer(self, place: str, component: Component | None) -> None:
         if component is not None:
