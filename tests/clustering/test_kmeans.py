@@ -3,14 +3,12 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import typer
 from scipy.cluster.vq import kmeans2
-from torch import Tensor
 from typer.testing import CliRunner
 
 from digit.cli.train import fit_codebook as command
@@ -54,12 +52,12 @@ with process_group(torch.device("cpu")) as (rank, world, device):
 """
 
 
-def in_memory(points: Tensor, chunk: int = 500):
+def in_memory(points, chunk=500):
     numbers = torch.arange(len(points))
     return lambda _: [Points(n, x) for n, x in zip(numbers.split(chunk), points.split(chunk), strict=True)]
 
 
-def inertia(points: Tensor, centroids: Tensor) -> float:
+def inertia(points, centroids):
     return float((points - centroids[nearest(points, centroids)]).square().sum(1).mean())
 
 
@@ -70,7 +68,7 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def batches(cifar512: Path):
+def batches(cifar512):
     dataset = open_dataset(cifar512).subset(range(IMAGES))
     return lambda number: Batches(
         dataset, PassSampler(IMAGES, 32, 1, number), Transform(size=32, crop="none"), workers=0
@@ -78,12 +76,12 @@ def batches(cifar512: Path):
 
 
 @pytest.fixture(scope="module")
-def features(encoder, batches) -> Tensor:
+def features(encoder, batches):
     return torch.cat([encoder(batch.images).flatten(0, 1) for batch in batches(0)])  # (6144, 16)
 
 
 @pytest.mark.parametrize("start", ["random", "k-means++"])
-def test_inertia_agrees_with_scipy(features: Tensor, start: str) -> None:
+def test_inertia_agrees_with_scipy(features, start):
     """Within 1 %, on the mean over five seeds: k-means ends in a local minimum, which depends on where it began."""
     theirs, ours = [], []
     for seed in range(5):
@@ -98,7 +96,7 @@ def test_inertia_agrees_with_scipy(features: Tensor, start: str) -> None:
         assert np.mean(ours) > 0.99 * np.mean(theirs)
 
 
-def test_same_start_gives_scipys_centroids(features: Tensor) -> None:
+def test_same_start_gives_scipys_centroids(features):
     first = start_centroids(features, K, "random", 0)
     theirs, _ = kmeans2(features.numpy(), first.numpy(), iter=5, minit="matrix")
     ours = kmeans(in_memory(features), first, iterations=5, show=False)
@@ -106,13 +104,13 @@ def test_same_start_gives_scipys_centroids(features: Tensor) -> None:
     assert ours.counts.sum() == len(features)
 
 
-def test_quality_by_hand() -> None:
+def test_quality_by_hand():
     facts = Fit(torch.zeros(3, 2), torch.tensor([2.0, 2, 0]).double(), 0.5).quality
     assert (facts["used_clusters"], facts["dead_clusters"], facts["inertia"]) == (2, 1, 0.5)
     assert facts["perplexity"] == pytest.approx(2.0)
 
 
-def test_modes_on_real_images(encoder, batches, features: Tensor) -> None:
+def test_modes_on_real_images(encoder, batches, features):
     books = {
         mode: fit_codebook(encoder, batches, K, mode=mode, seed=1, total=IMAGES, provenance={"data": "x"}, show=False)
         for mode in MODES
@@ -129,7 +127,7 @@ def test_modes_on_real_images(encoder, batches, features: Tensor) -> None:
     assert facts["method"] == {"mode": "whole", "start": "random"}
 
 
-def test_two_processes_find_what_one_does(cifar512: Path, tmp_path: Path) -> None:
+def test_two_processes_find_what_one_does(cifar512, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -157,7 +155,7 @@ def test_two_processes_find_what_one_does(cifar512: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("mini_batch", [False, True])
-def test_empty_clusters_start_again_at_far_vectors(mini_batch: bool) -> None:
+def test_empty_clusters_start_again_at_far_vectors(mini_batch):
     generator = torch.Generator().manual_seed(0)
     middles = 50 * torch.randn(8, 4, generator=generator)
     points = (middles[:, None] + torch.randn(8, 100, 4, generator=generator)).flatten(0, 1)
@@ -169,7 +167,7 @@ def test_empty_clusters_start_again_at_far_vectors(mini_batch: bool) -> None:
     assert fit.inertia < 0.1 * inertia(points, points.mean(0, keepdim=True))
 
 
-def test_kmeans_plus_plus_spreads() -> None:
+def test_kmeans_plus_plus_spreads():
     generator = torch.Generator().manual_seed(0)
     middles = 100 * torch.randn(10, 6, generator=generator)
     points = (middles[:, None] + torch.randn(10, 50, 6, generator=generator)).flatten(0, 1)
@@ -182,19 +180,19 @@ def test_kmeans_plus_plus_spreads() -> None:
     assert torch.equal(same, torch.ones(5, 3))
 
 
-def test_a_sample_is_uniform_and_does_not_feel_the_order() -> None:
+def test_a_sample_is_uniform_and_does_not_feel_the_order():
     numbers = torch.arange(3000)
     vectors = numbers[:, None].float()
     counts = torch.zeros(3000)
     for seed in range(200):
-        sample = Sample(300, seed)
+        sample = Sample(300, seed, width=1)
         for part in numbers[torch.randperm(3000, generator=torch.Generator().manual_seed(seed))].split(251):
             sample.add(Points(part, vectors[part]))
         sample.settle("cpu")
         assert (sample.seen, sample.total, len(sample.points.numbers.unique())) == (3000, 300, 300)
         assert torch.equal(sample.points.features[:, 0].long(), sample.points.numbers)
         counts[sample.points.numbers] += 1
-    again = Sample(300, 199)
+    again = Sample(300, 199, width=1)
     again.add(Points(numbers, vectors))
     again.settle("cpu")
     assert torch.equal(again.points.numbers, sample.points.numbers)
@@ -203,7 +201,7 @@ def test_a_sample_is_uniform_and_does_not_feel_the_order() -> None:
     assert float(((counts - 20) ** 2 / 18).mean()) == pytest.approx(1, abs=0.15)
 
 
-def test_every_image_is_read_once_by_one_process() -> None:
+def test_every_image_is_read_once_by_one_process():
     for world in (1, 2, 5):
         samplers = [PassSampler(97, 32, 0, 3, rank, world) for rank in range(world)]
         assert {sampler.steps for sampler in samplers} == {4}
@@ -215,7 +213,7 @@ def test_every_image_is_read_once_by_one_process() -> None:
     assert not np.array_equal(whole[:32], PassSampler(97, 32, 0, 4).indices(0))
 
 
-def test_fitted_on_plain_images_is_saved_and_tokenizes(encoder, batches, tmp_path: Path) -> None:
+def test_fitted_on_plain_images_is_saved_and_tokenizes(encoder, batches, tmp_path):
     images = torch.cat([b.images for b in batches(0)])
     book = fit_codebook(encoder, images.split(32), K, seed=1, provenance={"data": "abc"}, show=False)
     facts = book.provenance
@@ -234,7 +232,7 @@ def test_fitted_on_plain_images_is_saved_and_tokenizes(encoder, batches, tmp_pat
     assert torch.equal(SemanticTokenizer(encoder, loaded).encode(images), book.assign(encoder(images)))
 
 
-def test_fitting_depends_on_seed_and_images_alone(encoder, batches) -> None:
+def test_fitting_depends_on_seed_and_images_alone(encoder, batches):
     images = torch.cat([b.images for b in batches(0)])
     options = {"seed": 5, "iterations": 3, "max_points_per_centroid": 40, "show": False}
     first = fit_codebook(encoder, images.split(32), 16, **options)
@@ -244,7 +242,7 @@ def test_fitting_depends_on_seed_and_images_alone(encoder, batches) -> None:
     assert not torch.allclose(first.centroids, other.centroids, atol=1e-2)
 
 
-def test_refusals(encoder, batches) -> None:
+def test_refusals(encoder, batches):
     with pytest.raises(DigitError, match=r"6144 feature vectors, fewer than the 7000 clusters"):
         fit_codebook(encoder, batches, 7000, show=False)
     with pytest.raises(DigitError, match="fewer than the 4 clusters"):
@@ -258,7 +256,7 @@ def test_refusals(encoder, batches) -> None:
         fit_codebook(encoder, [], 4, mode="whole", show=False)
 
 
-def test_command(encoder, cifar512: Path, tmp_path: Path) -> None:
+def test_command(encoder, cifar512, tmp_path):
     save_component(tmp_path / "encoder", encoder, encoder.config)
     app = typer.Typer()
     app.command()(command)

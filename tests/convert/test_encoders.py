@@ -208,9 +208,9 @@ def test_heads_of_published_networks():
     published = {("dinov2", 384): 6, ("dinov2", 768): 12, ("dinov2", 1024): 16, ("dinov2", 1536): 24, ("dino", 384): 6}
     published |= {("mae", 768): 12, ("mae", 1024): 16, ("mae", 1280): 16, ("mocov3", 384): 12, ("mocov3", 768): 12}
     for (family, dim), heads in published.items():
-        assert default_heads(family, dim) == heads
-    with pytest.raises(DigitError, match="width 100 is not known"):
-        default_heads("dinov2", 100)
+        assert default_heads(family, dim, "a.pth") == heads
+    with pytest.raises(DigitError, match=r"a\.pth, of width 100, is not known"):
+        default_heads("dinov2", 100, "a.pth")
 
 
 PARAMETERS = {  # of the encoders as published, in millions: SPEC's 86.58 and 304.37, the DINOv2 paper's model card

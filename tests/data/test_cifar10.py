@@ -26,34 +26,25 @@ def splits(cifar512):
     pixels, labels = open_dataset(cifar512).arrays()
     queues = {label: list(np.flatnonzero(labels == label)) for label in range(10)}
 
-    def block(first):
-        wanted = list(first) + [label for label in range(10) for _ in range(6 - first.count(label))]
-        chosen = [queues[label].pop() for label in wanted]
+    def split(blocks):
+        chosen = [queues[label].pop() for _ in range(blocks) for label in range(10) for _ in range(6)]
         return Split(pixels[chosen], labels[chosen].astype(np.uint8))
 
-    test = block(list(cifar10.FIRST_TEST_LABELS))
-    train = [block([]) for _ in range(5)]
-    return {
-        "train": Split(np.concatenate([b.pixels for b in train]), np.concatenate([b.labels for b in train])),
-        "test": test,
-    }
+    return {"train": split(5), "test": split(1)}
 
 
 @pytest.fixture
 def small(monkeypatch, splits):
     """Makes the module expect the small splits."""
-
-    def checksums(split):
-        starts = range(0, len(split.labels), BLOCK)
-        return tuple(block_checksum(Split(split.pixels[i : i + BLOCK], split.labels[i : i + BLOCK])) for i in starts)
-
     monkeypatch.setattr(cifar10, "BLOCK", BLOCK)
-    monkeypatch.setattr(cifar10, "CHECKSUMS", {name: checksums(split) for name, split in splits.items()})
+    known = {name: tuple(block_checksum(block) for block in _blocks(split)) for name, split in splits.items()}
+    monkeypatch.setattr(cifar10, "CHECKSUMS", known)
     return splits
 
 
 def _blocks(split):
-    return [(split.pixels[i : i + BLOCK], split.labels[i : i + BLOCK]) for i in range(0, len(split.labels), BLOCK)]
+    starts = range(0, len(split.labels), BLOCK)
+    return [Split(split.pixels[i : i + BLOCK], split.labels[i : i + BLOCK]) for i in starts]
 
 
 def _batches(splits):
@@ -146,9 +137,6 @@ def test_a_changed_pixel_or_label_is_noticed(small):
     labels = train.labels.copy()
     labels[0], labels[59] = labels[59], labels[0]
     with pytest.raises(DigitError, match="does not match CIFAR-10's checksums"):
-        verify(small | {"train": Split(train.pixels, labels)}, "here")
-    labels[0] = labels[1]
-    with pytest.raises(DigitError, match="images by class"):
         verify(small | {"train": Split(train.pixels, labels)}, "here")
     with pytest.raises(DigitError, match="holds 240 images, CIFAR-10 has 300"):
         verify(small | {"train": Split(train.pixels[:240], train.labels[:240])}, "here")

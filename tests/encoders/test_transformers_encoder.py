@@ -20,6 +20,7 @@ CONFIGS = {
     "ijepa": {"intermediate_size": 64},
     "siglip_vision_model": {"intermediate_size": 64},
 }
+NORMS = {"dinov3_vit": "norm", "siglip_vision_model": "post_layernorm"}  # after the last block; else "layernorm"
 
 
 def hf_config(family: str) -> dict:
@@ -51,7 +52,7 @@ def reference(whole: TransformersEncoder, images: torch.Tensor) -> tuple[list[to
     if whole.config.hf_config["model_type"] == "vit_mae":
         arguments["noise"] = torch.arange(36).expand(len(images), -1)
     states = whole.network(pixels, output_hidden_states=True, **arguments).hidden_states
-    return list(states), whole.network.get_submodule(family.norm)
+    return list(states), whole.network.get_submodule(NORMS.get(whole.config.hf_config["model_type"], "layernorm"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -188,4 +189,6 @@ def test_refusals(images):
 def test_the_network_is_the_one_of_transformers():
     """Nothing of ours replaces a network of theirs."""
     for family in FAMILIES:
-        assert type(encoder(family).network) is getattr(transformers, FAMILIES[family].network)
+        made = encoder(family).network
+        assert type(made) is getattr(transformers, type(made).__name__)
+        assert made.config.model_type == family

@@ -130,7 +130,7 @@ def fit_codebook(
                 progress.advance(len(pixels))
 
     wanted = clusters * (max_points_per_centroid if mode == "sample" else _START_SAMPLE if start == "k-means++" else 1)
-    sample = Sample(wanted, seed)
+    sample = Sample(wanted, seed, encoder.dim)
     for points in stream(0):
         sample.add(points)
     sample.settle(device)
@@ -166,10 +166,8 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     if isinstance(encoder, nn.Module):
         facts["checksum"] = weights_checksum(encoder)
     config = getattr(encoder, "config", None)
-    for name in ("layer", "final_norm", "positions"):
-        if hasattr(config, name):
-            facts[name] = getattr(config, name)
-    return facts
+    names = ("layer", "final_norm", "positions")
+    return facts | {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
 @torch.inference_mode()
@@ -209,16 +207,14 @@ def kmeans(
         for number in range(first_pass, first_pass + iterations):
             totals = _Totals(centroids)
             for points in stream(number):
+                part = _Totals(centroids) if mini_batch else totals
+                part.add(points, centroids)
                 if mini_batch:
-                    part = _Totals(centroids)
-                    part.add(points, centroids)
                     part.reduce()
                     seen += part.counts
                     step = (part.sums - part.counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
                     centroids = (centroids + step).float()
                     totals.take(part)
-                else:
-                    totals.add(points, centroids)
             if not mini_batch:
                 totals.reduce()
                 means = totals.sums / totals.counts.clamp(min=1)[:, None]
@@ -258,12 +254,12 @@ class _Totals:
     """Sums over vectors, by the centroid that they are nearest to."""
 
     def __init__(self, centroids: Tensor) -> None:
-        wide, device = _wide(centroids), centroids.device
-        self.sums = torch.zeros(centroids.shape, dtype=wide, device=device)  # (K, D)
-        self.counts = torch.zeros(len(centroids), dtype=wide, device=device)  # (K,)
-        self._squared = torch.zeros(1, dtype=wide, device=device)
+        clusters, width = centroids.shape
+        wide: dict[str, Any] = {"dtype": _wide(centroids), "device": centroids.device}
+        self.sums, self.counts = torch.zeros(clusters, width, **wide), torch.zeros(clusters, **wide)
+        self._squared = torch.zeros(1, **wide)
         # a sample (up to _FAR, D + 2) of the vectors, each with its squared distance and its key behind it
-        self.far = torch.zeros(0, centroids.shape[1] + 2, device=device)
+        self.far = torch.zeros(0, width + 2, device=centroids.device)
 
     @property
     def inertia(self) -> float:

@@ -1,8 +1,7 @@
-"""What each cluster looks like: the patches of real pictures that lie nearest to its centroid.
+"""What each cluster looks like: the patches of real images that lie nearest to its centroid.
 
 An atlas is one file beside the codebook, ``codebook/patches.safetensors``. It is opened, not loaded: only the clusters
-    that are
-looked at are read.
+that are looked at are read.
 """
 
 from __future__ import annotations
@@ -55,9 +54,7 @@ class Atlas:
         self.source = about.get("source", "")
 
     def patches(self, cluster: int) -> NDArray[np.uint8]:
-        """The patches (n, side, side, 3) nearest to a centroid, the nearest first; n is 0 for a cluster that no picture
-        used.
-        """
+        """The patches (n, side, side, 3) nearest to a centroid, the nearest first; n is 0 for a cluster without any."""
         found: NDArray[np.uint8] = self._patches[cluster : cluster + 1]
         return found[0, : self.counts[cluster]]
 
@@ -67,7 +64,7 @@ def build_atlas(
 ) -> NDArray[np.int64]:
     """Find the patches nearest to each centroid and write them.
 
-    A picture gives a cluster at most one patch, so that eight patches are eight pictures. Every patch is stored with
+    An image gives a cluster at most one patch, so that eight patches are of eight images. Every patch is stored with
     the ring of patches around it, as at most 32 x 32 pixels.
 
     Args:
@@ -92,8 +89,7 @@ def build_atlas(
     images = 0
     for batch in batches:
         images += len(batch)
-        found = _candidates(tokenizer, batch)
-        for distance, cluster, image, place in sorted(found):
+        for distance, cluster, image, place in sorted(_candidates(tokenizer, batch)):
             worst = int(best[cluster].argmax())
             if distance < best[cluster, worst]:
                 best[cluster, worst] = distance
@@ -102,12 +98,9 @@ def build_atlas(
         raise DigitError("No images were given; expected at least one.")
     order = best.argsort(axis=1, kind="stable")  # (K, each), the nearest first
     counts: NDArray[np.int64] = np.isfinite(best).sum(1)
-    tensors = {
-        "patches": torch.from_numpy(np.take_along_axis(kept, order[..., None, None, None], axis=1)),
-        "counts": torch.from_numpy(counts),
-    }
+    patches = np.take_along_axis(kept, order[..., None, None, None], axis=1)
     about = {"codebook": _checksum(tokenizer), "images": str(images), "source": source}
-    write_tensors(path, tensors, about)
+    write_tensors(path, {"patches": torch.from_numpy(patches), "counts": torch.from_numpy(counts)}, about)
     return counts
 
 

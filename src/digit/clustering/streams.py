@@ -7,14 +7,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from digit.data.sampling import Positions
+from digit.data.sampling import OrderedSampler
 
 _CHUNK = 65536  # vectors of a sample at a time
 
@@ -32,30 +32,14 @@ Stream = Callable[[int], Iterable[Points]]
 """Gives the vectors of this process in a pass, the same ones in every pass; called with the number of the pass."""
 
 
-class PassSampler:
-    """All images once, in a random order of the pass; every process gets its part of each batch.
-
-    A :class:`digit.data.sampling.Sampler`. A part is empty where the last batch has fewer images than there are
-    processes.
+class PassSampler(OrderedSampler):
+    """All images once, in a random order that depends on (seed, number of the pass); every process gets its part of each
+    batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, number: int, rank: int = 0, world: int = 1) -> None:
-        self._order = np.random.default_rng([seed, number]).permutation(length).astype(np.int64)
-        self._batch_size, self._rank, self._world = batch_size, rank, world
-
-    @property
-    def steps(self) -> int:
-        """Number of batches, the same for every process."""
-        return -(-len(self._order) // self._batch_size)
-
-    def indices(self, step: int) -> Positions:
-        """The images of this process in batch ``step``."""
-        batch = self._order[step * self._batch_size : (step + 1) * self._batch_size]
-        return np.array_split(batch, self._world)[self._rank]
-
-    def epochs(self, step: int) -> Positions:
-        """Zeros: an image is cut in the same way in every pass."""
-        return np.zeros_like(self.indices(step))
+        order = np.random.default_rng([seed, number]).permutation(length)
+        super().__init__(length, batch_size, order, rank, world)
 
 
 class Sample:
@@ -64,77 +48,68 @@ class Sample:
     It depends on the seed and the numbers alone, not on the order nor on who reads what.
 
     Attributes:
-        points: this process's part, on the CPU, smallest hash first; final after :meth:`settle`.
         seen: vectors that went by in all processes; final after :meth:`settle`.
         total: size of the sample over all processes.
     """
 
-    def __init__(self, capacity: int, seed: int) -> None:
+    def __init__(self, capacity: int, seed: int, width: int) -> None:
         self._capacity, self._seed = capacity, seed
-        self._keys = torch.zeros(0, dtype=torch.long)
-        self.points = Points(torch.zeros(0, dtype=torch.long), torch.zeros(0, 0))
+        empty = torch.zeros(0, dtype=torch.long)
+        # (keys, numbers, features): first what belongs to the sample so far, smallest key first; then what waits
+        self._parts: list[tuple[Tensor, ...]] = [(empty, empty, torch.zeros(0, width))]
         self.seen = self.total = 0
-        self._waiting: list[tuple[Tensor, Points]] = []
         self._limit = torch.iinfo(torch.int64).max
+
+    @property
+    def points(self) -> Points:
+        """The part of this process, on the CPU, smallest hash first; final after :meth:`settle`."""
+        return Points(*self._parts[0][1:])
 
     def add(self, points: Points) -> None:
         """Show it the next vectors."""
         self.seen += len(points.numbers)
-        if not self.points.features.shape[1]:
-            self.points = Points(self.points.numbers, torch.zeros(0, points.features.shape[1]))
         keys = hashed(points.numbers, self._seed)
         small = keys < self._limit
-        if bool(small.any()):
-            self._waiting.append(
-                (keys[small], Points(points.numbers[small], points.features[small.to(points.features.device)].cpu()))
-            )
-        if sum(len(keys) for keys, _ in self._waiting) > self._capacity // 4 + _CHUNK:
+        features = points.features[small.to(points.features.device)].cpu()
+        self._parts.append((keys[small], points.numbers[small], features))
+        if sum(len(part[0]) for part in self._parts[1:]) > self._capacity // 4 + _CHUNK:
             self._merge()
 
     def settle(self, device: str | torch.device) -> None:
         """Agree with the other processes on which vectors belong to the sample."""
         self._merge()
-        keys = gathered(self._keys.to(device)).cpu().sort().values[: self._capacity]
-        self.total = len(keys)
-        if self.total:
-            mine = int((self._keys <= keys[-1]).sum())
-            self._keys, self.points = self._keys[:mine], Points(self.points.numbers[:mine], self.points.features[:mine])
+        keys = self._parts[0][0]
+        everyones = gathered(keys.to(device)).cpu().sort().values[: self._capacity]
+        self.total = len(everyones)
+        mine = int((keys <= everyones[-1]).sum()) if self.total else 0
+        self._parts = [tuple(values[:mine] for values in self._parts[0])]
         self.seen = int(summed(torch.tensor([self.seen], device=device)))
 
     def smallest(self, count: int, device: str | torch.device) -> Tensor:
         """The ``count`` vectors (m, D) of the sample with the smallest hashes, of all processes."""
-        keys = gathered(self._keys[:count].to(device))
-        vectors = gathered(self.points.features[:count].to(device))
-        return vectors[keys.argsort()[:count]]
+        keys, _, features = (gathered(values[:count].to(device)) for values in self._parts[0])
+        return features[keys.argsort()[:count]]
 
     def stream(self, device: str | torch.device) -> Stream:
         """The part of the sample that lies here, in every pass."""
 
         def parts(_number: int) -> Iterator[Points]:
-            for begin in range(0, len(self.points.numbers), _CHUNK):
-                numbers, features = (values[begin : begin + _CHUNK] for values in self.points)
+            for numbers, features in zip(*(torch.split(values, _CHUNK) for values in self.points), strict=True):
                 yield Points(numbers, features.to(device))
 
         return parts
 
     def forget(self) -> None:
         """Give the memory back."""
-        self._keys = self._keys[:0]
-        self.points = Points(self.points.numbers[:0].clone(), self.points.features[:0].clone())
+        self._parts = [tuple(values[:0].clone() for values in self._parts[0])]
 
     def _merge(self) -> None:
-        if not self._waiting:
-            return
-        old = [(self._keys, self.points)] if len(self._keys) else []
-        parts, self._waiting = [*old, *self._waiting], []
-        keys = torch.cat([k for k, _ in parts])
-        self._keys, order = keys.sort()
-        order = order[: self._capacity]
-        self._keys = self._keys[: self._capacity].clone()
-        numbers, features = (torch.cat([part[i] for _, part in parts])[order] for i in (0, 1))
-        self.points = Points(numbers, features)
-        if len(self._keys) == self._capacity:
-            self._limit = int(self._keys[-1])
+        keys, numbers, features = (torch.cat(values) for values in zip(*self._parts, strict=True))
+        keys, order = keys.sort()
+        keys, order = keys[: self._capacity].clone(), order[: self._capacity]
+        self._parts = [(keys, numbers[order], features[order])]
+        if len(keys) == self._capacity:
+            self._limit = int(keys[-1])
 
 
 @contextmanager
@@ -171,17 +146,12 @@ def summed(value: Tensor) -> Tensor:
 
 
 def gathered(value: Tensor) -> Tensor:
-    """The rows of all processes, one after the other."""
+    """The rows of all processes, one after the other; each may have another number of them."""
     if not _together():
         return value
-    sizes = [torch.zeros(1, dtype=torch.long, device=value.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([len(value)], device=value.device))
-    longest = int(max(size.item() for size in sizes))
-    padded = value.new_zeros(longest, *value.shape[1:])
-    padded[: len(value)] = value
-    parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(size)] for part, size in zip(parts, sizes, strict=True)])
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, value.cpu())
+    return torch.cat(parts).to(value.device)
 
 
 def hashed(numbers: Tensor, seed: int) -> Tensor:

@@ -107,12 +107,9 @@ def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component
     """
     hf_config, parts, facts = convert_backbone(keys, "dinov2", heads)
     config = EncoderConfig(hf_config=hf_config, **{"positions": "dinov2-offset", **fields})
-    kept = {
-        name: pieces
-        for name, pieces in parts.items()
-        if not (match := re.match(r"encoder\.layer\.(\d+)\.", name)) or int(match[1]) <= facts["depth"] + config.layer
-    }
-    return Component("TransformersEncoder", config, kept, facts)
+    behind = tuple(f"encoder.layer.{index}." for index in range(facts["depth"] + config.layer + 1, facts["depth"]))
+    kept = {name: pieces for name, pieces in parts.items() if not name.startswith(behind)}
+    return Component("TransformersEncoder", config, kept, facts, Path(keys.where))
 
 
 def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any], Parts, dict[str, Any]]:
@@ -143,7 +140,7 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
     registers = keys.shape("register_tokens")[1] if "register_tokens" in keys else 0
     depth = keys.count(r"blocks\.(\d+)\.")
     bias = "blocks.0.attn.qkv.bias" in keys
-    heads = heads or default_heads(family, dim)
+    heads = heads or default_heads(family, dim, keys.where)
     if dim % heads:
         raise DigitError(f"heads={heads} does not divide the width {dim} of the encoder in {keys.where}.")
     hf_config = {
@@ -179,7 +176,7 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
     return hf_config, parts, facts
 
 
-def default_heads(family: str, dim: int) -> int:
+def default_heads(family: str, dim: int, where: str) -> int:
     """Heads of the published network of this width: width / 64, but for MAE-Huge and MoCo v3's ViT-S.
 
     Raises:
@@ -190,7 +187,8 @@ def default_heads(family: str, dim: int) -> int:
         return published[family, dim]
     if dim % 64:
         raise DigitError(
-            f"The number of heads of an encoder of width {dim} is not known and not in its tensors; give heads= (--heads)."
+            f"The number of heads of the encoder in {where}, of width {dim}, is not known and not in its tensors; "
+            "give heads= (--heads)."
         )
     return dim // 64
 
@@ -214,13 +212,10 @@ def _block(keys: Keys, dim: int, hidden: int, dinov2: bool, swiglu: bool, bias: 
         ours = (_DINOV2 if dinov2 else _VIT)[name]
         block[f"{ours}.weight"] = keys.take(f"{name}.weight", *shape)
         block[f"{ours}.bias"] = keys.take(f"{name}.bias", shape[0])
-    fused = {"weight": keys.take("attn.qkv.weight", 3 * dim, dim)}
-    if bias:
-        fused["bias"] = keys.take("attn.qkv.bias", 3 * dim)
-    for kind, value in fused.items():
-        for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
+    for kind, shape in {"weight": (3 * dim, dim), **({"bias": (3 * dim,)} if bias else {})}.items():
+        fused = keys.take(f"attn.qkv.{kind}", *shape)
+        for part, chunk in zip(("query", "key", "value"), fused.chunk(3), strict=True):
             block[f"attention.attention.{part}.{kind}"] = chunk
-    if dinov2:
-        for index in (1, 2):
-            block[f"layer_scale{index}.lambda1"] = keys.take(f"ls{index}.gamma", dim)
+    for index in (1, 2) if dinov2 else ():
+        block[f"layer_scale{index}.lambda1"] = keys.take(f"ls{index}.gamma", dim)
     return block

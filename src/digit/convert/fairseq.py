@@ -88,9 +88,7 @@ class Checkpoint:
     Attributes:
         path: of the file.
         kind: which model it holds; None if it does not say.
-        settings: of the model.
-        label_smoothing: of its training.
-        sizes: vocabulary sizes that the task names: "source_vocab_size", "target_vocab_size".
+        settings, task, criterion: of the model and of its training; empty if it does not say.
         keys: its tensors.
         updates: training steps, where the file says.
     """
@@ -98,8 +96,8 @@ class Checkpoint:
     path: Path
     kind: Kind | None
     settings: Mapping[str, Any]
-    label_smoothing: float
-    sizes: Mapping[str, int]
+    task: Mapping[str, Any]
+    criterion: Mapping[str, Any]
     keys: Keys
     updates: int | None
 
@@ -124,41 +122,19 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             f"{path} is not a DiGIT checkpoint: expected a 'model' with tensors named decoder.*; it holds {found}. "
             "A VQGAN is given as --vqgan, an encoder as --encoder, a codebook as --codebook."
         )
-    settings, task, criterion = _settings(values)
-    name = settings.get("_name") or settings.get("arch")
-    return Checkpoint(
-        path=path,
-        kind=_KINDS.get(str(name)) or _kind_by_keys(tensors),
-        settings=settings,
-        label_smoothing=float(criterion.get("label_smoothing") or 0.0),
-        sizes={
-            key: int(task[key]) for key in ("source_vocab_size", "target_vocab_size") if isinstance(task.get(key), int)
-        },
-        keys=Keys(tensors, str(path)),
-        updates=_updates(values),
-    )
-
-
-def _settings(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Settings of model, task and criterion: three sections of "cfg", or one flat "args" as older fairseq writes."""
-    cfg = plain(values.get("cfg"))
-    flat = [plain(values.get("args"))] * 3
-    sections = [cfg.get(key) for key in ("model", "task", "criterion")] if isinstance(cfg, dict) else flat
-    model, task, criterion = (section if isinstance(section, dict) else {} for section in sections)
-    return model, task, criterion
-
-
-def _kind_by_keys(tensors: Mapping[str, Any]) -> Kind | None:
-    if "decoder.embed_positions_1.weight" in tensors:
-        return None  # AR and masked decoders have the same tensors
-    return "stage 1" if "centroids" in tensors else "VQ-only"
-
-
-def _updates(values: Mapping[str, Any]) -> int | None:
+    # three sections of "cfg", or one flat "args" as older fairseq writes
+    cfg, args = plain(values.get("cfg")), plain(values.get("args"))
+    sections = [cfg.get(key) if isinstance(cfg, dict) else args for key in ("model", "task", "criterion")]
+    settings, task, criterion = (section if isinstance(section, dict) else {} for section in sections)
+    kind = _KINDS.get(str(settings.get("_name") or settings.get("arch")))
+    # by their tensors, AR and masked decoders are the same
+    if kind is None and "decoder.embed_positions_1.weight" not in tensors:
+        kind = "stage 1" if "centroids" in tensors else "VQ-only"
     history = plain(values.get("optimizer_history"))
     last = history[-1] if isinstance(history, list) and history else None
     updates = last.get("num_updates") if isinstance(last, dict) else None
-    return updates if isinstance(updates, int) else None
+    updates = updates if isinstance(updates, int) else None
+    return Checkpoint(path, kind, settings, task, criterion, Keys(tensors, str(path)), updates)
 
 
 def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Component:
@@ -177,7 +153,12 @@ def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Com
             f"{file.path}: decoder.embed_tokens.weight has {rows} rows and decoder.output_projection.weight {vocab + SPECIALS}; "
             f"these do not make a {'prior' if role == 'prior' else 'decoder with a semantic prefix'}."
         )
-    _check_sizes(file, {"target_vocab_size": vocab, "source_vocab_size": prefix_vocab if role != "prior" else -1})
+    for name, size in (("target_vocab_size", vocab), ("source_vocab_size", prefix_vocab)):
+        said = file.task.get(name)
+        if isinstance(said, int) and said >= 0 and size and said != size:
+            raise DigitError(
+                f"{file.path} contradicts itself: its task says {name} = {said}, its tensors have {size} symbols."
+            )
     config = TokenModelConfig(
         role=role,
         vocab_size=vocab,
@@ -187,7 +168,7 @@ def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Com
         num_classes=rest if role == "prior" else 0,
         class_dropout=0.0,  # their labels are never dropped: guidance was not trained
         embedding_scale=1.0 if file.settings.get("no_scale_embedding") else dim**0.5,
-        label_smoothing=file.label_smoothing,
+        label_smoothing=float(file.criterion.get("label_smoothing") or 0.0),
         transformer=_transformer_config(file, dim, causal=role != "masked"),
     )
     behind, positions = SPECIALS + vocab, _FIRST_POSITION
@@ -235,15 +216,6 @@ def _transformer_config(file: Checkpoint, dim: int, causal: bool) -> Transformer
         dropout=float(settings.get("dropout") or 0.0),
         norm_eps=1e-5,
     )
-
-
-def _check_sizes(file: Checkpoint, found: Mapping[str, int]) -> None:
-    for name, size in found.items():
-        said = file.sizes.get(name, -1)
-        if said >= 0 and size >= 0 and said != size:
-            raise DigitError(
-                f"{file.path} contradicts itself: its task says {name} = {said}, its tensors have {size} symbols."
-            )
 
 
 def linear_probe(file: Checkpoint) -> Component | None:

@@ -117,13 +117,10 @@ class Keys:
     def check(self) -> None:
         """Raise :class:`DigitError` naming every missing, misshapen and unexpected key, if there is any."""
         extra = [name for name in self._tensors if name not in self._taken and name.startswith(self._prefix)]
-        problems = self._problems + [f"unexpected: {name} {_shape_of(self._tensors[name])}" for name in extra]
+        shapes = [tuple(getattr(self._tensors[name], "shape", ("not a tensor",))) for name in extra]
+        problems = self._problems + [f"unexpected: {name} {shape}" for name, shape in zip(extra, shapes, strict=True)]
         if problems:
             more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
             raise DigitError(
                 f"The keys of {self.where} are not those of the published layout: {'; '.join(problems[:_SHOWN])}{more}."
             )
-
-
-def _shape_of(value: Any) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"({type(value).__name__}, not a tensor)"

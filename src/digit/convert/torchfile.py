@@ -121,9 +121,8 @@ def read_torch_file(path: str | Path) -> Any:
                     "weights. digit loads tensors and plain settings only. If you trust the file, open it where it was made "
                     "and save its state dict alone with torch.save."
                 ) from error
-            reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__).splitlines()[
-                0
-            ]
+            reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
+            reason = reason.splitlines()[0]
             if reason.startswith("Unsupported operand"):
                 reason = "or it is written in a pickle protocol other than 2; save it again with torch.save"
             raise DigitError(

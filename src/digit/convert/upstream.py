@@ -6,7 +6,6 @@ make a whole model. A part that is in several files must be the same in all of t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -106,10 +105,10 @@ class _Found:
             self._offer("codebook", codebook_component(read_centroids(codebook), self.half, Path(codebook)))
         if vqgan is not None:
             self.keys.append(vqgan_keys(vqgan))
-            self._offer("vqgan", vqgan_component(self.keys[-1], _RESOLUTION, Path(vqgan)))
+            self._offer("vqgan", vqgan_component(self.keys[-1], _RESOLUTION))
         if encoder is not None:
             self.keys.append(read_backbone(encoder)[0])
-            self._offer("encoder", self._encoder(self.keys[-1], Path(encoder)))
+            self._offer("encoder", encoder_component(self.keys[-1], self.heads))
 
     def add_checkpoint(self, file: Checkpoint, role: Role) -> None:
         self.keys.append(file.keys)
@@ -125,16 +124,9 @@ class _Found:
             self._offer("codebook", codebook_component(table, self.half, file.path))
         encoder, vqgan = (file.keys.under(prefix) for prefix in ("pretrained_encoder.", "vqgan."))
         if encoder.names():
-            self._offer("encoder", self._encoder(encoder, file.path))
+            self._offer("encoder", encoder_component(encoder, self.heads))
         if vqgan.names():
-            self._offer("vqgan", vqgan_component(vqgan, _RESOLUTION, file.path))
-
-    def _encoder(self, keys: Keys, file: Path) -> Component:
-        try:
-            return dataclasses.replace(encoder_component(keys, self.heads), file=file)
-        except DigitError as error:
-            text = str(error)
-            raise error if str(file) in text else DigitError(f"The encoder in {file}: {text}") from error
+            self._offer("vqgan", vqgan_component(vqgan, _RESOLUTION))
 
     def _offer(self, place: str, component: Component | None) -> None:
         if component is not None:
@@ -157,14 +149,10 @@ class _Found:
             raise DigitError(f"{sentence}: '{name}' is {x[name]} in the one and {y[name]} in the other. {advice}")
         for name in a.parts:
             for piece, other in zip(a.parts[name], b.parts[name], strict=True):
-                if not _same_but_for_rounding(piece, other):
+                if not torch.allclose(piece.float(), other.float(), rtol=_HALF_STEP, atol=_HALF_TINY):
                     raise DigitError(f"{sentence}: the values of '{name}' differ. {advice}")
                 release(piece)
                 release(other)
-
-
-def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a.float(), b.float(), rtol=_HALF_STEP, atol=_HALF_TINY)
 
 
 def _open(path: str | Path, role: Role) -> Checkpoint:
@@ -179,18 +167,15 @@ def _open(path: str | Path, role: Role) -> Checkpoint:
 
 def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"], name: str) -> DigitPipeline:
     """The model without its numbers: checks that the parts fit each other, and knows the index and the card."""
-
-    def build(place: str, module_class: Any) -> Any:
-        return module_class(parts[place].config) if place in parts else None
-
+    classes = {"encoder": TransformersEncoder, "codebook": Codebook, "vqgan": VQGAN}
     with torch.device("meta"):
-        decoders = {kind: build(f"decoder/{kind}", TokenModel) for kind in ("ar", "masked")}
+        built: dict[str, Any] = {
+            place: classes.get(place, TokenModel)(part.config) for place, part in parts.items() if place != "probe"
+        }
+        decoders = {kind: built.pop(f"decoder/{kind}", None) for kind in ("ar", "masked")}
         pipe = DigitPipeline(
-            encoder=build("encoder", TransformersEncoder),
-            codebook=build("codebook", Codebook),
-            prior=build("prior", TokenModel),
+            **built,
             decoders={kind: decoder for kind, decoder in decoders.items() if decoder is not None},
-            vqgan=build("vqgan", VQGAN),
             space=space,
             name=name,
             provenance={"converted_from": sorted({short_name(part.file) for part in parts.values() if part.file})},

@@ -31,7 +31,7 @@ def convert_vqgan(source: str | Path, out: str | Path, resolution: int = 256) ->
         DigitError: not such a file, or keys that do not fit; the message names the file and the keys.
     """
     keys = vqgan_keys(source)
-    component = vqgan_component(keys, resolution, Path(source))
+    component = vqgan_component(keys, resolution)
     keys.check()
     write_component(out, component)
     return Path(out)
@@ -54,7 +54,7 @@ def vqgan_keys(source: str | Path) -> Keys:
     return Keys(values, str(source))
 
 
-def vqgan_component(keys: Keys, resolution: int, file: Path) -> Component:
+def vqgan_component(keys: Keys, resolution: int) -> Component:
     """Config and tensors; every size is read from the weights."""
     channels = keys.shape("encoder.conv_in.weight")[0]
     levels = keys.count(r"encoder\.down\.(\d+)\.block\.0\.conv1\.weight$")
@@ -83,7 +83,7 @@ def vqgan_component(keys: Keys, resolution: int, file: Path) -> Component:
     ]
     with torch.device("meta"):
         model = VQGAN(config)
-    return Component("VQGAN", config, keys.parts(model, renames), file=file)
+    return Component("VQGAN", config, keys.parts(model, renames), file=Path(keys.where))
 
 
 def _shortcut(keys: Keys, channels: int, widths: list[int]) -> Any:

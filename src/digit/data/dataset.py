@@ -1,8 +1,7 @@
 """Image datasets: one map-style class over every source, and the folder format that this package writes.
 
 The format: a folder with ``dataset.json`` (name, classes, counts, image size, source, licence, checksum), tar shards in
-    the
-WebDataset convention (``train-00000.tar`` with ``KEY.png`` and ``KEY.cls``), and for each split an index
+the WebDataset convention (``train-00000.tar`` with ``KEY.png`` and ``KEY.cls``), and for each split an index
 (``train.index.npz``). The shards stream with any WebDataset reader; through the index any image is one read.
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,17 +18,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from huggingface_hub import constants
 from numpy.typing import NDArray
 from PIL import Image
 
-from digit.core.errors import DigitError, require
-from digit.core.files import cache_folder, read_json
-from digit.core.hub import out_of_reach, repository_id
+from digit.core.errors import DigitError
+from digit.core.files import read_json
 from digit.core.images import decode
 from digit.core.progress import bar, track
 from digit.data.shards import ShardIndex
-from digit.data.sources import SPLIT_NAMES, HubSource, ShardSource, Source, SubsetSource, open_folder, open_tars
+from digit.data.sources import ShardSource, Source, SubsetSource, open_folder, open_hub, open_tars
 
 FORMAT = "digit-dataset"
 VERSION = 1
@@ -48,16 +44,6 @@ class Sample(NamedTuple):
     key: str
 
 
-class _Where(NamedTuple):
-    """The name of an image for an error; made into text only then, for that takes longer than reading a small image."""
-
-    source: Source
-    i: int
-
-    def __str__(self) -> str:
-        return self.source.where(self.i)
-
-
 class ImageDataset:
     """Images by number: ``ds[i] -> Sample``. Reading is safe from many threads.
 
@@ -69,16 +55,9 @@ class ImageDataset:
         labels: (n,) int64, -1 for none.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        name: str,
-        split: str,
-        classes: Sequence[str] = (),
-        image_size: tuple[int, int] | None = None,
-    ) -> None:
-        self.source, self.name, self.split = source, name, split
-        self.classes, self.image_size, self.labels = tuple(classes), image_size, source.labels
+    def __init__(self, source: Source, name: str, split: str, image_size: tuple[int, int] | None = None) -> None:
+        self.source, self.name, self.split, self.image_size = source, name, split, image_size
+        self.classes, self.labels = source.classes, source.labels
         self._arrays: NDArray[np.uint8] | None = None
         self._lock = threading.Lock()
 
@@ -96,7 +75,7 @@ class ImageDataset:
         if not -n <= i < n:
             raise IndexError(f"image {i} of {n}")
         i = int(i) % n
-        image = decode(self.source.read(i), _Where(self.source, i)).image
+        image = decode(self.source.read(i), self.source.where(i)).image
         return Sample(image, int(self.labels[i]), self.source.key(i))
 
     @cached_property
@@ -109,8 +88,8 @@ class ImageDataset:
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageDataset:
         """A dataset of these images, in this order."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        return ImageDataset(SubsetSource(self.source, chosen), self.name, self.split, self.classes, self.image_size)
+        source = SubsetSource(self.source, np.asarray(indices, dtype=np.int64))
+        return ImageDataset(source, self.name, self.split, self.image_size)
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -120,7 +99,7 @@ class ImageDataset:
     @property
     def in_memory(self) -> bool:
         """Whether :meth:`arrays` is known to work and to stay under 2 GiB."""
-        return self.image_size is not None and len(self) * self.image_size[0] * self.image_size[1] * 3 <= _MEMORY_BYTES
+        return self.image_size is not None and self._bytes(self.image_size) <= _MEMORY_BYTES
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """All images (n, H, W, 3) uint8 and labels (n,) int64, decoded once and kept; do not write into them.
@@ -142,32 +121,35 @@ class ImageDataset:
         for i in track(range(len(self)), f"Verifying {self.name} {self.split}"):
             self[i]
 
+    def _bytes(self, size: tuple[int, int]) -> int:
+        return len(self) * size[0] * size[1] * 3
+
     def _decode_all(self) -> NDArray[np.uint8]:
-        width, height = self.image_size or self[0].image.size
-        if len(self) * width * height * 3 > _MEMORY_BYTES:
+        width, height = size = self.image_size or self[0].image.size
+        if self._bytes(size) > _MEMORY_BYTES:
             raise DigitError(
                 f"{self.name} {self.split} has {len(self):,} images of {width}x{height}, too many to hold in memory; "
                 "import them smaller with: digit data folder SRC --size N --out DIR"
             )
         pixels = np.empty((len(self), height, width, 3), dtype=np.uint8)
 
-        def fill(start: int) -> int:
-            stop = min(start + _CHUNK, len(self))
-            for i in range(start, stop):
+        def fill(numbers: range) -> int:
+            for i in numbers:
                 image = self[i].image
-                if image.size != (width, height):
+                if image.size != size:
                     raise DigitError(
                         f"{self.source.where(i)} is {image.width}x{image.height}, others are {width}x{height}; import them at "
                         "one size with: digit data folder SRC --size N --out DIR"
                     )
                 pixels[i] = np.asarray(image)
-            return stop - start
+            return len(numbers)
 
+        chunks = [range(len(self))[start : start + _CHUNK] for start in range(0, len(self), _CHUNK)]
         with (
             bar(f"Decoding {self.name} {self.split}", len(self)) as progress,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
-            for count in pool.map(fill, range(0, len(self), _CHUNK)):
+            for count in pool.map(fill, chunks):
                 progress.advance(count)
         return pixels
 
@@ -190,12 +172,10 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
     if place.is_dir():
         if (place / "dataset.json").is_file():
             return _open_own(place, split)
-        if tars := sorted(place.glob("*.tar")):
-            return _open_tars(tars, place.name, split)
-        source, classes = open_folder(place, split)
-        return ImageDataset(source, place.name, split, classes)
+        tars = sorted(place.glob("*.tar"))
+        return ImageDataset(open_tars(tars, split) if tars else open_folder(place, split), place.name, split)
     if place.is_file() and place.suffix == ".tar":
-        return _open_tars([place], place.stem, split)
+        return ImageDataset(open_tars([place], split), place.stem, split)
     if place.is_file():
         raise DigitError(
             f"{place} is a file, expected a folder of images, tar shards, or a dataset made by `digit data`."
@@ -204,8 +184,8 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
         found = sorted(place.parent.glob(place.name))
         if not found:
             raise DigitError(f"No file matches {text}.")
-        return _open_tars(found, place.parent.name, split)
-    return _open_hub(text, split)
+        return ImageDataset(open_tars(found, split), place.parent.name, split)
+    return ImageDataset(open_hub(text, split), text, split)
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -229,45 +209,12 @@ def _open_own(folder: Path, split: str) -> ImageDataset:
     info = read_description(folder)
     if split not in info["splits"]:
         raise DigitError(f"The dataset {folder} has no split '{split}'; it has: {', '.join(info['splits'])}.")
-    index = ShardIndex.load(folder / f"{split}.index.npz")
+    path = folder / f"{split}.index.npz"
+    index = ShardIndex.load(path)
     if index.fingerprint() != info["splits"][split]["checksum"]:
         raise DigitError(
-            f"The index {folder / f'{split}.index.npz'} does not match the checksum in dataset.json: one of them has changed. "
+            f"The index {path} does not match the checksum in dataset.json: one of them has changed. "
             "Copy or build the dataset again."
         )
     size = tuple(info["image_size"]) if info["image_size"] else None
-    return ImageDataset(ShardSource(folder, index), info["name"], split, info["classes"], size)
-
-
-def _open_tars(paths: Sequence[Path], name: str, split: str) -> ImageDataset:
-    parts = {re.split(r"[-_.]", path.name)[0] for path in paths}
-    divided = parts <= SPLIT_NAMES
-    if split not in (parts if divided else {"train"}):
-        raise DigitError(
-            f"The shards of {paths[0].parent} have no split '{split}'; "
-            + (f"they have: {', '.join(sorted(parts))}." if divided else "they are not divided.")
-        )
-    chosen = [path for path in paths if path.name.startswith(split)] if divided else list(paths)
-    source = open_tars(chosen, cache_folder())
-    count = int(source.labels.max(initial=-1)) + 1
-    return ImageDataset(source, name, split, [str(i) for i in range(count)])
-
-
-def _open_hub(name: str, split: str) -> ImageDataset:
-    repository_id(name, "dataset")
-    tried = f"There is no folder or file {name}, so a Hub dataset of that name was tried"
-    try:
-        datasets = require("datasets", "data", "opening a Hub dataset")
-    except DigitError as error:
-        raise DigitError(f"{tried}, but {error}") from error
-    barrier, offline = out_of_reach(), constants.HF_HUB_OFFLINE
-    try:
-        constants.HF_HUB_OFFLINE = bool(barrier)  # then the cache alone is asked, instead of the network six times
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the library raises many types, down to those of its HTTP client
-        reason = f"it is not in the cache, and {barrier}" if barrier else str(error).splitlines()[0]
-        raise DigitError(f"{tried} (the local cache first, then the Hub), which failed: {reason}.") from error
-    finally:
-        constants.HF_HUB_OFFLINE = offline
-    source = HubSource(rows, name)
-    return ImageDataset(source, name, split, source.classes)
+    return ImageDataset(ShardSource(folder, index, info["classes"]), info["name"], split, size)

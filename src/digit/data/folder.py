@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from digit.core.errors import DigitError
 from digit.core.files import write_json
-from digit.core.images import Decoded, decode, encode_png
+from digit.core.images import decode, encode_png
 from digit.core.progress import bar
+from digit.core.threads import map_ahead
 from digit.core.transforms import center_crop, resampling, resize_shorter
 from digit.data.sources import survey_folder
 from digit.data.writer import refuse_to_replace, write_dataset
@@ -44,10 +43,10 @@ class FolderReport:
         if self.per_class:
             counts = self.per_class.values()
             lines.append(f"{len(self.per_class):,} classes with {min(counts):,} to {max(counts):,} images")
-            if empty := [name for name, count in self.per_class.items() if not count]:
+            if empty := [name for name, images in self.per_class.items() if not images]:
                 lines.append(f"classes without an image: {', '.join(empty)}")
         kinds = Counter(note for what in self.converted.values() for note in what.split("; "))
-        lines += [f"converted: {count:,} x {kind}" for kind, count in kinds.most_common()]
+        lines += [f"converted: {number:,} x {kind}" for kind, number in kinds.most_common()]
         lines += [f"animated: {name} ({what})" for name, what in islice(self.animated.items(), 10)]
         lines += [f"skipped: {name}: {reason}" for name, reason in islice(self.skipped.items(), 10)]
         if len(self.skipped) > 10 or len(self.animated) > 10:
@@ -86,21 +85,22 @@ def import_folder(
     files, splits, labels, classes, hidden = survey_folder(source, images_only=False)
     report = FolderReport(str(source), files=len(files) + len(hidden), per_class=dict.fromkeys(classes, 0))
     report.skipped = dict.fromkeys(hidden, "hidden: a part of its path begins with a dot")
-    keys = _Keys()
+    name, taken = source.resolve().name, set[str]()
+
+    def prepare(file: str) -> _Item | DigitError:
+        return _prepare(source / file, size, filter)
+
     with (
-        write_dataset(
-            out, source.resolve().name, classes, f"the folder {source.resolve().name}", "not stated", size and filter
-        ) as writer,
+        write_dataset(out, name, classes, f"the folder {name}", "not stated", size and filter) as writer,
         bar(f"Importing {source}", len(files), unit="files") as progress,
     ):
-        for file, split, label, item in zip(
-            files, splits, labels.tolist(), _prepare_all(source, files, size, filter), strict=True
-        ):
+        items = map_ahead(prepare, files, os.cpu_count() or 1, _AHEAD)
+        for file, split, label, item in zip(files, splits, labels.tolist(), items, strict=True):
             progress.advance()
             if isinstance(item, DigitError):
                 report.skipped[file] = str(item).replace(str(source / file), "it")
                 continue
-            writer.add(split, keys.make(file), item.data, item.extension, item.size, label)
+            writer.add(split, _key(file, taken), item.data, item.extension, item.size, label)
             _account(report, file, item, classes[label] if label >= 0 else None)
         if not report.used:
             raise DigitError(_nothing_found(source, report))
@@ -121,16 +121,6 @@ def _check_places(source: Path, out: Path) -> None:
     refuse_to_replace(out)
 
 
-def _prepare_all(source: Path, files: list[str], size: int | None, filter: str) -> Iterator[_Item | DigitError]:
-    """Decode with threads, a bounded number ahead, in order."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        rest = iter(files)
-        pending = [pool.submit(_prepare, source / file, size, filter) for file in islice(rest, _AHEAD)]
-        while pending:
-            yield pending.pop(0).result()
-            pending += [pool.submit(_prepare, source / file, size, filter) for file in islice(rest, 1)]
-
-
 def _prepare(path: Path, size: int | None, filter: str) -> _Item | DigitError:
     try:
         decoded = decode(path)
@@ -139,15 +129,12 @@ def _prepare(path: Path, size: int | None, filter: str) -> _Item | DigitError:
             return _Item(path.read_bytes(), _KEPT_AS_THEY_ARE[decoded.format], image.size, ())
         if size is not None:
             image = center_crop(resize_shorter(image, size, filter), size)
-        return _Item(encode_png(image), "png", image.size, _notes(decoded))
+        stored = () if decoded.format in _KEPT_AS_THEY_ARE else (f"{decoded.format} file stored as PNG",)
+        return _Item(encode_png(image), "png", image.size, decoded.notes + stored)
     except DigitError as error:
         return error
     except OSError as error:
         return DigitError(f"it cannot be read: {error.strerror or error}.")
-
-
-def _notes(decoded: Decoded) -> tuple[str, ...]:
-    return decoded.notes + (() if decoded.format in _KEPT_AS_THEY_ARE else (f"{decoded.format} file stored as PNG",))
 
 
 def _account(report: FolderReport, file: str, item: _Item, class_name: str | None) -> None:
@@ -160,23 +147,13 @@ def _account(report: FolderReport, file: str, item: _Item, class_name: str | Non
         report.converted[file] = "; ".join(changed)
 
 
-class _Keys:
-    """Keys made of relative paths: the ending goes, dots become underscores, and a clash gets a number."""
-
-    def __init__(self) -> None:
-        self._seen: set[str] = set()
-
-    def make(self, file: str) -> str:
-        folder, _, base = file.rpartition("/")
-        stem = base.rpartition(".")[0] or base
-        plain = stem.replace(".", "_")
-        key = start = f"{folder}/{plain}" if folder else plain
-        number = 1
-        while key in self._seen:
-            number += 1
-            key = f"{start}-{number}"
-        self._seen.add(key)
-        return key
+def _key(file: str, taken: set[str]) -> str:
+    """A key made of a relative path: the ending goes, dots become underscores, and a clash gets a number."""
+    folder, slash, base = file.rpartition("/")
+    start = f"{folder}{slash}{(base.rpartition('.')[0] or base).replace('.', '_')}"
+    key = next(key for key in chain([start], (f"{start}-{number}" for number in count(2))) if key not in taken)
+    taken.add(key)
+    return key
 
 
 def _nothing_found(source: Path, report: FolderReport) -> str:

@@ -1,18 +1,15 @@
 """Which images a training step sees, as a pure function of the seed and the step.
 
 Neither the number of processes, nor that of worker threads, nor where a run was interrupted changes it: the global
-    batch of
-step t is always the same set of images, each augmented in the same way.
+batch of step t is always the same set of images, each augmented in the same way.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,24 +17,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from digit.core.errors import DigitError
+from digit.core.threads import map_ahead
 from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
 
 Positions = NDArray[np.int64]
-
-
-class Sampler(Protocol):
-    """Says which images belong to a step."""
-
-    def indices(self, step: int) -> Positions:
-        """The images of a step, as numbers in the dataset."""
-
-    def epochs(self, step: int) -> Positions:
-        """For each of them, how many times the dataset has been passed through before."""
-
-    @property
-    def steps(self) -> int | None:
-        """Number of steps in one pass, for a sampler that makes only one; None for one that never ends."""
 
 
 class StepSampler:
@@ -55,6 +39,7 @@ class StepSampler:
     """
 
     steps = None
+    """It never ends."""
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if length < 1 or batch_size < 1:
@@ -89,24 +74,38 @@ class StepSampler:
 
 
 class OrderedSampler:
-    """One pass in order; the last batch may be smaller. For everything that must see each image once."""
+    """One pass that sees each image once; the last batch may be smaller.
 
-    def __init__(self, length: int, batch_size: int) -> None:
+    Args:
+        length: number of images.
+        batch_size: global batch size. The ranks share each batch in parts that differ by at most one image; where it has
+            fewer images than there are ranks, some parts are empty.
+        order: (length,) the images in the order of the pass; by default as they are numbered.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self, length: int, batch_size: int, order: Positions | None = None, rank: int = 0, world_size: int = 1
+    ) -> None:
         if batch_size < 1:
             raise DigitError(f"The batch size must be at least 1, not {batch_size}.")
         self.length, self.batch_size = length, batch_size
+        self._order = np.arange(length, dtype=np.int64) if order is None else order
+        self._rank, self._world_size = rank, world_size
 
     @property
     def steps(self) -> int:
-        """Number of batches."""
+        """Number of batches, the same for every rank."""
         return -(-self.length // self.batch_size)
 
     def indices(self, step: int) -> Positions:
-        """The images of batch ``step``: (batch_size,) int64, fewer in the last."""
-        return np.arange(step * self.batch_size, min((step + 1) * self.batch_size, self.length), dtype=np.int64)
+        """The images of this rank in batch ``step``."""
+        batch = self._order[step * self.batch_size : (step + 1) * self.batch_size]
+        return np.array_split(batch, self._world_size)[self._rank]
 
     def epochs(self, step: int) -> Positions:
-        """Zeros: there is one pass."""
+        """Zeros: there is one pass, and an image is cut in the same way in every other."""
         return np.zeros_like(self.indices(step))
 
 
@@ -154,7 +153,7 @@ class Batches:
     def __init__(
         self,
         dataset: ImageDataset,
-        sampler: Sampler,
+        sampler: StepSampler | OrderedSampler,
         transform: Transform,
         seed: int = 0,
         start: int = 0,
@@ -173,22 +172,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         if self.dataset.in_memory:
             self.dataset.arrays()  # once, here, and not first thing in every worker
-        steps = iter(itertools.count(self.start) if self.stop is None else range(self.start, self.stop))
-        if not self.workers:
-            yield from map(self.batch, steps)
-            return
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="digit-data")
-        pending: deque[Future[Batch]] = deque()
-        try:
-            for step in itertools.islice(steps, self.workers * self.prefetch):
-                pending.append(pool.submit(self.batch, step))
-            while pending:
-                batch = pending.popleft().result()
-                for step in itertools.islice(steps, 1):
-                    pending.append(pool.submit(self.batch, step))
-                yield batch
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        steps = itertools.count(self.start) if self.stop is None else range(self.start, self.stop)
+        yield from map_ahead(self.batch, steps, self.workers, self.workers * self.prefetch)
 
     def batch(self, step: int) -> Batch:
         """The batch of one step, made here and now.

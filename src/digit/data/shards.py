@@ -9,10 +9,11 @@ never used as paths.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from digit.core.errors import DigitError
-from digit.core.files import write_file
+from digit.core.files import write_bytes
 from digit.core.images import EXTENSIONS
 from digit.core.progress import track
 
@@ -39,6 +40,16 @@ class Span(NamedTuple):
     offset: int
     length: int
     label: int
+    digest: bytes = b""
+
+
+@dataclass
+class Shard:
+    """A tar file and the images in it."""
+
+    name: str
+    size: int = 0
+    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,25 @@ class ShardIndex:
     digest: NDArray[np.uint8]
     """(n, 16): the first half of the SHA-256 of each image's bytes; (0, 16) where it is not known."""
 
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> ShardIndex:
+        """The index of these shards."""
+        spans = [span for shard in shards for span in shard.spans]
+        keys = [span.key.encode("utf-8", "replace") for span in spans]
+        column = np.array([span[1:4] for span in spans], dtype=np.int64).reshape(-1, 3)
+        counts = np.array([len(shard.spans) for shard in shards], dtype=np.int64)
+        return cls(
+            shards=tuple(shard.name for shard in shards),
+            sizes=np.array([shard.size for shard in shards], dtype=np.int64),
+            shard=np.repeat(np.arange(len(shards), dtype=np.int32), counts),
+            offset=column[:, 0].copy(),
+            length=column[:, 1].copy(),
+            label=column[:, 2].copy(),
+            key_text=np.frombuffer(b"".join(keys), dtype=np.uint8),
+            key_end=np.cumsum([len(key) for key in keys], dtype=np.int64),
+            digest=np.frombuffer(b"".join(span.digest for span in spans), dtype=np.uint8).reshape(-1, 16),
+        )
+
     def __len__(self) -> int:
         return len(self.shard)
 
@@ -69,9 +99,7 @@ class ShardIndex:
         return self.key_text[start : int(self.key_end[i])].tobytes().decode("utf-8", "replace")
 
     def fingerprint(self) -> str:
-        """SHA-256 over the keys, labels, lengths and digests in order: the same images in other shards give the
-        same.
-        """
+        """SHA-256 over keys, labels, lengths and digests in order: the same images in other shards give the same."""
         digest = hashlib.sha256()
         for array in (self.key_text, self.key_end, self.label, self.length, self.digest):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -79,14 +107,10 @@ class ShardIndex:
 
     def save(self, path: str | Path) -> Path:
         """Write as NPZ."""
-        arrays = {name: value for name, value in vars(self).items() if name != "shards"}
+        buffer = io.BytesIO()
         shards = np.frombuffer(json.dumps(self.shards).encode(), dtype=np.uint8)
-
-        def write(aside: Path) -> None:
-            with open(aside, "wb") as handle:
-                np.savez_compressed(handle, shards=shards, **arrays)
-
-        return write_file(path, write)
+        np.savez_compressed(buffer, **{**vars(self), "shards": shards})
+        return write_bytes(path, buffer.getvalue())
 
     @classmethod
     def load(cls, path: str | Path) -> ShardIndex:
@@ -106,44 +130,6 @@ class ShardIndex:
         return cls(**values)
 
 
-class IndexBuilder:
-    """Collects spans, shard by shard, into a :class:`ShardIndex`."""
-
-    def __init__(self) -> None:
-        self.shards: list[str] = []
-        self.sizes: list[int] = []
-        self._spans: list[tuple[int, int, int, int]] = []  # shard, offset, length, label
-        self._keys: list[bytes] = []
-        self._digests: list[bytes] = []
-
-    def add(self, span: Span, digest: bytes = b"") -> None:
-        """Add an image of the shard that :meth:`end_shard` will name next."""
-        self._spans.append((len(self.shards), span.offset, span.length, span.label))
-        self._keys.append(span.key.encode("utf-8", "replace"))
-        if digest:
-            self._digests.append(digest)
-
-    def end_shard(self, name: str, size: int) -> None:
-        """Name the shard whose images have all been added."""
-        self.shards.append(name)
-        self.sizes.append(size)
-
-    def build(self) -> ShardIndex:
-        """The finished index."""
-        columns = np.array(self._spans, dtype=np.int64).reshape(-1, 4)
-        return ShardIndex(
-            shards=tuple(self.shards),
-            sizes=np.array(self.sizes, dtype=np.int64),
-            shard=columns[:, 0].astype(np.int32),
-            offset=columns[:, 1].copy(),
-            length=columns[:, 2].copy(),
-            label=columns[:, 3].copy(),
-            key_text=np.frombuffer(b"".join(self._keys), dtype=np.uint8),
-            key_end=np.cumsum([len(key) for key in self._keys], dtype=np.int64),
-            digest=np.frombuffer(b"".join(self._digests), dtype=np.uint8).reshape(-1, 16),
-        )
-
-
 def short_digest(data: bytes) -> bytes:
     """The first 16 bytes of the SHA-256: enough to notice any damage."""
     return hashlib.sha256(data).digest()[:16]
@@ -156,36 +142,14 @@ def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
     return info.tobuf(tarfile.PAX_FORMAT), data + b"\0" * (-len(data) % BLOCK)
 
 
-def read_span(path: str | Path, offset: int, length: int) -> bytes:
-    """Read ``length`` bytes at ``offset``. The file is opened for each read, which costs microseconds and is safe in
-    threads and in forked processes.
-
-    Raises:
-        DigitError: the shard is missing or shorter than that.
-    """
-    try:
-        with open(path, "rb", buffering=0) as handle:
-            handle.seek(offset)
-            data = handle.read(length)
-    except FileNotFoundError as error:
-        raise DigitError(f"The shard {path} is missing.") from error
-    if len(data) != length:
-        raise DigitError(f"The shard {path} is truncated: it ends within an image at byte {offset:,}. Copy it again.")
-    return data
-
-
 def scan_shards(paths: Sequence[Path]) -> ShardIndex:
     """Build an index by reading the headers of tar files (and their small label members), not the images.
 
     Raises:
         DigitError: names the shard: missing, not a plain tar, truncated, or with a label that is not a number.
     """
-    builder = IndexBuilder()
-    for path in track(paths, "Indexing shards", unit="shards"):
-        for span in scan_shard(path):
-            builder.add(span)
-        builder.end_shard(path.name, path.stat().st_size)
-    return builder.build()
+    tracked = track(paths, "Indexing shards", unit="shards")
+    return ShardIndex.of([Shard(path.name, path.stat().st_size, list(scan_shard(path))) for path in tracked])
 
 
 def scan_shard(path: Path) -> Iterator[Span]:
@@ -194,16 +158,12 @@ def scan_shard(path: Path) -> Iterator[Span]:
         with tarfile.open(path, "r:") as tar:
             members = (member for member in tar if member.isreg() and not member.issparse())
             for key, sample in groupby(members, key=lambda member: _split_name(member.name)[0]):
-                span = _sample_span(tar, key, list(sample), path)
-                if span is not None:
-                    yield span
+                yield from _sample_span(tar, key, list(sample), path)
             # tarfile takes a file that stops between two members for a whole one
             if tar.offset + 2 * BLOCK > path.stat().st_size:
                 raise DigitError(
                     f"The shard {path} is truncated: the end mark of a tar file is missing. Copy it again."
                 )
-    except FileNotFoundError as error:
-        raise DigitError(f"There is no shard {path}.") from error
     except tarfile.TarError as error:
         raise DigitError(
             f"The shard {path} is not a readable plain tar file ({error}); it is truncated, damaged or compressed. "
@@ -212,14 +172,13 @@ def scan_shard(path: Path) -> Iterator[Span]:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    folder, _, base = name.rpartition("/")
+    folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
+    return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _sample_span(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], path: Path) -> Span | None:
-    image: tarfile.TarInfo | None = None
-    label = NO_LABEL
+def _sample_span(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], path: Path) -> Iterator[Span]:
+    image, label = None, NO_LABEL
     for member in members:
         extension = _split_name(member.name)[1]
         if extension in EXTENSIONS:
@@ -227,7 +186,8 @@ def _sample_span(tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo],
         elif extension in ("cls", "json") and member.size <= _MOST_LABEL_BYTES:
             handle = tar.extractfile(member)
             label = _label(handle.read() if handle else b"", extension, label, f"{member.name} in the shard {path}")
-    return Span(key, image.offset_data, image.size, label) if image else None
+    if image:
+        yield Span(key, image.offset_data, image.size, label)
 
 
 def _label(data: bytes, extension: str, label: int, where: str) -> int:

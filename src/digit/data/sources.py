@@ -1,5 +1,8 @@
 """Where images come from: indexed tar shards, a folder, a Hub dataset. Each gives the bytes, the label and the key of
 image i.
+
+`datasets` reads the Hub. Its imagefolder and webdataset loaders are not used for what lies here: the one skips files
+without saying so and does not follow links, the other copies every image into its cache and wants one form of sample.
 """
 
 from __future__ import annotations
@@ -7,51 +10,77 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+from huggingface_hub import constants
 from numpy.typing import NDArray
 
 from digit.core.errors import DigitError, require
+from digit.core.files import cache_folder
+from digit.core.hub import out_of_reach, repository_id
 from digit.core.images import EXTENSIONS
-from digit.data.shards import NO_LABEL, ShardIndex, read_span, scan_shards, short_digest
+from digit.data.shards import NO_LABEL, ShardIndex, scan_shards, short_digest
 
 logger = logging.getLogger(__name__)
 SPLIT_NAMES = frozenset({"train", "val", "valid", "validation", "test"})
 _FINGERPRINTED = 1024  # whole images read for the fingerprint of a source that keeps no digests
 
 
-class Source(Protocol):
-    """The bytes behind an :class:`~digit.data.dataset.ImageDataset`."""
+class Source:
+    """The bytes behind an :class:`~digit.data.dataset.ImageDataset`.
+
+    Attributes:
+        labels: (n,) class ids; -1 for none.
+        classes: their names; empty if there are none.
+    """
 
     labels: NDArray[np.int64]
+    classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        """Number of images."""
+        return len(self.labels)
 
     def key(self, i: int) -> str:
         """What image ``i`` is called within the dataset."""
+        raise NotImplementedError
 
     def where(self, i: int) -> str:
         """How to call image ``i`` in an error."""
+        raise NotImplementedError
 
     def read(self, i: int) -> bytes:
         """The file of image ``i``; raises DigitError naming what is missing or damaged."""
+        raise NotImplementedError
+
+    def lengths(self) -> NDArray[np.int64]:
+        """(n,) bytes of each image, where that is known without reading them; else (0,)."""
+        return np.zeros(0, dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """A SHA-256 that identifies the content."""
+        """SHA-256 over every key, label and length, and over the bytes of at most 1,024 images spread evenly: reading
+        a whole ImageNet to name it would take an hour.
+        """
+        digest = hashlib.sha256(self.labels.tobytes() + self.lengths().tobytes())
+        for i in range(len(self)):
+            digest.update(self.key(i).encode() + b"\0")
+        for i in np.unique(np.linspace(0, len(self) - 1, min(_FINGERPRINTED, len(self))).round().astype(int)):
+            digest.update(short_digest(self.read(int(i))))
+        return digest.hexdigest()
 
 
-class ShardSource:
+class ShardSource(Source):
     """Images in indexed tar shards in ``folder``."""
 
-    def __init__(self, folder: Path, index: ShardIndex) -> None:
-        self.folder, self.index, self.labels = folder, index, index.label
-        self._paths = [str(folder / name) for name in index.shards]
-        for name, size in zip(index.shards, index.sizes, strict=True):
-            path = folder / name
+    def __init__(self, folder: Path, index: ShardIndex, classes: Sequence[str] | None = None) -> None:
+        self.index, self.labels = index, index.label
+        numbers = range(int(self.labels.max(initial=-1)) + 1)
+        self.classes = tuple(map(str, numbers) if classes is None else classes)
+        self._paths = [folder / name for name in index.shards]
+        for path, name, size in zip(self._paths, index.shards, index.sizes, strict=True):
             if Path(name).name != name or not path.is_file():
                 raise DigitError(f"The shard {path} is missing.")
             if path.stat().st_size != size:
@@ -59,39 +88,44 @@ class ShardSource:
                     f"The shard {path} has {path.stat().st_size:,} bytes, its index says {size:,}; copy it again."
                 )
 
-    def __len__(self) -> int:
-        return len(self.index)
-
     def key(self, i: int) -> str:
         return self.index.key(i)
 
     def where(self, i: int) -> str:
-        return f"image {self.key(i)!r} in the shard {self._path(i)}"
+        return f"image {self.key(i)!r} in the shard {self._paths[self.index.shard[i]]}"
 
     def read(self, i: int) -> bytes:
-        data = read_span(self._path(i), int(self.index.offset[i]), int(self.index.length[i]))
+        path, offset = self._paths[self.index.shard[i]], int(self.index.offset[i])
+        try:
+            # opened for each read, which costs microseconds and is safe in threads and in forked processes
+            with open(path, "rb", buffering=0) as handle:
+                handle.seek(offset)
+                data = handle.read(int(self.index.length[i]))
+        except FileNotFoundError as error:
+            raise DigitError(f"The shard {path} is missing.") from error
+        if len(data) != self.index.length[i]:
+            raise DigitError(
+                f"The shard {path} is truncated: it ends within an image at byte {offset:,}. Copy it again."
+            )
         if len(self.index.digest) and short_digest(data) != self.index.digest[i].tobytes():
             raise DigitError(
-                f"The shard {self._path(i)} has changed or is damaged: image {self.key(i)!r} does not match its checksum. "
+                f"The shard {path} has changed or is damaged: image {self.key(i)!r} does not match its checksum. "
                 "Copy the shard again or build the dataset again."
             )
         return data
 
+    def lengths(self) -> NDArray[np.int64]:
+        return self.index.length
+
     def fingerprint(self) -> str:
-        return self.index.fingerprint() if len(self.index.digest) else sampled_fingerprint(self, self.index.length)
-
-    def _path(self, i: int) -> str:
-        return self._paths[int(self.index.shard[i])]
+        return self.index.fingerprint() if len(self.index.digest) else super().fingerprint()
 
 
-class FolderSource:
-    """Image files below ``folder``, as :func:`list_folder` finds them."""
+class FolderSource(Source):
+    """Image files below ``folder``."""
 
-    def __init__(self, folder: Path, files: Sequence[str], labels: NDArray[np.int64]) -> None:
-        self.folder, self.files, self.labels = folder, files, labels
-
-    def __len__(self) -> int:
-        return len(self.files)
+    def __init__(self, folder: Path, files: Sequence[str], labels: NDArray[np.int64], classes: tuple[str, ...]) -> None:
+        self.folder, self.files, self.labels, self.classes = folder, files, labels, classes
 
     def key(self, i: int) -> str:
         return self.files[i]
@@ -105,12 +139,11 @@ class FolderSource:
         except OSError as error:
             raise DigitError(f"Cannot read the image {self.where(i)}: {error.strerror or error}.") from error
 
-    def fingerprint(self) -> str:
-        sizes = np.array([(self.folder / name).stat().st_size for name in self.files], dtype=np.int64)
-        return sampled_fingerprint(self, sizes)
+    def lengths(self) -> NDArray[np.int64]:
+        return np.array([(self.folder / name).stat().st_size for name in self.files], dtype=np.int64)
 
 
-class HubSource:
+class HubSource(Source):
     """A split of a `datasets` dataset with an image column and, if there is one, a class column."""
 
     def __init__(self, dataset: Any, name: str) -> None:
@@ -125,9 +158,6 @@ class HubSource:
         values = dataset[label][:] if label else [NO_LABEL] * len(dataset)
         self.labels = np.array([NO_LABEL if value is None else value for value in values], dtype=np.int64)
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def key(self, i: int) -> str:
         return f"{i:08d}"
 
@@ -141,19 +171,14 @@ class HubSource:
         data: bytes = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         return data
 
-    def fingerprint(self) -> str:
-        return sampled_fingerprint(self, np.zeros(0, dtype=np.int64))
 
-
-class SubsetSource:
+class SubsetSource(Source):
     """Some images of another source; ``numbers`` says which, of the source that is no subset itself."""
 
     def __init__(self, source: Source, indices: NDArray[np.int64]) -> None:
-        self._source, self._indices, self.labels = source, indices, source.labels[indices]
+        self._source, self._indices = source, indices
+        self.labels, self.classes = source.labels[indices], source.classes
         self.numbers: NDArray[np.int64] = source.numbers[indices] if isinstance(source, SubsetSource) else indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
 
     def key(self, i: int) -> str:
         return self._source.key(int(self._indices[i]))
@@ -166,40 +191,6 @@ class SubsetSource:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(self._source.fingerprint().encode() + self._indices.tobytes()).hexdigest()
-
-
-def sampled_fingerprint(source: Source, lengths: NDArray[np.int64]) -> str:
-    """SHA-256 over every key, label and length, and over the bytes of at most 1,024 images spread evenly.
-
-    It is for sources that keep no digests: reading a whole ImageNet to name it would take an hour.
-    """
-    digest = hashlib.sha256(source.labels.tobytes() + lengths.tobytes())
-    for i in range(len(source)):
-        digest.update(source.key(i).encode() + b"\0")
-    for i in np.unique(np.linspace(0, len(source) - 1, min(_FINGERPRINTED, len(source))).round().astype(int)):
-        digest.update(short_digest(source.read(int(i))))
-    return digest.hexdigest()
-
-
-def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """All files below a folder, as sorted relative paths with ``/``; links to folders are followed, each folder once.
-
-    Returns:
-        The files, and apart the hidden ones (a part of the path begins with a dot).
-    """
-    files: list[str] = []
-    hidden: list[str] = []
-    seen: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in names:
-            path = Path(root, name).relative_to(folder)
-            (hidden if any(part.startswith(".") for part in path.parts) else files).append(path.as_posix())
-    return sorted(files), sorted(hidden)
 
 
 class Survey(NamedTuple):
@@ -227,63 +218,107 @@ def survey_folder(folder: Path, images_only: bool) -> Survey:
     if images_only:
         others = [name for name in files if name.rsplit(".", 1)[-1].lower() not in EXTENSIONS]
         files = sorted(set(files) - set(others))
-    tops = {file.split("/")[0] if "/" in file else "" for file in files}
-    divided = tops <= SPLIT_NAMES
-    splits = [file.split("/")[0] if divided else "train" for file in files]
-    inner = [file.split("/", 1)[1] if divided else file for file in files]
-    owners = [file.split("/")[0] if "/" in file else None for file in inner]
-    classes = tuple(sorted({owner for owner in owners if owner is not None}))
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([NO_LABEL if owner is None else number[owner] for owner in owners], dtype=np.int64)
+    divided = {file.partition("/")[0] if "/" in file else "" for file in files} <= SPLIT_NAMES
+    splits = [file.partition("/")[0] if divided else "train" for file in files]
+    inner = [file.partition("/")[2] if divided else file for file in files]
+    owners = [file.rpartition("/")[0].partition("/")[0] for file in inner]
+    classes = tuple(sorted({owner for owner in owners if owner}))
+    number = {"": NO_LABEL, **{name: i for i, name in enumerate(classes)}}
+    labels = np.array([number[owner] for owner in owners], dtype=np.int64)
     return Survey(files, splits, labels, classes, others)
 
 
-def open_folder(folder: Path, split: str) -> tuple[FolderSource, tuple[str, ...]]:
-    """A plain folder of images and its classes; files without an image's ending are left out with a warning.
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """All files below a folder, as sorted relative paths with ``/``; links to folders are followed, each folder once.
+
+    Returns:
+        The files, and apart the hidden ones (a part of the path begins with a dot).
+    """
+    files: list[str] = []
+    hidden: list[str] = []
+    seen: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            path = Path(root, name).relative_to(folder)
+            (hidden if any(part.startswith(".") for part in path.parts) else files).append(path.as_posix())
+    return sorted(files), sorted(hidden)
+
+
+def open_folder(folder: Path, split: str) -> FolderSource:
+    """A plain folder of images; files without an image's ending are left out with a warning.
 
     Raises:
         DigitError: there is no image in it, or no such split.
     """
-    survey = survey_folder(folder, images_only=True)
-    if not survey.files:
-        raise DigitError(f"There is no image in the folder {folder}; it has {len(survey.others)} other files.")
-    if split not in survey.splits:
-        raise DigitError(
-            f"The folder {folder} has no split '{split}'; it has: {', '.join(sorted(set(survey.splits)))}."
-        )
-    if survey.others:
-        logger.warning(
-            "%d files in %s do not end like images and are left out: %s",
-            len(survey.others),
-            folder,
-            _some(survey.others),
-        )
-    chosen = np.flatnonzero(np.array(survey.splits) == split)
-    return FolderSource(folder, [survey.files[i] for i in chosen], survey.labels[chosen]), survey.classes
+    files, splits, labels, classes, others = survey_folder(folder, images_only=True)
+    if not files:
+        raise DigitError(f"There is no image in the folder {folder}; it has {len(others)} other files.")
+    if split not in splits:
+        raise DigitError(f"The folder {folder} has no split '{split}'; it has: {', '.join(sorted(set(splits)))}.")
+    if others:
+        logger.warning("%d files in %s do not end like images and are left out: %s", len(others), folder, _some(others))
+    chosen = np.flatnonzero(np.array(splits) == split)
+    return FolderSource(folder, [files[i] for i in chosen], labels[chosen], classes)
 
 
-def open_tars(paths: Sequence[Path], cache: Path) -> ShardSource:
-    """Foreign tar shards in one folder; their index is kept beside them, or in ``cache`` where that is read-only."""
+def open_tars(paths: Sequence[Path], split: str) -> ShardSource:
+    """Foreign tar shards in one folder; their index is kept beside them, or in the cache where that is read-only.
+
+    Raises:
+        DigitError: there is no image in them, no such split, or a shard is damaged.
+    """
     folder = paths[0].parent
+    parts = {re.split(r"[-_.]", path.name)[0] for path in paths}
+    divided = parts <= SPLIT_NAMES
+    if split not in (parts if divided else {"train"}):
+        held = f"they have: {', '.join(sorted(parts))}" if divided else "they are not divided"
+        raise DigitError(f"The shards of {folder} have no split '{split}'; {held}.")
+    paths = [path for path in paths if path.name.startswith(split)] if divided else paths
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     name = f".digit-index-{hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}.npz"
-    beside, aside = (
-        folder / name,
-        cache / "shard-index" / hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16] / name,
-    )
+    cached = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    beside, aside = folder / name, cache_folder() / "shard-index" / cached / name
     for known in (beside, aside):
         if known.is_file():
             return ShardSource(folder, ShardIndex.load(known))
     index = scan_shards(paths)
     if not len(index):
-        raise DigitError(
-            f"There is no image in {_some([str(path) for path in paths])}; it is not a WebDataset of images."
-        )
+        raise DigitError(f"There is no image in {_some(list(map(str, paths)))}; it is not a WebDataset of images.")
     try:
         index.save(beside)
     except DigitError:  # read-only, or full: the index is small, and the home folder may do
         index.save(aside)
     return ShardSource(folder, index)
+
+
+def open_hub(name: str, split: str) -> HubSource:
+    """A dataset of the Hub, from the cache of `datasets` where the Hub is out of reach.
+
+    Raises:
+        DigitError: the name cannot be a Hub dataset's, or it could not be had; the message says what was tried.
+    """
+    repository_id(name, "dataset")
+    tried = f"There is no folder or file {name}, so a Hub dataset of that name was tried"
+    try:
+        datasets = require("datasets", "data", "opening a Hub dataset")
+    except DigitError as error:
+        raise DigitError(f"{tried}, but {error}") from error
+    barrier, offline = out_of_reach(), constants.HF_HUB_OFFLINE
+    try:
+        constants.HF_HUB_OFFLINE = bool(barrier)  # then the cache alone is asked, instead of the network six times
+        return HubSource(datasets.load_dataset(name, split=split), name)
+    except DigitError:
+        raise
+    except Exception as error:  # the library raises many types, down to those of its HTTP client
+        reason = f"it is not in the cache, and {barrier}" if barrier else str(error).splitlines()[0]
+        raise DigitError(f"{tried} (the local cache first, then the Hub), which failed: {reason}.") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
 
 
 def _some(names: Sequence[str], most: int = 3) -> str:

@@ -12,31 +12,33 @@ A *view* is a way to cut an image: the centre, its mirror image, and random crop
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from pydantic import Field
 from torch import Tensor
 
-from digit.core.config import config, to_dict
+from digit.core.config import NonNegativeInt, config, to_dict
 from digit.core.errors import DigitError
-from digit.core.files import read_json, sha256_of, write_file, write_folder, write_json
+from digit.core.files import read_json, sha256_of, write_bytes, write_folder, write_json
 from digit.core.images import to_tensor
 from digit.core.progress import bar
+from digit.core.threads import map_ahead
 from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
 from digit.data.sampling import sample_rng
 from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.tokenizer import Tokenizer, VQTokenizer
 
 FORMAT = "digit-token-cache"
 VERSION = 1
@@ -58,10 +60,10 @@ class Views:
 
     center: bool = True
     flip: bool = True
-    crops: Annotated[int, Field(ge=0)] = 0
+    crops: NonNegativeInt = 0
     crop: Literal["random", "random-resized"] = "random"
     scale: tuple[float, float] = (0.6, 1.0)
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -113,6 +115,7 @@ class TokenCache:
         spaces: what kinds of tokens it holds.
         views: names of the views.
         classes: class names; empty without classes.
+        shards: their folders.
     """
 
     def __init__(self, folder: Path, info: Mapping[str, Any]) -> None:
@@ -120,7 +123,7 @@ class TokenCache:
         self.spaces = {kind: TokenSpace(v["vocab_size"], tuple(v["grid"])) for kind, v in info["tokens"].items()}
         self.views: list[str] = info["views"]["names"]
         self.classes: list[str] = info["classes"]
-        self._shard_size = int(info["shard_size"])
+        self.shards = _shard_folders(folder, len(self), info["shard_size"])
         self._arrays: dict[tuple[int, str], NDArray[Any]] = {}
 
     def __len__(self) -> int:
@@ -135,8 +138,7 @@ class TokenCache:
     @cached_property
     def labels(self) -> NDArray[np.int64]:
         """(images,) class ids; -1 for none."""
-        count = -(-len(self) // self._shard_size)
-        return np.concatenate([np.asarray(self._array(shard, "labels")) for shard in range(count)])
+        return np.concatenate([self.array(shard, "labels") for shard in range(len(self.shards))])
 
     def tokens(self, kind: Kind, images: NDArray[np.int64], views: NDArray[np.int64] | int = 0) -> Tensor:
         """The tokens of some images.
@@ -154,11 +156,11 @@ class TokenCache:
         """
         space = self.space(kind)
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), images.shape)
-        shards, rows = np.divmod(images, self._shard_size)
+        shards, rows = np.divmod(images, self.info["shard_size"])
         out = np.empty((len(images), space.length), dtype=np.int64)
         for shard in np.unique(shards):
             here = shards == shard
-            out[here] = self._array(int(shard), kind)[rows[here], chosen[here]]
+            out[here] = self.array(int(shard), kind)[rows[here], chosen[here]]
         return torch.from_numpy(out)
 
     def space(self, kind: Kind) -> TokenSpace:
@@ -180,23 +182,32 @@ class TokenCache:
         Raises:
             DigitError: names the first file that has changed.
         """
-        for shard in range(-(-len(self) // self._shard_size)):
-            folder = _shard_folder(self.folder, shard)
+        for folder in self.shards:
             for name, checksum in read_json(folder / "checksums.json").items():
                 if sha256_of(folder / name) != checksum:
                     raise DigitError(
                         f"{folder / name} is damaged: remove the folder {folder} and run digit cache-tokens again."
                     )
 
-    def _array(self, shard: int, name: str) -> NDArray[Any]:
-        key = (shard, name)
-        if key not in self._arrays:
-            self._arrays[key] = _read_array(_shard_folder(self.folder, shard) / f"{name}.npy", self._shape(shard, name))
-        return self._arrays[key]
+    def array(self, shard: int, name: str) -> NDArray[Any]:
+        """The memory-mapped array of a shard: "labels" (n,), or a kind of tokens (n, views, tokens an image).
 
-    def _shape(self, shard: int, name: str) -> tuple[int, ...]:
-        rows = min(self._shard_size, len(self) - shard * self._shard_size)
-        return (rows,) if name == "labels" else (rows, len(self.views), self.spaces[name].length)
+        Raises:
+            DigitError: the file is missing, damaged or of another shape.
+        """
+        if (shard, name) not in self._arrays:
+            path = self.shards[shard] / f"{name}.npy"
+            again = f"remove the folder {path.parent} and run digit cache-tokens again"
+            try:
+                array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+            except (OSError, ValueError, EOFError) as error:
+                raise DigitError(f"{path} is missing or damaged ({error}); {again}.") from error
+            rows = min(self.info["shard_size"], len(self) - shard * self.info["shard_size"])
+            shape = (rows,) if name == "labels" else (rows, len(self.views), self.spaces[name].length)
+            if array.shape != shape:
+                raise DigitError(f"{path} has the shape {array.shape}, expected {shape}; {again}.")
+            self._arrays[shard, name] = array
+        return self._arrays[shard, name]
 
 
 def open_token_cache(folder: str | Path) -> TokenCache:
@@ -211,17 +222,16 @@ def open_token_cache(folder: str | Path) -> TokenCache:
     info = read_json(folder / "index.json")
     if not isinstance(info, dict) or info.get("format") != FORMAT or info.get("version") != VERSION:
         raise DigitError(f"{folder / 'index.json'} does not describe a token cache of version {VERSION}.")
-    count = -(-info["images"] // info["shard_size"])
-    missing = [i for i in range(count) if not _shard_folder(folder, i).is_dir()]
-    if missing:
+    cache = TokenCache(folder, info)
+    count, there = len(cache.shards), sum(shard.is_dir() for shard in cache.shards)
+    if there < count:
         raise DigitError(
-            f"The cache {folder} has {count - len(missing)} of its {count} shards; run the same digit cache-tokens command again "
+            f"The cache {folder} has {there} of its {count} shards; run the same digit cache-tokens command again "
             "to make the rest."
         )
-    cache = TokenCache(folder, info)
     for shard in range(count):
         for name in ("labels", *cache.spaces):
-            cache._array(shard, name)
+            cache.array(shard, name)
     return cache
 
 
@@ -260,39 +270,50 @@ def build_token_cache(
     out, views = Path(out), views or Views()
     info = _describe(model, dataset, views, shard_size)
     _claim(out, info, rank, world)
-    shards = [i for i in range(-(-len(dataset) // shard_size)) if not _shard_folder(out, i).is_dir()]
-    todo = [range(i * shard_size, min((i + 1) * shard_size, len(dataset))) for i in shards if i % world == rank]
-    with (
-        bar("Caching tokens", sum(map(len, todo))) as progress,
-        ThreadPoolExecutor(max(1, workers), thread_name_prefix="digit-data") as pool,
-    ):
-        for images in todo:
-            parts = []
-            for cuts in _cut_batches(dataset, views, images, info["image_size"], batch_size, pool):
-                parts.append(_tokenize(model, info["tokens"], cuts))
-                progress.advance(len(cuts))
-            arrays = {kind: np.concatenate([part[kind] for part in parts]) for kind in info["tokens"]}
-            _write_shard(_shard_folder(out, images.start // shard_size), {**arrays, "labels": dataset.labels[images]})
-    others = any(not _shard_folder(out, i).is_dir() for i in shards)
-    return None if others else open_token_cache(out)
+    tokenizers = _tokenizers(model)
+    size, folders = info["image_size"], _shard_folders(out, len(dataset), shard_size)
+    missing = [number for number, folder in enumerate(folders) if not folder.is_dir()]
+    todo = [n for n in missing if n % world == rank]
+    ranges = [range(len(dataset))[n * shard_size : (n + 1) * shard_size] for n in todo]
+
+    def cut(number: int) -> Tensor:
+        return torch.stack([to_tensor(view) for view in views.cut(dataset[number].image, size, number)])
+
+    # the next batch is cut while one is tokenized
+    cuts = map_ahead(cut, chain.from_iterable(ranges), max(1, workers), 2 * batch_size)
+    with bar("Caching tokens", sum(map(len, ranges))) as progress:
+        for number, images in zip(todo, ranges, strict=True):
+            arrays: dict[str, NDArray[Any]] = {"labels": dataset.labels[images]}
+            for kind, tokenizer in tokenizers.items():
+                space = TokenSpace(tokenizer.vocab_size, tokenizer.grid)
+                arrays[kind] = np.empty((len(images), len(views.names), space.length), dtype=space.dtype)
+            for start in range(0, len(images), batch_size):
+                batch = torch.stack(list(islice(cuts, min(batch_size, len(images) - start))))  # (B, views, 3, S, S)
+                for kind, tokenizer in tokenizers.items():
+                    tokens = tokenizer.encode(batch.flatten(0, 1).to(model.device)).view(*batch.shape[:2], -1)
+                    arrays[kind][start : start + batch_size] = tokens.cpu().numpy()
+                progress.advance(len(batch))
+            _write_shard(folders[number], arrays)
+    return None if any(not folder.is_dir() for folder in folders) else open_token_cache(out)
+
+
+def _tokenizers(model: DigitPipeline) -> dict[str, Tokenizer]:
+    """By kind, those for which the model has the parts."""
+    semantic = model.encoder is not None and model.codebook is not None
+    return {
+        **({"semantic": model.tokenizer} if semantic else {}),
+        **({"vq": VQTokenizer(model.vqgan)} if model.vqgan is not None else {}),
+    }
 
 
 def _describe(model: DigitPipeline, dataset: ImageDataset, views: Views, shard_size: int) -> dict[str, Any]:
     """The ``index.json`` of a cache, before any work is done."""
-    spaces, sizes = {}, {}
-    if model.encoder is not None and model.codebook is not None:
-        tokenizer = model.tokenizer
-        spaces["semantic"] = {"vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid)}
-        sizes["encoder"] = tokenizer.image_size
-    if model.vqgan is not None:
-        spaces["vq"] = {"vocab_size": model.vqgan.config.codes, "grid": list(model.vqgan.config.grid)}
-        sizes["vqgan"] = model.vqgan.config.resolution
-    if not spaces:
+    tokenizers = _tokenizers(model)
+    if not tokenizers:
         raise DigitError("The model makes no tokens: it needs an encoder with a codebook, a VQGAN, or all of them.")
-    if len(set(sizes.values())) > 1:
-        raise DigitError(
-            f"The encoder takes images of {sizes['encoder']} pixels and the VQGAN of {sizes['vqgan']}; they must agree."
-        )
+    sizes = [tokenizer.image_size for tokenizer in tokenizers.values()]
+    if len(set(sizes)) > 1:
+        raise DigitError(f"The encoder takes images of {sizes[0]} pixels and the VQGAN of {sizes[1]}; they must agree.")
     settings = getattr(model.encoder, "config", None)
     return {
         "format": FORMAT,
@@ -300,9 +321,9 @@ def _describe(model: DigitPipeline, dataset: ImageDataset, views: Views, shard_s
         "source": {"name": dataset.name, "split": dataset.split, "fingerprint": dataset.fingerprint},
         "images": len(dataset),
         "classes": list(dataset.classes),
-        "image_size": next(iter(sizes.values())),
+        "image_size": sizes[0],
         "views": {**to_dict(views), "names": views.names},
-        "tokens": spaces,
+        "tokens": {kind: {"vocab_size": t.vocab_size, "grid": list(t.grid)} for kind, t in tokenizers.items()},
         # weights alone do not say how images are prepared for them
         "models": {"weights": model.fingerprint(), "encoder": to_dict(settings) if settings is not None else None},
         "shard_size": shard_size,
@@ -316,16 +337,10 @@ def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
     saved = read_json(out / "index.json")
     info = json.loads(json.dumps(info))
     names = {
-        "models": "another model",
-        "tokens": "another model",
-        "image_size": "another model",
-        "views": "other views",
+        **dict.fromkeys(("models", "tokens", "image_size"), "another model"),
+        **{"views": "other views", "shard_size": "another shard size"},
     }
-    differing = {
-        names.get(key, "another dataset") for key in info if key != "shard_size" and saved.get(key) != info[key]
-    }
-    if not differing and saved.get("shard_size") != info["shard_size"]:
-        differing = {"another shard size"}
+    differing = {names.get(key, "another dataset") for key in info if saved.get(key) != info[key]}
     if differing:
         raise DigitError(
             f"{out} holds a token cache of {' and '.join(sorted(differing))}; tokens of different caches are never mixed. "
@@ -337,60 +352,14 @@ def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
             shutil.rmtree(aside)
 
 
-def _cut_batches(
-    dataset: ImageDataset, views: Views, images: range, size: int, batch_size: int, pool: ThreadPoolExecutor
-) -> Iterator[Tensor]:
-    """All views of the images in order, (B, views, 3, S, S) in 0..1; the next batch is cut while one is tokenized."""
-
-    def cut(number: int) -> Tensor:
-        return torch.stack([to_tensor(view) for view in views.cut(dataset[number].image, size, number)])
-
-    starts = range(images.start, images.stop, batch_size)
-    batches = [range(start, min(start + batch_size, images.stop)) for start in starts]
-    ahead = [pool.submit(cut, number) for number in batches[0]]
-    for following in [*batches[1:], range(0)]:
-        ready, ahead = ahead, [pool.submit(cut, number) for number in following]
-        yield torch.stack([future.result() for future in ready])
-
-
-@torch.inference_mode()
-def _tokenize(model: DigitPipeline, kinds: Mapping[str, Any], cuts: Tensor) -> dict[str, NDArray[Any]]:
-    """Tokens (B, views, N) of each kind."""
-    count, views = cuts.shape[:2]
-    images = cuts.flatten(0, 1).to(model.device)  # (B * views, 3, S, S)
-    found = {}
-    for kind, space in kinds.items():
-        tokens = model.tokenizer.encode(images) if kind == "semantic" else model.vqgan.encode(images)  # type: ignore[union-attr]
-        dtype = TokenSpace(space["vocab_size"], space["grid"]).dtype
-        found[kind] = tokens.view(count, views, -1).cpu().numpy().astype(dtype)
-    return found
-
-
 def _write_shard(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
     with write_folder(folder) as aside:
         for name, array in arrays.items():
-            write_file(aside / f"{name}.npy", lambda path, array=array: _save(path, array))  # type: ignore[misc]
+            buffer = io.BytesIO()
+            np.save(buffer, array, allow_pickle=False)
+            write_bytes(aside / f"{name}.npy", buffer.getvalue())
         write_json(aside / "checksums.json", {path.name: sha256_of(path) for path in sorted(aside.glob("*.npy"))})
 
 
-def _save(path: Path, array: NDArray[Any]) -> None:
-    with open(path, "wb") as handle:
-        np.save(handle, array, allow_pickle=False)
-
-
-def _read_array(path: Path, shape: tuple[int, ...]) -> NDArray[Any]:
-    try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise DigitError(
-            f"{path} is missing or damaged ({error}); remove the folder {path.parent} and run digit cache-tokens again."
-        ) from error
-    if array.shape != shape:
-        raise DigitError(
-            f"{path} has the shape {array.shape}, expected {shape}; remove its folder and run digit cache-tokens again."
-        )
-    return array
-
-
-def _shard_folder(out: Path, number: int) -> Path:
-    return out / f"shard-{number:05d}"
+def _shard_folders(out: Path, images: int, shard_size: int) -> list[Path]:
+    return [out / f"shard-{number:05d}" for number in range(-(-images // shard_size))]

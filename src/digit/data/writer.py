@@ -6,12 +6,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from digit.core.errors import DigitError
 from digit.core.files import write_folder, write_json
 from digit.data.dataset import FORMAT, VERSION, read_description
-from digit.data.shards import BLOCK, NO_LABEL, IndexBuilder, Span, short_digest, tar_member
+from digit.data.shards import BLOCK, NO_LABEL, Shard, ShardIndex, Span, short_digest, tar_member
 
 SHARD_BYTES = 256 << 20
 """A shard is closed when it has grown to this."""
@@ -22,7 +21,7 @@ class DatasetWriter:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.splits: dict[str, _Split] = {}
+        self.splits: dict[str, list[Shard]] = {}
         self._sizes: set[tuple[int, int]] = set()
 
     def add(
@@ -39,54 +38,40 @@ class DatasetWriter:
             label: class id, or -1 for none.
         """
         self._sizes.add(size)
-        self.splits.setdefault(split, _Split(self.folder, split)).add(key, data, extension, label)
+        shards = self.splits.setdefault(split, [])
+        if not shards or shards[-1].size >= SHARD_BYTES:
+            self._end(shards)
+            shards.append(Shard(f"{split}-{len(shards):05d}.tar"))
+        header, padded = tar_member(f"{key}.{extension}", data)
+        offset = shards[-1].size + len(header)
+        shards[-1].spans.append(Span(key, offset, len(data), label, short_digest(data)))
+        text = tar_member(f"{key}.cls", str(label).encode()) if label != NO_LABEL else ()
+        self._append(shards[-1], b"".join([header, padded, *text]))
+
+    def finish(self) -> dict[str, dict[str, object]]:
+        """Write the index of each split, and describe the splits."""
+        described: dict[str, dict[str, object]] = {}
+        for split, shards in self.splits.items():
+            self._end(shards)
+            index = ShardIndex.of(shards)
+            index.save(self.folder / f"{split}.index.npz")
+            files = [{"name": shard.name, "bytes": shard.size} for shard in shards]
+            described[split] = {"count": len(index), "checksum": index.fingerprint(), "shards": files}
+        return described
 
     @property
     def image_size(self) -> tuple[int, int] | None:
         """The size all images have, or None."""
         return next(iter(self._sizes)) if len(self._sizes) == 1 else None
 
+    def _end(self, shards: list[Shard]) -> None:
+        if shards:
+            self._append(shards[-1], b"\0" * 2 * BLOCK)
 
-class _Split:
-    def __init__(self, folder: Path, name: str) -> None:
-        self._folder, self._name = folder, name
-        self._builder = IndexBuilder()
-        self._handle: BinaryIO | None = None
-
-    def add(self, key: str, data: bytes, extension: str, label: int) -> None:
-        if self._handle is None:
-            self._handle = open(self._folder / self._shard_name(), "wb")  # noqa: SIM115 - closed by _end_shard or close
-        header, padded = tar_member(f"{key}.{extension}", data)
-        self._builder.add(Span(key, self._handle.tell() + len(header), len(data), label), short_digest(data))
-        self._handle.write(header + padded)
-        if label != NO_LABEL:
-            self._handle.write(b"".join(tar_member(f"{key}.cls", str(label).encode())))
-        if self._handle.tell() >= SHARD_BYTES:
-            self._end_shard()
-
-    def finish(self) -> dict[str, object]:
-        self._end_shard()
-        index = self._builder.build()
-        index.save(self._folder / f"{self._name}.index.npz")
-        shards = [
-            {"name": name, "bytes": size} for name, size in zip(self._builder.shards, self._builder.sizes, strict=True)
-        ]
-        return {"count": len(index), "checksum": index.fingerprint(), "shards": shards}
-
-    def _shard_name(self) -> str:
-        return f"{self._name}-{len(self._builder.shards):05d}.tar"
-
-    def _end_shard(self) -> None:
-        if self._handle is not None:
-            self._handle.write(b"\0" * 2 * BLOCK)
-            size = self._handle.tell()
-            self._handle.close()
-            self._handle = None
-            self._builder.end_shard(self._shard_name(), size)
-
-    def close(self) -> None:
-        if self._handle is not None:
-            self._handle.close()
+    def _append(self, shard: Shard, data: bytes) -> None:
+        with open(self.folder / shard.name, "ab") as handle:
+            handle.write(data)
+        shard.size += len(data)
 
 
 @contextmanager
@@ -112,14 +97,10 @@ def write_dataset(
     refuse_to_replace(path)
     with write_folder(path) as folder:
         writer = DatasetWriter(folder)
-        try:
-            yield writer
-            if not writer.splits:
-                raise DigitError(f"No image was found for the dataset {path}; nothing was written.")
-            splits = {split: part.finish() for split, part in writer.splits.items()}
-        finally:
-            for part in writer.splits.values():
-                part.close()
+        yield writer
+        if not writer.splits:
+            raise DigitError(f"No image was found for the dataset {path}; nothing was written.")
+        splits = writer.finish()
         checksums = "".join(str(part["checksum"]) for part in splits.values())
         info = {
             "format": FORMAT,
@@ -137,9 +118,7 @@ def write_dataset(
 
 
 def refuse_to_replace(path: Path) -> None:
-    """Raise DigitError if something that is not a dataset stands at ``path``, so that nobody's folder is ever
-    replaced.
-    """
+    """Raise DigitError if something that is not a dataset stands at ``path``: nobody's folder is ever replaced."""
     if path.is_dir() and any(path.iterdir()):
         if not (path / "dataset.json").is_file():
             raise DigitError(f"The folder {path} exists and is not a dataset; choose another --out or empty it first.")

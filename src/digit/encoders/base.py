@@ -8,9 +8,9 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch.nn.functional as F
 from torch import Tensor
 
-from digit.core.config import config
+from digit.core.config import PositiveInt, config
+from digit.core.errors import DigitError
 from digit.models.component import weights_checksum as weights_checksum
-from digit.models.transformer import PositiveInt
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,6 +41,22 @@ class Preprocessing:
         """Sizes in a few words."""
         return f"{self.image_size} px" + (f" seen at {self.resize}" if self.resize else "")
 
+    @property
+    def seen(self) -> int:
+        """Side that the network sees."""
+        return self.resize or self.image_size
+
+    def check(self, images: Tensor) -> None:
+        """Refuse what is not a batch of images of the size in or the size seen.
+
+        Raises:
+            DigitError: says which shape was given and which is expected.
+        """
+        sizes = sorted({self.image_size, self.seen}, reverse=True)
+        if images.shape[1:] not in [(3, size, size) for size in sizes]:
+            expected = " or ".join(f"(B, 3, {size}, {size})" for size in sizes)
+            raise DigitError(f"This encoder takes images {expected}; {tuple(images.shape)} was given.")
+
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise and resize (B, 3, H, W) in 0..1 to (B, 3, h, w)."""
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
@@ -53,13 +69,7 @@ class Preprocessing:
 
 @runtime_checkable
 class Encoder(Protocol):
-    """A frozen network from images to patch features.
-
-    Attributes:
-        preprocessing: applied inside :meth:`__call__`.
-        dim: width D of a feature.
-        grid: (rows, columns) of the features of one image; N = rows * columns, row by row.
-    """
+    """A frozen network from images to patch features; ``preprocessing`` is applied inside the call."""
 
     preprocessing: Preprocessing
 
@@ -70,7 +80,7 @@ class Encoder(Protocol):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of the features of one image."""
+        """(rows, columns) of the features of one image; N = rows * columns, row by row."""
         ...
 
     def __call__(self, images: Tensor, /) -> Tensor:

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import PositiveInt, config
 from digit.core.errors import DigitError
 from digit.encoders.base import Preprocessing
-from digit.encoders.transformers_encoder import check_images
 from digit.models.component import Component
-from digit.models.transformer import PositiveInt
 
 
 @config
@@ -38,9 +36,10 @@ class ConvEncoderConfig:
             raise DigitError(f"blocks={self.blocks} and widths={self.widths} must have one entry for each level.")
         if self.norm == "group" and any(width % 8 for width in self.widths):
             raise DigitError(f"norm='group' needs widths that are multiples of 8; widths={self.widths} was given.")
-        size = self.preprocessing.resize or self.preprocessing.image_size
-        if size % self.factor:
-            raise DigitError(f"The side that the network sees, {size}, is not a multiple of {self.factor}.")
+        if self.preprocessing.seen % self.factor:
+            raise DigitError(
+                f"The side that the network sees, {self.preprocessing.seen}, is not a multiple of {self.factor}."
+            )
 
     @property
     def factor(self) -> int:
@@ -86,7 +85,7 @@ class ConvEncoder(Component):
         super().__init__(config)
         self.preprocessing = config.preprocessing
         self.dim = config.widths[-1]
-        side = (self.preprocessing.resize or self.preprocessing.image_size) // config.factor
+        side = self.preprocessing.seen // config.factor
         self.grid: tuple[int, int] = (side, side)
         self.stem = nn.Conv2d(3, config.widths[0], 3, padding=1, bias=False)
         blocks, before = [], config.widths[0]
@@ -111,5 +110,5 @@ class ConvEncoder(Component):
         Raises:
             DigitError: images of another shape.
         """
-        check_images(images, self.preprocessing)
+        self.preprocessing.check(images)
         return self.features(self.preprocessing(images).to(self.stem.weight.dtype))

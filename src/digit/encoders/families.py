@@ -8,7 +8,7 @@ hub uses, whatever names the installed version gives them in memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +26,6 @@ class Family:
     """What differs between the networks.
 
     Attributes:
-        network: class name in transformers; its config class is the same with "Config" for "Model".
-        norm: name of the layer norm after the last block.
         prefix: tokens before the patches, registers not counted.
         interpolate: positions of another grid must be asked for in the call.
         options: fields of the network's config that are always set so.
@@ -35,8 +33,6 @@ class Family:
         mean, std: of the pixels the family was trained on.
     """
 
-    network: str
-    norm: str = "layernorm"
     prefix: int = 1
     interpolate: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -47,23 +43,18 @@ class Family:
 
 _HALF = (0.5, 0.5, 0.5)
 FAMILIES = {
-    "dinov2": Family("Dinov2Model"),
-    "dinov2_with_registers": Family("Dinov2WithRegistersModel"),
-    "dinov3_vit": Family("DINOv3ViTModel", norm="norm"),
+    "dinov2": Family(),
+    "dinov2_with_registers": Family(),
+    "dinov3_vit": Family(),
     # DINO v1, iBOT and MoCo v3 are plain ViTs
-    "vit": Family("ViTModel", interpolate=True, arguments={"add_pooling_layer": False}),
-    "vit_mae": Family("ViTMAEModel", interpolate=True, options={"mask_ratio": 0.0}),
-    "ijepa": Family("IJepaModel", prefix=0, interpolate=True),
+    "vit": Family(interpolate=True, arguments={"add_pooling_layer": False}),
+    "vit_mae": Family(interpolate=True, options={"mask_ratio": 0.0}),
+    "ijepa": Family(prefix=0, interpolate=True),
     "siglip_vision_model": Family(
-        "SiglipVisionModel",
-        norm="post_layernorm",
-        prefix=0,
-        interpolate=True,
-        options={"vision_use_head": False},
-        mean=_HALF,
-        std=_HALF,
+        prefix=0, interpolate=True, options={"vision_use_head": False}, mean=_HALF, std=_HALF
     ),
 }
+"""By "model_type", the name that transformers has for a family."""
 
 # written by transformers about a whole network, its outputs or its file; wrong or idle for a part of its blocks
 _IDLE_FIELDS = {
@@ -98,21 +89,29 @@ def network_config(hf_config: Mapping[str, Any], blocks: int | None = None) -> A
     Raises:
         DigitError: an unknown family or a field that its config refuses.
     """
-    name = str(hf_config.get("model_type"))
-    values = {**plain_config(hf_config, "The encoder config"), **FAMILIES[name].options}
-    values.pop("model_type")
+    transformers = _transformers()
+    values = plain_config(hf_config, "The encoder config")
+    values |= FAMILIES[values["model_type"]].options
     if blocks is not None:
         values["num_hidden_layers"] = blocks
-    config_class = _transformers_class(FAMILIES[name].network.replace("Model", "Config"))
     try:
-        return config_class(**values)
+        return transformers.AutoConfig.for_model(**values)
     except Exception as error:  # the exception's class differs between versions of transformers
-        raise DigitError(f"transformers refuses this '{name}' config: {error}") from error
+        raise DigitError(
+            f"transformers refuses this '{values['model_type']}' config: {error}. This is transformers "
+            f"{transformers.__version__}; newer ones know more networks: pip install -U transformers"
+        ) from error
+
+
+def patch_side(config: Any) -> int:
+    """Pixels along a side of a patch of a network's config, or of its embeddings."""
+    side: int | Sequence[int] = config.patch_size
+    return side if isinstance(side, int) else side[0]
 
 
 def build_network(family: Family, config: Any) -> nn.Module:
     """A network with random weights; on the meta device where that is torch's default."""
-    network: nn.Module = _transformers_class(family.network)(config, **family.arguments)
+    network: nn.Module = _transformers().MODEL_MAPPING[type(config)](config, **family.arguments)
     return network
 
 
@@ -133,14 +132,18 @@ def load_network(family: Family, config: Any, source: Path | Mapping[str, Tensor
     in_memory = isinstance(source, Mapping)
     try:
         with quiet_transformers():
-            network, info = _transformers_class(family.network).from_pretrained(
-                None if in_memory else str(source),
-                config=config,
-                state_dict=dict(source) if isinstance(source, Mapping) else None,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                local_files_only=True,
-                **family.arguments,
+            network, info = (
+                _transformers()
+                .MODEL_MAPPING[type(config)]
+                .from_pretrained(
+                    None if in_memory else str(source),
+                    config=config,
+                    state_dict=dict(source) if isinstance(source, Mapping) else None,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
+                    local_files_only=True,
+                    **family.arguments,
+                )
             )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError) as error:
         raise DigitError(
@@ -153,33 +156,28 @@ def load_network(family: Family, config: Any, source: Path | Mapping[str, Tensor
 
 
 def _check_loading(info: Mapping[str, Any], where: str) -> None:
-    blocks = [int(match.group(1)) for name in info["missing_keys"] if (match := re.search(r"layers?\.(\d+)\.", name))]
-    if blocks and all(re.search(r"layers?\.\d+\.", name) for name in info["missing_keys"]):
+    missing = sorted(info["missing_keys"])
+    blocks = [int(found[1]) for name in missing if (found := re.search(r"layers?\.(\d+)\.", name))]
+    if blocks and len(blocks) == len(missing):
         raise DigitError(
-            f"The weights of {where} lack {len(info['missing_keys'])} tensors of block {min(blocks)} and later ones, such as "
-            f"{min(info['missing_keys'])}. If it was saved with fewer blocks, ask for an earlier layer (layer=-3 or below)."
+            f"The weights of {where} lack {len(missing)} tensors of block {min(blocks)} and later ones, such as "
+            f"{missing[0]}. If it was saved with fewer blocks, ask for an earlier layer (layer=-3 or below)."
         )
-    problems = [f"missing: {name}" for name in sorted(info["missing_keys"])]
-    problems += [f"wrong shape: {' '.join(str(part) for part in item)}" for item in sorted(info["mismatched_keys"])]
+    problems = [f"missing: {name}" for name in missing]
+    problems += [f"wrong shape: {' '.join(map(str, item))}" for item in sorted(info["mismatched_keys"])]
     if problems:
-        shown = "; ".join(problems[:12]) + (f"; and {len(problems) - 12} more" if len(problems) > 12 else "")
-        raise DigitError(f"The weights of {where} do not fit its config: {shown}.")
+        more = f"; and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise DigitError(f"The weights of {where} do not fit its config: {'; '.join(problems[:12])}{more}.")
 
 
-def final_norm_name(family: Family, network: nn.Module) -> str:
+def final_norm_name(network: nn.Module) -> str:
     """Where the norm after the last block lives: its dotted name in this version of transformers."""
-    paths: list[str] = [name for name, _ in network.named_modules()]
-    return min((path for path in paths if path.split(".")[-1] == family.norm and not re.search(r"\d", path)), key=len)
+    norms: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.LayerNorm)]
+    return min((name for name in norms if not re.search(r"\d", name)), key=lambda name: (name.count("."), name))
 
 
-def _transformers_class(name: str) -> Any:
-    transformers = require("transformers", "encoders", "A pretrained encoder")
-    try:
-        return getattr(transformers, name)
-    except AttributeError as error:
-        raise DigitError(
-            f"transformers {transformers.__version__} has no {name}. Install a newer one: pip install -U transformers"
-        ) from error
+def _transformers() -> Any:
+    return require("transformers", "encoders", "A pretrained encoder")
 
 
 @contextmanager

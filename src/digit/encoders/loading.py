@@ -11,7 +11,7 @@ from digit.core.files import read_json, sha256_of
 from digit.core.hub import repository_id
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
-from digit.encoders.families import FAMILIES, network_config, plain_config
+from digit.encoders.families import FAMILIES, network_config, patch_side, plain_config
 from digit.encoders.hub import repository_folder
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
 from digit.models.codebook import Positions
@@ -60,7 +60,7 @@ def load_encoder(
         provenance = {"source": path.name, **facts, "sha256": sha256_of(path)}
         return TransformersEncoder.from_weights(config, tensors, str(path), provenance)
     if not path.is_dir():
-        path = repository_folder(repository_id(str(source), "encoder"), fallback="pytorch_model*.bin")
+        path = repository_folder(repository_id(str(source), "encoder"))
     return _load_folder(path, str(source), options, image_size, resize)
 
 
@@ -100,14 +100,14 @@ def _resized(saved: dict[str, Any], image_size: int | None, resize: int | None) 
 def _foreign_config(
     hf_config: dict[str, Any], folder: Path | None, image_size: int | None, resize: int | None, options: dict[str, Any]
 ) -> EncoderConfig:
-    family = FAMILIES[str(hf_config["model_type"])]
+    family = FAMILIES[hf_config["model_type"]]
     mean, std = family.mean, family.std
     if folder is not None and (folder / "preprocessor_config.json").is_file():
         saved = read_json(folder / "preprocessor_config.json")
         mean, std = tuple(saved.get("image_mean") or mean), tuple(saved.get("image_std") or std)
     if resize is None:
         resize = _tiled(image_size, hf_config) if image_size else 224
-    if str(hf_config["model_type"]).startswith("dinov2"):
+    if hf_config["model_type"].startswith("dinov2"):
         options = {"positions": "dinov2-offset", **options}
     preprocessing = Preprocessing(image_size=image_size or 256, resize=resize, mean=mean, std=std)
     return EncoderConfig(hf_config=hf_config, preprocessing=preprocessing, **options)
@@ -115,11 +115,10 @@ def _foreign_config(
 
 def _tiled(size: int, hf_config: dict[str, Any]) -> int:
     """The largest side not above ``size`` that whole patches tile."""
-    patch = network_config(hf_config).patch_size
-    patch = patch if isinstance(patch, int) else patch[0]
+    patch = patch_side(network_config(hf_config))
     if size < patch:
         raise DigitError(f"image_size={size} is smaller than one patch of this network, {patch} pixels.")
-    return int(size // patch * patch)
+    return size // patch * patch
 
 
 def small_vit(

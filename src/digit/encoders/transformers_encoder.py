@@ -23,6 +23,7 @@ from digit.encoders.families import (
     final_norm_name,
     load_network,
     network_config,
+    patch_side,
     quiet_transformers,
 )
 from digit.models.codebook import Positions
@@ -52,7 +53,7 @@ class EncoderConfig:
     @property
     def family(self) -> Family:
         """The facts about this kind of network."""
-        return FAMILIES[str(self.hf_config.get("model_type"))]
+        return FAMILIES[self.hf_config["model_type"]]
 
     def network_config(self) -> Any:
         """The `transformers` config with the blocks up to the chosen layer only.
@@ -95,9 +96,9 @@ class TransformersEncoder(nn.Module):
         self.provenance = {}
         shape = config.network_config()
         self.dim: int = shape.hidden_size
-        self.patch = _side(shape.patch_size)
+        self.patch = patch_side(shape)
         self.prefix = config.family.prefix + (getattr(shape, "num_register_tokens", 0) or 0)
-        size = self.preprocessing.resize or self.preprocessing.image_size
+        size = self.preprocessing.seen
         if size % self.patch:
             near = size // self.patch * self.patch
             raise DigitError(
@@ -107,7 +108,7 @@ class TransformersEncoder(nn.Module):
         self.grid: tuple[int, int] = (size // self.patch, size // self.patch)
         self.network = build_network(config.family, shape) if network is None else network
         if not config.final_norm:
-            self.network.set_submodule(final_norm_name(config.family, self.network), nn.Identity())
+            self.network.set_submodule(final_norm_name(self.network), nn.Identity())
         if config.positions == "dinov2-offset":
             if config.hf_config["model_type"] not in ("dinov2", "dinov2_with_registers", "vit"):
                 raise DigitError("positions='dinov2-offset' is for DINOv2 and DINO networks only; leave it at 'hub'.")
@@ -130,17 +131,15 @@ class TransformersEncoder(nn.Module):
         return [state[:, self.prefix :] for state in (*found.hidden_states[1:-1], found.last_hidden_state)]
 
     def _run(self, images: Tensor, **options: Any) -> Any:
-        check_images(images, self.preprocessing)
+        self.preprocessing.check(images)
         pixels = self.preprocessing(images)  # (B, 3, s, s)
-        return self.network(pixels.to(next(self.network.parameters()).dtype), **self._call(pixels), **options)
-
-    def _call(self, pixels: Tensor) -> dict[str, Any]:
-        arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if self.config.family.interpolate else {}
+        if self.config.family.interpolate:
+            options["interpolate_pos_encoding"] = True
         if self.config.hf_config["model_type"] == "vit_mae":
             # the order in which MAE keeps patches is that of this noise
             patches = self.grid[0] * self.grid[1]
-            arguments["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
-        return arguments
+            options["noise"] = torch.arange(patches, device=pixels.device).expand(len(pixels), -1)
+        return self.network(pixels.to(next(self.network.parameters()).dtype), **options)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write ``config.json`` and ``model.safetensors`` (hub names), optionally with tensors rounded to ``dtype``."""
@@ -178,38 +177,18 @@ class TransformersEncoder(nn.Module):
         where: str,
         provenance: Mapping[str, Any] | None = None,
     ) -> TransformersEncoder:
-        """An encoder of given weights, in float32 and frozen.
-
-        Args:
-            config: its description.
-            source: a folder that transformers can read, or tensors by their names on the hub.
-            where: what is being read, for messages.
-            provenance: kept with the encoder.
-        """
+        """An encoder of given weights (see :func:`~digit.encoders.families.load_network`), in float32 and frozen."""
         network = load_network(config.family, config.network_config(), source, where)
         encoder = cls(config, network)
         encoder.provenance = dict(provenance or {})
         return encoder.eval().requires_grad_(False)
 
 
-def check_images(images: Tensor, preprocessing: Preprocessing) -> None:
-    """Refuse what is not a batch of images of the size in or the size seen.
-
-    Raises:
-        DigitError: says which shape was given and which is expected.
-    """
-    sizes = sorted({preprocessing.image_size, preprocessing.resize or preprocessing.image_size}, reverse=True)
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or images.shape[2] not in sizes:
-        expected = " or ".join(f"(B, 3, {size}, {size})" for size in sizes)
-        raise DigitError(f"This encoder takes images {expected}; {tuple(images.shape)} was given.")
-
-
 def offset_positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Tensor:
     """Positions (1, 1 + N, D) for another grid, stretched by (side + 0.1) / table side: bicubic, no antialiasing.
 
     The 0.1 shifts every sample by a little, so this differs from a resize to the same grid. Source: DINOv2's first
-        published
-    code, which the authors' vits.py keeps (DAMO-NLP-SG/DiGIT at cd6d8ca).
+    published code, which the authors' vits.py keeps (DAMO-NLP-SG/DiGIT at cd6d8ca).
 
     Args:
         embeddings: a DINOv2 or ViT embedding module of transformers.
@@ -218,7 +197,7 @@ def offset_positions(embeddings: Any, _tokens: Tensor, height: int, width: int) 
     """
     table: Tensor = embeddings.position_embeddings  # (1, 1 + T * T, D)
     side = round((table.shape[1] - 1) ** 0.5)
-    patch = _side(embeddings.patch_size)
+    patch = patch_side(embeddings)
     rows, columns = height // patch, width // patch
     if (rows, columns) == (side, side):
         return table
@@ -226,7 +205,3 @@ def offset_positions(embeddings: Any, _tokens: Tensor, height: int, width: int) 
     scale = ((rows + 0.1) / side, (columns + 0.1) / side)
     patches = F.interpolate(square, scale_factor=scale, mode="bicubic")  # (1, D, rows, columns)
     return torch.cat((table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)), dim=1)
-
-
-def _side(patch_size: int | list[int] | tuple[int, ...]) -> int:
-    return patch_size if isinstance(patch_size, int) else patch_size[0]
