@@ -29,8 +29,11 @@ def cifar512() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the tests out of the user's cache."""
-    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path_factory.getbasetemp() / "digit-cache"))
+    """Keep the tests out of the user's cache. The workers of a run share one, for the native code is built in it."""
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv(
+        "DIGIT_CACHE", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digit-cache")
+    )
 
 
 @pytest.fixture

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import sys
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from beartype import beartype
-from jaxtyping import jaxtyped
+from jaxtyping import AbstractArray, jaxtyped
 
 ROOMS = ("digit.models", "digit.sampling", "digit.encoders", "digit.clustering")
-_SHAPE = re.compile(r"\b(Float|Int|Integer|Bool|UInt8|Shaped|Num)\[")
 
 
 def checked(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,9 +35,17 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def names_a_shape(value: object) -> bool:
     """Whether it is a function with a shape in its annotations."""
-    return isinstance(value, FunctionType) and any(
-        _SHAPE.search(str(a)) for a in inspect.get_annotations(value).values()
-    )
+    if not isinstance(value, FunctionType):
+        return False
+    try:
+        return any(map(is_shape, get_type_hints(value).values()))
+    except NameError:  # a name that only type checkers import
+        return False
+
+
+def is_shape(hint: object) -> bool:
+    """Whether a type is one of jaxtyping's, or has one inside."""
+    return (inspect.isclass(hint) and issubclass(hint, AbstractArray)) or any(map(is_shape, get_args(hint)))
 
 
 def check_module(module: ModuleType) -> None:

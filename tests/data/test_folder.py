@@ -56,7 +56,7 @@ def test_every_file_is_accounted_for(odd, tmp_path):
         "cats/palette.png": "palette",
         "dogs/anim.gif": "palette; GIF file stored as PNG",
         "dogs/deep.png": "16 bits a pixel",
-        "dogs/small/alpha.v2.png": "transparency (RGBA), laid on white",
+        "dogs/small/alpha.v2.png": "transparency (RGBA), composited on white",
         "dogs/turned.jpg": "EXIF rotation",
         "dogs/web.webp": "WEBP file stored as PNG",
     }

@@ -93,7 +93,9 @@ def encoder(
         str | None, typer.Option(help="dinov2, dino, ibot, mae or mocov3, where the file does not tell.")
     ] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; by default as published.")] = None,
-    positions: Annotated[str | None, typer.Option(help="hub, or dinov2-offset as the DiGIT authors.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="hub, or dinov2-offset as the DiGIT authors; DINOv2's default is theirs.")
+    ] = None,
 ) -> None:
     """Convert a frozen encoder alone.
 

@@ -59,7 +59,7 @@ def edit(
       digit edit cifar10 cat.png --vary 0.3 --out variations
     """
     from digit.core.errors import DigitError
-    from digit.pipeline.editing_run import edit_pictures
+    from digit.pipeline.editing import edit_images
     from digit.sampling.request import SampleRequest
 
     if sum(way is not None for way in (mask, prefix, vary)) != 1:
@@ -69,5 +69,5 @@ def edit(
     pipe = load(model, device, dtype)
     files, pixels = read_images(images, pipe.image_size)
     request = SampleRequest(seed=seed, decoder=decoder, settings=settings)
-    sheet = edit_pictures(pipe, files, pixels, out, num, request, parse_labels(labels, pipe), mask, prefix, vary)
+    sheet = edit_images(pipe, files, pixels, out, num, request, parse_labels(labels, pipe), mask, prefix, vary)
     typer.echo(f"{len(files) * num} images: {out}; side by side in {sheet}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,10 +15,11 @@ from digit.cli.options import (
     Device,
     Dtype,
     Images,
-    Labels,
+    LabelsPerClass,
     Model,
     Out,
     RequiredModel,
+    RunLabels,
     Seed,
     Variant,
     load,
@@ -41,8 +44,12 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     model: Model = None,
     out: Out = Path("generated"),
-    num: Annotated[int, num_option("How many images.")] = 64,
-    labels: Labels = None,
+    num: Annotated[int | None, num_option("How many images. Default: 64.")] = None,
+    labels: RunLabels = None,
+    labels_per_class: LabelsPerClass = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
+    ] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
     batch_size: Annotated[
@@ -81,10 +88,15 @@ def generate(
     from digit.pipeline.generation import generate_folder
 
     pipe = load(model, device, dtype, variant)
-    record = generate_folder(
-        pipe, out, num, parse_labels(labels, pipe), seed, decoder, batch_size, save_tokens, compile, quantize,
-        overwrite, **settings,
-    )  # fmt: skip
+    try:
+        record = generate_folder(
+            pipe, out, num, labels if labels == "random" else parse_labels(labels, pipe), seed, decoder, batch_size,
+            save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        again = shlex.join(["digit", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        typer.echo(f"Stopped; finished images are in {out}. The same command makes the rest: {again}", err=True)
+        raise
     if not record["made"] and record["finished"]:
         typer.echo(f"All {record['num']} images are there already: {out}")
     else:
@@ -94,6 +106,8 @@ def generate(
         typer.echo(f"{speed}{compiling}{step}: {out}")
     if record["finished"]:
         typer.echo(f"Look at {out / 'grid.png'}")
+        if npz is not None:
+            typer.echo(f"All images in one array: {npz}")
 
 
 def tokenize(

@@ -27,7 +27,7 @@ def assemble(
     prior: Annotated[Part, typer.Option(help="Prior: a folder made by digit train prior.")] = None,
     decoder: Annotated[list[Path] | None, typer.Option(help="Decoder; may be given for several kinds.")] = None,
     base: Annotated[str | None, typer.Option(help="A model whose other parts are taken over.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; by default the folder's.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,
     default: Annotated[
         list[str] | None,
@@ -49,7 +49,7 @@ def assemble(
     from digit.pipeline.assembly import with_defaults
 
     names = None if class_names is None else [n.strip() for n in class_names.split(",")]
-    pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name, names)
+    pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name or out.resolve().name, names)
     pipe = with_defaults(pipe, default or [], default_decoder)
     pipe.save_pretrained(out, None if (stored := pick_dtype(dtype)).itemsize == 4 else stored)
     typer.echo(f"{pipe!r}")

@@ -93,7 +93,6 @@ def _dtype_option(help: str) -> Any:
 _MODEL = "A model folder, a Hub id, or the name of a packaged model"
 Model = Annotated[str | None, typer.Argument(help=f"{_MODEL}; the packaged one if left out.", autocompletion=_models)]
 RequiredModel = Annotated[str, typer.Argument(help=f"{_MODEL}.", autocompletion=_models)]
-ModelOption = Annotated[str | None, typer.Option("--model", help=f"{_MODEL}.", autocompletion=_models)]
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")]
 Out = Annotated[Path, out_option("Folder for the results.")]
 Data = Annotated[
@@ -108,6 +107,14 @@ Labels = Annotated[
         autocompletion=_labels,
     ),
 ]
+RunLabels = Annotated[
+    str | None,
+    typer.Option(
+        help='Classes by number or name, comma separated, taken in turns; "random"; or "none". Default: all.',
+        autocompletion=_labels,
+    ),
+]
+LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="So many images of each class: balanced labels.")]
 Seed = Annotated[int, typer.Option(min=0, help="Image i of a seed is always the same image.")]
 Decoder = Annotated[
     str | None,

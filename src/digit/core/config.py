@@ -14,16 +14,14 @@ import contextlib
 import dataclasses
 import difflib
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import ArgsKwargs
 from typing_extensions import dataclass_transform
 
 from digit.core.errors import DigitError
@@ -48,24 +46,6 @@ def config(cls: type[T]) -> type[T]:
     return decorated
 
 
-def renamed(**names: str) -> Any:
-    """Accept former names of fields, with a warning; for the body of a config class.
-
-    ``_former = renamed(old="new")``. Where both are given the old one counts: it comes from the user, the new one from
-    a packaged preset.
-    """
-
-    def accept(_: type, values: Any) -> Any:
-        fields = dict(values.kwargs or {}) if isinstance(values, ArgsKwargs) else dict(values)
-        for old, new in names.items():
-            if old in fields:
-                warnings.warn(f"The field '{old}' is now called '{new}'.", DeprecationWarning, stacklevel=2)
-                fields[new] = fields.pop(old)
-        return fields
-
-    return model_validator(mode="before")(classmethod(accept))  # type: ignore[arg-type]
-
-
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build a config from plain values.
 
@@ -83,12 +63,30 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise DigitError(f"{where} does not describe a valid {cls.__name__}: {_explain(error, cls)}") from error
 
 
+_EXPECTED = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be one of {expected}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    "string_type": "must be text",
+    **dict.fromkeys(("dataclass_type", "dict_type"), "must hold fields of its own, as in 'name: value'"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+}
+"""What pydantic's kinds of errors mean, with the words of its contexts."""
+
+
 def _explain(error: ValidationError, cls: type) -> str:
     known = [field.name for field in dataclasses.fields(cls)]
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        text = f"'{name}' = {item['input']!r}: {item['msg']}" if name else item["msg"]
+        expected = _EXPECTED.get(item["type"])
+        reason = expected.format(**item.get("ctx", {})) if expected else item["msg"].removeprefix("Value error, ")
+        text = f"{name} = {item['input']!r}: {reason}" if name else reason
         if item["type"] == "missing":
             text = f"'{name}' is missing"
         elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):

@@ -41,8 +41,12 @@ class Transform:
     """For random-resized: the least and the greatest share of the picture's area."""
     filter: Filter = "bicubic"
     """How it is resized."""
+    resize: Annotated[int, Field(ge=1)] | None = None
+    """For center and random: the shorter side is scaled to this before the crop, in place of ``size``."""
 
     def __post_init__(self) -> None:
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"a crop of {self.size} pixels does not fit into a shorter side of resize={self.resize}")
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale must go from less to more, not from {self.scale[0]} to {self.scale[1]}")
 
@@ -57,10 +61,10 @@ def build_transform(transform: Transform) -> Step:
 
     The generator is drawn from in a fixed order, crop first, so one generator state gives one picture.
     """
-    size, filter = transform.size, transform.filter
+    size, filter, before = transform.size, transform.filter, transform.resize or transform.size
     crops: dict[str, Step] = {
-        "center": lambda image, _: center_crop(resize_shorter(image, size, filter), size),
-        "random": lambda image, rng: random_crop(resize_shorter(image, size, filter), size, rng),
+        "center": lambda image, _: center_crop(resize_shorter(image, before, filter), size),
+        "random": lambda image, rng: random_crop(resize_shorter(image, before, filter), size, rng),
         "random-resized": lambda image, rng: random_resized_crop(image, size, transform.scale, rng, filter),
         "none": lambda image, _: _must_be(image, size),
     }

@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from digit.core.errors import DigitError
-from digit.core.files import read_json
+from digit.core.files import read_json, sha256_of
 from digit.core.hub import repository_id
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, plain_config
 from digit.encoders.hub import repository_folder
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
-
-Positions = Literal["hub", "dinov2-offset"]
+from digit.models.codebook import Positions
 
 
 def load_encoder(
@@ -32,8 +31,9 @@ def load_encoder(
     """Load a frozen encoder, in float32 and eval mode.
 
     A foreign network takes the paper's choices where nothing is said: ``layer=-3`` with the final norm, images of 256
-    seen at 224. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above
-    ``image_size``. One of our own folders keeps what it was saved with.
+    seen at 224, and for DINOv2, with registers or without, ``positions="dinov2-offset"``. With ``image_size`` but no
+    ``resize``, it sees the largest multiple of its patch that is not above ``image_size``. One of our own folders keeps
+    what it was saved with.
 
     Args:
         source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
@@ -50,12 +50,15 @@ def load_encoder(
     options = {name: value for name, value in options.items() if value is not None}
     path = Path(source)
     if path.is_file():
-        from digit.convert.encoders import read_encoder_file
+        from digit.convert.encoders import convert_backbone, read_backbone
 
-        hf_config, tensors, facts = read_encoder_file(path, family=family, heads=heads)
-        options = {**facts.options, **options}
+        keys, guess = read_backbone(path)
+        hf_config, parts, facts = convert_backbone(keys, family or guess, heads)
+        keys.check()
         config = _foreign_config(hf_config, None, image_size, resize, options)
-        return TransformersEncoder.from_weights(config, tensors, str(path), {"source": path.name, **facts.provenance})
+        tensors = {name: pieces[0] for name, pieces in parts.items()}
+        provenance = {"source": path.name, **facts, "sha256": sha256_of(path)}
+        return TransformersEncoder.from_weights(config, tensors, str(path), provenance)
     if not path.is_dir():
         path = repository_folder(repository_id(str(source), "encoder"), fallback="pytorch_model*.bin")
     return _load_folder(path, str(source), options, image_size, resize)
@@ -104,6 +107,8 @@ def _foreign_config(
         mean, std = tuple(saved.get("image_mean") or mean), tuple(saved.get("image_std") or std)
     if resize is None:
         resize = _tiled(image_size, hf_config) if image_size else 224
+    if str(hf_config["model_type"]).startswith("dinov2"):
+        options = {"positions": "dinov2-offset", **options}
     preprocessing = Preprocessing(image_size=image_size or 256, resize=resize, mean=mean, std=std)
     return EncoderConfig(hf_config=hf_config, preprocessing=preprocessing, **options)
 

@@ -16,6 +16,7 @@ from digit.models.component import weights_checksum
 from digit.pipeline.info import pipeline_parts
 
 if TYPE_CHECKING:
+    from digit.pipeline.model import Model
     from digit.pipeline.pipeline import DigitPipeline
 
 PAPER = "https://arxiv.org/abs/2410.12490"
@@ -60,19 +61,24 @@ class CardFacts:
     results: tuple[Measured, ...] = ()
 
 
-def model_card(pipe: DigitPipeline) -> str:
+def model_card(pipe: Model) -> str:
     """The README of a saved model, by the template beside this file; the head is the Hub's metadata, with the results
     as a model index.
     """
     images = "labels=[0]" if pipe.num_classes else "num=4"
     tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"
     call = f"tokens = pipe.{tokens}" if pipe.prior is None else f"images = pipe({images}, seed=0)"
-    facts: dict[str, Any] = {"what": _what(pipe), "call": call, "parts": pipeline_parts(pipe), "training": _training(pipe)}
+    facts: dict[str, Any] = {
+        "what": _what(pipe),
+        "call": call,
+        "parts": pipeline_parts(pipe),
+        "training": _training(pipe),
+    }
     card = ModelCard.from_template(_metadata(pipe), template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
     return f"{str(card).rstrip()}\n"
 
 
-def _metadata(pipe: DigitPipeline) -> ModelCardData:
+def _metadata(pipe: Model) -> ModelCardData:
     results = [
         EvalResult(
             task_type=one.task, dataset_type=one.data, dataset_name=one.data, dataset_split=one.split,
@@ -91,7 +97,7 @@ def _metadata(pipe: DigitPipeline) -> ModelCardData:
     )
 
 
-def _what(pipe: DigitPipeline) -> str:
+def _what(pipe: Model) -> str:
     if pipe.prior is None:
         return "the tokenizers alone, without a prior."
     tokens = "semantic tokens" if pipe.space == "semantic" else "VQ tokens"
@@ -100,7 +106,7 @@ def _what(pipe: DigitPipeline) -> str:
     return f"images{size}{classes} from a GPT over {tokens}."
 
 
-def _training(pipe: DigitPipeline) -> list[str]:
+def _training(pipe: Model) -> list[str]:
     """What it learnt from, as far as the parts say, and the rest of the provenance."""
     lines = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
     for part in pipeline_parts(pipe):

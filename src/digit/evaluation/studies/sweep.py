@@ -21,9 +21,10 @@ from digit.core.errors import DigitError
 from digit.core.files import write_bytes
 from digit.core.progress import bar
 from digit.core.steps import Steps
-from digit.evaluation.metrics.features import FeatureSet, Source, measure
+from digit.evaluation.metrics.features import Source, measure
 from digit.evaluation.metrics.fidelity import TITLES, FidelityOptions, compare
 from digit.evaluation.metrics.inception import FeatureExtractor
+from digit.evaluation.metrics.statistics import FeatureSet
 from digit.evaluation.model_source import SamplingRun
 from digit.evaluation.results import COLORS, Result, Rows, legend, panels
 from digit.pipeline.card import describe_model

@@ -7,7 +7,7 @@ Source: Esser et al. 2021, arXiv 2012.09841, section 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F

@@ -34,10 +34,10 @@ from digit.data.token_cache import TokenCache, open_token_cache
 from digit.models.component import load_strict, save_component, weights_checksum
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.vqgan import VQGAN
-from digit.pipeline.generation import load_tokens_file
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.tokenizer import SemanticTokenizer
-from digit.sampling.feedforward import noise
+from digit.pipeline.tokens import load_tokens_file
+from digit.sampling.rng import pixel_latents
 from digit.training.auxiliary import Auxiliary, neighbours, set_embeddings
 from digit.training.finetune import FineTune, saved_part, take_modules
 from digit.training.losses.images import ImageLoss, ImageObjective
@@ -309,7 +309,7 @@ class OnePassTask(ImageTask):
 
     def _render(self, tokens: Tensor, first: int, seed: int, labels: Tensor | None) -> Tensor:
         """Images (B, 3, S, S) in 0..1 of a run's images ``first``, ``first + 1``, ..."""
-        own = noise(self.model.config, range(first, first + len(tokens)), seed).to(tokens.device)
+        own = pixel_latents(self.model.config, range(first, first + len(tokens)), seed).to(tokens.device)
         out: Tensor = self.model(tokens, own, labels).float()
         if self.vqgan is not None and self.model.config.pixels is None:
             out = self.vqgan.decode(out.argmax(-1)).float()
