@@ -22,7 +22,7 @@ from digit.training.losses.adversarial import (
     lecam,
     ramp,
 )
-from digit.training.losses.images import PictureObjective
+from digit.training.losses.images import ImageObjective
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
 from digit.training.losses.quantizer import EmaQuantizer, rotate
 from digit.training.neighbours import neighbour_accuracy
@@ -361,7 +361,7 @@ def test_neighbours_of_random_features_are_at_chance() -> None:
 @settings(deadline=None)  # the machine may be busy
 @given(shift=st.integers(1, 4), seed=st.integers(0, 99))
 def test_image_and_picture_are_moved_alike(shift: int, seed: int) -> None:
-    objective = PictureObjective(shift=shift)
+    objective = ImageObjective(shift=shift)
     batch = objective.draw(3, torch.Generator().manual_seed(seed))
     y, x = batch["shift"][0].tolist()
     assert 0 <= min(y, x) <= max(y, x) <= 2 * shift
@@ -375,7 +375,7 @@ def test_image_and_picture_are_moved_alike(shift: int, seed: int) -> None:
 
 
 def test_without_a_shift_nothing_is_drawn_or_moved() -> None:
-    objective, pictures = PictureObjective(), torch.rand(2, 3, 8, 8)
+    objective, pictures = ImageObjective(), torch.rand(2, 3, 8, 8)
     assert set(objective.draw(2, torch.Generator())) == {"flip"}
     assert objective.moved(pictures, {}) is pictures
 
