@@ -52,8 +52,8 @@ def test_epochs(examples: int, epochs: float, steps: int) -> None:
         ({"steps": None}, "exactly one of steps and epochs"),
         ({"warmup_steps": 0}, "warmup_steps > 0"),
         ({"accumulation": 3}, "accumulation=3 does not divide batch_size=8"),
-        ({"lr": -1}, "'lr' = -1"),
-        ({"precision": "fp8"}, "'precision' = 'fp8'"),
+        ({"lr": -1}, "lr = -1"),
+        ({"precision": "fp8"}, "precision = 'fp8'"),
         ({"warm_up": 5}, "did you mean 'warmup_"),
     ],
 )
