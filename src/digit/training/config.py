@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from digit.core.config import config
-from digit.models.transformer import PositiveInt, Probability
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, config
 
 
 @config

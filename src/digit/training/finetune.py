@@ -15,14 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from digit.core.config import config, to_dict
+from digit.core.config import NonNegativeInt, config, to_dict
 from digit.core.errors import DigitError
 from digit.data.token_cache import TokenCache
 from digit.models.component import weights_checksum
@@ -55,7 +54,7 @@ class FineTune:
 
     source: str
     freeze: tuple[str, ...] = ()
-    lora: Annotated[int, Field(ge=0)] = 0
+    lora: NonNegativeInt = 0
 
 
 def start_folder(source: str, role: str) -> tuple[Path, list[str]]:

@@ -370,5 +370,7 @@ def _metric(optimizer: str, name: str) -> str:
 
 def _split(batch: Batch, parts: int, device: torch.device) -> list[Batch]:
     """Equal parts of a batch, on the device."""
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}  # a copy from other memory waits
     pieces = {name: tensor.to(device, non_blocking=True).chunk(parts) for name, tensor in batch.items()}
     return [{name: chunks[number] for name, chunks in pieces.items()} for number in range(parts)]

@@ -7,14 +7,13 @@ Source: Esser et al. 2021, arXiv 2012.09841, section 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import NonNegative, Positive, PositiveInt, Probability, Share, config
+from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share, config
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.training.losses.adversarial import (
     Augmentation,
@@ -76,7 +75,7 @@ class ImageObjective:
     discriminator_steps: PositiveInt = 1
     augment: tuple[Augmentation, ...] = ()
     flip: Share = 0.5
-    shift: Annotated[int, Field(ge=0)] = 0
+    shift: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if (self.perceptual == "encoder") != (self.perceptual_encoder is not None):
@@ -93,9 +92,9 @@ class ImageObjective:
         """Images (B, 3, S, S) moved by the batch's first draw; what comes into view at a side is mirrored."""
         if not self.shift:
             return images
-        y, x = batch["shift"][0].tolist()
-        side = images.shape[-1]
-        return F.pad(images, (self.shift,) * 4, mode="reflect")[..., y : y + side, x : x + side]
+        # by index, not by slices, whose bounds the device would have to tell
+        rows, columns = batch["shift"][0][:, None] + torch.arange(images.shape[-1], device=images.device)  # (S,) each
+        return F.pad(images, (self.shift,) * 4, mode="reflect").index_select(-2, rows).index_select(-1, columns)
 
 
 class ImageLoss:
@@ -236,7 +235,7 @@ class ImageLoss:
     def _discrimination(self, logits: Sequence[Tensor], real: int) -> Loss:
         """The discriminator's own loss from maps of logits, of which the first ``real`` rows are of images."""
         assert self.discriminator is not None
-        true, false = zip(*(one.float().split([real, len(one) - real]) for one in logits), strict=True)
+        true, false = zip(*((one[:real].float(), one[real:].float()) for one in logits), strict=True)
         loss = hinge = discriminator_hinge(true, false)
         means = [-generator_hinge(some).detach() for some in (true, false)]
         metrics = {"hinge": hinge.detach(), "logits_real": means[0], "logits_fake": means[1]}

@@ -17,16 +17,15 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from digit.core.config import config, from_dict, to_dict
+from digit.core.config import NonNegativeInt, config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.grids import picture_grid, token_picture
 from digit.core.images import to_pil
@@ -66,7 +65,7 @@ class TokenData:
     prefix: Literal["semantic"] | None = None
     labels: bool = False
     views: tuple[str, ...] | None = None
-    held_out: Annotated[int, Field(ge=0)] = 512
+    held_out: NonNegativeInt = 512
 
     def __post_init__(self) -> None:
         if self.target == "semantic" and self.prefix:

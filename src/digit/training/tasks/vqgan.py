@@ -117,7 +117,7 @@ class VqganTask(ImageTask):
         if self.quantizer is None:
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # the very tokens that others use
                 codes = F.embedding(self.vqgan.encode(images), self.vqgan.codebook)  # (B, M, D)
-            return codes.transpose(1, 2).unflatten(2, self.vqgan.config.grid), 0.0, {}  # (B, D, h, w)
+            return codes.transpose(1, 2).reshape(len(images), -1, *self.vqgan.config.grid), 0.0, {}  # (B, D, h, w)
         codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
         metrics = {"commitment": commitment.detach(), **self.quantizer.statistics()}
         return codes, self.objective.commitment * commitment, metrics
