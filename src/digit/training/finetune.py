@@ -98,13 +98,28 @@ def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) 
             modules[name].load_state_dict(saved)
 
 
-def saved_part(start: FineTune, role: str, load: Callable[[Path], M]) -> tuple[M, dict[str, Any]]:
-    """The saved part of a role that a run begins with, and what to note about it.
+def saved_part(
+    start: FineTune, role: str, load: Callable[[Path], M], fits: Callable[[M], bool], may_freeze: str = ""
+) -> tuple[M, dict[str, Any]]:
+    """The saved encoder, VQGAN or feed-forward decoder that a run begins with, and what to note about it.
+
+    Args:
+        start: which; of its parts none but ``may_freeze`` may stay as it is.
+        role: see :func:`start_folder`.
+        load: opens the part's folder.
+        fits: whether it is of the preset's shape.
 
     Raises:
-        DigitError: nothing there.
+        DigitError: nothing there, it does not fit, or something else is to be frozen.
     """
+    if start.lora or set(start.freeze) - {may_freeze}:
+        but = f", or with --freeze {may_freeze}" if may_freeze else ""
+        raise DigitError(f"--freeze and --lora are for token models; this part is trained as a whole{but}.")
     part = load(start_folder(start.source, role)[0])
+    if not fits(part):
+        raise DigitError(
+            f"{start.source} is of another shape than the preset's model section describes, or of other tokens."
+        )
     return part, {"weights": weights_checksum(part)}
 
 

@@ -151,17 +151,15 @@ class EncoderTask(Task):
 
     def _start(self, start: FineTune) -> dict[str, Any]:
         """Begin with saved weights; what to note about them."""
-        if start.freeze or start.lora:
-            raise DigitError("--freeze and --lora are for token models; an encoder is trained as a whole.")
-        saved, note = saved_part(start, "encoder", load_encoder)
-        tensors, mine = saved.state_dict(), self.method.encoder.state_dict()
-        if {k: v.shape for k, v in mine.items()} != {k: v.shape for k, v in tensors.items()}:
-            raise DigitError(
-                f"The encoder {start.source} is of another shape than the preset's model section describes."
-            )
+
+        def shapes(encoder: nn.Module) -> dict[str, torch.Size]:
+            return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+
+        own = shapes(self.method.encoder)
+        saved, note = saved_part(start, "encoder", load_encoder, lambda saved: shapes(saved) == own)
         take_modules(self.modules, start.source, tuple(self.modules))
         for name in {"student", "teacher"} & set(self.modules):
-            cast(nn.Module, self.modules[name].encoder).load_state_dict(tensors)
+            cast(nn.Module, self.modules[name].encoder).load_state_dict(saved.state_dict())
         return note
 
     def parameters_by_optimizer(self) -> Groups:

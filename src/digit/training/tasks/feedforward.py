@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from digit.sampling.rng import pixel_latents
 from digit.training.auxiliary import Auxiliary, neighbours, set_embeddings
 from digit.training.finetune import FineTune, saved_part, take_modules
 from digit.training.losses.images import ImageLoss, ImageObjective
+from digit.training.losses.posterior import Posterior, drawn
 from digit.training.task import Batch, Loss, Step, Stream
 from digit.training.tasks.images import (
     ImageData,
@@ -105,28 +105,6 @@ class OnePassData(ImageData):
     labels: bool = False
     tokens: str | None = None
     samples: str | None = None
-
-
-class Posterior(nn.Module):
-    """Which noise an image would have: mean and log variance (B, noise_dim) each. Only used in training."""
-
-    def __init__(self, noise_dim: int, channels: int) -> None:
-        super().__init__()
-        widths = (3, channels, 2 * channels, 4 * channels)
-        layers: list[nn.Module] = []
-        for before, width in pairwise(widths):
-            layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        self.layers = nn.Sequential(*layers)
-        self.out = nn.Linear(widths[-1], 2 * noise_dim)
-        # begin with a noise that tells something of the image, or the decoder learns to do without
-        nn.init.constant_(self.out.bias[noise_dim:], -2.0)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Look at images (B, 3, S, S) in 0..1, in no more than 64 pixels: light and colours need no detail."""
-        side = min(64, images.shape[-1])
-        features = self.layers(F.adaptive_avg_pool2d(images, side) * 2 - 1).mean((2, 3))  # (B, 4 C)
-        mean, log_variance = self.out(features).float().chunk(2, 1)
-        return mean, log_variance.clamp(-8, 8)
 
 
 class OnePassTask(ImageTask):
@@ -279,8 +257,7 @@ class OnePassTask(ImageTask):
             return len(images), fresh, fresh.new_zeros(()), {}
         half = (len(images) + 1) // 2
         mean, log_variance = self.modules["posterior"](images[:half])
-        information = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2  # nats per image
-        own = mean + (log_variance / 2).exp() * fresh[:half]
+        own, information = drawn(mean, log_variance, fresh[:half])
         return half, torch.cat([own, fresh[half:]]), information, {"information": information.detach()}
 
     def _rebuild(self, tokens: Tensor, own: Tensor, labels: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -352,13 +329,11 @@ def build(
     shape = _shape(preset["model"], tokenizer, parts.vqgan, train if choice.labels else None, f"{where}, model")
     model, origin = FeedForwardDecoder(shape), dict[str, Any]()
     if start is not None:
-        if start.freeze or start.lora:
-            raise DigitError("--freeze and --lora are for token models; a feed-forward decoder is trained as a whole.")
-        saved, origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained)
-        if replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) != shape:
-            raise DigitError(
-                f"{start.source} is a decoder of another shape or other tokens than the preset and the model describe."
-            )
+
+        def fits(saved: FeedForwardDecoder) -> bool:
+            return replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) == shape
+
+        saved, origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained, fits)
         load_strict(model, saved.state_dict(), start.source)
     elif objective.centroid_embeddings:
         set_embeddings(model.token_embedding, tokenizer.codebook.centroids)

@@ -20,7 +20,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from digit.core.config import NonNegative, Probability, config, from_dict, to_dict
-from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.training.finetune import FineTune, saved_part, take_modules
@@ -95,13 +94,11 @@ class VqganTask(ImageTask):
 
     def _start(self, start: FineTune) -> dict[str, Any]:
         """Begin with saved weights; what to note about them."""
-        if start.lora or set(start.freeze) - {"tokens"}:
-            raise DigitError(
-                "A VQGAN can be trained on as a whole, or with --freeze tokens (encoder and codebook); no other part."
-            )
-        saved, note = saved_part(start, "vqgan", VQGAN.from_pretrained)
-        if saved.config != self.vqgan.config:
-            raise DigitError(f"The VQGAN {start.source} is of another shape than the preset's model section describes.")
+
+        def fits(saved: VQGAN) -> bool:
+            return saved.config == self.vqgan.config
+
+        saved, note = saved_part(start, "vqgan", VQGAN.from_pretrained, fits, may_freeze="tokens")
         self.vqgan.load_state_dict(saved.state_dict())
         return {**note, "freeze": list(start.freeze)}
 
