@@ -42,7 +42,7 @@ class TrainingConfig:
             time.
         seed: of initial weights, data order and every random choice.
         log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never (the end of a run always
-            validates and leaves a checkpoint). Between two log lines nothing waits for the device.
+            validates and leaves a checkpoint). Between two log lines the loop never waits for the device.
         keep_checkpoints: how many of the newest to keep.
         workers: data loading threads.
     """
