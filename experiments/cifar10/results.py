@@ -1,8 +1,6 @@
-"""From the records of study.py to RESULTS.md and the README's table.
+"""From the records of study.py to RESULTS.md and the README's table, written anew.
 
-python experiments/cifar10/results.py --collect runs/study     copy records, metrics and results into results/, then
-write python experiments/cifar10/results.py                          write RESULTS.md and the table again from results/
-alone
+With ``--collect runs/study``, records, metrics and results are first copied into results/.
 """
 
 from __future__ import annotations

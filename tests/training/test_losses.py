@@ -323,7 +323,7 @@ def test_encoder_distance_grows_with_damage_and_gives_gradients(make: object) ->
 
 
 def test_perceptual_encoder_wants_pictures_of_its_size() -> None:
-    with pytest.raises(DigitError, match="images of 32 pixels, the pictures to be made have 64"):
+    with pytest.raises(DigitError, match="images of 32 pixels, those that are to be made have 64"):
         EncoderView(small_conv(widths=(8, 16, 32)), 64)
 
 

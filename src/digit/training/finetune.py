@@ -185,8 +185,8 @@ def check_vocabulary(model: TokenModelConfig, cache: TokenCache, data: TokenData
         if (has, length) != (given, count):
             raise DigitError(
                 f"{source} knows {length} {what} per image, from a vocabulary of {has:,}; the cache {cache.folder} has "
-                f"{count} from {given:,}. A token means nothing to a model of another vocabulary: make the cache with the "
-                "tokenizers that the model was trained with (digit cache-tokens --model ...), or train from the start."
+                f"{count} from {given:,}. A token means nothing to a model of another vocabulary: make the cache with "
+                "the tokenizers that the model was trained with (digit cache-tokens --model ...), or train anew."
             )
 
 
@@ -206,8 +206,8 @@ def freeze(model: TokenModel, parts: Sequence[str]) -> None:
             frozen = [attrgetter(attribute)(model) for attribute in chosen]
         else:
             raise DigitError(
-                f"'{part}' cannot be frozen; the parts are embeddings, classes, head, blocks, and blocks:N for the first "
-                f"N of {len(blocks)}."
+                f"'{part}' cannot be frozen; the parts are embeddings, classes, head, blocks, and blocks:N for the "
+                f"first N of {len(blocks)}."
             )
         for item in frozen:
             if item is not None:

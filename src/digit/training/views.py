@@ -1,8 +1,8 @@
 """Random views of a batch of images, made with tensors alone: fast on a GPU, and on two CPU cores beside the training.
 
 Drawing and applying are two steps: :func:`draw_views` draws the numbers on the CPU, example by example, so that a seed
-gives the same views on every device; :func:`apply_views` makes the views wherever the images are. The recipe is SimCLR's and
-DINO's (random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; torchvision is not needed.
+gives the same views on every device; :func:`apply_views` makes the views wherever the images are. The recipe is that of
+SimCLR and DINO (random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; no torchvision.
 
 Sources: [0] Chen et al. 2020, arXiv 2002.05709, appendix A. [1] Caron et al. 2021, arXiv 2104.14294, section 3. Unlike
 there, the four colour changes are applied in one order, as one affine map of the three channels, and clamped once.

@@ -375,7 +375,7 @@ def _open_cache(folder: str, data: str | Path, split: str, tokenizer: SemanticTo
     cache, dataset = open_token_cache(folder), open_dataset(data, split)
     if cache.info["source"]["fingerprint"] != dataset.fingerprint:
         raise DigitError(
-            f"The tokens in {folder} are of another dataset than {data} {split}: leave data.tokens out, or make them anew."
+            f"The tokens in {folder} are not of {data}, {split}: leave data.tokens out, or make them anew."
         )
     if not {"center", "flip"} <= set(cache.views):
         raise DigitError(
