@@ -1,8 +1,6 @@
-"""From the records of study.py to RESULTS.md and the README's table.
+"""From the records of study.py to RESULTS.md and the README's table, written anew.
 
-python experiments/cifar10/results.py --collect runs/study     copy records, metrics and results into results/, then
-write python experiments/cifar10/results.py                          write RESULTS.md and the table again from results/
-alone
+With ``--collect runs/study``, records, metrics and results are first copied into results/.
 """
 
 from __future__ import annotations
@@ -151,8 +149,15 @@ class Results:
 
     def stability(self) -> str:
         """Share of changed tokens, as the paper's Table 1, of VQ tokens and of both encoders' semantic tokens."""
-        measured = [("evaluate-stability", "vq", "VQ tokens"), *((step, "semantic", title) for step, title in ENCODERS.items())]
-        found = [(self.steps[step]["result"]["values"], space, title) for step, space, title in measured if step in self.steps]
+        measured = [
+            ("evaluate-stability", "vq", "VQ tokens"),
+            *((step, "semantic", title) for step, title in ENCODERS.items()),
+        ]
+        found = [
+            (self.steps[step]["result"]["values"], space, title)
+            for step, space, title in measured
+            if step in self.steps
+        ]
         if not found:
             return MISSING
         rows = []
@@ -171,7 +176,11 @@ class Results:
     def ceilings(self) -> str:
         """What the decoders could reach at best: real tokens decoded."""
         rows = [
-            [row["name"] + more, f"{row['images']:,}", *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim"))]
+            [
+                row["name"] + more,
+                f"{row['images']:,}",
+                *(_number(row["values"].get(key)) for key in ("rfid", "psnr", "ssim")),
+            ]
             for name, more in CEILINGS.items()
             if name in self.steps
             for row in self.steps[name]["result"]["values"]
@@ -186,7 +195,9 @@ class Results:
         if step is None:
             return MISSING
         values = step["result"]["values"]
-        scores = [(f"after block {score['state']}" if score["state"] else "embeddings", score) for score in values["layers"]]
+        scores = [
+            (f"after block {score['state']}" if score["state"] else "embeddings", score) for score in values["layers"]
+        ]
         if values["encoder"] is not None:
             scores.append(("the encoder's features", values["encoder"]))
         rows = [[name, _percent(score["accuracy"]), _percent(score["knn"])] for name, score in scores]
@@ -209,14 +220,19 @@ class Results:
         for name, title in MANY.items():
             few, many = self.fid(name), self.fid(f"{name}-many")
             if few is not None and many is not None:
-                rows.append([title, f"{self._images(name):,}: {few:.2f}", f"{self._images(f'{name}-many'):,}: {many:.2f}"])
+                rows.append(
+                    [title, f"{self._images(name):,}: {few:.2f}", f"{self._images(f'{name}-many'):,}: {many:.2f}"]
+                )
         return table(["model", "pictures: FID", "twice as many: FID"], rows) if rows else MISSING
 
     def vocabularies(self) -> str:
         """FID and perplexities over the number of clusters."""
         rows = []
         for clusters, (fidelity, prior, decoder) in VOCABULARIES.items():
-            fid, perplexities = self.fid(fidelity), [self.metric(name, "validation/perplexity") for name in (prior, decoder)]
+            fid, perplexities = (
+                self.fid(fidelity),
+                [self.metric(name, "validation/perplexity") for name in (prior, decoder)],
+            )
             if fid is not None:
                 rows.append([f"{clusters:,}", *map(_number, (fid, *perplexities))])
         return table(["K", "FID", "perplexity of the prior", "of the AR decoder"], rows) if rows else MISSING
@@ -227,7 +243,9 @@ class Results:
         for name, title in SIMILARITIES.items():
             if step := self.steps.get(f"similarity-{name}"):
                 values = step["result"]["values"]
-                rows.append([title, f"{values['kid_mean']:.4f}", *(f"{values[key]:.3f}" for key in ("precision", "recall"))])
+                rows.append(
+                    [title, f"{values['kid_mean']:.4f}", *(f"{values[key]:.3f}" for key in ("precision", "recall"))]
+                )
         return table(["model", "KID", "precision", "recall"], rows) if rows else MISSING
 
     def settings(self) -> str:

@@ -44,7 +44,9 @@ def main() -> None:
     except DigitError as error:
         sys.exit(str(error))
     pipe.save_pretrained(PACKAGED, torch.float16)  # as it is stored already
-    subprocess.run([sys.executable, "-m", "digit", "atlas", PACKAGED, "--data", options.data, "--each", "4"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "digit", "atlas", PACKAGED, "--data", options.data, "--each", "4"], check=True
+    )
     labels = [label for label in range(pipe.num_classes) for _ in range(EACH)]
     save_png(picture_grid(pipe(labels, seed=0), EACH, 2, row_titles=pipe.class_names), PICTURE)
     size = sum(path.stat().st_size for path in PACKAGED.rglob("*") if path.is_file())

@@ -1,11 +1,10 @@
 """The CIFAR-10 study: every command of it, in order, each run once and recorded.
 
-    python experiments/cifar10/study.py --list                  what there is, and what is done
-    python experiments/cifar10/study.py core headline           the steps of these groups that are not done yet
-    python experiments/cifar10/study.py core --processes 2      trainings divided among two processes: faster than two
-    threads python experiments/cifar10/study.py core --profile gpu --extra=--device=cuda      larger and longer, on a
-    GPU python experiments/cifar10/study.py --restore               begin with the parts of the packaged model instead
-    of training them
+    study.py --list                 what there is, and what is done
+    study.py core headline          the steps of these groups that are not done yet
+    study.py core --processes 2     trainings divided among two processes: faster than two threads
+    study.py core --profile gpu --extra=--device=cuda       larger and longer, on a GPU
+    study.py --restore              begin with the parts of the packaged model instead of training them
 
 A step is one command of `digit`. Its command, commit, machine and seconds go to OUT/records/STEP.json, from which
 results.py makes RESULTS.md; a step with a record of success is not run again, an interrupted one goes on where it was.
@@ -51,7 +50,7 @@ SHARPER = (
     "training.epochs=2",
     "training.lr=5e-4",
 )
-"""How the VQGAN's decoder is trained on behind codes that stay: against a judge that it does not outrun."""
+"""How the VQGAN's decoder is trained on behind codes that stay: against a discriminator that it does not outrun."""
 UNTRAINED = ("training.epochs=null", "training.steps=1", "training.warmup_steps=0", "training.lr=1e-9")
 SMALL_MAE = (
     "model.dim=96",
@@ -70,7 +69,7 @@ SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 
 # What the profiles change in the presets, whose own values are for two CPU cores. "gpu" is a day of one GPU; "short" is
 # its half hour, see ../gpu.sh. Token models stop when their validation no longer falls (a run's best weights are kept),
-# and all have dropout: 100 passes over 50,000 images are enough to learn them by heart.
+# and all have dropout: 100 passes over 50,000 images are enough to overfit.
 LARGER = (
     "model.transformer.dim=512 model.transformer.depth=12 model.transformer.heads=8 model.transformer.dropout=0.1 "
     "training.batch_size=256 training.lr=6e-4 training.validate_every=500 training.patience=8"
@@ -181,7 +180,7 @@ class Study:
         name = kind if clusters == K else f"{kind}-{clusters}"
         return self._train(group, name, "decoder", f"cifar10-{kind}", self.out / f"tokens-{clusters}", *changes)
 
-    def _judge(self) -> tuple[str, str]:
+    def _perceptual(self) -> tuple[str, str]:
         """Settings of the perceptual loss: the plain encoder's features, for the other's are alike whether a picture is
         sharp.
         """
@@ -192,7 +191,7 @@ class Study:
         """The one-pass decoder reads images, and their tokens from the cache."""
         changes = (
             f"data.tokens={self.out / f'tokens-{K}'}",
-            *self._judge(),
+            *self._perceptual(),
         )
         step = self._train(group, "onepass", "decoder", "cifar10-onepass", self.data, *changes)
         return replace(step, command=f"{step.command} --model {self.out / 'models' / f'tokenizers-{K}'}")
@@ -212,7 +211,7 @@ class Study:
         yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data)
         steady = self._train(group, "encoder", "encoder", preset, self.data, *VARIED, *STEADY[self.profile])
         yield replace(steady, command=f"{steady.command} --from {self.out / f'encoder-{PLAIN}'}")
-        yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._judge())
+        yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._perceptual())
         yield from self._vocabulary(group, PLAIN, f"encoder-{PLAIN}", K)
         yield from self._vocabulary(group, K)
 
@@ -307,7 +306,7 @@ class Study:
         """
         group = "ceiling"
         longer = ("training.epochs=20",) if self.larger else ()
-        changes = (*self._judge(), *SHARPER, *longer)
+        changes = (*self._perceptual(), *SHARPER, *longer)
         sharper = self._train(group, "vqgan-sharper", "vqgan", "cifar10-vqgan", self.data, *changes)
         yield replace(sharper, command=f"{sharper.command} --from {self.out / 'vqgan'} --freeze tokens")
         yield self._assemble(group, "sharper", vqgan="vqgan-sharper")

@@ -235,5 +235,5 @@ def test_description_names_what_is_on_and_not_where_it_lies() -> None:
 
 
 def test_removed_losses_that_are_off_are_left_out_with_a_warning() -> None:
-    with pytest.warns(DeprecationWarning, match="'alignment' was removed"):
+    with pytest.warns(FutureWarning, match="'alignment' was removed"):
         assert known_fields({"alignment": 0.0, "token_noise": 0.5}, "test") == {"token_noise": 0.5}

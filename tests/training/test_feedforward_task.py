@@ -172,7 +172,7 @@ def test_the_priors_own_samples_are_judged_and_nothing_else(images: ImageDataset
     assert seen == [16 + 8, 16 + 16 + 8]
     for name in ("l1", "psnr", "information"):
         torch.testing.assert_close(first[0].metrics[name], second[0].metrics[name])
-    assert first[0].metrics["judgement"] != second[0].metrics["judgement"]
+    assert first[0].metrics["g_loss"] != second[0].metrics["g_loss"]
 
 
 def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: DigitPipeline, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_refusals(token_cache: TokenCache, run_folder: Path, tmp_path: Path) -> 
     larger = token_cache.info | {"tokens": {"semantic": {"vocab_size": 20, "grid": [4, 4]}}}
     model = load_component(run_folder / "model", TokenModel, TokenModelConfig)
     with pytest.raises(
-        DigitError, match=r"knows 16 semantic tokens an image, from a vocabulary of 12; .* has 16 from 20"
+        DigitError, match=r"knows 16 semantic tokens per image, from a vocabulary of 12; .* has 16 from 20"
     ):
         check_vocabulary(model.config, TokenCache(token_cache.folder, larger), TokenData(), str(run_folder))
     with pytest.raises(DigitError, match=r"predicts semantic tokens; .* asks for vq tokens"):

@@ -50,8 +50,8 @@ def test_model_is_completed_from_the_cache(token_cache: TokenCache) -> None:
 @pytest.mark.parametrize(
     ("values", "data", "words"),
     [
-        ({"vocab_size": 99}, {}, r"vocab_size = 99 \(the cache: 12\)"),
-        ({"num_classes": 3}, {"labels": True}, r"num_classes = 3 \(the cache: 10\)"),
+        ({"vocab_size": 99}, {}, r"vocab_size = 99 \(expected: 12\)"),
+        ({"num_classes": 3}, {"labels": True}, r"num_classes = 3 \(expected: 10\)"),
         ({}, {"views": ["crop7"]}, "crop7 were asked for; the cache has: center, flip"),
         ({}, {"views": []}, "the cache has: center, flip"),
     ],

@@ -116,7 +116,7 @@ def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if values.get(name):
             raise DigitError(f"{where} has {name} = {values[name]}; this loss was removed, for nothing used it.")
         if name in values:
-            warnings.warn(f"The field '{name}' was removed; leave it out.", DeprecationWarning, stacklevel=2)
+            warnings.warn(f"The field '{name}' was removed; leave it out.", FutureWarning, stacklevel=2)
     return {name: value for name, value in values.items() if name not in _REMOVED}
 
 

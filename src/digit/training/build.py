@@ -24,7 +24,7 @@ from digit.training.engine import seed_everything
 from digit.training.finetune import FineTune, start_model
 from digit.training.loop import REQUEST
 from digit.training.task import Task
-from digit.training.tasks import encoder, feedforward_build
+from digit.training.tasks import encoder, feedforward
 from digit.training.tasks import vqgan as vqgan_task
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 
@@ -107,19 +107,18 @@ def request_for(
 
 
 def change(settings: Mapping[str, Any], changes: Sequence[str], preset: str) -> dict[str, Any]:
-    """Sections of a preset with ``a.b=c`` applied. Steps given alone take the place of epochs, and the other way round.
+    """Sections of a preset with ``a.b=c`` applied. Steps take the place of epochs, and the other way round.
 
     Raises:
         DigitError: a path that is not in the preset, or not of the form.
     """
     changed = copy.deepcopy(dict(settings))
+    other = {"training.steps": "epochs", "training.epochs": "steps"}
     for item in changes:
         override(changed, item, preset)
-    given = {item.partition("=")[0].strip() for item in changes}
-    for one, other in (("steps", "epochs"), ("epochs", "steps")):
-        alone = f"training.{one}" in given and f"training.{other}" not in given
-        if alone and changed["training"][one] is not None:
-            changed["training"][other] = None
+        name, _, value = item.partition("=")
+        if name in other and value != "null":
+            changed["training"][other[name]] = None
     return changed
 
 
@@ -159,7 +158,7 @@ def build_task(
     elif component == "vqgan":
         task = vqgan_task.build(preset, data, where, start)
     elif preset["model"].get("role") == "onepass":
-        task = feedforward_build.build(preset, data, where, parts, start)
+        task = feedforward.build(preset, data, where, parts, start)
     else:
         vqgan = None if parts is None else parts.vqgan
         task = _token_task(component, preset, data, where, settings.z_loss, vqgan, start)

@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from digit.core.config import config
-from digit.models.transformer import PositiveInt, Probability
-
-NonNegativeInt = Annotated[int, Field(ge=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
+from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, config
 
 
 @config
@@ -49,7 +42,7 @@ class TrainingConfig:
             time.
         seed: of initial weights, data order and every random choice.
         log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never (the end of a run always
-            validates and leaves a checkpoint). Between two log lines nothing waits for the device.
+            validates and leaves a checkpoint). Between two log lines the loop never waits for the device.
         keep_checkpoints: how many of the newest to keep.
         workers: data loading threads.
     """

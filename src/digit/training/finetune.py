@@ -6,24 +6,22 @@ as the mean of the known, and a model without classes gives its start vector to 
 ended.
 
 Source of the low-rank changes: Hu et al. 2021, arXiv 2106.09685 (LoRA), with alpha = 2 x rank on all matrices of the
-blocks. They are a parametrization of the weights, not the ``peft`` package: this needs no other layers, names or
-    merging code of its own, and
-``peft`` loads all of transformers.
+blocks. They are a parametrization of the weights, not the ``peft`` package, which brings layers and names of its
+own and loads all of transformers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from digit.core.config import config, to_dict
+from digit.core.config import NonNegativeInt, config, to_dict
 from digit.core.errors import DigitError
 from digit.data.token_cache import TokenCache
 from digit.models.component import weights_checksum
@@ -34,6 +32,7 @@ from digit.pipeline.index import read_index
 from digit.training import checkpoint
 from digit.training.tasks.tokens import TokenData, token_model_config
 
+M = TypeVar("M", bound=nn.Module)
 _TRAINING_FIELDS = ("class_dropout", "label_smoothing")
 _EMBEDDINGS = ("token_embedding", "position_embedding", "mask_vector", "prefix_embedding", "prefix_position_embedding")
 _CLASSES = ("class_embedding", "start")
@@ -55,21 +54,7 @@ class FineTune:
 
     source: str
     freeze: tuple[str, ...] = ()
-    lora: Annotated[int, Field(ge=0)] = 0
-
-
-class Start(NamedTuple):
-    """A saved model.
-
-    Attributes:
-        model: with its weights.
-        class_names: empty where they are not known.
-        space: "semantic" or "vq", what it predicts; None where that is not known.
-    """
-
-    model: TokenModel
-    class_names: list[str]
-    space: str | None
+    lora: NonNegativeInt = 0
 
 
 def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
@@ -113,28 +98,35 @@ def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) 
             modules[name].load_state_dict(saved)
 
 
-def open_start(source: str, role: str) -> Start:
-    """The saved model of a role.
+def saved_part(
+    start: FineTune, role: str, load: Callable[[Path], M], fits: Callable[[M], bool], may_freeze: str = ""
+) -> tuple[M, dict[str, Any]]:
+    """The saved encoder, VQGAN or feed-forward decoder that a run begins with, and what to note about it.
 
     Args:
-        source: see :class:`FineTune`.
-        role: "prior", "ar" or "masked".
+        start: which; of its parts none but ``may_freeze`` may stay as it is.
+        role: see :func:`start_folder`.
+        load: opens the part's folder.
+        fits: whether it is of the preset's shape.
 
     Raises:
-        DigitError: nothing there, or it is of another role.
+        DigitError: nothing there, it does not fit, or something else is to be frozen.
     """
-    folder, names = start_folder(source, role)
-    model = TokenModel.from_pretrained(folder)
-    if model.config.role != role:
-        raise DigitError(f"{source} is a model of role '{model.config.role}'; the preset trains one of role '{role}'.")
-    provenance: Mapping[str, Any] = model.provenance
-    return Start(model, list(provenance.get("class_names") or names), provenance.get("space"))
+    if start.lora or set(start.freeze) - {may_freeze}:
+        but = f", or with --freeze {may_freeze}" if may_freeze else ""
+        raise DigitError(f"--freeze and --lora are for token models; this part is trained as a whole{but}.")
+    part = load(start_folder(start.source, role)[0])
+    if not fits(part):
+        raise DigitError(
+            f"{start.source} is of another shape than the preset's model section describes, or of other tokens."
+        )
+    return part, {"weights": weights_checksum(part)}
 
 
 def start_model(
     start: FineTune, values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str
 ) -> tuple[TokenModel, dict[str, Any]]:
-    """A saved model, ready to be trained on a cache, and what to note about it.
+    """A saved token model, ready to be trained on a cache, and what to note about it.
 
     Args:
         start: which, and what may move.
@@ -145,7 +137,15 @@ def start_model(
     Raises:
         DigitError: it has another vocabulary or length than the cache, another role, or nothing would move.
     """
-    source, names, space = open_start(start.source, str(values.get("role", "prior")))
+    role = str(values.get("role", "prior"))
+    folder, names = start_folder(start.source, role)
+    source = TokenModel.from_pretrained(folder)
+    if source.config.role != role:
+        raise DigitError(
+            f"{start.source} is a model of role '{source.config.role}'; the preset trains one of role '{role}'."
+        )
+    names = list(source.provenance.get("class_names") or names)
+    space = source.provenance.get("space")  # what it predicts, where that is known
     if space not in (None, data.target):
         raise DigitError(f"{start.source} predicts {space} tokens; {where} asks for {data.target} tokens.")
     check_vocabulary(source.config, cache, data, start.source)
@@ -156,10 +156,9 @@ def start_model(
     known["transformer"] = {**known["transformer"], "dropout": dropout}
     model = TokenModel(token_model_config(known, cache, data, where))
     tensors = source.state_dict()
+    tensors.pop("class_embedding.weight", None)
     if model.class_embedding is not None:
         tensors["class_embedding.weight"] = _class_rows(source, names, cache.classes, model.config.num_classes)
-    else:
-        tensors.pop("class_embedding.weight", None)
     if source.class_embedding is not None and not source.config.can_guide:
         tensors["start"] = source.class_embedding.weight.mean(0)  # it never had a gradient
     model.load_state_dict(tensors)
@@ -185,9 +184,9 @@ def check_vocabulary(model: TokenModelConfig, cache: TokenCache, data: TokenData
     for what, (has, length), (given, count) in pairs:
         if (has, length) != (given, count):
             raise DigitError(
-                f"{source} knows {length} {what} an image, from a vocabulary of {has:,}; the cache {cache.folder} has {count} from "
-                f"{given:,}. A token means nothing to a model of another vocabulary: make the cache with the tokenizers that "
-                "the model was trained with (digit cache-tokens --model ...), or train from the start."
+                f"{source} knows {length} {what} per image, from a vocabulary of {has:,}; the cache {cache.folder} has "
+                f"{count} from {given:,}. A token means nothing to a model of another vocabulary: make the cache with "
+                "the tokenizers that the model was trained with (digit cache-tokens --model ...), or train anew."
             )
 
 
@@ -207,8 +206,8 @@ def freeze(model: TokenModel, parts: Sequence[str]) -> None:
             frozen = [attrgetter(attribute)(model) for attribute in chosen]
         else:
             raise DigitError(
-                f"'{part}' cannot be frozen; the parts are embeddings, classes, head, blocks, and blocks:N for the first N of "
-                f"{len(blocks)}."
+                f"'{part}' cannot be frozen; the parts are embeddings, classes, head, blocks, and blocks:N for the "
+                f"first N of {len(blocks)}."
             )
         for item in frozen:
             if item is not None:

@@ -3,8 +3,9 @@
 A run folder: ``config.yaml`` (what is trained and how), ``metrics.jsonl``, ``tensorboard/``, ``samples/``,
 ``checkpoints/``, and at the end ``model/``, the finished component.
 
-Between two log lines nothing waits for the device, and processes exchange gradients alone: losses, gradient norms and
-metrics stay where they were computed until the next line is due.
+Between two log lines the loop waits for nothing and lets processes exchange gradients alone: losses, gradient norms and
+metrics stay where they were computed until the next line is due. What a loss needs comes on top: lightly's losses of
+encoders pick by masks, which waits once a step, and a VQGAN's codebook and contrastive losses are of the global batch.
 """
 
 from __future__ import annotations
@@ -370,5 +371,7 @@ def _metric(optimizer: str, name: str) -> str:
 
 def _split(batch: Batch, parts: int, device: torch.device) -> list[Batch]:
     """Equal parts of a batch, on the device."""
+    if device.type == "cuda":
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}  # a copy from other memory waits
     pieces = {name: tensor.to(device, non_blocking=True).chunk(parts) for name, tensor in batch.items()}
     return [{name: chunks[number] for name, chunks in pieces.items()} for number in range(parts)]

@@ -1,13 +1,11 @@
 """Random views of a batch of images, made with tensors alone: fast on a GPU, and on two CPU cores beside the training.
 
 Drawing and applying are two steps: :func:`draw_views` draws the numbers on the CPU, example by example, so that a seed
-    gives the
-same views on every device; :func:`apply_views` makes the views wherever the images are. The recipe is SimCLR's and
-DINO's (random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; torchvision is not needed.
+gives the same views on every device; :func:`apply_views` makes the views wherever the images are. The recipe is that of
+SimCLR and DINO (random resized crop, flip, colour jitter, grey, blur) and, if asked for, white noise; no torchvision.
 
 Sources: [0] Chen et al. 2020, arXiv 2002.05709, appendix A. [1] Caron et al. 2021, arXiv 2104.14294, section 3. Unlike
-    there, the
-four colour changes are applied in one order, as one affine map of the three channels, and clamped once.
+there, the four colour changes are applied in one order, as one affine map of the three channels, and clamped once.
 """
 
 from __future__ import annotations
@@ -20,11 +18,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from digit.core.config import config
-from digit.models.transformer import PositiveInt
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Strength = Annotated[float, Field(ge=0)]
+from digit.core.config import NonNegative, PositiveInt, Share, config
 
 # luma weights (ITU-R BT.601), and the YIQ axes in which a hue change is a rotation
 _LUMA = (0.299, 0.587, 0.114)
@@ -52,9 +46,9 @@ class Views:
     size: PositiveInt = 32
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
     flip: Share = 0.5
-    brightness: Strength = 0.4
-    contrast: Strength = 0.4
-    saturation: Strength = 0.4
+    brightness: NonNegative = 0.4
+    contrast: NonNegative = 0.4
+    saturation: NonNegative = 0.4
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     jitter: Share = 0.8
     gray: Share = 0.2

@@ -2,7 +2,7 @@
 joins them.
 
 Sources: [0] Caron et al. 2021, arXiv 2104.14294. [1] Zhou et al. 2021, arXiv 2111.07832. [2] Oquab et al. 2023, arXiv
-    2304.07193.
+2304.07193.
 The losses and heads are lightly's.
 """
 
@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import NonNegative, NonNegativeInt, PositiveInt, Share, config
+from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Share, config
 from digit.core.errors import DigitError, require
 from digit.training.losses.pairs import drawn_views, spread, taken
 from digit.training.losses.projection import Method, Projection, TrainableEncoder, check_trainable, exact
@@ -52,8 +51,8 @@ class DistillationObjective:
     bottleneck: PositiveInt = 128
     prototypes: PositiveInt = 2048
     batch_norm: bool = False
-    teacher_momentum: Annotated[float, Field(ge=0, le=1)] = 0.99
-    teacher_temperature: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.04, 0.07)
+    teacher_momentum: Share = 0.99
+    teacher_temperature: tuple[Positive, Positive] = (0.04, 0.07)
     temperature_warmup: Share = 0.3
     patch_weight: NonNegative = 1.0
     masked_images: Share = 0.5

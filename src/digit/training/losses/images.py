@@ -1,5 +1,5 @@
-"""What makes a picture like another: pixels, a perceptual distance, and a patch discriminator. The VQGAN and the
-one-pass decoder are trained with it.
+"""What makes an image like another: pixels, a perceptual distance, and a patch discriminator. The VQGAN and the
+feed-forward decoder are trained with it.
 
 Source: Esser et al. 2021, arXiv 2012.09841, section 3.1.
 """
@@ -7,16 +7,14 @@ Source: Esser et al. 2021, arXiv 2012.09841, section 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import PositiveInt, Probability, config
+from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share, config
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.training.config import NonNegative, Positive
 from digit.training.losses.adversarial import (
     Augmentation,
     augment,
@@ -27,39 +25,38 @@ from digit.training.losses.adversarial import (
     ramp,
 )
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
-from digit.training.task import Batch, Loss, Step
-from digit.training.views import Share
+from digit.training.task import Batch, Groups, Loss, Step
 
 _LECAM_SPEED = 0.01  # of the averages of logits
+Metrics = Mapping[str, Tensor]
 
 
 @config
-class PictureObjective:
-    """What a picture is compared by. Pixels are in 0..1.
+class ImageObjective:
+    """What a generated image is compared by. Pixels are in 0..1.
 
     Attributes:
         l1, l2: weights of the mean absolute and squared error of a pixel.
         perceptual: "none", "lpips" (fetches VGG16 once) or "encoder" (a frozen encoder of this library, whose features
-            the discriminator then judges too).
+            the discriminator then sees too).
         perceptual_encoder: that encoder: a folder or a hub id.
         perceptual_weight: of the perceptual distance.
-        gan_weight: of the discriminator's judgement; 0 trains without one.
-        gan_start, gan_alone, gan_warmup: shares of the run: when the discriminator begins, how long it learns before the
-            generator feels it, and over which its weight then grows.
-        gan_adaptive: multiply its weight by the ratio of the other losses' gradient and its own, at the generator's last
-            layer, but by this number at most; 0 leaves the weight alone.
+        gan_weight: of the generator's adversarial loss; 0 trains without a discriminator.
+        gan_start, gan_alone, gan_warmup: shares of the run: when the discriminator begins, how long it learns before
+            the generator feels it, and over which its weight then grows.
+        gan_adaptive: multiply that weight by the ratio of the other losses' gradient and its own, at the generator's
+            last layer, but by this number at most; 0 leaves the weight alone.
         discriminator: its shape.
         discriminator_lr: its learning rate, as a factor of the run's.
         discriminator_betas: of its AdamW; None takes the run's.
-        augment: how images and pictures are changed before the discriminator sees them; see
+        augment: how images are changed before the discriminator sees them; see
             :func:`~digit.training.losses.adversarial.augment`.
         discriminator_steps: how often it learns from each batch; it is cheap beside the generator, which otherwise
             outruns it.
-        flip: chance of mirroring a picture left to right.
-        shift: image and picture are moved by up to so many pixels, together, before they are compared and judged.
-            Networks that halve the side see a pattern of two or four pixels only where it falls between their steps,
-            and a generator that is left to judges alone learns to hide in the steps (translation is one of
-            DiffAugment's, Zhao et al. 2020, arXiv 2006.10738).
+        flip: chance of a horizontal flip.
+        shift: image and reconstruction are moved by up to so many pixels, together, before they are compared. Networks
+            that halve the side see a pattern of two or four pixels only where it falls between their steps, and a
+            generator that is left to discriminators alone learns to hide in the steps.
     """
 
     l1: NonNegative = 1.0
@@ -78,40 +75,39 @@ class PictureObjective:
     discriminator_steps: PositiveInt = 1
     augment: tuple[Augmentation, ...] = ()
     flip: Share = 0.5
-    shift: Annotated[int, Field(ge=0)] = 0
-
-    def draw(self, count: int, generator: torch.Generator) -> Batch:
-        """The random numbers of ``count`` examples: "flip" (count,) bool and, where there is a shift, "shift" (count,
-        2).
-        """
-        drawn = {"flip": torch.rand(count, generator=generator) < self.flip}
-        if self.shift:
-            drawn["shift"] = torch.randint(2 * self.shift + 1, (count, 2), generator=generator)
-        return drawn
-
-    def moved(self, pictures: Tensor, batch: Batch) -> Tensor:
-        """Pictures (B, 3, S, S) moved by the batch's first draw; what comes into view at a side is mirrored."""
-        if not self.shift:
-            return pictures
-        y, x = batch["shift"][0].tolist()
-        side = pictures.shape[-1]
-        return F.pad(pictures, (self.shift,) * 4, mode="reflect")[..., y : y + side, x : x + side]
+    shift: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
         if (self.perceptual == "encoder") != (self.perceptual_encoder is not None):
             raise ValueError("perceptual_encoder names the encoder of perceptual 'encoder': give both or neither")
 
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """Random numbers of ``count`` examples: "flip" (count,) bool, and "shift" (count, 2) where there is one."""
+        drawn = {"flip": torch.rand(count, generator=generator) < self.flip}
+        if self.shift:
+            drawn["shift"] = torch.randint(2 * self.shift + 1, (count, 2), generator=generator)
+        return drawn
 
-class PictureLoss:
+    def moved(self, images: Tensor, batch: Batch) -> Tensor:
+        """Images (B, 3, S, S) moved by the batch's first draw; what comes into view at a side is mirrored."""
+        if not self.shift:
+            return images
+        # by index, not by slices, whose bounds the device would have to tell
+        rows, columns = batch["shift"][0][:, None] + torch.arange(images.shape[-1], device=images.device)  # (S,) each
+        return F.pad(images, (self.shift,) * 4, mode="reflect").index_select(-2, rows).index_select(-1, columns)
+
+
+class ImageLoss:
     """The frozen networks of an objective, and its losses.
 
     Attributes:
         discriminator: to be trained beside the generator, as an entry of the task's ``modules``; None without one.
+        frozen: the networks that only compare.
     """
 
-    def __init__(self, objective: PictureObjective, resolution: int, last: Tensor | None = None) -> None:
-        """Load what compares pictures of ``resolution`` pixels. ``last`` is the weight of the generator's last layer, where
-        ``gan_adaptive`` compares gradients; without it they are compared at the pictures.
+    def __init__(self, objective: ImageObjective, resolution: int, last: Tensor | None = None) -> None:
+        """Load what compares images of ``resolution`` pixels. ``last`` is the weight of the generator's last layer,
+        where ``gan_adaptive`` compares gradients; without it they are compared at the images.
 
         Raises:
             DigitError: the perceptual network is missing or does not fit.
@@ -121,120 +117,133 @@ class PictureLoss:
         self.view: EncoderView | None = None
         if objective.perceptual_encoder is not None:
             self.view = EncoderView.from_pretrained(objective.perceptual_encoder, resolution)
+        self.frozen = [network for network in (self.lpips, self.view) if network is not None]
         self.discriminator: Discriminator | None = None
         if objective.gan_weight:
             seen = self.view.dims if self.view and objective.discriminator.feature_channels else ()
             self.discriminator = Discriminator(objective.discriminator, seen)
 
-    def to(self, device: str) -> None:
-        """Move the frozen networks."""
-        for frozen in (self.lpips, self.view):
-            if frozen is not None:
-                frozen.to(device)
-
-    def optimizers(self) -> dict[str, list[dict[str, Any]]]:
-        """The discriminator's parameter group, if there is one; see :class:`digit.training.task.Task`."""
+    def optimizers(self) -> Groups:
+        """The discriminator's parameter group, if there is one."""
         if self.discriminator is None:
             return {}
-        group: dict[str, Any] = {
-            "params": list(self.discriminator.parameters()),
-            "lr_scale": self.objective.discriminator_lr,
-        }
-        if self.objective.discriminator_betas is not None:
-            group["betas"] = self.objective.discriminator_betas
-        return {"discriminator": [group]}
+        group = {"params": list(self.discriminator.parameters()), "lr_scale": self.objective.discriminator_lr}
+        betas = self.objective.discriminator_betas
+        return {"discriminator": [group if betas is None else {**group, "betas": betas}]}
 
-    def see(self, images: Tensor) -> list[Tensor]:
+    def __call__(
+        self,
+        loss: Tensor | float,
+        metrics: Metrics,
+        rebuilt: Tensor,
+        images: Tensor,
+        batch: Batch,
+        step: Step,
+        modules: nn.ModuleDict,
+        matched: int | None = None,
+        unmatched_pixels: float = 1.0,
+    ) -> Iterator[Loss]:
+        """The losses of a step: the generator's, then the discriminator's once it has begun, as often as it learns.
+
+        Args:
+            loss, metrics: what the generator pays otherwise.
+            rebuilt: (B', 3, S, S), B' >= B; what is beyond the first B has no image to be like.
+            images: (B, 3, S, S).
+            batch, step: of the step.
+            modules: the task's, whose "discriminator" the loop may have wrapped.
+            matched: how many of the images must come back in every way. The others pay the deeper half of the
+                perceptual features (shallow layers see colours) and ``unmatched_pixels`` of the pixels' loss.
+        """
+        images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
+        with torch.no_grad():
+            wanted = self._see(images)
+        seen = self._see(rebuilt)
+        count, half = len(images), len(seen) // 2
+        matched = count if matched is None else matched
+        value, more = self._compare(rebuilt, images, seen, wanted, slice(matched))
+        if matched < count:
+            rest = slice(matched, count)
+            other, _ = self._compare(rebuilt, images, seen[half:], wanted[half:], rest, unmatched_pixels)
+            value = matched / count * value + (1 - matched / count) * other
+        loss, metrics = loss + value, {**metrics, **more}
+        if self.discriminator is None or step.progress < self.objective.gan_start:
+            yield Loss("model", loss, metrics)
+        else:
+            yield from self._adversarial(loss, metrics, modules["discriminator"], rebuilt, images, seen, wanted, step)
+
+    def _see(self, images: Tensor) -> list[Tensor]:
         """The layers of features (B, C, h, w) of images (B, 3, S, S); none without a perceptual encoder."""
         return self.view(images) if self.view else []
 
-    def pixels(self, rebuilt: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted error of the pixels, and "l1" and "psnr"."""
+    def _compare(
+        self,
+        rebuilt: Tensor,
+        images: Tensor,
+        seen: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        rows: slice,
+        pixels: float = 1.0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of some rows, the pixels' part of it times ``pixels``, and metrics."""
+        objective, rebuilt, images = self.objective, rebuilt[rows], images[rows]
         l1, l2 = F.l1_loss(rebuilt, images), F.mse_loss(rebuilt, images)
-        return self.objective.l1 * l1 + self.objective.l2 * l2, {"l1": l1.detach(), "psnr": -10 * l2.detach().log10()}
+        value = pixels * (objective.l1 * l1 + objective.l2 * l2)
+        metrics = {"l1": l1.detach(), "psnr": -10 * l2.detach().log10()}
+        if objective.perceptual == "none":
+            return value, metrics
+        if self.lpips is None:
+            distance = feature_distance([s[rows] for s in seen], [w[rows] for w in wanted])
+        else:
+            distance = self.lpips(rebuilt, images)
+        return value + objective.perceptual_weight * distance, {**metrics, "perceptual": distance.detach()}
 
-    def perceptual(
-        self, rebuilt: Tensor, images: Tensor, seen: Sequence[Tensor], wanted: Sequence[Tensor]
-    ) -> tuple[Tensor | float, dict[str, Tensor]]:
-        """The weighted perceptual distance, and "perceptual" itself; 0 and nothing where the objective has none."""
-        if self.objective.perceptual == "none":
-            return 0.0, {}
-        distance = feature_distance(seen, wanted) if self.lpips is None else self.lpips(rebuilt, images)
-        return self.objective.perceptual_weight * distance, {"perceptual": distance.detach()}
-
-    def judges(self, step: Step) -> bool:
-        """Whether the discriminator has begun."""
-        return self.discriminator is not None and step.progress >= self.objective.gan_start
-
-    def losses(
+    def _adversarial(
         self,
         loss: Tensor,
-        metrics: Mapping[str, Tensor],
-        judge: nn.Module | None,
+        metrics: Metrics,
+        discriminator: nn.Module,
         rebuilt: Tensor,
         images: Tensor,
         seen: Sequence[Tensor],
         wanted: Sequence[Tensor],
         step: Step,
     ) -> Iterator[Loss]:
-        """The end of a step: the generator's loss, with what it pays for being found out, then the discriminator's, as
-        often as it learns.
-
-        Args:
-            loss, metrics: what the generator pays otherwise.
-            judge: the discriminator, as the loop may have wrapped it; None while it does not judge.
-            rebuilt, seen: pictures (B', 3, S, S) and their features.
-            images, wanted: images (B, 3, S, S) and theirs.
-            step: where the run is.
-        """
-        if judge is None:
-            yield Loss("model", loss, metrics)
-            return
         objective = self.objective
-        shown, layers = self._shown(rebuilt, seen)
-        adversarial = generator_hinge(judge(shown, layers))
-        metrics = {**metrics, "judgement": adversarial.detach()}
+        g_loss = generator_hinge(discriminator(*self._shown(rebuilt, seen)))
+        metrics = {**metrics, "g_loss": g_loss.detach()}
         weight: float | Tensor = ramp(step.progress, objective.gan_start + objective.gan_alone, objective.gan_warmup)
         weight = objective.gan_weight * weight
         if objective.gan_adaptive and weight:
-            at = rebuilt if self.last is None else self.last
-            ratio = gradient_ratio(loss, adversarial, at, objective.gan_adaptive)
+            ratio = gradient_ratio(loss, g_loss, rebuilt if self.last is None else self.last, objective.gan_adaptive)
             weight, metrics = weight * ratio, {**metrics, "gan_ratio": ratio}
-        yield Loss("model", loss + weight * adversarial, metrics)
+        yield Loss("model", loss + weight * g_loss, metrics)
         for _ in range(objective.discriminator_steps):
             with torch.no_grad():
-                true, false = self._shown(images, wanted), self._shown(rebuilt.detach(), seen)
-                both = torch.cat([true[0], false[0]])  # (B + B', 3, S, S)
-                layers = [torch.cat([w, s]).detach() for w, s in zip(true[1], false[1], strict=True)]
-            yield self._discrimination(judge, both, layers, len(images))
+                real, fake = self._shown(images, wanted), self._shown(rebuilt.detach(), seen)
+                both = torch.cat([real[0], fake[0]])  # (B + B', 3, S, S)
+                layers = [torch.cat([w, s]).detach() for w, s in zip(real[1], fake[1], strict=True)]
+            yield self._discrimination(discriminator(both, layers), len(images))
 
     def _shown(self, images: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """Images and their features as the discriminator gets them."""
         features = self.objective.discriminator.feature_channels
-        if not self.objective.augment:
-            return images, seen if features else ()
-        images = augment(images, self.objective.augment)
-        return images, self.see(images) if features else ()
+        if self.objective.augment:
+            images = augment(images, self.objective.augment)
+            seen = self._see(images) if features else ()
+        return images, seen if features else ()
 
-    def _discrimination(self, judge: nn.Module, images: Tensor, layers: Sequence[Tensor], real: int) -> Loss:
-        """The discriminator's own loss, on (B + B', 3, S, S), of which the first ``real`` are images, and their
-        features.
-        """
+    def _discrimination(self, logits: Sequence[Tensor], real: int) -> Loss:
+        """The discriminator's own loss from maps of logits, of which the first ``real`` rows are of images."""
         assert self.discriminator is not None
-        logits = judge(images, layers)
-        count = [real, len(images) - real]
-        true, false = zip(*(one.float().split(count) for one in logits), strict=True)
-        hinge = discriminator_hinge(true, false)
-        metrics = {
-            "hinge": hinge.detach(),
-            "real": -generator_hinge(true).detach(),
-            "fake": -generator_hinge(false).detach(),
-        }
+        true, false = zip(*((one[:real].float(), one[real:].float()) for one in logits), strict=True)
+        loss = hinge = discriminator_hinge(true, false)
+        means = [-generator_hinge(some).detach() for some in (true, false)]
+        metrics = {"hinge": hinge.detach(), "logits_real": means[0], "logits_fake": means[1]}
         weight = self.objective.discriminator.lecam
-        if not weight:
-            return Loss("discriminator", hinge, metrics)
-        averages = self.discriminator.averages
-        penalty = lecam(true, false, averages.clone())
-        means = [torch.stack([r.detach().mean(), f.detach().mean()]) for r, f in zip(true, false, strict=True)]
-        averages.lerp_(torch.stack(means), _LECAM_SPEED)
-        return Loss("discriminator", hinge + weight * penalty, {**metrics, "lecam": penalty.detach()})
+        if weight:
+            averages = self.discriminator.averages
+            penalty = lecam(true, false, averages.clone())
+            now = [torch.stack([r.detach().mean(), f.detach().mean()]) for r, f in zip(true, false, strict=True)]
+            averages.lerp_(torch.stack(now), _LECAM_SPEED)
+            loss, metrics = hinge + weight * penalty, {**metrics, "lecam": penalty.detach()}
+        return Loss("discriminator", loss, metrics)

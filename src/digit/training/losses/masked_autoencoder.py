@@ -2,8 +2,7 @@
 calls MAE.
 
 Source: He et al. 2021, arXiv 2111.06377: 75% of the patches hidden, only visible ones encoded, a light decoder, the
-    mean
-squared error on the hidden patches' pixels, each patch normalised.
+mean squared error on the hidden patches' pixels, each patch normalised.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import PositiveInt, config
 from digit.encoders.transformers_encoder import TransformersEncoder
-from digit.models.transformer import PositiveInt, Transformer, TransformerConfig, init_weights
+from digit.models.transformer import Transformer, TransformerConfig, init_weights
 from digit.training.losses.pairs import drawn_views, taken
 from digit.training.losses.projection import Method, TrainableEncoder, check_trainable
 from digit.training.task import Batch, Step

@@ -8,13 +8,12 @@ by their location as in [3] Bardes et al. 2022, arXiv 2210.01571 (VICRegL).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import NonNegative, PositiveInt, config
+from digit.core.config import NonNegative, Positive, PositiveInt, config
 from digit.core.errors import require
 from digit.training.losses.projection import Method, Projection, TrainableEncoder, check_trainable, exact
 from digit.training.task import Batch, Step
@@ -40,7 +39,7 @@ class PairObjective:
     views: Views = Views()
     hidden: PositiveInt = 512
     dim: PositiveInt = 128
-    temperature: Annotated[float, Field(gt=0)] = 0.2
+    temperature: Positive = 0.2
     dense: NonNegative = 0.0
     dense_places: PositiveInt = 4
 

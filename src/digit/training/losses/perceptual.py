@@ -1,4 +1,4 @@
-"""Perceptual distances: how different two batches of pictures look to a network that is not trained here.
+"""Perceptual distances: how different two batches of images look to a network that is not trained here.
 
 "lpips" is Zhang et al. 2018, arXiv 1801.03924, with VGG16 (:mod:`digit.models.lpips`; its weights are
 fetched once). "encoder" is the same idea without any download: unit features of a frozen encoder of this library, layer
@@ -45,19 +45,20 @@ class LpipsDistance(nn.Module):
 
 
 class EncoderView(nn.Module):
-    """The layers of features that a frozen encoder sees in a picture, to compare and to judge."""
+    """The layers of features that a frozen encoder sees in an image, for the distance and the discriminator."""
 
     def __init__(self, encoder: ConvEncoder | TransformersEncoder, size: int) -> None:
-        """Take an encoder and the side of the pictures.
+        """Take an encoder and the side of the images.
 
         Raises:
-            DigitError: the encoder is for other pictures.
+            DigitError: the encoder is for images of another size.
         """
         super().__init__()
         self.encoder: ConvEncoder | TransformersEncoder
         if encoder.preprocessing.image_size != size:
             raise DigitError(
-                f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, the pictures to be made have {size}."
+                f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, those "
+                f"that are to be made have {size}."
             )
         self.encoder = encoder.eval().requires_grad_(False)
         self.dims: list[int] = [encoder.dim] * _VIT_LAYERS

@@ -69,6 +69,7 @@ class EmaQuantizer(nn.Module):
         self.register_buffer("_batch_uses", torch.zeros(codes), persistent=False)
         self.register_buffer("_batch_sums", torch.zeros(codes, dim), persistent=False)
         self._recent: list[Tensor] = []
+        self._begun = False  # whether the codes are on data, known without asking the device at every step
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Quantise.
@@ -82,7 +83,7 @@ class EmaQuantizer(nn.Module):
         """
         with torch.autocast(latents.device.type, enabled=False):
             z = self._scaled(latents.float().flatten(2).transpose(1, 2))  # (B, M, D)
-            if self.training and not self.updates and not self._recent:
+            if self.training and not self._begun:
                 self._start(z.detach().flatten(0, 1))
             tokens = nearest(z.detach(), self.codebook)  # (B, M)
             codes = F.embedding(tokens, self.codebook)  # (B, M, D)
@@ -97,7 +98,12 @@ class EmaQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, latents: Tensor) -> None:
-        """Put the codes on random latents (n, D) of the first batch and refine them by a few steps of k-means."""
+        """Put the codes on random latents (n, D) of the first batch and refine them by a few steps of k-means; nothing
+        where a checkpoint has brought codes that were moved before.
+        """
+        self._begun = True
+        if self.updates:
+            return
         codes = len(self.codebook)
         order = torch.cat([torch.randperm(len(latents)) for _ in range(-(-codes // len(latents)))])[:codes]
         centres = latents[order.to(latents.device)].clone()
@@ -144,7 +150,7 @@ class EmaQuantizer(nn.Module):
     def _revive(self, latents: Tensor) -> None:
         mean = self.uses.mean()
         dead = self.uses < self.dead_below * mean  # (V,)
-        chosen = latents[torch.randint(len(latents), (len(dead),)).to(latents.device)]  # (V, D)
+        chosen = latents[torch.randint(len(latents), (len(dead),), device=latents.device)]  # (V, D)
         self.codebook.copy_(torch.where(dead[:, None], _from_first_process(chosen), self.codebook))
         self._reset(dead, mean)
 
@@ -178,7 +184,8 @@ def rotate(z: Tensor, codes: Tensor) -> Tensor:
 
 def _totals(latents: Tensor, tokens: Tensor, codes: int) -> tuple[Tensor, Tensor]:
     """How many latents (n, D) took each code (V,), and their sums (V, D)."""
-    uses = torch.bincount(tokens, minlength=codes).to(latents.dtype)
+    # not bincount, which waits for the device to learn how long its result is
+    uses = torch.zeros(codes, device=latents.device).index_add_(0, tokens, torch.ones_like(latents[:, 0]))
     sums = torch.zeros(codes, latents.shape[1], device=latents.device).index_add_(0, tokens, latents)
     return uses, sums
 

@@ -17,15 +17,14 @@ from digit.core.config import NonNegativeInt, PositiveInt, config, from_dict, to
 from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset
 from digit.encoders.loading import load_encoder, small_conv, small_vit
-from digit.models.component import weights_checksum
-from digit.training.finetune import FineTune, start_folder, take_modules
+from digit.training.finetune import FineTune, saved_part, take_modules
 from digit.training.losses.distillation import DistillationMethod, DistillationObjective
 from digit.training.losses.masked_autoencoder import MaskedAutoencoderMethod, MaskedAutoencoderObjective
 from digit.training.losses.pairs import PairMethod, PairObjective, spread
 from digit.training.losses.projection import Method, TrainableEncoder
 from digit.training.neighbours import neighbour_accuracy
 from digit.training.task import Batch, Groups, Loss, Step, Stream, Task
-from digit.training.tasks.images import image_batches, image_chunks, open_images, some_images
+from digit.training.tasks.images import ImageData, described, image_batches, image_chunks, some_images
 
 
 @config
@@ -60,20 +59,14 @@ class VitModel:
 
 
 @config
-class EncoderData:
-    """Which images are learned from, and which measure the features.
+class EncoderData(ImageData):
+    """Which images are learned from, and which are classified by their neighbours; without classes only the spread of
+    their features is measured.
 
     Attributes:
-        split: of the training images.
-        held_out_split: of the images that are classified by their neighbours (without classes only their spread is
-            measured); None keeps some of the training images back.
-        held_out: how many of them; 0 takes all.
         memory: how many training images are the neighbours; 0 takes all.
     """
 
-    split: str = "train"
-    held_out_split: str | None = "test"
-    held_out: NonNegativeInt = 2000
     memory: NonNegativeInt = 10000
 
 
@@ -152,32 +145,27 @@ class EncoderTask(Task):
             "component": "encoder",
             "model": to_dict(model),
             "objective": to_dict(objective),
-            "data": {"name": train.name, "split": train.split, "fingerprint": train.fingerprint},
+            "data": described(train),
             **origin,
         }
 
     def _start(self, start: FineTune) -> dict[str, Any]:
         """Begin with saved weights; what to note about them."""
-        if start.freeze or start.lora:
-            raise DigitError("--freeze and --lora are for token models; an encoder is trained as a whole.")
-        folder, _ = start_folder(start.source, "encoder")
-        saved = load_encoder(folder)
-        tensors = saved.state_dict()
-        mine = {name: tensor.shape for name, tensor in self.method.encoder.state_dict().items()}
-        if mine != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise DigitError(
-                f"The encoder {start.source} is of another shape than the preset's model section describes."
-            )
+
+        def shapes(encoder: nn.Module) -> dict[str, torch.Size]:
+            return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+
+        own = shapes(self.method.encoder)
+        saved, note = saved_part(start, "encoder", load_encoder, lambda saved: shapes(saved) == own)
         take_modules(self.modules, start.source, tuple(self.modules))
         for name in {"student", "teacher"} & set(self.modules):
-            cast(nn.Module, self.modules[name].encoder).load_state_dict(tensors)
-        return {"weights": weights_checksum(saved)}
+            cast(nn.Module, self.modules[name].encoder).load_state_dict(saved.state_dict())
+        return note
 
     def parameters_by_optimizer(self) -> Groups:
         """Matrices and kernels decay; biases, norms and tokens do not."""
         trained = [p for p in self.modules["student"].parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.squeeze().ndim > 1]
-        rest = [p for p in trained if p.squeeze().ndim <= 1]
+        decayed, rest = ([p for p in trained if (p.squeeze().ndim > 1) == big] for big in (True, False))
         return {"model": [{"params": decayed}, {"params": rest, "weight_decay": 0.0}]}
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
@@ -226,6 +214,5 @@ def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTu
     """
     model = model_from(preset["model"], f"{where}, model")
     objective = objective_from(preset.get("objective") or {}, f"{where}, objective")
-    choice = from_dict(EncoderData, preset.get("data") or {}, f"{where}, data")
-    train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
-    return EncoderTask(model, objective, train, held_out, choice.memory, start)
+    choice: EncoderData = from_dict(EncoderData, preset.get("data") or {}, f"{where}, data")
+    return EncoderTask(model, objective, *choice.open(data), choice.memory, start)

@@ -1,8 +1,8 @@
 """Training a feed-forward ("one-pass") decoder: images from their semantic tokens, in one step, with the losses of the
 VQGAN.
 
-A preset has the sections ``model`` (:class:`~digit.models.feedforward.FeedForwardConfig`; vocabulary, grid and classes come
-from the tokenizer and the data), ``objective`` (:class:`OnePassObjective`), ``data`` (:class:`OnePassData`) and
+A preset has the sections ``model`` (:class:`~digit.models.feedforward.FeedForwardConfig`; vocabulary, grid and classes
+come from the tokenizer and the data), ``objective`` (:class:`OnePassObjective`), ``data`` (:class:`OnePassData`) and
 ``training``.
 
 What the tokens leave open, the noise must decide, and the pixel loss alone would teach the decoder to ignore the noise
@@ -17,47 +17,51 @@ Sources: [0] Zhu et al. 2017, arXiv 1711.11586; [1] Esser et al. 2021, arXiv 201
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config, to_dict
+from digit.core.config import NonNegative, PositiveInt, Share, config, from_dict, to_dict
 from digit.core.errors import DigitError
-from digit.core.grids import picture_grid
-from digit.core.images import to_pil
-from digit.data.dataset import ImageDataset
-from digit.data.token_cache import TokenCache
-from digit.models.component import save_component, weights_checksum
+from digit.data.dataset import ImageDataset, open_dataset
+from digit.data.token_cache import TokenCache, open_token_cache
+from digit.models.component import load_strict, save_component, weights_checksum
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
-from digit.models.transformer import PositiveInt
 from digit.models.vqgan import VQGAN
+from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.tokenizer import SemanticTokenizer
+from digit.pipeline.tokens import load_tokens_file
 from digit.sampling.rng import pixel_latents
-from digit.training.auxiliary import Auxiliary, neighbours
-from digit.training.config import NonNegative
-from digit.training.losses.images import PictureLoss, PictureObjective
-from digit.training.task import Batch, Groups, Loss, Step, Stream, Task
-from digit.training.tasks.images import errors, image_batches, image_chunks, mirrored, some_images
-from digit.training.tasks.vqgan import VqganData
-from digit.training.views import Share
-
-_SAMPLES = 8
-_CODEBOOK = "the model's"  # Auxiliary wants to know that there is one
+from digit.training.auxiliary import Auxiliary, neighbours, set_embeddings
+from digit.training.finetune import FineTune, saved_part, take_modules
+from digit.training.losses.images import ImageLoss, ImageObjective
+from digit.training.losses.posterior import Posterior, drawn
+from digit.training.task import Batch, Loss, Step, Stream
+from digit.training.tasks.images import (
+    ImageData,
+    ImageTask,
+    described,
+    errors,
+    flipped,
+    image_batches,
+    image_chunks,
+    sheet,
+)
+from digit.training.tasks.tokens import fitted
 
 
 @config
-class OnePassObjective(PictureObjective):
-    """What a one-pass decoder is trained for: images like those that the tokens were made of
-    (:class:`PictureObjective`).
+class OnePassObjective(ImageObjective):
+    """What a feed-forward decoder is trained for: images like those that the tokens were made of.
 
     Attributes:
-        kl: weight of the information (nats an image) that the posterior puts into the noise; 0 trains without a
+        kl: weight of the information (nats per image) that the posterior puts into the noise; 0 trains without a
             posterior, every image with fresh noise.
         fresh_pixels: how much of the pixels' loss the half with fresh noise pays too: an anchor, weak enough to leave
             it its colours.
@@ -79,17 +83,17 @@ class OnePassObjective(PictureObjective):
     prefix_tokens: Share = 0.1
     prefix_neighbours: PositiveInt = 16
     centroid_embeddings: bool = True
-    samples: Annotated[float, Field(ge=0, le=1)] = 0.5
+    samples: Share = 0.5
 
     @property
     def auxiliary(self) -> Auxiliary:
         """What disturbs the tokens."""
         names = ("prefix_noise", "prefix_tokens", "prefix_neighbours")
-        return Auxiliary(codebook=_CODEBOOK, **{name: getattr(self, name) for name in names})
+        return Auxiliary(codebook="the model's", **{name: getattr(self, name) for name in names})
 
 
 @config
-class OnePassData(VqganData):
+class OnePassData(ImageData):
     """Which images are learned from.
 
     Attributes:
@@ -103,31 +107,10 @@ class OnePassData(VqganData):
     samples: str | None = None
 
 
-class Posterior(nn.Module):
-    """Which noise an image would have: mean and log variance (B, noise_dim) each. Only used in training."""
-
-    def __init__(self, noise_dim: int, channels: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        before = 3
-        for width in (channels, 2 * channels, 4 * channels):
-            layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-            before = width
-        self.layers = nn.Sequential(*layers)
-        self.out = nn.Linear(before, 2 * noise_dim)
-        # begin with a noise that tells something of the image, or the decoder learns to do without
-        nn.init.constant_(self.out.bias[noise_dim:], -2.0)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Look at images (B, 3, S, S) in 0..1, in no more than 64 pixels: light and colours need no detail."""
-        side = min(64, images.shape[-1])
-        features = self.layers(F.adaptive_avg_pool2d(images, side) * 2 - 1).mean((2, 3))  # (B, 4 C)
-        mean, log_variance = self.out(features).float().chunk(2, 1)
-        return mean, log_variance.clamp(-8, 8)
-
-
-class OnePassTask(Task):
+class OnePassTask(ImageTask):
     """A feed-forward decoder in training."""
+
+    objective: OnePassObjective
 
     def __init__(
         self,
@@ -159,55 +142,41 @@ class OnePassTask(Task):
         Raises:
             DigitError: the perceptual network is missing or does not fit, or the head needs a VQGAN.
         """
-        self.model, self.objective, self.tokenizer = model, objective, tokenizer
-        self.data, self.cache, self.samples, self.vqgan = data or OnePassData(), cache, samples, vqgan
-        self.modules = nn.ModuleDict({"model": model})
+        self.model, self.tokenizer, self.vqgan = model, tokenizer, vqgan
+        self.data, self.cache, self.samples = data or OnePassData(), cache, samples
+        networks: dict[str, nn.Module] = {"model": model}
         if objective.kl and model.config.noise_dim:
-            self.modules["posterior"] = Posterior(model.config.noise_dim, objective.posterior_channels)
-        self.resolution = _resolution(model.config, vqgan)
-        self.pictures = PictureLoss(objective, self.resolution)
-        if self.pictures.discriminator is not None:
-            self.modules["discriminator"] = self.pictures.discriminator
-        elif samples is not None:
+            networks["posterior"] = Posterior(model.config.noise_dim, objective.posterior_channels)
+        if model.config.pixels is not None:
+            resolution = model.config.pixels.resolution
+        elif vqgan is not None:
+            resolution = vqgan.config.resolution
+        else:
+            raise DigitError("The head 'vq' is trained through a VQGAN; give a model that has one with --model.")
+        codebook = weights_checksum(tokenizer.codebook)
+        more = {"labels": self.data.labels, "codebook": codebook, "samples": 0 if samples is None else len(samples)}
+        description = {"component": "decoder", "model": to_dict(model.config), "data": {**described(train), **more}}
+        if start:
+            description["start"] = dict(start)
+        frozen = [vqgan] if vqgan is not None else []
+        criterion = ImageLoss(objective, resolution)
+        super().__init__(networks, criterion, resolution, train, held_out, description, frozen)
+        if samples is not None and "discriminator" not in self.modules:
             raise DigitError(
                 "Tokens of the prior have no image to be like; training on them needs objective.gan_weight above 0."
             )
         self.near: Tensor | None = None
         if objective.prefix_noise:
             self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours)  # (K, m)
-        self.train, self.examples, self.held_out = train, len(train), held_out
-        self.description = {
-            "component": "decoder",
-            "model": to_dict(model.config),
-            "objective": to_dict(objective),
-            "data": {
-                "name": train.name,
-                "split": train.split,
-                "fingerprint": train.fingerprint,
-                "labels": self.data.labels,
-                "codebook": weights_checksum(tokenizer.codebook),
-                "samples": 0 if samples is None else len(samples),
-            },
-        }
-        if start:
-            self.description = {**self.description, "start": dict(start)}
-
-    def parameters_by_optimizer(self) -> Groups:
-        """Decoder and posterior, and the discriminator apart."""
-        ours = [p for name, module in self.modules.items() if name != "discriminator" for p in module.parameters()]
-        return {"model": [{"params": ours}], **self.pictures.optimizers()}
 
     def to_device(self, device: str) -> None:
         """Move the networks, those that only serve too."""
         super().to_device(device)
-        self.pictures.to(device)
         self.tokenizer.to(device)
         self.near = None if self.near is None else self.near.to(device)
-        if self.vqgan is not None:
-            self.vqgan.to(device)
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
-        """Images as uint8, which of them are mirrored, and the random numbers that disturb their tokens."""
+        """Images as uint8, which of them are flipped, and the random numbers that disturb their tokens."""
         auxiliary, length = self.objective.auxiliary, self.model.config.prefix_length
 
         def draw(count: int, generator: torch.Generator) -> Batch:
@@ -221,9 +190,8 @@ class OnePassTask(Task):
         for batch in image_batches(self.train, self.resolution, stream, draw):
             numbers = batch["index"].numpy()
             if self.cache is not None:
-                views = np.where(
-                    batch["flip"].numpy(), self.cache.views.index("flip"), self.cache.views.index("center")
-                )
+                flip, center = (self.cache.views.index(name) for name in ("flip", "center"))
+                views = np.where(batch["flip"].numpy(), flip, center)
                 batch["tokens"] = self.cache.tokens("semantic", self.train.numbers[numbers], views)
             if self.data.labels:
                 batch["labels"] = self.model.drop_labels(torch.from_numpy(self.train.labels[numbers]), batch["drop"])
@@ -231,28 +199,20 @@ class OnePassTask(Task):
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The loss of the images, then the discriminator's once it has begun."""
-        images = mirrored(batch)
+        images = flipped(batch)
         truth = batch["tokens"] if "tokens" in batch else self._tokenize(images)
-        tokens = self.objective.auxiliary.disturb({**batch, "prefix": truth}, step.progress, self.near).get(
-            "prefix", truth
-        )
-        matched, noise, information, metrics = self._noise(images)
+        shown = self.objective.auxiliary.disturb({**batch, "prefix": truth}, step.progress, self.near)
+        tokens = shown.get("prefix", truth)
+        matched, own, information, metrics = self._noise(images)
         sampled = batch["sampled"][: round(self.objective.samples * len(images))] if "sampled" in batch else tokens[:0]
         if len(sampled):
-            tokens, noise = torch.cat([tokens, sampled]), torch.cat([noise, torch.randn_like(noise[: len(sampled)])])
+            tokens, own = torch.cat([tokens, sampled]), torch.cat([own, torch.randn_like(own[: len(sampled)])])
         labels = batch.get("labels")
         labels = None if labels is None else torch.cat([labels, torch.full_like(sampled[:, 0], -1)])
-        loss, rebuilt = self._rebuild(tokens, noise, labels, images)  # (), (B + samples, 3, S, S)
+        loss, rebuilt = self._rebuild(tokens, own, labels, images)  # (), (B + samples, 3, S, S)
         loss = loss + self.objective.kl * information
-        images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
-        pictures = self.pictures
-        with torch.no_grad():
-            wanted = pictures.see(images)
-        seen = pictures.see(rebuilt)
-        value, more = self._likeness(rebuilt[: len(images)], images, [s[: len(images)] for s in seen], wanted, matched)
-        loss, metrics = loss + value, {**metrics, **more}
-        discriminator = self.modules["discriminator"] if pictures.judges(step) else None
-        yield from pictures.losses(loss, metrics, discriminator, rebuilt, images, seen, wanted, step)
+        fresh = self.objective.fresh_pixels
+        return self.criterion(loss, metrics, rebuilt, images, batch, step, self.modules, matched, fresh)
 
     def validate(self) -> dict[str, float]:
         """How held-out images come back from their tokens, with noise as in use.
@@ -265,7 +225,7 @@ class OnePassTask(Task):
         sums, count = dict.fromkeys(("psnr", "l1", "agreement", "spread"), 0.0), 0
         for images in image_chunks(self.held_out, self.resolution, self.device):
             tokens = self._tokenize(images)
-            labels = self._labels_of(count, len(images))
+            labels = self._labels(self.held_out, slice(count, count + len(images)))
             rebuilt, other = (self._render(tokens, count, seed, labels) for seed in (0, 1))
             psnr, error = errors(rebuilt, images)
             sums["psnr"] += psnr
@@ -277,14 +237,9 @@ class OnePassTask(Task):
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002
         """Eight images above two images of their tokens, twice."""
-        source = some_images(self.held_out or self.train, 2 * _SAMPLES)
-        images = next(image_chunks(source, self.resolution, self.device))
-        tokens = self._tokenize(images)
-        labels = torch.from_numpy(source.labels).to(self.device) if self.data.labels else None
-        rows = [images, *(self._render(tokens, 0, seed, labels) for seed in (0, 1))]
-        blocks = [row[start : start + _SAMPLES] for start in range(0, len(images), _SAMPLES) for row in rows]
-        cells = [to_pil(image.cpu()) for block in blocks for image in block]
-        return picture_grid(cells, columns=min(_SAMPLES, len(images)))
+        source, images = self.examples_shown()
+        tokens, labels = self._tokenize(images), self._labels(source, slice(None))
+        return sheet(images, *(self._render(tokens, 0, seed, labels) for seed in (0, 1)))
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the decoder."""
@@ -302,15 +257,14 @@ class OnePassTask(Task):
             return len(images), fresh, fresh.new_zeros(()), {}
         half = (len(images) + 1) // 2
         mean, log_variance = self.modules["posterior"](images[:half])
-        information = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2  # nats an image
-        own = mean + (log_variance / 2).exp() * fresh[:half]
+        own, information = drawn(mean, log_variance, fresh[:half])
         return half, torch.cat([own, fresh[half:]]), information, {"information": information.detach()}
 
-    def _rebuild(self, tokens: Tensor, noise: Tensor, labels: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the VQ tokens (0 for pixels), and the images (B', 3, S, S); the images belong to the first
-        tokens.
+    def _rebuild(self, tokens: Tensor, own: Tensor, labels: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of the VQ tokens (0 for pixels), and what is made (B', 3, S, S) of tokens, of which the first have
+        ``images``.
         """
-        out = self.modules["model"](tokens, noise, labels).float()
+        out = self.modules["model"](tokens, own, labels).float()
         if self.vqgan is None or self.model.config.pixels is not None:
             return out.new_zeros(()), out
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
@@ -320,36 +274,6 @@ class OnePassTask(Task):
         soft = out.softmax(-1) @ self.vqgan.codebook  # (B', M, code_dim)
         hard = F.embedding(out.argmax(-1), self.vqgan.codebook)
         return self.objective.vq * value, self.vqgan.decode_latents(soft + (hard - soft).detach()).float()
-
-    def _likeness(
-        self, rebuilt: Tensor, images: Tensor, seen: list[Tensor], wanted: list[Tensor], matched: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The first ``matched`` images must be like their images in every way, the others mostly in what they
-        mean.
-        """
-        near, far, deep = slice(matched), slice(matched, None), slice(len(seen) // 2, None)
-        loss, metrics = self._compare(rebuilt, images, seen, wanted, near)
-        if matched < len(images):  # shallow layers see colours, which fresh noise may change
-            other, _ = self._compare(rebuilt, images, seen[deep], wanted[deep], far, self.objective.fresh_pixels)
-            share = matched / len(images)
-            loss = share * loss + (1 - share) * other
-        return loss, metrics
-
-    def _compare(
-        self,
-        rebuilt: Tensor,
-        images: Tensor,
-        seen: list[Tensor],
-        wanted: list[Tensor],
-        rows: slice,
-        weight: float = 1.0,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of some rows, the pixels' part of it times ``weight``."""
-        loss, metrics = self.pictures.pixels(rebuilt[rows], images[rows])
-        distance, more = self.pictures.perceptual(
-            rebuilt[rows], images[rows], [s[rows] for s in seen], [w[rows] for w in wanted]
-        )
-        return weight * loss + distance, {**metrics, **more}
 
     @torch.no_grad()
     def _tokenize(self, images: Tensor) -> Tensor:
@@ -369,17 +293,108 @@ class OnePassTask(Task):
             out = self.vqgan.decode(out.argmax(-1)).float()
         return out.clamp(0, 1)
 
-    def _labels_of(self, first: int, count: int) -> Tensor | None:
-        if self.held_out is None or not self.data.labels:
-            return None
-        return torch.from_numpy(self.held_out.labels[first : first + count]).to(self.device)
+    def _labels(self, images: ImageDataset, rows: slice) -> Tensor | None:
+        return torch.from_numpy(images.labels[rows]).to(self.device) if self.data.labels else None
 
 
-def _resolution(model: FeedForwardConfig, vqgan: VQGAN | None) -> int:
-    if model.pixels is not None:
-        return model.pixels.resolution
-    if vqgan is None:
+def build(
+    preset: Mapping[str, Any],
+    data: str | Path,
+    where: str,
+    parts: DigitPipeline | None,
+    start: FineTune | None = None,
+) -> OnePassTask:
+    """The task of a preset over a dataset, with random weights from torch's global generator or those of a saved
+    decoder.
+
+    Args:
+        preset: its sections.
+        data: the dataset.
+        where: the preset's name, for messages.
+        parts: a model with encoder and codebook, and with a VQGAN for the head "vq".
+        start: the saved decoder to begin with.
+
+    Raises:
+        DigitError: a section is wrong or does not fit the model, or the dataset cannot be opened.
+    """
+    if parts is None or parts.encoder is None or parts.codebook is None:
         raise DigitError(
-            "A one-pass decoder with the head 'vq' is trained through a VQGAN; give a model that has one with --model."
+            "A feed-forward decoder is trained on images and their semantic tokens: give the model whose encoder and "
+            "codebook make them with --model, and a dataset (not a token cache) with --data."
         )
-    return vqgan.config.resolution
+    tokenizer = parts.tokenizer
+    objective: OnePassObjective = from_dict(OnePassObjective, preset.get("objective") or {}, f"{where}, objective")
+    choice: OnePassData = from_dict(OnePassData, preset.get("data") or {}, f"{where}, data")
+    train, held_out = choice.open(data)
+    shape = _shape(preset["model"], tokenizer, parts.vqgan, train if choice.labels else None, f"{where}, model")
+    model, origin = FeedForwardDecoder(shape), dict[str, Any]()
+    if start is not None:
+
+        def fits(saved: FeedForwardDecoder) -> bool:
+            return replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) == shape
+
+        saved, origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained, fits)
+        load_strict(model, saved.state_dict(), start.source)
+    elif objective.centroid_embeddings:
+        set_embeddings(model.token_embedding, tokenizer.codebook.centroids)
+    cache = None if choice.tokens is None else _open_cache(choice.tokens, data, choice.split, tokenizer)
+    samples = None if choice.samples is None else _open_samples(choice.samples, tokenizer)
+    vqgan = None if parts.vqgan is None or shape.head == "pixels" else parts.vqgan.requires_grad_(False)
+    task = OnePassTask(model, objective, tokenizer, train, held_out, choice, cache, samples, vqgan, origin)
+    if start is not None:
+        # a decoder gives its noise a meaning; a posterior that begins anew would not know it
+        take_modules(task.modules, start.source, ("posterior", "discriminator"))
+    return task
+
+
+def _shape(
+    values: Mapping[str, Any],
+    tokenizer: SemanticTokenizer,
+    vqgan: VQGAN | None,
+    labelled: ImageDataset | None,
+    where: str,
+) -> FeedForwardConfig:
+    """The config: what ``values`` leaves out comes from the tokenizer, the VQGAN and the classes."""
+    known: dict[str, Any] = {"prefix_vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid), "num_classes": 0}
+    if labelled is not None:
+        known["num_classes"] = max(len(labelled.classes), int(labelled.labels.max()) + 1)
+        if int(labelled.labels.min()) < 0:
+            raise DigitError(f"{where} asks for class labels, but images of {labelled.name} have none.")
+    if values.get("head") == "vq" and vqgan is not None:
+        if vqgan.config.grid != tokenizer.grid:
+            raise DigitError(
+                f"The head 'vq' gives one VQ token for each semantic token, but the VQGAN has {vqgan.config.grid} of "
+                f"them and the tokenizer {tokenizer.grid}; use the head 'pixels'."
+            )
+        known["vocab_size"] = vqgan.config.codes
+    return from_dict(FeedForwardConfig, fitted(values, known, where, "the tokenizer or the data"), where)
+
+
+def _open_cache(folder: str, data: str | Path, split: str, tokenizer: SemanticTokenizer) -> TokenCache:
+    """The cache of a dataset's tokens, seen to be of this dataset and this tokenizer."""
+    cache, dataset = open_token_cache(folder), open_dataset(data, split)
+    if cache.info["source"]["fingerprint"] != dataset.fingerprint:
+        raise DigitError(
+            f"The tokens in {folder} are not of {data}, {split}: leave data.tokens out, or make them anew."
+        )
+    if not {"center", "flip"} <= set(cache.views):
+        raise DigitError(
+            f"The cache {folder} has the views {', '.join(cache.views)}; a feed-forward decoder needs center and flip."
+        )
+    images = next(image_chunks(dataset.subset(range(min(16, len(dataset)))), tokenizer.image_size, "cpu"))
+    stored = cache.tokens("semantic", np.arange(len(images)), cache.views.index("center"))  # (b, N)
+    fits = stored.shape == (len(images), tokenizer.num_tokens)
+    if not fits or float((tokenizer.encode(images) == stored).float().mean()) < 0.9:
+        raise DigitError(f"The tokens in {folder} were made with another encoder or codebook than those of --model.")
+    return cache
+
+
+def _open_samples(path: str, tokenizer: SemanticTokenizer) -> Tensor:
+    """Tokens (n, N) of the prior."""
+    tokens, count, size = load_tokens_file(path).semantic, tokenizer.num_tokens, tokenizer.vocab_size
+    if tokens is None or tokens.ndim != 2 or tokens.shape[1] != count or int(tokens.max()) >= size:
+        found = "none" if tokens is None else f"{tuple(tokens.shape)} up to {int(tokens.max())}"
+        raise DigitError(
+            f"data.samples = {path} should hold semantic tokens (n, {count}) below {size}; it has: {found}."
+        )
+    return tokens

@@ -1,40 +1,55 @@
-"""What the tasks that train on images share: their batches, and passes over held-out images."""
+"""What the tasks that train on images share: their batches, passes over held-out images, and the making of images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
+from digit.core.config import NonNegativeInt, config, to_dict
+from digit.core.grids import picture_grid
+from digit.core.images import to_pil
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.sampling import Batches, OrderedSampler, StepSampler
-from digit.training.task import Batch, Stream
+from digit.training.losses.images import ImageLoss, ImageObjective
+from digit.training.task import Batch, Groups, Stream, Task
 
 _CHUNK = 250
+_COLUMNS = 8  # of a sheet of samples
 _SUBSET_SEED = 0
 _DRAWS = 0x7669  # keeps these seeds apart from other uses of (seed, step)
 
 
-def open_images(
-    data: str | Path, split: str, held_out_split: str | None, held_out: int
-) -> tuple[ImageDataset, ImageDataset | None]:
-    """The images to train on, and ``held_out`` that measure (0: all there are).
+@config
+class ImageData:
+    """Which images are learned from, and which measure.
 
-    They come from another split, or, where ``held_out_split`` is None, are kept back from the training images: at most
-        a tenth.
+    Attributes:
+        split: of the training images.
+        held_out_split: of the images that measure; None keeps some of the training images back, at most a tenth.
+        held_out: how many of them; 0 takes all.
     """
-    train = open_dataset(data, split)
-    if held_out_split is not None:
-        return train, some_images(open_dataset(data, held_out_split), held_out)
-    count = min(held_out, len(train) // 10)
-    if not count:
-        return train, None
-    order = np.random.default_rng(_SUBSET_SEED).permutation(len(train))
-    return train.subset(np.sort(order[count:])), train.subset(np.sort(order[:count]))
+
+    split: str = "train"
+    held_out_split: str | None = "test"
+    held_out: NonNegativeInt = 2000
+
+    def open(self, data: str | Path) -> tuple[ImageDataset, ImageDataset | None]:
+        """The images of a dataset to train on, and those that measure."""
+        train = open_dataset(data, self.split)
+        if self.held_out_split is not None:
+            return train, some_images(open_dataset(data, self.held_out_split), self.held_out)
+        count = min(self.held_out, len(train) // 10)
+        if not count:
+            return train, None
+        order = np.random.default_rng(_SUBSET_SEED).permutation(len(train))
+        return train.subset(np.sort(order[count:])), train.subset(np.sort(order[:count]))
 
 
 def image_batches(
@@ -50,24 +65,13 @@ def image_batches(
             afterwards, so the numbers do not depend on how many processes there are.
     """
     sampler = StepSampler(len(images), stream.batch_size, stream.seed, stream.rank, stream.world)
-    loader = Batches(
-        images,
-        sampler,
-        Transform(size=size),
-        seed=stream.seed,
-        start=stream.start,
-        stop=stream.stop,
-        workers=stream.workers,
-        dtype=torch.uint8,
-    )
+    how: dict[str, Any] = {"start": stream.start, "stop": stream.stop, "workers": stream.workers}
+    loader = Batches(images, sampler, Transform(size=size), seed=stream.seed, dtype=torch.uint8, **how)
     for step, batch in enumerate(loader, stream.start):
         words = np.random.SeedSequence([stream.seed, step, _DRAWS]).generate_state(1, np.uint64)
         drawn = draw(stream.batch_size, torch.Generator().manual_seed(int(words[0]) >> 1))
-        yield {
-            "index": batch.indices,
-            "images": batch.images,
-            **{name: value[stream.rows] for name, value in drawn.items()},
-        }
+        own = {name: value[stream.rows] for name, value in drawn.items()}
+        yield {"index": batch.indices, "images": batch.images, **own}
 
 
 def image_chunks(images: ImageDataset, size: int, device: str) -> Iterator[Tensor]:
@@ -77,18 +81,74 @@ def image_chunks(images: ImageDataset, size: int, device: str) -> Iterator[Tenso
 
 
 def some_images(images: ImageDataset, count: int) -> ImageDataset:
-    """The same random ``count`` of them every time (folders come class by class, so the first ones would not do); 0:
-    all.
-    """
+    """The same random ``count`` of them every time (folders come class by class); 0: all."""
     if not 0 < count < len(images):
         return images
     return images.subset(np.sort(np.random.default_rng(_SUBSET_SEED).permutation(len(images))[:count]))
 
 
-def mirrored(batch: Batch) -> Tensor:
-    """A batch's uint8 images (B, 3, S, S) in 0..1, those of them mirrored for which "flip" (B,) is drawn."""
+def described(images: ImageDataset) -> dict[str, Any]:
+    """The training images, for a run's description."""
+    return {"name": images.name, "split": images.split, "fingerprint": images.fingerprint}
+
+
+class ImageTask(Task):
+    """A network that makes images learns from images, by the losses of an :class:`ImageObjective`.
+
+    Attributes:
+        resolution: side of the images.
+        frozen: networks that only serve.
+    """
+
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        criterion: ImageLoss,
+        resolution: int,
+        train: ImageDataset,
+        held_out: ImageDataset | None,
+        description: Mapping[str, Any],
+        frozen: Sequence[nn.Module] = (),
+    ) -> None:
+        self.modules, self.criterion = nn.ModuleDict(networks), criterion
+        self.objective: ImageObjective = criterion.objective
+        if criterion.discriminator is not None:
+            self.modules["discriminator"] = criterion.discriminator
+        self.frozen = [*frozen, *criterion.frozen]
+        self.resolution, self.train, self.examples, self.held_out = resolution, train, len(train), held_out
+        self.description = {**description, "objective": to_dict(self.objective)}
+
+    def parameters_by_optimizer(self) -> Groups:
+        """The generator, and the discriminator apart."""
+        ours = [p for name, module in self.modules.items() if name != "discriminator" for p in module.parameters()]
+        return {"model": [{"params": [p for p in ours if p.requires_grad]}], **self.criterion.optimizers()}
+
+    def to_device(self, device: str) -> None:
+        """Move the networks, those that only serve too."""
+        super().to_device(device)
+        for network in self.frozen:
+            network.to(device)
+
+    def batches(self, stream: Stream) -> Iterator[Batch]:
+        """Images as uint8, and how they are flipped and moved."""
+        return image_batches(self.train, self.resolution, stream, self.objective.draw)
+
+    def examples_shown(self) -> tuple[ImageDataset, Tensor]:
+        """The images of a sheet of samples, as a dataset and as (b, 3, S, S) in 0..1."""
+        source = some_images(self.held_out or self.train, 2 * _COLUMNS)
+        return source, next(image_chunks(source, self.resolution, self.device))
+
+
+def flipped(batch: Batch) -> Tensor:
+    """A batch's uint8 images (B, 3, S, S) in 0..1, those of them flipped for which "flip" (B,) is drawn."""
     images = batch["images"].float() / 255
     return torch.where(batch["flip"][:, None, None, None], images.flip(3), images)
+
+
+def sheet(*rows: Tensor) -> Image.Image:
+    """Images (b, 3, S, S) above their counterparts, a few in a row."""
+    blocks = [row[start : start + _COLUMNS] for start in range(0, len(rows[0]), _COLUMNS) for row in rows]
+    return picture_grid([to_pil(image.cpu()) for block in blocks for image in block], columns=len(blocks[0]))
 
 
 def errors(rebuilt: Tensor, images: Tensor) -> tuple[float, float]:

@@ -17,16 +17,15 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from digit.core.config import config, from_dict, to_dict
+from digit.core.config import NonNegativeInt, config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.grids import picture_grid, token_picture
 from digit.core.images import to_pil
@@ -66,7 +65,7 @@ class TokenData:
     prefix: Literal["semantic"] | None = None
     labels: bool = False
     views: tuple[str, ...] | None = None
-    held_out: Annotated[int, Field(ge=0)] = 512
+    held_out: NonNegativeInt = 512
 
     def __post_init__(self) -> None:
         if self.target == "semantic" and self.prefix:
@@ -95,14 +94,23 @@ def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: Token
         known["num_classes"] = max(len(cache.classes), int(cache.labels.max()) + 1)
         if int(cache.labels.min()) < 0:
             raise DigitError(f"{where} asks for class labels, but images of the cache {cache.folder} have none.")
+    return from_dict(TokenModelConfig, fitted(values, known, where, f"the cache {cache.folder}"), where)
+
+
+def fitted(values: Mapping[str, Any], known: Mapping[str, Any], where: str, what: str) -> dict[str, Any]:
+    """Fields of a model with those that its data decide.
+
+    Raises:
+        DigitError: a field is given in ``where`` and differs from what is ``known`` from ``what``.
+    """
     wrong = [
-        f"{name} = {values[name]} (the cache: {value})"
+        f"{name} = {values[name]} (expected: {value})"
         for name, value in known.items()
         if values.get(name, value) != value
     ]
     if wrong:
-        raise DigitError(f"{where} does not fit the cache {cache.folder}: {', '.join(wrong)}. Leave these fields out.")
-    return from_dict(TokenModelConfig, {**values, **known}, where)
+        raise DigitError(f"{where} does not fit {what}: {', '.join(wrong)}. Leave these fields out.")
+    return {**values, **known}
 
 
 class TokenLoss(nn.Module):

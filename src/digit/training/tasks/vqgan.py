@@ -1,10 +1,9 @@
 """Training a VQGAN: pixels, a perceptual distance, a patch discriminator, and a codebook that follows the latents.
 
 A VQGAN preset has the sections ``model`` (:class:`~digit.models.vqgan.VQGANConfig`), ``objective``
-(:class:`VqganObjective`), ``data`` (:class:`VqganData`) and ``training``.
+(:class:`VqganObjective`), ``data`` (:class:`~digit.training.tasks.images.ImageData`) and ``training``.
 
-Source: Esser et al. 2021, arXiv 2012.09841, section 3.1. Unlike there, the codebook moves by averages; see also
-:mod:`digit.training.losses.images`.
+Source: Esser et al. 2021, arXiv 2012.09841, section 3.1. Unlike there, the codebook moves by averages.
 """
 
 from __future__ import annotations
@@ -20,35 +19,26 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config, from_dict, to_dict
-from digit.core.errors import DigitError
-from digit.core.grids import picture_grid
-from digit.core.images import to_pil
+from digit.core.config import NonNegative, Probability, config, from_dict, to_dict
 from digit.data.dataset import ImageDataset
-from digit.models.component import weights_checksum
-from digit.models.transformer import Probability
 from digit.models.vqgan import VQGAN, VQGANConfig
-from digit.training.config import NonNegative, NonNegativeInt
-from digit.training.finetune import FineTune, start_folder, take_modules
-from digit.training.losses.images import PictureLoss, PictureObjective
+from digit.training.finetune import FineTune, saved_part, take_modules
+from digit.training.losses.images import ImageLoss, ImageObjective
 from digit.training.losses.quantizer import EmaQuantizer
-from digit.training.task import Batch, Loss, Step, Stream
-from digit.training.tasks.images import errors, image_batches, image_chunks, mirrored, open_images, some_images
-
-_PICTURES = 8
+from digit.training.task import Batch, Loss, Step
+from digit.training.tasks.images import ImageData, ImageTask, described, errors, flipped, image_chunks, sheet
 
 
 @config
-class VqganObjective(PictureObjective):
-    """What a VQGAN is trained for: pictures like those that went in (:class:`PictureObjective`), and codes that are all
+class VqganObjective(ImageObjective):
+    """What a VQGAN is trained for: images like those that went in (:class:`ImageObjective`), and codes that are all
     used.
 
     Attributes:
         commitment: weight of the latents' squared distance from their codes.
         codebook_decay: of the moving averages that are the codebook.
         dead_below: a code used less than this share of the mean is moved to a recent latent.
-        gradient: how it passes the rounding: "straight-through" or "rotation"; see
-            :class:`~digit.training.losses.quantizer.EmaQuantizer`.
+        gradient: how it passes the rounding; see :class:`~digit.training.losses.quantizer.EmaQuantizer`.
     """
 
     commitment: NonNegative = 0.25
@@ -57,23 +47,10 @@ class VqganObjective(PictureObjective):
     gradient: Literal["straight-through", "rotation"] = "straight-through"
 
 
-@config
-class VqganData:
-    """Which images are learned from, and which measure the reconstructions.
+class VqganTask(ImageTask):
+    """A VQGAN in training."""
 
-    Attributes:
-        split: of the training images.
-        held_out_split: of the images that measure; None keeps some of the training images back.
-        held_out: how many of them; 0 takes all.
-    """
-
-    split: str = "train"
-    held_out_split: str | None = "test"
-    held_out: NonNegativeInt = 2000
-
-
-class VqganTask:
-    """A VQGAN in training; see :class:`digit.training.task.Task`."""
+    objective: VqganObjective
 
     def __init__(
         self,
@@ -96,93 +73,48 @@ class VqganTask:
         Raises:
             DigitError: the perceptual network is missing or does not fit, or the saved VQGAN is of another shape.
         """
-        self.vqgan, self.objective = VQGAN(model), objective
-        origin = {} if start is None else {"start": self._start(start)}
-        self.vqgan.codebook.requires_grad_(False)
+        self.vqgan = vqgan = VQGAN(model)
+        description = {"component": "vqgan", "model": to_dict(model), "data": described(train)}
+        if start is not None:
+            description["start"] = self._start(start)
+        vqgan.codebook.requires_grad_(False)
         # the loop may wrap what is trained, so the parts are named one by one; the VQGAN holds the same parts
-        self.modules = nn.ModuleDict({"decoder": self.vqgan.decoder})
+        networks: dict[str, nn.Module] = {"decoder": vqgan.decoder}
         self.quantizer: EmaQuantizer | None = None
         if start is None or not start.freeze:
-            codebook = self.vqgan.codebook
-            self.quantizer = EmaQuantizer(
-                codebook, objective.codebook_decay, objective.dead_below, objective.gradient, model.normalize_codes
-            )
+            how = (objective.codebook_decay, objective.dead_below, objective.gradient, model.normalize_codes)
+            self.quantizer = EmaQuantizer(vqgan.codebook, *how)
             if start is not None:
                 self.quantizer.go_on()
-            self.modules.update({"encoder": self.vqgan.encoder, "quantizer": self.quantizer})
-        self.pictures = PictureLoss(objective, model.resolution, self.vqgan.decoder.conv_out.weight)
-        if self.pictures.discriminator is not None:
-            self.modules["discriminator"] = self.pictures.discriminator
+            networks |= {"encoder": vqgan.encoder, "quantizer": self.quantizer}
+        criterion = ImageLoss(objective, model.resolution, vqgan.decoder.conv_out.weight)
+        super().__init__(networks, criterion, model.resolution, train, held_out, description, [vqgan])
         if start is not None:
             take_modules(self.modules, start.source, ("discriminator",))
-        self.train, self.examples = train, len(train)
-        self.held_out = held_out
-        self.device = "cpu"
-        self.description: Mapping[str, Any] = {
-            "component": "vqgan",
-            "model": to_dict(model),
-            "objective": to_dict(objective),
-            "data": {"name": train.name, "split": train.split, "fingerprint": train.fingerprint},
-            **origin,
-        }
 
     def _start(self, start: FineTune) -> dict[str, Any]:
         """Begin with saved weights; what to note about them."""
-        if start.lora or set(start.freeze) - {"tokens"}:
-            raise DigitError(
-                "A VQGAN can be trained on as a whole, or with --freeze tokens (encoder and codebook); no other part."
-            )
-        folder, _ = start_folder(start.source, "vqgan")
-        saved = VQGAN.from_pretrained(folder)
-        if saved.config != self.vqgan.config:
-            raise DigitError(f"The VQGAN {start.source} is of another shape than the preset's model section describes.")
+
+        def fits(saved: VQGAN) -> bool:
+            return saved.config == self.vqgan.config
+
+        saved, note = saved_part(start, "vqgan", VQGAN.from_pretrained, fits, may_freeze="tokens")
         self.vqgan.load_state_dict(saved.state_dict())
-        return {"weights": weights_checksum(saved), "freeze": list(start.freeze)}
-
-    # -- the protocol
-    # --------------------------------------------------------------------------------------------------------
-
-    def parameters_by_optimizer(self) -> dict[str, list[dict[str, Any]]]:
-        """Encoder and decoder, and the discriminator apart. The codebook has no optimizer."""
-        parameters = [
-            p for name in ("encoder", "decoder") if name in self.modules for p in self.modules[name].parameters()
-        ]
-        return {"model": [{"params": parameters}], **self.pictures.optimizers()}
-
-    def to_device(self, device: str) -> None:
-        """Move the networks."""
-        self.vqgan.to(device)
-        self.modules.to(device)
-        self.pictures.to(device)
-        self.device = device
-
-    def batches(self, stream: Stream) -> Iterator[Batch]:
-        """Images as uint8, and how they are mirrored and moved."""
-        return image_batches(self.train, self.vqgan.config.resolution, stream, self.objective.draw)
+        return {**note, "freeze": list(start.freeze)}
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The reconstruction's loss, then the discriminator's once it has begun."""
-        images = mirrored(batch)
+        images = flipped(batch)
         codes, commitment, metrics = self._codes(images)
         rebuilt = self.modules["decoder"](codes).float()  # (B, 3, S, S)
-        images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
-        pictures = self.pictures
-        with torch.no_grad():
-            wanted = pictures.see(images)
-        seen = pictures.see(rebuilt)
-        pixels, of_pixels = pictures.pixels(rebuilt, images)
-        distance, of_features = pictures.perceptual(rebuilt, images, seen, wanted)
-        loss, metrics = pixels + distance + commitment, {**of_pixels, **of_features, **metrics}
-        judge = self.modules["discriminator"] if pictures.judges(step) else None
-        yield from pictures.losses(loss, metrics, judge, rebuilt, images, seen, wanted, step)
+        return self.criterion(commitment, metrics, rebuilt, images, batch, step, self.modules)
 
     def _codes(self, images: Tensor) -> tuple[Tensor, Tensor | float, dict[str, Tensor]]:
         """Codes (B, D, h, w) of images, what the encoder pays for its distance from them, and metrics."""
         if self.quantizer is None:
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):  # the very tokens that others use
                 codes = F.embedding(self.vqgan.encode(images), self.vqgan.codebook)  # (B, M, D)
-            rows, columns = self.vqgan.config.grid
-            return codes.transpose(1, 2).reshape(len(codes), -1, rows, columns), 0.0, {}  # (B, D, h, w)
+            return codes.transpose(1, 2).reshape(len(images), -1, *self.vqgan.config.grid), 0.0, {}  # (B, D, h, w)
         codes, _, commitment = self.modules["quantizer"](self.modules["encoder"](images))
         metrics = {"commitment": commitment.detach(), **self.quantizer.statistics()}
         return codes, self.objective.commitment * commitment, metrics
@@ -199,7 +131,7 @@ class VqganTask:
         if self.held_out is None:
             return {}
         psnr, error, uses = 0.0, 0.0, torch.zeros(self.vqgan.config.codes)
-        for images in image_chunks(self.held_out, self.vqgan.config.resolution, self.device):
+        for images in image_chunks(self.held_out, self.resolution, self.device):
             tokens, rebuilt = self._reconstruct(images)
             more_psnr, more_error = errors(rebuilt, images)
             psnr, error = psnr + more_psnr, error + more_error
@@ -214,14 +146,8 @@ class VqganTask:
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002
         """Eight images above their reconstructions, twice."""
-        source = some_images(self.held_out or self.train, 2 * _PICTURES)
-        images = next(image_chunks(source, self.vqgan.config.resolution, self.device))
-        _, rebuilt = self._reconstruct(images)
-        rows = [*torch.split(images, _PICTURES), *torch.split(rebuilt, _PICTURES)]
-        ordered = [row for pair in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True) for row in pair]
-        return picture_grid(
-            [to_pil(image.cpu()) for row in ordered for image in row], columns=min(_PICTURES, len(images))
-        )
+        _, images = self.examples_shown()
+        return sheet(images, self._reconstruct(images)[1])
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the VQGAN."""
@@ -243,6 +169,5 @@ def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTu
     """
     model: VQGANConfig = from_dict(VQGANConfig, preset["model"], f"{where}, model")
     objective: VqganObjective = from_dict(VqganObjective, preset.get("objective") or {}, f"{where}, objective")
-    choice = from_dict(VqganData, preset.get("data") or {}, f"{where}, data")
-    train, held_out = open_images(data, choice.split, choice.held_out_split, choice.held_out)
-    return VqganTask(model, objective, train, held_out, start)
+    images: ImageData = from_dict(ImageData, preset.get("data") or {}, f"{where}, data")
+    return VqganTask(model, objective, *images.open(data), start)
