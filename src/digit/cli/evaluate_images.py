@@ -14,7 +14,7 @@ from digit.cli.options import Decoder, Device, RequiredModel, Seed, Variant, loa
 
 if TYPE_CHECKING:
     from digit.evaluation.metrics.fidelity import FidelityOptions
-    from digit.evaluation.studies.sweep import Reference
+    from digit.evaluation.studies.points import Reference
 
 Split = Annotated[str, typer.Option(help="Split of the images.")]
 Metrics = Annotated[
@@ -54,7 +54,7 @@ def open_reference(
     """The real images, measured now."""
     from digit.core.devices import pick_device
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.studies.sweep import Reference
+    from digit.evaluation.studies.points import Reference
 
     return Reference.of(reference, open_extractor(weights, backend, str(pick_device(device))), options, split)
 

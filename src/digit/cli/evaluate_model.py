@@ -26,11 +26,12 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not 
 
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
-    from digit.cli import evaluate_images  # which shares this module's options
+    from digit.cli import evaluate_images, evaluate_studies  # which share this module's options
 
     for command in (stability, probe, screen, ablation):
         app.command()(command)
     evaluate_images.add_to(app)
+    evaluate_studies.add_to(app)
 
 
 def numbers(text: str, option: str) -> list[float]:
@@ -213,7 +214,7 @@ def ablation(
         str, typer.Option(help="Some of nll (held-out loss), probe, fid; comma separated.")
     ] = "nll,probe,fid",
     reference: Annotated[
-        str | None, typer.Option(help="For FID: images or their .npz; the training images if left out.")
+        str | None, typer.Option(help="For FID: images or their .npz; the test images if left out.")
     ] = None,
     weights: Annotated[
         str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")

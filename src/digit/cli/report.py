@@ -27,13 +27,12 @@ def report(
         Path | None, typer.Option(help="Write the one training run under DIR as a reference curve here, and no page.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: results beside the paper's figures, loss curves, pictures, settings,
+    """Write one self-contained HTML page: results beside the paper's figures, loss curves, images, settings,
     hardware.
 
     Example:  digit report runs --out report.html
     """
-    from digit.evaluation.report import write_report
-    from digit.evaluation.report.curves import save_only_run
+    from digit.evaluation.report import save_only_run, write_report
 
     console = Console(highlight=False, soft_wrap=True)
     if save_curve is not None:
@@ -41,5 +40,5 @@ def report(
         return
     made = write_report(folders, out, title, curves or [])
     for problem in made.problems:
-        console.print(f"Not readable: {problem.place.rstrip('/')}: {problem.reason}", markup=False)
+        console.print(f"Not readable: {problem.place}: {problem.reason}", markup=False)
     console.print(f"{len(made.found)} results in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB)", markup=False)

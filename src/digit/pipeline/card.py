@@ -67,7 +67,12 @@ def model_card(pipe: DigitPipeline) -> str:
     images = "labels=[0]" if pipe.num_classes else "num=4"
     tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"
     call = f"tokens = pipe.{tokens}" if pipe.prior is None else f"images = pipe({images}, seed=0)"
-    facts = {"what": _what(pipe), "call": call, "parts": pipeline_parts(pipe), "training": _training(pipe)}
+    facts: dict[str, Any] = {
+        "what": _what(pipe),
+        "call": call,
+        "parts": pipeline_parts(pipe),
+        "training": _training(pipe),
+    }
     card = ModelCard.from_template(_metadata(pipe), template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
     return f"{str(card).rstrip()}\n"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -383,7 +383,7 @@ def probe(
         settings={**to_dict(options), "layers": layers, "views": data.views, "seed_views": data.seed},
         model=model,
         data={"train": describe_data(data.train), "test": describe_data(data.test), "classes": classes},
-        paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [asdict(row) for row in paper.PROBE]},
+        paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [row._asdict() for row in paper.PROBE]},
         notes=_notes(options, data),
         seconds=time.monotonic() - began,
     )
