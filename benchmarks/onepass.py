@@ -77,7 +77,7 @@ def work(model, size: str, stage: str, batch: int, device: str) -> Callable[[int
     import torch
 
     from digit.sampling import SamplingParams, sample
-    from digit.sampling.feedforward import pixel_latents
+    from digit.sampling.rng import pixel_latents
 
     def tokens(vocab: int, length: int) -> torch.Tensor:
         return torch.randint(vocab, (batch, length), device=device)

@@ -32,7 +32,7 @@ from digit.core.config import from_dict
 from digit.core.environment import hardware
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling import SampleRequest, SamplingParams, sample
-from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
+from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 
 AUTHORS = 0.81  # seconds an image of the authors' loop at batch 8, on two quiet cores of this kind
 SIZES = {
@@ -82,7 +82,7 @@ def ours(name: str, model: TokenModel, settings: SamplingParams, dtype: str, dev
 
     def prepare(batch: int) -> None:
         run(batch)
-        print(f"  {name}: the {engine(mine)} step", flush=True)
+        print(f"  {name}: the {engine_name(mine)} step", flush=True)
 
     width = 1 if speed.get("quantize") else torch.finfo(DTYPES[dtype]).bits // 8
     return Contender(name, run, width, dtype, prepare, lambda: compile_seconds(mine), lambda: release(mine))

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import shapes
+
+shapes.install()  # before any module of the package is imported
+
 # small models gain nothing from a second thread, and the test runner uses the other cores itself
 torch.set_num_threads(1)
 
@@ -25,8 +29,11 @@ def cifar512() -> Path:
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep the tests out of the user's cache."""
-    monkeypatch.setenv("DIGIT_CACHE", str(tmp_path_factory.getbasetemp() / "digit-cache"))
+    """Keep the tests out of the user's cache. The workers of a run share one, for the native code is built in it."""
+    base = tmp_path_factory.getbasetemp()
+    monkeypatch.setenv(
+        "DIGIT_CACHE", str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "digit-cache")
+    )
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The blocks of code in the documentation, and how each is marked.
 
-An HTML comment in the line before a block says what becomes of it: ``<!-- run -->`` (the tests run it), ``<!-- run,
-    slow -->``
-(the slow tests do, with short trainings), or ``<!-- needs: SOMETHING -->`` (it cannot run here, and why).
+An HTML comment in the line before a block says what becomes of it: ``<!-- run -->`` (the tests run it),
+``<!-- run, slow -->`` (the slow tests do, with short trainings), or ``<!-- needs: SOMETHING -->`` (it cannot run here, and
+why).
 """
 
 from __future__ import annotations
@@ -10,8 +10,13 @@ from __future__ import annotations
 import re
 import shlex
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import typer
+
+from digit.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -61,22 +66,22 @@ def digit_words(words: list[str]) -> list[str] | None:
     return None
 
 
+@cache
+def top() -> Any:
+    """The command line as it parses words."""
+    return typer.main.get_command(app)
+
+
 def parse(words: list[str]) -> str:
     """Read a command line as ``digit`` would, without doing anything; what is wrong with it, or ""."""
-    import typer
-
-    from digit.cli.app import app
-
-    command: Any = typer.main.get_command(app)
-    while words and words[0] in ("--debug",):
-        words = words[1:]
-    name = "digit"
+    command, name = top(), "digit"
+    words = words[1:] if words[:1] == ["--debug"] else words
     while hasattr(command, "commands") and words and not words[0].startswith("-"):
         if words[0] not in command.commands:
             return f"{name} has no command {words[0]}"
         command, name, words = command.commands[words[0]], f"{name} {words[0]}", words[1:]
     try:
-        command.make_context(name, words, resilient_parsing=hasattr(command, "commands"))
+        command.make_context(name, list(words), resilient_parsing=hasattr(command, "commands"))
     except Exception as error:
         return getattr(error, "message", None) or str(error)
     return ""
@@ -84,12 +89,7 @@ def parse(words: list[str]) -> str:
 
 def unknown_options(words: list[str]) -> list[str]:
     """Options in a shortened command line (one in the text) that the command does not have."""
-    import typer
-
-    from digit.cli.app import app
-
-    command: Any = typer.main.get_command(app)
-    rest = list(words)
+    command, rest = top(), list(words)
     while hasattr(command, "commands") and rest and rest[0] in command.commands:
         command = command.commands[rest.pop(0)]
     context = command.make_context("digit", [], resilient_parsing=True)

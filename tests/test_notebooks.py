@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, on a tiny model and few steps."""
 
+import re
 from pathlib import Path
 
 import nbclient
@@ -31,14 +32,18 @@ def test_the_list_is_complete():
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_it_is_stored_without_outputs(name):
-    book = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+def test_it_is_stored_with_outputs_of_a_whole_run(name):
+    path = NOTEBOOKS / f"{name}.ipynb"
+    book = nbformat.read(path, as_version=4)
     nbformat.validate(book)
-    assert all(
-        not cell.get("outputs") and cell.get("execution_count") is None
-        for cell in book.cells
-        if cell.cell_type == "code"
-    )
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1)), "from top to bottom, once"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.output_type for output in outputs} <= {"stream", "display_data", "execute_result"}
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert path.stat().st_size < 300_000
+    assert not re.search(r"/(tmp|home|root)/", path.read_text()), "no paths of the machine that ran it"
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -129,7 +129,7 @@ def test_the_wheel_alone_generates_pictures(version, wheel, tmp_path):
     }
     assert "Everything that is needed works" in run(program / "digit", "doctor")
     packaged = run(
-        program / "python", "-c", "from digit.pipeline.hub import packaged_models; print(*packaged_models())"
+        program / "python", "-c", "from digit.core.hub import packaged_models; print(*packaged_models())"
     ).split()
     if packaged:
         run(program / "digit", "generate", "--num", 2, "--out", "default", "--device", "cpu")

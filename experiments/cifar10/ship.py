@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from digit import DigitPipeline
-from digit.pipeline.card import with_facts
-from digit.core.images import save_png
 from digit.core.errors import DigitError
 from digit.core.grids import picture_grid
+from digit.core.images import save_png
+from digit.pipeline.card import with_facts
 
 ROOT = Path(__file__).parents[2]
 PACKAGED = ROOT / "src" / "digit" / "packaged" / "cifar10"

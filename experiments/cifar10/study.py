@@ -26,7 +26,7 @@ from pathlib import Path
 
 from digit.core.environment import hardware, versions
 from digit.core.files import read_json, write_json
-from digit.pipeline.hub import packaged_models
+from digit.core.hub import packaged_models
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2)
@@ -34,7 +34,12 @@ CLUSTERS = (256, 1024, 4096)
 K = 1024  # of the headline, as many as the VQGAN has codes
 PLAIN = "plain"
 """Of the encoder that saw neither noise nor blur, and of all that was made with its tokens."""
-STEADY = ("objective.views.noise=0.5", "objective.views.blur=0.3", "training.epochs=5", "training.lr=1e-3")
+STEADY = {
+    "cpu": ("training.epochs=5", "training.lr=1e-3"),
+    "gpu": ("training.epochs=30", "training.lr=5e-4", "training.warmup_steps=100"),
+    "short": ("training.epochs=6", "training.lr=5e-4", "training.warmup_steps=20"),
+}
+VARIED = ("objective.views.noise=0.5", "objective.views.blur=0.3")
 """How the plain encoder is trained on, until noise and blur hardly change its tokens."""
 SHARPER = (
     "objective.gan_start=0",
@@ -47,39 +52,55 @@ SHARPER = (
     "training.lr=5e-4",
 )
 """How the VQGAN's decoder is trained on behind codes that stay: against a judge that it does not outrun."""
-BASELINES = {
-    "random": ("cifar10-encoder", ("training.epochs=null", "training.steps=1", "training.warmup_steps=0", "training.lr=1e-9")),
-    "mae": (
-        "cifar10-encoder-vit",
-        (
-            "objective={method: mae}",
-            "model.dim=96",
-            "model.depth=4",
-            "model.heads=3",
-            "training.epochs=null",
-            "training.steps=1500",
-            "training.batch_size=128",
-            "training.warmup_steps=100",
-        ),
-    ),
-}
-"""Encoders to compare with: what the network's shape alone gives, and one that learns to rebuild hidden patches."""
-SHALLOW = {"half": "model.transformer.depth=2", "quarter": "model.transformer.depth=1"}
-"""Priors of fewer blocks than the preset's four."""
+UNTRAINED = ("training.epochs=null", "training.steps=1", "training.warmup_steps=0", "training.lr=1e-9")
+SMALL_MAE = (
+    "model.dim=96",
+    "model.depth=4",
+    "model.heads=3",
+    "training.epochs=null",
+    "training.steps=1500",
+    "training.batch_size=128",
+    "training.warmup_steps=100",
+)
+"""The masked autoencoder that two cores can train; on a GPU it is as large and as long as the study's encoder."""
+SHALLOW = {"half": 2, "quarter": 4}
+"""Priors of fewer blocks than the profile's: by what their number is divided."""
 SHIPPED = ("prior.cfg_scale=2.0", "prior.top_p=0.95", "ar.top_p=0.9")
 """Defaults of sampling of the model that is shipped."""
 
-# what a GPU trains instead; the presets' own values are for two CPU cores
-LARGER = "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6"
-PRIOR_EPOCHS = {"cpu": "training.epochs=4", "gpu": "training.epochs=200"}
+# What the profiles change in the presets, whose own values are for two CPU cores. "gpu" is a day of one GPU; "short" is
+# its half hour, see ../gpu.sh. Token models stop when their validation no longer falls (a run's best weights are kept),
+# and all have dropout: 100 passes over 50,000 images are enough to learn them by heart.
+LARGER = (
+    "model.transformer.dim=512 model.transformer.depth=12 model.transformer.heads=8 model.transformer.dropout=0.1 "
+    "training.batch_size=256 training.lr=6e-4 training.validate_every=500 training.patience=8"
+)
+BLOCKS = {"cpu": 4, "gpu": 12, "short": 12}
+"""Of every prior and decoder over tokens, by profile."""
+PRIOR_EPOCHS = {"cpu": "training.epochs=4", "gpu": "training.epochs=200", "short": "training.epochs=20"}
 """Of every prior, by profile; the presets' own on the CPU."""
-WHOLE = {"cpu": "model.transformer.depth=9", "gpu": "model.transformer.depth=17"}
-"""About as many parameters as semantic prior and AR decoder have together, by profile."""
-GPU = {
-    "vqgan": "model.channels=32 model.blocks=2 training.epochs=100",
-    "prior": f"{LARGER} model.transformer.dropout=0.1 {PRIOR_EPOCHS['gpu']} training.batch_size=256",
-    "decoder": f"{LARGER} training.epochs=100 training.batch_size=256",
-    "onepass": "training.epochs=100 training.batch_size=256",
+WHOLE = {"cpu": 9, "gpu": 25, "short": 25}
+"""Blocks of a prior with about as many parameters as semantic prior and AR decoder together, by profile."""
+PROFILES = {
+    "cpu": {},
+    "gpu": {
+        "encoder-vit": "model.depth=12",
+        "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=100 training.batch_size=256 "
+        "training.lr=3e-4",
+        "prior": f"{LARGER} {PRIOR_EPOCHS['gpu']}",
+        "decoder": f"{LARGER} training.epochs=100",
+        "onepass": "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6 "
+        "model.transformer.ffn_dim=1536 model.transformer.dropout=0.1 model.pixels.widths=[256,128] training.epochs=100 "
+        "training.batch_size=256 training.lr=5e-4",
+    },
+    "short": {
+        "encoder-vit": "objective.local_count=2 training.epochs=40 training.warmup_steps=100",
+        "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=10 training.batch_size=256 "
+        "training.lr=3e-4",
+        "prior": f"{LARGER} {PRIOR_EPOCHS['short']}",
+        "decoder": f"{LARGER} training.epochs=20",
+        "onepass": "training.epochs=20 training.batch_size=256",
+    },
 }
 
 
@@ -107,7 +128,7 @@ class Study:
         data: CIFAR-10, made by `digit data cifar10`.
         reference: Inception statistics of its training images; made here if the file does not exist.
         images: how many are generated for a fidelity.
-        profile: "cpu" or "gpu".
+        profile: "cpu", "gpu" or "short".
     """
 
     out: Path
@@ -132,12 +153,22 @@ class Study:
         yield from self._similarity()
         yield from self._curves()
 
+    @property
+    def larger(self) -> bool:
+        """Whether the profile is for a GPU."""
+        return self.profile != "cpu"
+
+    @property
+    def _encoder(self) -> str:
+        return "cifar10-encoder-vit" if self.larger else "cifar10-encoder"
+
     # -- training
     # ----------------------------------------------------------------------------------------------------------
 
     def _train(self, group: str, name: str, component: str, preset: str, data: Path, *changes: str) -> Step:
         kind = preset.removeprefix("cifar10-")
-        larger = GPU.get(kind, GPU["decoder"] if component == "decoder" else "").split() if self.profile == "gpu" else []
+        profile = PROFILES[self.profile]
+        larger = profile.get(kind, profile.get("decoder", "") if component == "decoder" else "").split()
         given = "".join(f" --set {shlex.quote(change)}" for change in (*larger, *changes))
         command = f"train {component} --preset {preset} --data {data} --out {self.out / name} --resume{given}"
         return Step(group, name, command)
@@ -152,7 +183,8 @@ class Study:
 
     def _judge(self) -> tuple[str, str]:
         """Settings of the perceptual loss: the plain encoder's features, for the other's are alike whether a picture is
-        sharp."""
+        sharp.
+        """
         encoder = self.out / f"encoder-{PLAIN}" / "model"
         return "objective.perceptual=encoder", f"objective.perceptual_encoder={encoder}"
 
@@ -176,9 +208,9 @@ class Study:
 
     def _tokenizers(self) -> Iterator[Step]:
         group = "tokenizers"
-        preset = "cifar10-encoder-vit" if self.profile == "gpu" else "cifar10-encoder"
+        preset = self._encoder
         yield self._train(group, f"encoder-{PLAIN}", "encoder", preset, self.data)
-        steady = self._train(group, "encoder", "encoder", preset, self.data, *STEADY)
+        steady = self._train(group, "encoder", "encoder", preset, self.data, *VARIED, *STEADY[self.profile])
         yield replace(steady, command=f"{steady.command} --from {self.out / f'encoder-{PLAIN}'}")
         yield self._train(group, "vqgan", "vqgan", "cifar10-vqgan", self.data, *self._judge())
         yield from self._vocabulary(group, PLAIN, f"encoder-{PLAIN}", K)
@@ -192,7 +224,9 @@ class Study:
         parts = {"encoder": encoder, "codebook": book, "vqgan": "vqgan"}
         yield self._assemble(group, f"tokenizers-{name}", **parts)
 
-    def _vocabulary(self, group: str, name: int | str, encoder: str = "encoder", clusters: int | None = None) -> Iterator[Step]:
+    def _vocabulary(
+        self, group: str, name: int | str, encoder: str = "encoder", clusters: int | None = None
+    ) -> Iterator[Step]:
         """Codebook, tokenizers and the tokens of the training images."""
         out = self.out
         yield from self._codebook(group, name, encoder, clusters or name)
@@ -254,18 +288,26 @@ class Study:
 
     def _baselines(self) -> Iterator[Step]:
         """Stability of tokens of encoders that nobody taught to tell pictures apart: random weights, and a masked
-        autoencoder."""
+        autoencoder.
+        """
         group = "baselines"
-        for name, (preset, changes) in BASELINES.items():
+        small = () if self.larger else SMALL_MAE
+        trials = {
+            "random": (self._encoder, UNTRAINED),
+            "mae": ("cifar10-encoder-vit", ("objective={method: mae}", *small)),
+        }
+        for name, (preset, changes) in trials.items():
             yield self._train(group, f"encoder-{name}", "encoder", preset, self.data, *changes)
             yield from self._codebook(group, name, f"encoder-{name}", K)
             yield self._stability(group, f"stability-{name}", f"tokenizers-{name}")
 
     def _ceiling(self) -> Iterator[Step]:
         """What better training of the VQGAN's decoder alone gives: what its tokens leave open limits every picture made
-        of them."""
+        of them.
+        """
         group = "ceiling"
-        changes = (*self._judge(), *SHARPER)
+        longer = ("training.epochs=20",) if self.larger else ()
+        changes = (*self._judge(), *SHARPER, *longer)
         sharper = self._train(group, "vqgan-sharper", "vqgan", "cifar10-vqgan", self.data, *changes)
         yield replace(sharper, command=f"{sharper.command} --from {self.out / 'vqgan'} --freeze tokens")
         yield self._assemble(group, "sharper", vqgan="vqgan-sharper")
@@ -273,18 +315,20 @@ class Study:
 
     def _sizes(self) -> Iterator[Step]:
         """Priors of fewer blocks, of both kinds; a VQ prior about as large as semantic prior and decoder together, and
-        one with classes."""
+        one with classes.
+        """
         group, base = "sizes", f"models/tokenizers-{K}"
-        for name, depth in SHALLOW.items():
+        depths = {name: f"model.transformer.depth={BLOCKS[self.profile] // part}" for name, part in SHALLOW.items()}
+        for name, depth in depths.items():
             model = f"cond-{name}"
             yield self._prior(group, f"prior-{model}", K, "data.labels=true", depth)
             yield self._shipped(group, model, base="models/cond-two", prior=f"prior-{model}")
             for kind in ("ar", "onepass"):
                 yield self._fidelity(group, f"{model}-{kind}", model, f"--decoder {kind}")
         trials = {
-            "vq-quarter": ("data.target=vq", SHALLOW["quarter"]),
-            "semantic-quarter": (SHALLOW["quarter"],),
-            "vq-whole": ("data.target=vq", WHOLE[self.profile]),
+            "vq-quarter": ("data.target=vq", depths["quarter"]),
+            "semantic-quarter": (depths["quarter"],),
+            "vq-whole": ("data.target=vq", f"model.transformer.depth={WHOLE[self.profile]}"),
         }
         for name, changes in trials.items():
             yield self._prior(group, f"prior-{name}", K, *changes)
@@ -304,7 +348,12 @@ class Study:
         group = "vocabularies"
         for clusters in (size for size in CLUSTERS if size != K):
             yield from self._vocabulary(group, clusters)
-            yield self._prior(group, f"prior-{clusters}", clusters, SHALLOW["quarter"])
+            yield self._prior(
+                group,
+                f"prior-{clusters}",
+                clusters,
+                f"model.transformer.depth={BLOCKS[self.profile] // SHALLOW['quarter']}",
+            )
             yield self._decoder(group, "ar", clusters)
             parts = {"base": f"models/tokenizers-{clusters}", "prior": f"prior-{clusters}", "decoder": f"ar-{clusters}"}
             yield self._assemble(group, f"semantic-{clusters}", **parts)
@@ -313,7 +362,9 @@ class Study:
     def _similarity(self) -> Iterator[Step]:
         """KID, precision and recall, which need the features of real images and not their statistics alone."""
         group, features = "similarity", self.out / "train-features.npz"
-        yield Step(group, "features", f"evaluate statistics {self.data} --split train --num 5000 --features --out {features}")
+        yield Step(
+            group, "features", f"evaluate statistics {self.data} --split train --num 5000 --features --out {features}"
+        )
         trials = {
             "vq-quarter": "",
             "semantic-quarter": "",
@@ -322,22 +373,27 @@ class Study:
         }
         for name, options in trials.items():
             model = self.out / "models" / name.removesuffix("-ar").removesuffix("-onepass")
-            command = (
-                f"evaluate fidelity {model} --num 5000 --no-fid --kid --prc --reference {features} --batch-size 250{options}"
+            command = f"evaluate fidelity {model} --num 5000 --no-fid --kid --prc --reference {features} --batch-size 250{options}"
+            yield Step(
+                group, f"similarity-{name}", f"{command} --out {self.out / 'results' / f'similarity-{name}.json'}"
             )
-            yield Step(group, f"similarity-{name}", f"{command} --out {self.out / 'results' / f'similarity-{name}.json'}")
 
     def _curves(self) -> Iterator[Step]:
         """Figures over settings, layers and prefixes."""
         group, model = "curves", self.out / "models" / "cond"
-        few = f"--num {min(self.images, 2000)}"
-        axes = "--vary top_k=0,50,200 --vary top_p=0.8,0.9,0.95 --vary cfg_scale=1,1.5,2,3 --vary decoder_top_p=0.8,0.9,1"
+        # an FID of fewer images than the 2,048 features has a covariance without full rank
+        few = f"--num {min(self.images, 10_000 if self.larger else 2000)}"
+        axes = (
+            "--vary top_k=0,50,200 --vary top_p=0.8,0.9,0.95 --vary cfg_scale=1,1.5,2,3 --vary decoder_top_p=0.8,0.9,1"
+        )
         yield self._evaluate(
             group, "sweep", f"sweep {model} --reference {self.reference} {axes} --decoder ar --metrics fid {few}"
         )
         yield self._evaluate(group, "probe", f"probe {model} --data {self.data} --num 10000 --layers all --epochs 20")
         pair = self.out / "models"
-        command = f"prefix {pair / 'semantic-s0'} --baseline {pair / 'vq-s0'} --data {self.data} --reference {self.reference}"
+        command = (
+            f"prefix {pair / 'semantic-s0'} --baseline {pair / 'vq-s0'} --data {self.data} --reference {self.reference}"
+        )
         yield self._evaluate(group, "prefix", f"{command} --shares 0,0.5,1 --decoder ar --metrics fid {few}")
 
     # -- measuring
@@ -398,7 +454,8 @@ def run(step: Step, out: Path, extra: list[str], processes: int) -> None:
 
 def restore(out: Path) -> None:
     """Begin where the packaged model was made: its parts, rounded to float16 as they are stored, with the records of
-    their training."""
+    their training.
+    """
     parts = {"encoder": "encoder", "codebook": f"codebook-{K}", "vqgan": "vqgan", "prior": "prior-cond-quarter"}
     for part, name in (parts | {f"decoder/{kind}": kind for kind in ("ar", "onepass")}).items():
         if not (out / name).exists():
@@ -426,9 +483,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--reference", type=Path, default=Path("runs/study/train-statistics.npz"))
     parser.add_argument("--images", type=int, default=5_000, help="generated for each fidelity")
-    parser.add_argument("--profile", choices=("cpu", "gpu"), default="cpu")
-    parser.add_argument("--extra", action="append", default=[], help="given to every training, such as --extra=--device=cuda")
-    parser.add_argument("--processes", type=int, default=1, help="that share every training, each with OMP_NUM_THREADS threads")
+    parser.add_argument("--profile", choices=tuple(PROFILES), default="cpu")
+    parser.add_argument(
+        "--extra", action="append", default=[], help="given to every training, such as --extra=--device=cuda"
+    )
+    parser.add_argument(
+        "--processes", type=int, default=1, help="that share every training, each with OMP_NUM_THREADS threads"
+    )
     options = parser.parse_args()
     study = Study(options.out, options.data, options.reference, options.images, options.profile)
     if options.restore:

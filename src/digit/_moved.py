@@ -23,6 +23,7 @@ MOVED = {
     "digit.generation": "digit.pipeline.generation",
     "digit.hub": "digit.pipeline.hub",
     "digit.sampling.acceleration": "digit.sampling.engines.acceleration",
+    "digit.sampling.settings": "digit.sampling.request",
     "digit.tokenizers": None,  # a package of modules that are elsewhere now
     "digit.tokenizers.codebook": "digit.models.codebook",
     "digit.tokenizers.kmeans": "digit.clustering.kmeans",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,7 @@ def test_assemble_joins_saved_parts(model, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "generate", tmp_path / "new", "--num", 2, "--labels", "c", "--out", tmp_path / "o") == 0
     assert run(monkeypatch, "info", tmp_path / "new") == 0
     assert "prior" in capsys.readouterr().out
+    assert DigitPipeline.from_pretrained(tmp_path / "new").name == "new", "without --name it is called as its folder"
 
 
 @pytest.mark.parametrize(
@@ -79,14 +81,14 @@ def test_assemble_joins_saved_parts(model, tmp_path, monkeypatch, capsys):
         (["generate", "no/such/model/here"], "There is no model"),
         (["generate", "MODEL", "--labels", "7"], "The label 7 was given; this model knows 0 to 2"),
         (["generate", "MODEL", "--labels", "cow"], "'cow' is neither a number nor a class of this model; its classes: cat, dog"),
-        (["generate", "MODEL", "--top-p", "1.7"], "'top_p' = 1.7: Input should be less than or equal to 1"),
+        (["generate", "MODEL", "--top-p", "1.7"], "top_p = 1.7: must be at most 1"),
         (["generate", "MODEL", "--decoder", "onestep"], "has no decoder 'onestep'"),
-        (["generate", "MODEL", "--dtype", "fp8"], "expected one of fp32, bf16, fp16"),
+        (["generate", "MODEL", "--dtype", "fp8"], "expected one of: float32, bfloat16, float16, fp32, bf16, fp16"),
         (["generate", "MODEL", "--device", "gpu"], "device 'gpu' cannot be used"),
         (["tokenize", "MODEL", "TMP/text.png"], "text.png is not an image"),
         (["tokenize", "MODEL", "TMP/missing.png"], "There is no image file"),
         (["reconstruct", "MODEL", "TMP/empty"], "holds no images"),
-        (["decode", "MODEL", "TMP/text.png"], "is not a token file"),
+        (["decode", "MODEL", "TMP/text.png"], "is not a token file: expected the .npz of integer grids that digit tokenize writes."),
         (["decode", "MODEL", "TMP/wrong.npz"], "this model takes (B, 16)"),
         (["assemble", "--encoder", "MODEL/encoder", "--codebook", "TMP/book"], "feature width is 16 in the encoder and 5 in the codebook"),
         (["assemble", "--prior", "TMP/empty"], "is not a saved part"),
@@ -117,6 +119,26 @@ def test_a_full_disk_is_a_sentence(model, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "generate", model, "--num", 1, "--out", tmp_path / "out") == 2
     assert "the disk is full" in " ".join(capsys.readouterr().err.split())
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_ctrl_c_in_generate_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):
+    """The interrupt is a real one, while the third image is written."""
+    write, seen = Path.write_bytes, []
+
+    def stop(self, data):
+        seen.append(self)
+        if len(seen) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return write(self, data)
+
+    words = ["generate", model, "--num", 6, "--batch-size", 2, "--device", "cpu", "--out", tmp_path / "o"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", stop)
+        assert run(patched, *words) == 130
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"finished images are in {tmp_path / 'o'}. The same command makes the rest: digit generate" in said
+    assert run(monkeypatch, *words) == 0
+    assert len(list((tmp_path / "o").glob("0000?.png"))) == 6
 
 
 def test_debug_shows_the_traceback(monkeypatch, capsys):

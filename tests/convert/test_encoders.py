@@ -2,23 +2,15 @@
 ONNX graph."""
 
 import argparse
-import json
 import os
 from pathlib import Path
 
 import metric_weights
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from digit.convert.encoders import (
-    convert_encoder_state,
-    default_heads,
-    encoder_component,
-    encoder_from_dinov2,
-    encoder_keys,
-)
+from digit.convert.encoders import convert_backbone, default_heads, encoder_component, read_backbone
 from digit.convert.stream import write_component
 from digit.core.errors import DigitError
 from digit.core.images import to_tensor
@@ -161,7 +153,7 @@ def test_original_file_computes_what_its_authors_published(layout, tmp_path):
         torch.testing.assert_close(encoder(images), expected, atol=2e-5, rtol=1e-4)
     assert encoder.provenance["family"] == family
     assert len(encoder.provenance["sha256"]) == 64
-    assert encoder.config.positions == ("dinov2-offset" if family == "dinov2" and "reg" not in layout else "hub")
+    assert encoder.config.positions == ("dinov2-offset" if family == "dinov2" else "hub")
     encoder.save_pretrained(tmp_path / "ours")
     assert torch.equal(load_encoder(tmp_path / "ours")(images), encoder(images))
 
@@ -170,44 +162,17 @@ def test_original_file_computes_what_its_authors_published(layout, tmp_path):
 def test_component_that_streams_is_the_encoder(layout, tmp_path):
     stored, _, _ = LAYOUTS[layout]
     torch.save(stored, tmp_path / "dinov2.pth")
-    keys = encoder_keys(tmp_path / "dinov2.pth")
+    keys, _ = read_backbone(tmp_path / "dinov2.pth")
     size = Preprocessing(image_size=20, resize=12)
-    component = encoder_component(keys, HEADS, {"source": "dinov2.pth"}, layer=-2, preprocessing=size)
+    component = encoder_component(keys, HEADS, layer=-2, preprocessing=size)
     keys.check()
     write_component(tmp_path / "encoder", component)
     images = torch.rand(2, 3, 20, 20)
-    expected = encoder_from_dinov2(with_prefix(stored, "pretrained_encoder."), HEADS, layer=-2, preprocessing=size)
+    expected = load_encoder(tmp_path / "dinov2.pth", heads=HEADS, layer=-2, image_size=20, resize=12)
     loaded = load_encoder(tmp_path / "encoder")
     assert torch.equal(loaded(images), expected(images))
     assert loaded.config == expected.config
     assert loaded.config.positions == "dinov2-offset"
-
-
-def fixture_folders() -> list[Path]:
-    roots = [
-        Path(__file__).parents[1] / "parity" / "fixtures",
-        Path(__file__).parents[3] / "shared" / "upstream" / "fixtures",
-    ]
-    roots += [Path(os.environ["DIGIT_FIXTURES"])] if "DIGIT_FIXTURES" in os.environ else []
-    found = [file.parent for root in roots for file in sorted(root.glob("*/io.npz"))]
-    return [folder for folder in found if (folder / "checkpoint_last.pt").is_file()]
-
-
-@pytest.mark.parametrize("folder", fixture_folders(), ids=lambda folder: f"{folder.parent.parent.name}-{folder.name}")
-def test_features_of_the_digit_authors(folder):
-    """Made by the authors' own code with random weights: 256 px images in, features of the third-last block out."""
-    with np.load(folder / "io.npz") as io:
-        if "enc_patch_features" not in io:
-            pytest.skip("this kind has no encoder")
-        images, expected = torch.from_numpy(io["images"]), torch.from_numpy(io["enc_patch_features"])
-        seen = torch.from_numpy(io["resized_norm_sub"])
-    heads = json.loads((folder / "meta.json").read_text())["vit"]["heads"]
-    state = torch.load(folder / "checkpoint_last.pt", weights_only=True)["model"]
-    state = {name: value for name, value in state.items() if name.startswith("pretrained_encoder.")}
-    encoder = encoder_from_dinov2(state, heads)
-    assert torch.equal(encoder.preprocessing(images)[:, :, ::7, ::7], seen)
-    error = ((encoder(images[: len(expected)]) - expected).abs().max() / expected.abs().max()).item()
-    assert error < 1e-5, error
 
 
 def test_problems_are_named(tmp_path):
@@ -232,11 +197,11 @@ def test_problems_are_named(tmp_path):
     with pytest.raises(DigitError, match="web page"):
         load_encoder(tmp_path / "page.pth")
     with pytest.raises(DigitError, match="should not have LayerScale"):
-        convert_encoder_state(original(dinov2=True), "mae", HEADS)
+        convert_backbone(read_backbone(original(dinov2=True))[0], "mae", HEADS)
     with pytest.raises(DigitError, match="family='clip' was given"):
-        convert_encoder_state(PLAIN, "clip", HEADS)
+        convert_backbone(read_backbone(PLAIN)[0], "clip", HEADS)
     with pytest.raises(DigitError, match="heads=5 does not divide the width 24"):
-        convert_encoder_state(PLAIN, heads=5)
+        convert_backbone(*read_backbone(PLAIN), heads=5)
 
 
 def test_heads_of_published_networks():

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from digit.convert.torchfile import Pages, plain, read_torch_file
+from digit.convert.stream import release
+from digit.convert.torchfile import plain, read_torch_file
 from digit.core.errors import DigitError
 
 DATA = Path(__file__).parent / "data"
@@ -45,7 +46,7 @@ def test_reading_settings_imports_nothing_of_theirs():
     subprocess.run([sys.executable, "-c", code, str(DATA / "settings_objects.pt")], check=True)
 
 
-def test_stand_ins_are_only_allowed_while_reading():
+def test_stubs_are_only_allowed_while_reading():
     before = set(torch.serialization.get_safe_globals())
     read_torch_file(DATA / "settings_objects.pt")
     assert set(torch.serialization.get_safe_globals()) == before
@@ -79,7 +80,7 @@ class Evaluate(Command):
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize(("kind", "name"), [(Command, "posix.system"), (Evaluate, "builtins.eval")])
+@pytest.mark.parametrize(("kind", "name"), [(Command, "posix.system"), (Evaluate, "eval")])
 def test_code_is_refused_by_name_and_not_run(tmp_path, zipped, protocol, kind, name):
     path, trace = tmp_path / "evil.pt", tmp_path / "was-run"
     torch.save(
@@ -89,8 +90,7 @@ def test_code_is_refused_by_name_and_not_run(tmp_path, zipped, protocol, kind, n
         _use_new_zipfile_serialization=zipped,
     )
     text = refusal(path)
-    assert name in text
-    assert "code" in text
+    assert (name in text and "code" in text) if protocol == 2 else "pickle protocol other than 2" in text
     assert not trace.exists()
 
 
@@ -107,7 +107,7 @@ def test_a_whole_module_is_refused_by_name(tmp_path):
 
 
 def test_a_numpy_object_scalar_stays_inert(tmp_path):
-    """Through NumPy's own scalar function an object dtype would hand the payload on; the stand-in keeps it as it is."""
+    """Through NumPy's own scalar function an object dtype would hand the payload on; the stub keeps it as it is."""
     path = tmp_path / "object.pt"
 
     class Objects:
@@ -186,10 +186,10 @@ def test_a_plain_pickle_is_not_a_checkpoint(tmp_path):
     refusal(tmp_path / "plain.pkl")
 
 
-def test_given_back_pages_are_read_again(tmp_path):
+def test_released_memory_is_read_again(tmp_path):
     path = tmp_path / "w.pt"
     torch.save({"w": torch.arange(1 << 20)}, path)
-    values = read_torch_file(path)["w"]
-    assert int(values.sum()) == (1 << 19) * ((1 << 20) - 1)
-    Pages(path).used(1 << 40)
-    assert int(values.sum()) == (1 << 19) * ((1 << 20) - 1)
+    mapped, own = read_torch_file(path)["w"], torch.arange(1 << 20)
+    for value in (mapped, own):
+        release(value)
+        assert int(value.sum()) == (1 << 19) * ((1 << 20) - 1)

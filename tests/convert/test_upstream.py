@@ -10,8 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from digit.cli.convert import converters
-from digit.convert.codebook import read_centroids
-from digit.convert.upstream import convert_upstream
+from digit.convert.upstream import convert_upstream, read_centroids
 from digit.core.errors import DigitError
 from digit.core.files import read_json
 from digit.pipeline.pipeline import DigitPipeline
@@ -227,7 +226,7 @@ def test_a_disk_that_fills_up_leaves_nothing(upstream, tmp_path, monkeypatch):
 
     written: list[Path] = []
 
-    def write(folder, component, used):
+    def write(folder, component):
         if written:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(folder)

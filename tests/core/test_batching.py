@@ -49,7 +49,7 @@ def test_out_of_memory_halves_the_batch_and_goes_on(caplog):
     assert run(batcher, 23, work) == [5, 5, 5, 5, 3]
     assert done == list(range(23))
     assert len(released) == 2
-    assert "A batch of 20 pictures does not fit into memory; going on with 10 at a time." in caplog.text
+    assert "A batch of 20 images does not fit into memory; going on with 10 at a time." in caplog.text
 
 
 def test_the_measured_batch_may_fail_too():
@@ -64,7 +64,7 @@ def test_when_not_even_one_fits_it_says_so():
     def work(images):
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    with pytest.raises(DigitError, match="Not even one picture at a time fits into the memory of cpu"):
+    with pytest.raises(DigitError, match="Not even one image at a time fits into the memory of cpu"):
         run(Batcher(CPU, 4, lambda: None), 10, work)
 
 

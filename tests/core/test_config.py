@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from digit.core.config import config, from_dict, load_preset, preset_names, renamed, to_dict
+from digit.core.config import from_dict, load_preset, preset_names, to_dict
 from digit.core.errors import DigitError
 from digit.models.token_model import TokenModelConfig
 
@@ -17,11 +17,13 @@ def test_a_config_survives_the_round_trip():
     ("change", "expected"),
     [
         ({"vocab": 8}, "unknown field 'vocab'; did you mean 'vocab_size'"),
-        ({"vocab_size": 0}, "'vocab_size' = 0"),
-        ({"length": "many"}, "'length' = 'many'"),
+        ({"vocab_size": 0}, "vocab_size = 0: must be above 0"),
+        ({"length": "many"}, "length = 'many': must be a whole number"),
         ({"transformer": {"dim": 16, "depth": 1, "heads": 3}}, "heads=3 does not divide dim=16"),
         ({"role": "masked"}, "needs transformer.causal = False"),
         ({"prefix_length": 3}, "go together"),
+        ({"role": "poet"}, "role = 'poet': must be one of 'prior', 'ar'"),
+        ({"transformer": 3}, "transformer = 3: must hold fields of its own"),
     ],
 )
 def test_a_wrong_field_is_named(change, expected):
@@ -43,8 +45,10 @@ def test_every_packaged_preset_is_yaml_with_its_component():
 def test_overrides_are_yaml_values(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"component": "prior", "training": {"lr": 1.0, "steps": 5}}))
-    values = load_preset(str(path), ["training.lr=3e-4", "training.steps=7", "training.new=[1, 2]"])
-    assert values["training"] == {"lr": 3e-4, "steps": 7, "new": [1, 2]}
+    values = load_preset(
+        str(path), ["training.lr=3e-4", "training.steps=7", "training.new=[1, 2]", "training.precision=no"]
+    )
+    assert values["training"] == {"lr": 3e-4, "steps": 7, "new": [1, 2], "precision": "no"}
 
 
 @pytest.mark.parametrize("item", ["training.lr", "nothing.here=1", "training.lr.deep=1"])
@@ -95,18 +99,3 @@ def test_presets_that_extend_each_other_or_nothing_are_refused(tmp_path):
         load_preset(write(tmp_path, a="extends: b\n", b="extends: a\n"))
     with pytest.raises(DigitError, match="extends 'cifar10-tiny-prio', which does not exist; did you mean"):
         load_preset(write(tmp_path, a="extends: cifar10-tiny-prio\n"))
-
-
-def test_a_renamed_field_is_accepted_with_a_warning():
-    @config
-    class Inner:
-        _old = renamed(width="dim")
-        dim: int = 1
-
-    @config
-    class Outer:
-        inner: Inner
-
-    assert from_dict(Outer, {"inner": {"dim": 3}}, "test").inner == Inner(dim=3)
-    with pytest.warns(DeprecationWarning, match="'width' is now called 'dim'"):
-        assert from_dict(Outer, {"inner": {"dim": 3, "width": 5}}, "test").inner == Inner(dim=5)

@@ -74,7 +74,7 @@ def test_floating_point_grey_in_range_is_read_and_out_of_range_is_refused():
         decode(_bytes(Image.fromarray(values * 1000), "TIFF"))
 
 
-def test_transparency_is_laid_on_white():
+def test_transparency_is_composited_on_white():
     image = _photo().convert("RGBA")
     alpha = np.zeros((32, 48), dtype=np.uint8)
     alpha[:, 24:] = 255
@@ -84,7 +84,7 @@ def test_transparency_is_laid_on_white():
     assert (result[:, 24:] == np.asarray(_photo())[:, 24:]).all()
 
 
-def test_transparent_palette_entry_is_laid_on_white():
+def test_transparent_palette_entry_is_composited_on_white():
     image = Image.fromarray(np.array([[0, 1]], dtype=np.uint8), mode=None).convert("P")
     image.putpalette([10, 20, 30, 200, 0, 0])
     image.putdata([0, 1])

@@ -1,4 +1,3 @@
-import io
 import os
 import pty
 import subprocess
@@ -7,11 +6,6 @@ import sys
 import pytest
 
 from digit.core import progress
-
-
-class _Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_track_passes_everything_on_and_is_quiet_in_a_pipe(capsys):
@@ -31,7 +25,7 @@ def test_a_pipe_gets_a_line_now_and_then(capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines() == [
-        "Fitting: 1,000/4,000 vectors, 100 vectors/s, 30 s left, inertia 3.1",
+        "Fitting: 1,000/4,000 vectors, 100 vectors/s, 0:00:30 left, inertia 3.1",
         "Fitting: 4,000/4,000 vectors, 200 vectors/s, inertia 3.1",
     ]
 

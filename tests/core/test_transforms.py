@@ -14,10 +14,12 @@ def _noise(width, height, seed=0):
 
 
 @pytest.mark.parametrize(("width", "height"), [(50, 40), (40, 50), (33, 97), (32, 32), (20, 31)])
-def test_resize_and_center_crop_agree_with_torchvision(width, height):
+@pytest.mark.parametrize("filter", ["bicubic", "bilinear", "lanczos", "box"])
+def test_resize_and_center_crop_agree_with_torchvision(width, height, filter):
     image = _noise(width, height)
-    theirs = v2.Compose([v2.Resize(32, v2.InterpolationMode.BICUBIC), v2.CenterCrop(32)])(image)
-    ours = center_crop(resize_shorter(image, 32), 32)
+    theirs = v2.Compose([v2.Resize(32, v2.InterpolationMode(filter)), v2.CenterCrop(32)])(image)
+    ours = build_transform(Transform(size=32, filter=filter))(image, np.random.default_rng(0))
+    assert np.array_equal(ours, center_crop(resize_shorter(image, 32, filter), 32))
     # of an odd margin and of half a pixel in the long side the two libraries round differently
     if (max(width, height) * 32 / min(width, height)) % 1 == 0:
         assert np.array_equal(np.asarray(ours), np.asarray(theirs))

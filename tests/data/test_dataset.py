@@ -304,7 +304,7 @@ def test_folder_with_splits_shares_its_classes(tmp_path):
 def test_empty_folder_and_nothing_at_all(tmp_path):
     with pytest.raises(DigitError, match="There is no image in the folder"):
         open_dataset(tmp_path)
-    with pytest.raises(DigitError, match="There is no folder or file"):
+    with pytest.raises(DigitError, match="There is no dataset"):
         open_dataset(tmp_path / "gone")
     (tmp_path / "file.txt").write_text("hello")
     with pytest.raises(DigitError, match="is a file, expected a folder"):

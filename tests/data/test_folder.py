@@ -56,7 +56,7 @@ def test_every_file_is_accounted_for(odd, tmp_path):
         "cats/palette.png": "palette",
         "dogs/anim.gif": "palette; GIF file stored as PNG",
         "dogs/deep.png": "16 bits a pixel",
-        "dogs/small/alpha.v2.png": "transparency (RGBA), laid on white",
+        "dogs/small/alpha.v2.png": "transparency (RGBA), composited on white",
         "dogs/turned.jpg": "EXIF rotation",
         "dogs/web.webp": "WEBP file stored as PNG",
     }
@@ -89,6 +89,17 @@ def test_size_makes_them_uniform(odd, tmp_path):
     dataset = open_dataset(tmp_path / "out")
     assert dataset.image_size == (16, 16)
     assert dataset.arrays()[0].shape == (9, 16, 16, 3)
+
+
+def test_the_filter_is_used_and_said(odd, tmp_path):
+    for filter in ("bicubic", "bilinear"):
+        import_folder(odd, tmp_path / filter, size=16, filter=filter)
+        stored = {open_dataset(tmp_path / filter)[i].key: open_dataset(tmp_path / filter)[i].image for i in range(8)}
+        expected = _noise(60, 40).resize((24, 16), Image.Resampling[filter.upper()]).crop((4, 0, 20, 16))
+        assert np.array_equal(stored["cats/plain"], expected) or np.array_equal(stored["cats/plain-2"], expected)
+        assert json.loads((tmp_path / filter / "dataset.json").read_text())["filter"] == filter
+    with pytest.raises(DigitError, match="filter 'nearest' was given; expected one of bicubic, bilinear, lanczos, box"):
+        import_folder(odd, tmp_path / "none", size=16, filter="nearest")
 
 
 def test_flat_folder_and_splits(tmp_path):

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
+import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import tiny
+from digit.core.images import encode_png, save_png
 from digit.data.dataset import open_dataset
 from digit.data.writer import write_dataset
-from doc_blocks import PAGES, blocks, digit_words, parse, unknown_options
+from doc_blocks import PAGES, ROOT, blocks, digit_words, parse, unknown_options
 from terminal import run
 
 ALL = [block for page in PAGES for block in blocks(page)]
@@ -60,73 +64,84 @@ def test_python_blocks_are_python():
 # -- running them ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, cifar512) -> Path:
-    """Where the short blocks of all pages run."""
-    return as_supposed(tmp_path_factory.mktemp("reader"), cifar512)
-
-
 @pytest.fixture
-def own_place(tmp_path, cifar512) -> Path:
-    """Where a page's long blocks run, without what other pages left behind."""
-    return as_supposed(tmp_path / "reader", cifar512)
-
-
-def as_supposed(folder: Path, cifar512: Path) -> Path:
-    """A folder as the pages suppose it: a model, a dataset with two splits, a photograph, a folder of pictures."""
-    folder.mkdir(exist_ok=True)
-    images = open_dataset(cifar512, "train")
-    classes = list(images.classes)
-    pipe = tiny.pipeline().with_parts(prior=tiny.token_model("prior", num_classes=len(classes)), class_names=classes)
-    pipe.save_pretrained(folder / "runs" / "model")
-    photo = images[0].image
-    photo.save(folder / "photo.jpg")
-    with write_dataset(folder / "data" / "cifar10", "cifar10", classes, "CIFAR-10", "none stated") as writer:
-        for index in range(192):
-            path = folder / "one.png"
-            images[index].image.save(path)
-            split = "train" if index < 128 else "test"
-            writer.add(split, f"{index:05d}", path.read_bytes(), "png", (32, 32), images[index].label)
-    for index in range(96):
-        sample = images[index]
-        where = folder / "pictures" / classes[sample.label]
-        where.mkdir(parents=True, exist_ok=True)
-        sample.image.save(where / f"{index}.png")
+def clone(tmp_path, monkeypatch) -> Path:
+    """What somebody has who has just cloned the repository, as far as the pages name its files."""
+    folder = tmp_path / "clone"
+    samples = Path("docs", "images", "samples")
+    shutil.copytree(ROOT / samples, folder / samples)
+    for name in (".gitignore", "Makefile"):
+        shutil.copy(ROOT / name, folder)
+    monkeypatch.chdir(folder)
     return folder
 
 
-def run_block(block, place, monkeypatch, shorten=False):
-    monkeypatch.chdir(place)
+@pytest.fixture
+def place(clone, cifar512) -> Path:
+    """A clone with what other pages than the first ones suppose: a model, a dataset, and a folder of the reader's own."""
+    images = open_dataset(cifar512, "train")
+    classes = list(images.classes)
+    pipe = tiny.pipeline().with_parts(prior=tiny.token_model("prior", num_classes=len(classes)), class_names=classes)
+    pipe.save_pretrained(clone / "runs" / "model")
+    with write_dataset(clone / "data" / "cifar10", "cifar10", classes, "CIFAR-10", "none stated") as writer:
+        for index in range(192):
+            split, sample = "train" if index < 128 else "test", images[index]
+            writer.add(split, f"{index:05d}", encode_png(sample.image), "png", (32, 32), sample.label)
+            if index < 96:
+                save_png(sample.image, clone / "pictures" / classes[sample.label] / f"{index}.png")
+    return clone
+
+
+def run_block(block, monkeypatch, shorten=False):
     if block.kind == "python":
         exec(compile(block.text, str(block), "exec"), {"__name__": "__main__"})
         return
     text = block.text
     for pattern, value in SHORT.items() if shorten else ():
         text = re.sub(pattern, value, text)
-    shortened = type(block)(block.page, block.line, block.kind, block.mark, text)
-    for words in shortened.commands():
-        own = digit_words(words)
-        assert own is not None, f"{block}: only digit commands are run here, not {words[0]}"
-        assert run(monkeypatch, *own) == 0, shlex.join(words)
+    for words in replace(block, text=text).commands():
+        for own in [digit_words(words)] if words[0] != "make" else map(digit_words, recipe(words[1])):
+            assert own is not None, f"{block}: only digit commands are run here, not {words[0]}"
+            assert run(monkeypatch, *own) == 0, shlex.join(own)
 
 
-PAGES_THAT_RUN = sorted({block.page for block in ALL if block.mark == "run"})
+def recipe(target: str) -> list[list[str]]:
+    """The commands of a target of the Makefile."""
+    found = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    return [shlex.split(line) for line in found[1].replace("$(BIN)/", "").splitlines()]
 
 
-@pytest.mark.parametrize("page", PAGES_THAT_RUN)
+def test_what_a_newcomer_types_in_the_order_of_the_pages(clone, monkeypatch):
+    """The README and the quickstart in a clone where nothing else was done, each in the state that the others leave."""
+    run_words = [block for block in ALL if block.page in FIRST_PAGES and block.mark == "run"]
+    assert [block.page for block in run_words] == sorted((b.page for b in run_words), key=FIRST_PAGES.index)
+    for block in run_words:
+        run_block(block, monkeypatch)
+    assert (clone / "runs" / "demo" / "grid.png").is_file()
+    subprocess.run(["git", "init", "-q"], cwd=clone, check=True)
+    asked = ["git", "status", "--porcelain", "--untracked-files=all"]
+    left = subprocess.run(asked, cwd=clone, capture_output=True, text=True, check=True).stdout.split()[1::2]
+    assert all(path.startswith("docs/") or path in (".gitignore", "Makefile") for path in left), "git ignores the rest"
+
+
+FIRST_PAGES = ["README.md", "quickstart.md"]
+OTHERS = sorted({block.page for block in ALL if block.mark == "run"} - set(FIRST_PAGES))
+
+
+@pytest.mark.parametrize("page", OTHERS)
 def test_the_blocks_of_a_page_run_one_after_the_other(page, place, monkeypatch):
     for block in ALL:
         if block.page == page and block.mark == "run":
-            run_block(block, place, monkeypatch)
+            run_block(block, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", sorted({block.page for block in ALL if block.mark == "run, slow"}))
-def test_the_long_blocks_run_with_short_trainings(page, own_place, monkeypatch):
+def test_the_long_blocks_run_with_short_trainings(page, place, monkeypatch):
     for block in ALL:
         if block.page == page and block.mark == "run, slow":
-            run_block(block, own_place, monkeypatch, shorten=True)
+            run_block(block, monkeypatch, shorten=True)
 
 
 def test_wrong_commands_would_be_noticed():

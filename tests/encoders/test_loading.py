@@ -170,14 +170,14 @@ def test_nothing_found_says_at_once_where_it_looked(monkeypatch, tmp_path):
     began = time.monotonic()
     with pytest.raises(DigitError, match=r"no such local folder, and it is not in the cache .*HF_HUB_OFFLINE is set"):
         load_encoder("facebook/dinov2-with-registers-giant")
-    with pytest.raises(DigitError, match="no such file or folder, and it is not a hub id"):
+    with pytest.raises(DigitError, match="no such file or folder, and it is not a Hub id"):
         load_encoder("./nowhere")
     with pytest.raises(DigitError, match="no such file or folder"):
         load_encoder("models/dinov2_vitb14_reg4_pretrain.pth")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(hub_module.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub_module.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
-    with pytest.raises(DigitError, match=r"the hub \(http://127.0.0.1:9\) is out of reach: "):
+    with pytest.raises(DigitError, match=r"the Hub \(http://127.0.0.1:9\) is out of reach: "):
         load_encoder("facebook/dinov2-with-registers-giant")
     assert time.monotonic() - began < 6
 

@@ -7,7 +7,7 @@ from torch import nn
 
 import tiny
 from digit.core.files import cache_folder
-from digit.evaluation.metrics.inception import PUBLISHED, InceptionWeights, untrained
+from digit.evaluation.metrics.inception import PUBLISHED, Activations, InceptionWeights, untrained
 from digit.evaluation.model_source import image_batches, open_images
 from digit.models.codebook import Codebook
 from digit.pipeline.pipeline import DigitPipeline
@@ -27,8 +27,8 @@ def users_cache(monkeypatch):
 
 
 class PoolingExtractor:
-    """A small real network in place of InceptionV3: 4 x 4 average pooling, 48 features, and a fixed linear
-    classifier."""
+    """A small real network in place of InceptionV3: 4 x 4 average pooling, 48 features, a fixed linear classifier, and 12
+    spatial features from 2 x 2 pooling."""
 
     width = 48
     backend = "pooling"
@@ -39,8 +39,9 @@ class PoolingExtractor:
         self.weights = InceptionWeights({"fc.weight": classifier} if head else {}, "pooling", "0" * 64)
 
     def __call__(self, images):
-        features = nn.functional.adaptive_avg_pool2d(images.float() / 255, 4).flatten(1)
-        return features, features @ self.weights.tensors["fc.weight"].T if self.weights.has_head else None
+        features, spatial = (nn.functional.adaptive_avg_pool2d(images.float() / 255, n).flatten(1) for n in (4, 2))
+        logits = features @ self.weights.tensors["fc.weight"].T if self.weights.has_head else None
+        return Activations(features, logits, spatial)
 
 
 @pytest.fixture(scope="session")

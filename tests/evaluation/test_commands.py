@@ -12,6 +12,9 @@ from digit.cli import evaluate, evaluate_model
 from digit.core.errors import DigitError
 from digit.core.files import write_tensors
 from digit.core.images import save_png
+from digit.data.dataset import open_dataset
+from digit.pipeline.generation import generate_folder
+from digit.pipeline.pipeline import DigitPipeline
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +22,7 @@ def app():
     commands = typer.Typer()
     evaluate_model.add_to(commands)
     commands.command(name="fidelity")(evaluate.fidelity)
+    commands.command(name="statistics")(evaluate.statistics)
     return commands
 
 
@@ -105,13 +109,22 @@ def test_probe_says_what_to_do_without_a_test_split(run, model_folder, cifar512,
         run("probe", model_folder, "--data", cifar512, "--out", tmp_path)
 
 
+def test_probe_by_the_authors_preset(run, model_folder, cifar512, tmp_path):
+    words = ["probe", model_folder, "--data", cifar512, "-n", 40, "--holdout", 0.25, "--out", tmp_path]
+    text = run(*words, "--preset", "imagenet256-linear-probe", "--epochs", 2)
+    settings = read(tmp_path, "probe")["settings"]
+    assert (settings["fresh_crops"], settings["epochs"], settings["lrs"], settings["seed"]) == (True, 2, [0.4], 1)
+    assert "new random resized crops" in text
+
+
 def test_reconstruction_without_networks(run, model_folder, cifar512, tmp_path):
     text = run(
         "reconstruction", model_folder, "--data", cifar512, "--split", "train", "-n", 12, "--no-rfid", "--lpips", "none",
         "-o", tmp_path,
     )  # fmt: skip
     result = read(tmp_path, "reconstruction")
-    assert [set(row["values"]) for row in result["values"]] == [{"psnr", "ssim"}] * 3
+    assert [set(row["values"]) for row in result["values"]] == [{"psnr", "ssim", "usage", "entropy"}] * 3
+    assert "Codebook used" in text
     assert "semantic tokens, masked decoder" in text
     assert "not measured: left out by --no-rfid." in text
 
@@ -144,6 +157,58 @@ def test_fidelity_of_a_model_needs_a_number(run, model_folder, cifar512):
         run("fidelity", model_folder, "--reference", cifar512)
     with pytest.raises(DigitError, match="is none"):
         run("fidelity", cifar512, "--reference", cifar512, "--set", "top_k=3")
+
+
+@pytest.fixture
+def network(pooling, monkeypatch):
+    """A small network in place of InceptionV3."""
+    monkeypatch.setattr("digit.evaluation.metrics.inception.open_extractor", lambda *_: pooling)
+
+
+def test_an_array_of_images_as_adm_evaluates_it(run, model_folder, cifar512, network, tmp_path):
+    """From the generator's file and the real images' statistics to every number of ADM's evaluator, labels named."""
+    npz, pixels = tmp_path / "samples.npz", open_dataset(cifar512).arrays()[0]
+    record = generate_folder(
+        DigitPipeline.from_pretrained(str(model_folder)), tmp_path / "out", labels_per_class=3, npz=npz
+    )
+    run("statistics", cifar512, "--out", tmp_path / "real.npz")
+    with np.load(tmp_path / "real.npz", allow_pickle=False) as arrays:
+        statistics = {name: arrays[name] for name in ("mu", "sigma", "mu_s", "sigma_s")}
+    np.savez(tmp_path / "adm.npz", arr_0=pixels[:100], **statistics)
+    text = run("fidelity", "--images", npz, "--reference", tmp_path / "adm.npz", "--out", tmp_path / "r.json")
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert {"fid", "sfid", "is_adm", "is_mean", "precision", "recall"} <= result["values"].keys()
+    assert not result["not_measured"]
+    assert record["num"] == result["source"]["images"] == 30
+    for said in ("sFID ↓", "Inception Score as ADM", "Precision ↑", "Recall ↑", "labels balanced, 3 a class"):
+        assert said in text
+    run("fidelity", tmp_path / "out", "--reference", tmp_path / "adm.npz", "--sfid", "--out", tmp_path / "f.json")
+    files = json.loads((tmp_path / "f.json").read_text())
+    assert files["values"]["fid"] == pytest.approx(result["values"]["fid"], abs=1e-6)
+    with pytest.raises(DigitError, match="Give what is measured once"):
+        run("fidelity", npz, "--images", npz)
+
+
+def test_statistics_say_how_images_were_resized(run, cifar512, network, tmp_path):
+    run("statistics", cifar512, "--size", 16, "--filter", "bilinear", "--out", tmp_path / "s.npz", "--compact")
+    text = run("fidelity", cifar512, "--num", 64, "--reference", tmp_path / "s.npz", "--out", tmp_path / "r.json")
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["reference"]["filter"] == "bilinear"
+    assert (result["source"]["images"], result["reference"]["images"]) == (64, 512)
+    assert "resized with the bilinear filter" in text
+
+
+def test_a_models_labels_are_balanced_or_random(run, model_folder, cifar512, network, tmp_path):
+    for words, named in (
+        (["--labels-per-class", 2], "balanced, 2 a class"),
+        (["--labels", "random", "--num", 20], "random"),
+    ):
+        out = tmp_path / "r.json"
+        text = run("fidelity", model_folder, *words, "--reference", cifar512, "--reference-num", 64, "--out", out)
+        result = json.loads(out.read_text())
+        assert (result["source"]["images"], result["reference"]["images"]) == (20, 64)
+        assert result["sampling"]["labels"] == named
+        assert f"labels {named}" in text
 
 
 # ---- through the real network's layout; minutes, for FID's square root of a 2048 x 2048 matrix

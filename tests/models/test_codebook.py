@@ -67,7 +67,7 @@ def test_codebook_of_the_wrong_width():
     book = Codebook.from_centroids(torch.zeros(4, 7))
     with pytest.raises(DigitError, match="8 wide and the codebook 7"):
         book.assign(torch.zeros(2, 8))
-    with pytest.raises(DigitError, match="192 wide and the codebook's centroids 7"):
+    with pytest.raises(DigitError, match="feature width is 192 in the encoder and 7 in the codebook"):
         SemanticTokenizer(small_conv(), book)
 
 

@@ -6,7 +6,8 @@ from digit.core.errors import DigitError
 from digit.models.component import load_component, save_component
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.sampling import SamplingParams
-from digit.sampling.feedforward import pixel_latents, sample_feedforward
+from digit.sampling.rng import pixel_latents
+from digit.sampling.sampler import sample_feedforward
 
 SHAPE = {
     "prefix_vocab_size": 12,

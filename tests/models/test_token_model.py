@@ -150,3 +150,57 @@ def test_saved_and_loaded_gives_the_same_logits(tmp_path, role):
     save_component(tmp_path / "m", model, model.config)
     again = load_component(tmp_path / "m", TokenModel, TokenModelConfig)
     assert torch.equal(model(tokens, labels, mask=mask), again(tokens, labels, mask=mask))
+
+
+def test_init_authors_has_the_distributions_of_fairseq():
+    """As fairseq 0.12.2 draws them for DAMO-NLP-SG/DiGIT at cd6d8ca."""
+    dim, ffn = 64, 256
+    shape = TransformerConfig(dim=dim, depth=3, heads=4, ffn_dim=ffn, norm="post")
+    values = {"vocab_size": 300, "length": 256, "prefix_vocab_size": 400, "prefix_length": 256, "num_classes": 200}
+    torch.manual_seed(0)
+    model = TokenModel(TokenModelConfig(role="ar", init="authors", embedding_scale=8.0, transformer=shape, **values))
+    uniform = {
+        "attention.qkv.weight": (1.5 / dim) ** 0.5,  # gain 1 / sqrt(2) x sqrt(6 / (D + D)) for each of q, k, v
+        "attention.qkv.bias": dim**-0.5,
+        "attention.out.weight": (3 / dim) ** 0.5,
+        "ffn_in.weight": dim**-0.5,
+        "ffn_in.bias": dim**-0.5,
+        "ffn_out.weight": ffn**-0.5,
+        "ffn_out.bias": ffn**-0.5,
+    }
+    for block in model.transformer.blocks:
+        drawn = dict(block.named_parameters())
+        for name, bound in uniform.items():
+            assert drawn[name].abs().max() <= bound * (1 + 1e-6), name
+            assert drawn[name].abs().max() > 0.9 * bound, name
+            if drawn[name].ndim == 2:
+                assert drawn[name].std().item() == pytest.approx(bound / 3**0.5, rel=0.03), name
+        assert not drawn["attention.out.bias"].any()
+        assert (block.attention_norm.weight == 1).all()
+    tables = (
+        "token_embedding",
+        "position_embedding",
+        "class_embedding",
+        "prefix_embedding",
+        "prefix_position_embedding",
+    )
+    for name in (*tables, "head"):
+        weight = getattr(model, name).weight
+        assert weight.std().item() == pytest.approx(dim**-0.5, rel=0.03), name
+        assert weight.abs().max() > 3 * dim**-0.5, name  # normal, not uniform
+    assert model.start.std().item() == pytest.approx(dim**-0.5, rel=0.3)
+
+
+def test_init_normal_is_what_packaged_models_began_with():
+    torch.manual_seed(0)
+    model = TokenModel(
+        TokenModelConfig(
+            role="prior", vocab_size=300, length=256, transformer=TransformerConfig(dim=64, depth=2, heads=4)
+        )
+    )
+    assert model.config.init == "normal"
+    for name, weight in model.named_parameters():
+        if "norm" not in name and weight.ndim == 2:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+        elif name.endswith("bias"):
+            assert not weight.any(), name

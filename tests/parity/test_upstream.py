@@ -21,12 +21,16 @@ from typer.testing import CliRunner
 
 from digit.cli.convert import converters
 from digit.convert.torchfile import read_torch_file
+from digit.convert.upstream import convert_upstream
+from digit.core.errors import DigitError
+from digit.encoders import load_encoder
 from digit.models.probe import LinearProbe, mean_states
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
+from digit.pipeline.assembly import assemble
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling import SamplingParams
-from digit.sampling.engine import sample
+from digit.sampling.sampler import sample
 
 pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
@@ -285,6 +289,27 @@ def test_masked_trajectory(case):
 def _assets(folder: Path) -> Path:
     about = json.loads((folder / "meta.json").read_text())
     return folder.parent / f"assets_{about['kind'].split('_')[0]}_{about['variant']}"
+
+
+@pytest.mark.parametrize("folder", [folder for folder in CHECKPOINTS if _assets(folder).is_dir()], ids=_name)
+def test_the_encoder_of_the_documented_command_makes_the_authors_tokens(folder, tmp_path):
+    """``digit convert encoder dinov2_vitb14_reg4_pretrain.pth --out runs/encoder`` of docs/paper.md, and their centroids."""
+    about, assets, outputs = json.loads((folder / "meta.json").read_text()), _assets(folder), np.load(folder / "io.npz")
+    if "sem_ids" not in outputs:
+        pytest.skip("this kind has no encoder")
+    heads = ["--heads", str(about["vit"]["heads"])]  # published ones have width / 64
+    encoder, weights = tmp_path / "encoder", str(next(assets.glob("*.pth")))
+    result = CliRunner().invoke(converters, ["encoder", weights, "--out", str(encoder), *heads])
+    assert result.exit_code == 0, result.output or repr(result.exception)
+    convert_upstream(tmp_path / "book", codebook=next(assets.glob("*.npy")))
+    pipe = assemble(encoder, tmp_path / "book" / "codebook")
+    ours = pipe.tokenizer.encode(torch.from_numpy(outputs["images"]))
+    assert np.array_equal(ours.numpy(), outputs["sem_ids"])
+    other = load_encoder(encoder, positions="hub")
+    with pytest.raises(
+        DigitError, match=r"fitted on features of an encoder with positions 'dinov2-offset'.* has 'hub'"
+    ):
+        pipe.with_parts(encoder=other)
 
 
 @pytest.mark.parametrize("folder", [folder for folder in CHECKPOINTS if _assets(folder).is_dir()], ids=_name)

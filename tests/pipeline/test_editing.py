@@ -5,8 +5,7 @@ import torch
 
 import tiny
 from digit.core.errors import DigitError
-from digit.pipeline.editing import cells, continue_rows, edit_region, vary
-from digit.pipeline.editing_run import edit_pictures
+from digit.pipeline.editing import cells, continue_rows, edit_images, edit_region, vary
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +105,7 @@ def test_wrong_requests_are_explained(pipe, images, tmp_path):
         (lambda: continue_rows(pipe, images, 4, asked), "4 rows were given to continue from; this model's grid has 4"),
         (lambda: vary(pipe, images, 0.0, asked), "A fraction of 0.0"),
         (
-            lambda: edit_pictures(pipe, [tmp_path] * 6, images, tmp_path, 1, asked, [0, 1], fraction=0.5),
+            lambda: edit_images(pipe, [tmp_path] * 6, images, tmp_path, 1, asked, [0, 1], fraction=0.5),
             "2 labels were given for 6 images",
         ),
     ]:

@@ -17,11 +17,11 @@ from digit.evaluation.model_source import SamplingRun, pixels_of
 from digit.models.component import save_component
 from digit.pipeline.assembly import assemble
 from digit.pipeline.editing import continue_rows, edit_region, vary
-from digit.pipeline.generation import generate_folder, load_tokens_file
+from digit.pipeline.generation import generate_folder
 from digit.pipeline.info import describe, folder_parts, model_tree, sampling_memory
 from digit.pipeline.stage2 import FITTED
-from digit.pipeline.tokens import PixelLatents, Tokens
-from digit.sampling.feedforward import pixel_latents
+from digit.pipeline.tokens import PixelLatents, Tokens, load_tokens_file
+from digit.sampling.rng import pixel_latents
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import tiny
 from digit.core.errors import DigitError
 from digit.core.grids import GAP
 from digit.pipeline import generation
-from digit.pipeline.generation import generate_folder, load_tokens_file
-from digit.sampling.engines.acceleration import engine, workshop
+from digit.pipeline.generation import generate_folder
+from digit.pipeline.tokens import load_tokens_file
+from digit.sampling.engines.acceleration import engine_cache, engine_name
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +155,7 @@ def test_measured_batches_make_the_same_pictures(pipe, reference, tmp_path):
 
 def test_compiling_is_decided_by_the_work_that_is_left(pipe, tmp_path, monkeypatch):
     generate_folder(pipe, tmp_path / "short", 6, batch_size=2)
-    assert not workshop(pipe.prior).options.compile
+    assert not engine_cache(pipe.prior).options.compile
     monkeypatch.setattr(generation, "WORTH_COMPILING", 0.0)
     chosen = []
     monkeypatch.setattr(generation, "accelerate", lambda model, compile, quantize, native: chosen.append(compile))
@@ -165,11 +166,11 @@ def test_compiling_is_decided_by_the_work_that_is_left(pipe, tmp_path, monkeypat
 
 def test_the_record_says_which_step_sampled(pipe, tmp_path, monkeypatch):
     assert generate_folder(pipe, tmp_path / "plain", 2, batch_size=2, compile=False)["engine"] == "plain"
-    assert not workshop(pipe.prior).options.native
+    assert not engine_cache(pipe.prior).options.native
     record = generate_folder(pipe, tmp_path / "default", 2, batch_size=2)
-    assert workshop(pipe.prior).options.native
+    assert engine_cache(pipe.prior).options.native
     assert record["engine"] == ", ".join(
-        dict.fromkeys(engine(m) for m in (pipe.prior, *pipe.decoders.values()) if engine(m))
+        dict.fromkeys(engine_name(m) for m in (pipe.prior, *pipe.decoders.values()) if engine_name(m))
     )
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 
 from digit import DigitPipeline
 from digit.core.devices import bf16_is_fast
+from digit.core.hub import packaged_models
 from digit.evaluation.metrics.stability import NOISE, stability
 from digit.evaluation.model_source import open_images
-from digit.pipeline.hub import packaged_models
 from digit.sampling import SampleRequest
 from terminal import run
 

@@ -14,7 +14,8 @@ from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.models.component import save_component
 from digit.pipeline.assembly import assemble
-from digit.pipeline.generation import generate_folder, load_tokens_file
+from digit.pipeline.generation import generate_folder
+from digit.pipeline.tokens import load_tokens_file
 from digit.sampling import SamplingParams
 
 
@@ -122,7 +123,7 @@ def test_pictures_of_any_size_are_tokenized(pipe):
         (lambda p: p(labels=[3]), "The label 3 was given; this model knows 0 to 2"),
         (lambda p: p(labels=[]), "list of labels is empty"),
         (lambda p: p(num=0), "expected at least 1"),
-        (lambda p: p(labels=0, top_p=1.7), "'top_p' = 1.7"),
+        (lambda p: p(labels=0, top_p=1.7), "top_p = 1.7: must be at most 1"),
         (lambda p: p(labels=0, topk=3), "unknown field 'topk'; did you mean 'top_k'"),
         (lambda p: p(labels=0, decoder="diffusion"), "has no decoder 'diffusion'; it has: ar, masked"),
         (lambda p: p(num=2, cfg_scale=2.0), "needs class labels"),

@@ -9,9 +9,8 @@ from scipy.stats import chisquare
 from digit.core.errors import DigitError
 from digit.models.token_model import NO_LABEL
 from digit.sampling import SamplingParams, sample
-from digit.sampling.engines.acceleration import release, workshop
-from digit.sampling.guidance import guide, scales
-from digit.sampling.logits import draw, kept_probabilities
+from digit.sampling.engines.acceleration import engine_cache, release
+from digit.sampling.logits import draw, guide, kept_probabilities, scales
 from digit.sampling.rng import uniforms
 
 PLAIN = SamplingParams(top_k=10)
@@ -133,13 +132,13 @@ def test_a_semantic_prefix_is_computed_once_for_both_halves(tiny, monkeypatch):
 def test_caches_are_reused_between_calls(tiny):
     model = tiny()
     sample(model, range(3), 0, PLAIN)
-    first = workshop(model).stepper
+    first = engine_cache(model).engine
     sample(model, range(3), 1, PLAIN)
-    assert workshop(model).stepper is first
+    assert engine_cache(model).engine is first
     sample(model, range(4), 1, PLAIN)
-    assert workshop(model).stepper is not first
+    assert engine_cache(model).engine is not first
     release(model)
-    assert workshop(model).stepper is None
+    assert engine_cache(model).engine is None
 
 
 def test_changed_weights_are_seen(tiny):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.sampling import SamplingParams
-from digit.sampling.guidance import guide, scales
+from digit.sampling.logits import guide, scales
 
 SCHEDULES = ["constant", "linear", "cosine", "power-cosine"]
 

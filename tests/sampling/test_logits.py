@@ -9,8 +9,7 @@ from scipy.stats import chisquare
 from digit.native import NoCompiler, library
 from digit.sampling import SamplingParams
 from digit.sampling.engines.native import fast_draw
-from digit.sampling.guidance import guide
-from digit.sampling.logits import draw, kept_probabilities
+from digit.sampling.logits import draw, guide, kept_probabilities
 
 logits_rows = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40).map(torch.tensor)
 

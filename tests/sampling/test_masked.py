@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from digit.sampling import SamplingParams, sample
-from digit.sampling.masked import masked_after
+from digit.sampling.masked import choice_temperature, masked_after, rounds
 
 SCHEDULES = ["cosine", "linear", "sqrt"]
 
@@ -18,7 +18,7 @@ def test_the_papers_schedule():
     """256 tokens in 8 steps, as the authors' decoder leaves them (251 236 212 181 142 97 49 0)."""
     masked, left = torch.tensor([256]), []
     for step in range(8):
-        masked = masked_after(SamplingParams(steps=8), step, torch.tensor([256]), masked)
+        masked = masked_after("cosine", 8, step, torch.tensor([256]), masked)
         left.append(masked.item())
     assert left == [251, 236, 212, 181, 142, 97, 49, 0]
 
@@ -26,10 +26,9 @@ def test_the_papers_schedule():
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(SCHEDULES), st.integers(1, 40), st.integers(0, 300))
 def test_schedules_shrink_to_nothing(schedule, steps, total):
-    s = SamplingParams(steps=steps, mask_schedule=schedule)
     masked, whole = torch.tensor([total]), torch.tensor([total])
     for step in range(steps):
-        after = masked_after(s, step, whole, masked)
+        after = masked_after(schedule, steps, step, whole, masked)
         assert 0 <= after <= masked
         if masked > 1:
             assert after < masked
@@ -132,3 +131,25 @@ def test_guidance_moves_towards_the_label(tiny):
         return ratio.gather(-1, out[..., None]).mean()
 
     assert mean(0.0) < mean(1.0) < mean(4.0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "temperature"), [(256, 8, 4.5), (1024, 16, 7.14), (64, 4, 2.83), (1, 1, 0.71)]
+)
+def test_rounds_and_choice_temperature_scale_with_the_tokens_where_asked(tokens, steps, temperature):
+    """16 x 16 tokens are what the defaults are for; the literature's 32 x 32 take 15 steps and 7."""
+    plain, scaled = SamplingParams(), SamplingParams(mask_scaling="tokens")
+    assert (rounds(plain, tokens), choice_temperature(plain, tokens)) == (8, 4.5)
+    assert rounds(scaled, tokens) == steps
+    assert choice_temperature(scaled, tokens) == pytest.approx(temperature, abs=0.01)
+
+
+def test_scaled_sampling_takes_so_many_rounds(tiny):
+    seen = []
+    sample(
+        tiny("masked", classes=0),
+        range(2),
+        params=SamplingParams(mask_scaling="tokens"),
+        callback=lambda n, *_: seen.append(n),
+    )
+    assert seen == [1, 2]  # 8 * sqrt(12 / 256)

@@ -146,7 +146,7 @@ def test_centroids_as_embeddings_keep_their_geometry() -> None:
             "centroid_embeddings needs 'codebook'",
         ),
         ("cifar10-tiny-prior", {"token_nois": 0.5}, "did you mean 'token_noise'"),
-        ("cifar10-tiny-prior", {"token_noise": 2}, "'token_noise' = 2"),
+        ("cifar10-tiny-prior", {"token_noise": 2}, "token_noise = 2"),
     ],
 )
 def test_refusals(token_cache: TokenCache, model_folder: Path, preset: str, extras: dict, words: str) -> None:

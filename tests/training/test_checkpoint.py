@@ -138,3 +138,14 @@ def test_another_run_is_named_field_by_field(tmp_path: Path) -> None:
 def test_a_cosine_run_cannot_change_its_length(tmp_path: Path) -> None:
     with pytest.raises(DigitError, match=r"training\.steps is 20, was 9"):
         checkpoint.check_same_run(changed(schedule="cosine"), changed(schedule="cosine", steps=20), tmp_path)
+
+
+def test_a_length_that_is_asked_for_may_change_in_any_schedule(tmp_path: Path) -> None:
+    checkpoint.check_same_run(changed(schedule="cosine"), changed(schedule="cosine", steps=20), tmp_path, extend=True)
+
+
+def test_fields_that_came_later_are_as_they_were_before(tmp_path: Path) -> None:
+    newer = {**RUN, "model": {"dim": 8, "init": "normal"}}
+    checkpoint.check_same_run(RUN, newer, tmp_path)
+    with pytest.raises(DigitError, match=r"model\.init is 'authors', was 'normal'"):
+        checkpoint.check_same_run(RUN, {**RUN, "model": {"dim": 8, "init": "authors"}}, tmp_path)

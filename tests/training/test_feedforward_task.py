@@ -16,9 +16,9 @@ from digit.encoders.loading import small_conv
 from digit.models.component import load_component
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.pipeline.generation import save_tokens_file
 from digit.pipeline.pipeline import DigitPipeline, Tokens
-from digit.sampling.feedforward import pixel_latents
+from digit.pipeline.tokens import save_tokens_file
+from digit.sampling.rng import pixel_latents
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune

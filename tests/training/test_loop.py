@@ -28,6 +28,7 @@ class Regression:
     """A network with dropout learns the sum of four numbers; a stand-in for components, in the real loop."""
 
     examples = 100
+    score = ""
 
     def __init__(self, width: int = 8, dropout: float = 0.1) -> None:
         torch.manual_seed(0)
@@ -138,7 +139,7 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path: Path, stop: int) -> N
     before = signal.getsignal(signal.SIGTERM)
     first = Regression()
     first.stop_at = stop
-    with pytest.raises(Interrupted, match=rf"SIGTERM after step {stop + 1} of 40.*--resume") as caught:
+    with pytest.raises(Interrupted, match=rf"SIGTERM after step {stop + 1} of 40; the checkpoint is") as caught:
         run(tmp_path / "parts", first, **settings)
     assert caught.value.exit_code == 143
     assert (
@@ -201,6 +202,46 @@ def test_accumulation_has_the_gradient_of_the_whole_batch(tmp_path: Path) -> Non
     parts = run(tmp_path / "2", Regression(dropout=0.0), steps=20, accumulation=2)
     torch.testing.assert_close(weights(parts), weights(whole), rtol=1e-4, atol=1e-5)
     assert not torch.equal(weights(whole), weights(Regression()))
+
+
+class Overfit(Regression):
+    """Its held-out error falls until step 30 and rises from there."""
+
+    score = "error"
+
+    def validate(self) -> dict[str, float]:
+        return {"error": abs(len(self.steps) - 30) + 1.0 if self.steps else 99.0}
+
+
+@pytest.mark.parametrize("stop", [-1, 33, 38])
+def test_patience_ends_a_run_and_exports_the_best(tmp_path: Path, stop: int) -> None:
+    """Interrupted or not: at steps 40 and 50 nothing is better than at 30."""
+    settings = {"steps": 100, "patience": 2, "ema_decay": 0.9}
+    task = Overfit()
+    task.stop_at = stop
+    if stop > 0:
+        with pytest.raises(Interrupted):
+            run(tmp_path, task, **settings)
+        done, task = task.steps, Overfit()
+        task.steps = list(done)
+        run(tmp_path, task, resume=True, **settings)
+    else:
+        run(tmp_path, task, **settings)
+    assert task.steps == list(range(50))
+    assert read_json(tmp_path / "model" / "provenance.json")["steps"] == 30
+    assert read_json(tmp_path / "model" / "provenance.json")["metrics"] == {"error": 1.0}
+    run(tmp_path / "30", Overfit(), **{**settings, "steps": 30})
+    best, known = (torch.load(out / "model" / "net.pt", weights_only=True) for out in (tmp_path, tmp_path / "30"))
+    assert all(torch.equal(best[name], known[name]) for name in known)
+    again = run(tmp_path, Overfit(), resume=True, **settings)
+    assert again.steps == []
+
+
+def test_patience_needs_something_to_go_by(tmp_path: Path) -> None:
+    with pytest.raises(DigitError, match=r"patience is for token models"):
+        run(tmp_path, patience=2)
+    with pytest.raises(DigitError, match=r"patience needs held-out images"):
+        run(tmp_path, type("Blind", (Regression,), {"score": "nll"})(), patience=2)
 
 
 def test_a_group_may_have_a_slower_rate(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from digit.data.token_cache import TokenCache, Views, build_token_cache
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.sampling import SamplingParams
-from digit.sampling.engine import sample
+from digit.sampling.sampler import sample
 from digit.training.build import build_task
 from digit.training.config import TrainingConfig
 from digit.training.logs import read_metrics

@@ -6,15 +6,30 @@ import sys
 import traceback
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
 from digit import __version__
-from digit.cli import convert, data, doctor, evaluate, evaluate_model, generate, hub, model, report, serve, toy, train
+from digit.cli import (
+    convert,
+    data,
+    doctor,
+    evaluate,
+    evaluate_model,
+    generate,
+    hub,
+    model,
+    presets,
+    report,
+    serve,
+    toy,
+    train,
+)
 from digit.core.errors import DigitError
+from digit.core.progress import console
 
 app = typer.Typer(
     name="digit",
-    help="Image generation in a stable token space (DiGIT).\n\nStart with:  digit generate --out pictures",
+    help="Image generation in a stable token space (DiGIT).\n\nStart with:  digit generate --out images",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -37,16 +52,10 @@ def _options(
     _state["debug"] = debug
 
 
-generate.add_to(app)
-model.add_to(app)
-train.add_to(app)
-convert.add_to(app)
-report.add_to(app)
-serve.add_to(app)
-hub.add_to(app)
-doctor.add_to(app)
+for module in (generate, model, train, presets, convert, report, serve, hub, doctor):
+    module.add_to(app)
 evaluate_model.add_to(evaluate.app)
-app.add_typer(data.app, name="data", help="Build a dataset: CIFAR-10, or your own folder of pictures.")
+app.add_typer(data.app, name="data", help="Build a dataset: CIFAR-10, or your own folder of images.")
 app.add_typer(evaluate.app, name="evaluate", help="Measure: fidelity, reconstruction, stability, probes, sweeps.")
 app.add_typer(toy.app, name="toy", help="The paper's toy figure.")
 
@@ -54,19 +63,13 @@ app.add_typer(toy.app, name="toy", help="The paper's toy figure.")
 def main() -> None:
     """Entry point: errors a user can mend print one sentence and exit with 2; an interrupt exits with 130."""
     try:
-        app()
+        app(prog_name="digit")
     except DigitError as error:
         if _state["debug"]:
             traceback.print_exc()
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(str(error))}")
+        console(stderr=True).print(f"[bold red]Error:[/] {escape(str(error))}")
         sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.options import Model, Variant
+from digit.cli.options import Model, Variant, out_option
 
 converters = typer.Typer(no_args_is_help=True)
 
@@ -24,7 +24,7 @@ def add_to(app: typer.Typer) -> None:
 
 @converters.command("digit-upstream")
 def digit_upstream(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The model folder to write.")],
+    out: Annotated[Path, out_option("The model folder to write.")],
     stage1: Annotated[Given, typer.Option(help="Prior: fairseq checkpoint (also VQ-only, linear probe).")] = None,
     stage2: Annotated[Given, typer.Option(help="AR decoder: fairseq checkpoint.")] = None,
     stage2_masked: Annotated[Given, typer.Option(help="Masked decoder (NAR): fairseq checkpoint.")] = None,
@@ -70,7 +70,7 @@ def digit_upstream(
 @converters.command("vqgan")
 def vqgan(
     checkpoint: Annotated[Path, typer.Argument(help="MAGE's vqgan_jax_strongaug.ckpt.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The VQGAN folder to write.")],
+    out: Annotated[Path, out_option("The VQGAN folder to write.")],
     resolution: Annotated[int, typer.Option(min=16, help="Side of its images, in pixels.")] = 256,
 ) -> None:
     """Convert a VQGAN alone.
@@ -85,7 +85,7 @@ def vqgan(
 @converters.command("encoder")
 def encoder(
     source: Annotated[str, typer.Argument(help="A .pth of DINOv2, DINO, iBOT, MAE or MoCo v3; a folder; or a Hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The encoder folder to write.")],
+    out: Annotated[Path, out_option("The encoder folder to write.")],
     layer: Annotated[int | None, typer.Option(help="Block whose output is taken, from the end. The paper: -3.")] = None,
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images that come in.")] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="Side that the network sees.")] = None,
@@ -93,7 +93,9 @@ def encoder(
         str | None, typer.Option(help="dinov2, dino, ibot, mae or mocov3, where the file does not tell.")
     ] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; by default as published.")] = None,
-    positions: Annotated[str | None, typer.Option(help="hub, or dinov2-offset as the DiGIT authors.")] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="hub, or dinov2-offset as the DiGIT authors; DINOv2's default is theirs.")
+    ] = None,
 ) -> None:
     """Convert a frozen encoder alone.
 
@@ -127,9 +129,8 @@ def info(
 
     Example:  digit info digit-base --batch 16
     """
-    from rich.console import Console
-
+    from digit.core.progress import console
     from digit.pipeline.hub import resolve_model
     from digit.pipeline.info import model_tree
 
-    Console().print(model_tree(resolve_model(model, variant=variant), batch))
+    console().print(model_tree(resolve_model(model, variant=variant), batch))

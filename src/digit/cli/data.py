@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from digit.cli.options import out_option
+
 app = typer.Typer(help="Make datasets of images.", no_args_is_help=True)
 
-Out = Annotated[Path, typer.Option("--out", help="The dataset folder to create; an older dataset there is replaced.")]
+Out = Annotated[Path, out_option("The dataset folder to create; an older dataset there is replaced.")]
 
 
 @app.command()
@@ -42,8 +44,9 @@ def folder(
     out: Out,
     size: Annotated[
         int | None,
-        typer.Option("--size", min=1, help="Scale the shorter side to this and cut the square in the middle."),
+        typer.Option("--size", min=1, help="Scale the shorter side to this and take the center crop."),
     ] = None,
+    filter: Annotated[str, typer.Option(help="How it is scaled: bicubic, bilinear, lanczos or box.")] = "bicubic",
 ) -> None:
     """Make a dataset of your own images. Every file is accounted for in OUT/report.json.
 
@@ -51,6 +54,6 @@ def folder(
     """
     from digit.data.folder import import_folder
 
-    report = import_folder(source, out, size)
+    report = import_folder(source, out, size, filter)
     typer.echo(report.summary())
     typer.echo(f"The dataset is in {out}; {out / 'report.json'} names every converted, animated and skipped file.")

@@ -225,7 +225,7 @@ def hub() -> Iterator[Finding]:
     """Whether the Hub answers. Without it everything works that is on this machine."""
     import huggingface_hub
 
-    from digit.pipeline.hub import out_of_reach
+    from digit.core.hub import out_of_reach
 
     reason = out_of_reach()
     if reason:
@@ -245,7 +245,7 @@ def hub() -> Iterator[Finding]:
 
 def models() -> Iterator[Finding]:
     """The packaged models load."""
-    from digit.pipeline.hub import packaged_models
+    from digit.core.hub import packaged_models
     from digit.pipeline.pipeline import read_index
 
     found = packaged_models()

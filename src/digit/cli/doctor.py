@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from digit.core.progress import console
+
 
 def add_to(app: typer.Typer) -> None:
     """Mount the command."""
@@ -15,7 +17,6 @@ def doctor() -> None:
 
     The exit code is 1 if something needed is broken.
     """
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -29,10 +30,10 @@ def doctor() -> None:
         if one.advice:
             words.append(f"\n-> {one.advice}", "dim")
         table.add_row(marks[one.state], Text(one.topic, "bold"), words)
-    console = Console()
-    console.print(table)
+    say = console().print
+    say(table)
     broken = sum(one.state == "broken" for one in findings)
     if broken:
-        console.print(f"\n{broken} {'thing is' if broken == 1 else 'things are'} broken; see above for what to do.")
+        say(f"\n{broken} {'thing is' if broken == 1 else 'things are'} broken; see above for what to do.")
         raise typer.Exit(1)
-    console.print("\nEverything that is needed works.")
+    say("\nEverything that is needed works.")

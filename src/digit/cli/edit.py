@@ -12,10 +12,12 @@ from digit.cli.options import (
     Device,
     Dtype,
     Images,
+    Labels,
     Out,
     RequiredModel,
     Seed,
     load,
+    num_option,
     parse_labels,
     read_images,
     with_settings,
@@ -36,13 +38,11 @@ def edit(
         float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")
     ] = None,
     out: Out = Path("edited"),
-    num: Annotated[int, typer.Option("--num", "-n", min=1, help="Results for each image.")] = 4,
-    labels: Annotated[
-        str | None, typer.Option(help="The class of each image by number or name, or one for all.")
-    ] = None,
+    num: Annotated[int, num_option("Results for each image.")] = 4,
+    labels: Labels = None,
     seed: Seed = 0,
     decoder: Decoder = None,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "float32",
     device: Device = None,
     **settings: Any,
 ) -> None:
@@ -59,7 +59,7 @@ def edit(
       digit edit cifar10 cat.png --vary 0.3 --out variations
     """
     from digit.core.errors import DigitError
-    from digit.pipeline.editing_run import edit_pictures
+    from digit.pipeline.editing import edit_images
     from digit.sampling.request import SampleRequest
 
     if sum(way is not None for way in (mask, prefix, vary)) != 1:
@@ -69,5 +69,5 @@ def edit(
     pipe = load(model, device, dtype)
     files, pixels = read_images(images, pipe.image_size)
     request = SampleRequest(seed=seed, decoder=decoder, settings=settings)
-    sheet = edit_pictures(pipe, files, pixels, out, num, request, parse_labels(labels, pipe), mask, prefix, vary)
+    sheet = edit_images(pipe, files, pixels, out, num, request, parse_labels(labels, pipe), mask, prefix, vary)
     typer.echo(f"{len(files) * num} images: {out}; side by side in {sheet}")

@@ -1,4 +1,4 @@
-"""``digit evaluate``: measurements, each a few lines over :mod:`digit.evaluation`."""
+"""``digit evaluate``: measurements, each a few lines over :mod:`digit.evaluation`; here the shared options and fidelity."""
 
 from __future__ import annotations
 
@@ -7,136 +7,195 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from digit.cli.options import (
+    Backend,
+    BatchSize,
+    Decoder,
+    Device,
+    LabelsPerClass,
+    RunLabels,
+    Weights,
+    load,
+    num_option,
+    out_option,
+    parse_labels,
+    set_option,
+)  # fmt: skip
 from digit.core.files import write_json
 
 if TYPE_CHECKING:
     from digit.evaluation.model_source import SamplingRun
+    from digit.evaluation.results import Result
 
 app = typer.Typer(no_args_is_help=True, help="Measure generated images, tokens and models.")
 
-Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
-Backend = Annotated[str, typer.Option(help="What runs the network: auto, torch or onnx.")]
-Device = Annotated[str, typer.Option(help="Where torch runs, such as cpu or cuda.")]
-Out = Annotated[Path | None, typer.Option(help="Write the whole result here as JSON.")]
+TestSplit = Annotated[str, typer.Option(help="Split that the probe is tested on.")]
+Holdout = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Test on this share of the training split instead; for data without a test split."),
+]
+OutFile = Annotated[Path | None, out_option("Write the whole result here as JSON.")]
+Settings = Annotated[list[str] | None, set_option("A setting of sampling, such as top_k=200")]
+
+
+def save_and_show(result: Result, out: Path) -> None:
+    """Write a result into a folder and print it."""
+    result.save(out).show(out)
 
 
 @app.command()
 def fidelity(
     source: Annotated[
-        str, typer.Argument(help="A folder of images, tar shards, a data set, a .npz of statistics, or a model.")
-    ],
+        str | None,
+        typer.Argument(help="A folder of images, tar shards, a data set, a .npz of images or statistics, or a model."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="A .npz of images: FID, sFID, IS, precision and recall, as ADM.")
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The real images or their .npz; none measures only --isc.")
+        str | None, typer.Option(help="The real images, their .npz, or cifar10-train; none measures only --isc.")
     ] = None,
     split: Annotated[str | None, typer.Option(help="Split of the source, such as test.")] = None,
     reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
     fid: Annotated[bool, typer.Option(help="Frechet Inception Distance.")] = True,
+    sfid: Annotated[bool, typer.Option("--sfid", help="FID of spatial features.")] = False,
     kid: Annotated[bool, typer.Option("--kid", help="Kernel Inception Distance.")] = False,
     prc: Annotated[bool, typer.Option("--prc", help="Precision and recall.")] = False,
     isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
     num: Annotated[
-        int | None, typer.Option(min=2, help="Take at most so many images; a model generates as many.")
+        int | None,
+        num_option("At most so many images of the source, a model makes as many; the reference stays whole.", 2),
+    ] = None,
+    reference_num: Annotated[
+        int | None, typer.Option(min=2, help="At most so many real images, spread over theirs.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of a model's generation.")] = 0,
-    decoder: Annotated[str | None, typer.Option(help="A model's decoder: ar, masked.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="A model's sampling setting, such as top_k=200.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step; the values do not depend on it.")] = 64,
+    labels: RunLabels = None,
+    labels_per_class: LabelsPerClass = None,
+    decoder: Decoder = None,
+    settings: Settings = None,
+    batch_size: BatchSize = 64,
     kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
     weights: Weights = "auto",
     backend: Backend = "auto",
-    device: Device = "cpu",
-    out: Out = None,
+    device: Device = None,
+    out: OutFile = None,
 ) -> None:
-    """Compare images with a reference: FID, KID, precision and recall, Inception Score.
+    """Compare images with a reference: FID, sFID, KID, precision and recall, Inception Score.
 
     A model is measured straight from sampling, all classes in turns, without writing files:
 
-      digit evaluate fidelity cifar10 --num 10000 --reference data/cifar10 --set top_k=50
+      digit evaluate fidelity cifar10 --num 10000 --reference cifar10-train --set top_k=50
+
+      digit evaluate fidelity --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     """
+    from digit.core.devices import pick_device
+    from digit.core.errors import DigitError
     from digit.evaluation.metrics.features import is_statistics
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
     from digit.evaluation.metrics.inception import open_extractor
     from digit.pipeline.card import describe_model
 
-    wanted = {"fid": fid and reference is not None, "kid": kid, "prc": prc, "isc": isc}
-    options = FidelityOptions(
-        metrics=tuple(name for name, on in wanted.items() if on), batch_size=batch_size, kid_subset_size=kid_subset_size
-    )
-    saved = is_statistics(source) and is_statistics(reference)
-    run = _sampling_run(source, num, seed, decoder, settings, batch_size, device)
+    if (source is None) == (images is None):
+        raise DigitError("Give what is measured once: a folder, data set or model, or a .npz of images with --images.")
+    against, adm = reference is not None, images is not None
+    source = str(images or source)
+    wanted = {"fid": fid and against, "sfid": sfid or (adm and against), "kid": kid, "prc": prc or (adm and against)}
+    metrics = tuple(name for name, on in {**wanted, "isc": isc or adm}.items() if on)
+    options = FidelityOptions(metrics=metrics, batch_size=batch_size, kid_subset_size=kid_subset_size)
+    saved = is_statistics(source, metrics) and (reference is None or is_statistics(reference, metrics))
+    asked = (num, seed, labels, labels_per_class, decoder, settings, batch_size, device)
+    run, labelling = _sampling_run(source, *asked)
     result = measure_fidelity(
         run.batches() if run else source,
         reference,
-        extractor=None if saved else open_extractor(weights, backend, device),
+        extractor=None if saved else open_extractor(weights, backend, str(pick_device(device))),
         options=options,
         source_name=run.pipe.name if run else None,
         source_split=split,
+        total=run.num if run else num,
         reference_split=reference_split,
-        total=num,
+        reference_total=reference_num,
     )
     if run:
-        result = replace(result, model=describe_model(run.pipe), sampling=run.describe())
+        result = replace(result, model=describe_model(run.pipe), sampling={**run.describe(), "labels": labelling})
     result.show()
     if out is not None:
-        Console().print(f"Written to {write_json(out, result.to_dict())}", highlight=False, markup=False)
+        typer.echo(f"Written to {write_json(out, result.to_dict())}")
 
 
 def _sampling_run(
     source: str,
     num: int | None,
     seed: int,
+    labels: str | None,
+    labels_per_class: int | None,
     decoder: str | None,
     settings: list[str] | None,
     batch_size: int,
-    device: str,
-) -> SamplingRun | None:
-    """A run of generation where the source is a model: a folder, or the name of a packaged one."""
+    device: str | None,
+) -> tuple[SamplingRun | None, str]:
+    """A run of generation where the source is a model (a folder, or the name of a packaged one), and its labels in words."""
     from digit.core.errors import DigitError
-    from digit.pipeline.hub import INDEX, packaged_models
-
-    if not (Path(source) / INDEX).is_file() and source not in packaged_models():
-        if decoder or settings:
-            raise DigitError(f"--decoder and --set are for models, and {source} is none: there is no {INDEX} in it.")
-        return None
-    if num is None:
-        raise DigitError("How many images the model should generate is not said; give --num, such as --num 10000.")
-    from digit.cli.options import load
+    from digit.core.hub import INDEX, packaged_models
     from digit.evaluation.model_source import SamplingRun
     from digit.evaluation.studies.sweep import parse_settings
+    from digit.pipeline.generation import run_labels
 
-    run = SamplingRun(load(source, device), num, seed, None, decoder, batch_size, parse_settings(settings))
+    if not (Path(source) / INDEX).is_file() and source not in packaged_models():
+        if decoder or settings or labels or labels_per_class:
+            raise DigitError(
+                f"--decoder, --labels and --set are for models, and {source} is none: there is no {INDEX} in it."
+            )
+        return None, ""
+    if num is None and labels_per_class is None:
+        raise DigitError("How many images the model should generate is not said; give --num, such as --num 10000.")
+    pipe = load(source, device)
+    given = labels if labels == "random" else parse_labels(labels, pipe)
+    chosen, num, labelling = run_labels(pipe.num_classes, num, given, labels_per_class, seed)
+    run = SamplingRun(pipe, num, seed, chosen, decoder, batch_size, parse_settings(settings))
     run.check()
-    return run
+    return run, labelling
 
 
 @app.command()
 def statistics(
-    images: Annotated[str, typer.Argument(help="A folder of images, tar shards or a data set.")],
-    out: Annotated[Path, typer.Option(help="The .npz to write.")],
+    images: Annotated[str, typer.Argument(help="A folder of images, tar shards, a data set or a .npz of images.")],
+    out: Annotated[Path, out_option("The .npz to write.")],
     split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
-    num: Annotated[int | None, typer.Option(min=2, help="Take at most so many images.")] = None,
+    num: Annotated[int | None, num_option("Take at most so many images, the first ones.", 2)] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Scale the shorter side to this and cut out the middle.")
+    ] = None,
+    filter: Annotated[
+        str, typer.Option(help="How --size scales: bicubic, bilinear (the authors'), lanczos or box.")
+    ] = "bicubic",
     features: Annotated[
         bool, typer.Option("--features", help="Keep every image's features, which KID and --prc need: 8 KB an image.")
     ] = False,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
+    compact: Annotated[bool, typer.Option("--compact", help="4 MB in place of 67: FID alone, to 1e-4.")] = False,
+    batch_size: BatchSize = 64,
     weights: Weights = "auto",
     backend: Backend = "auto",
-    device: Device = "cpu",
+    device: Device = None,
 ) -> None:
     """Make a reference: the Inception statistics of real images, as a file for --reference.
 
-    Example:  digit evaluate statistics data/cifar10 --split train --num 10000 --features --out real.npz
+    Example:  digit evaluate statistics imagenet/val --size 256 --filter bilinear --out val256.npz
     """
+    from digit.core.devices import pick_device
     from digit.evaluation.metrics.features import measure
     from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.metrics.statistics import save_statistics
 
-    extractor, metrics = open_extractor(weights, backend, device), ("fid", *(["kid"] if features else []))
-    found = measure(images, extractor, metrics, batch_size=batch_size, split=split, total=num)
-    save_statistics(out, found.statistics, found.features)
-    Console().print(f"Statistics of {found.statistics.n:,} images written to {out}", highlight=False)
+    extractor, metrics = (
+        open_extractor(weights, backend, str(pick_device(device))),
+        ("sfid", *(["kid"] if features else [])),
+    )
+    how = {"batch_size": batch_size, "split": split, "total": num}
+    found = measure(images, extractor, metrics, **how, size=size, filter=filter)  # type: ignore[arg-type]
+    spatial = None if compact else found.spatial
+    save_statistics(out, found.statistics, found.features if features else None, spatial, compact)
+    typer.echo(f"Statistics of {found.statistics.n:,} images written to {out}")

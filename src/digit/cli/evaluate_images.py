@@ -8,23 +8,37 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from digit.cli.evaluate import Backend, Weights
-from digit.cli.evaluate_model import BatchSize, Data, Num, Out, numbers
-from digit.cli.options import Decoder, Device, RequiredModel, Seed, Variant, load, parse_labels
+from digit.cli.evaluate import Settings, save_and_show
+from digit.cli.evaluate_model import numbers
+from digit.cli.options import (
+    Backend,
+    BatchSize,
+    Data,
+    Decoder,
+    Device,
+    Labels,
+    Num,
+    Out,
+    RequiredModel,
+    Seed,
+    Split,
+    Variant,
+    Weights,
+    load,
+    num_option,
+    parse_labels,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.studies.points import Reference
 
-Split = Annotated[str, typer.Option(help="Split of the images.")]
 Metrics = Annotated[
-    str, typer.Option(help="Any of fid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
+    str, typer.Option(help="Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
 ]
-Images = Annotated[int, typer.Option("--num", "-n", min=2, help="Images a point.")]
+ReferenceSplit = Annotated[str | None, typer.Option(help="Split of the reference.")]
+Images = Annotated[int, num_option("Images per point.", 2)]
 RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
-Fixed = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting of sampling, such as top_k=200; may be repeated.")
-]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -79,8 +93,8 @@ def reconstruction(
     device: Device = None,
     variant: Variant = None,
 ) -> None:
-    """How well real images come back (ceilings of tables 3 and 4): through the VQGAN, and through semantic tokens and
-    decoders.
+    """How well real images come back, through the VQGAN and through semantic tokens and each decoder (ceilings of tables 3
+    and 4): rFID, PSNR, SSIM, LPIPS, use of the codebook and entropy of the tokens.
 
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
@@ -91,7 +105,7 @@ def reconstruction(
     networks = _networks(rfid, lpips, lpips_weights, weights, backend, str(pipe.device))
     chosen = SHARES if shares is None else numbers(shares, "--shares")
     result = model_reconstruction(pipe, images, *networks, perturb, chosen, seed=seed, batch_size=batch_size)
-    result.save(out).show(out)
+    save_and_show(result, out)
 
 
 def _networks(
@@ -128,10 +142,10 @@ def sweep(
     ],
     num: Images = 1000,
     grid: Annotated[bool, typer.Option("--grid", help="All combinations; else one setting at a time.")] = False,
-    fixed: Fixed = None,
+    fixed: Settings = None,
     metrics: Metrics = "fid,isc,prc",
-    reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Classes; all in turns if left out.")] = None,
+    reference_split: ReferenceSplit = None,
+    labels: Labels = None,
     decoder: Decoder = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
@@ -156,7 +170,7 @@ def sweep(
     planned_runs(run, axes, grid)  # now, and not after the reference was measured
     options = fidelity_options(metrics, batch_size)
     real = open_reference(reference, reference_split, options, weights, backend, device)
-    measure(run, axes, real, out, grid).save(out).show(out)
+    save_and_show(measure(run, axes, real, out, grid), out)
 
 
 def prefix(
@@ -173,8 +187,8 @@ def prefix(
     reference: Annotated[
         str | None, typer.Option(help="Real images or their .npz; those of --data if left out.")
     ] = None,
-    reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
-    fixed: Fixed = None,
+    reference_split: ReferenceSplit = None,
+    fixed: Settings = None,
     metrics: Metrics = "fid,isc",
     decoder: Decoder = None,
     seed: Seed = 0,
@@ -204,4 +218,4 @@ def prefix(
         run.check()  # now, and not after the reference was measured
     source = (data, split) if reference is None else (reference, reference_split)
     real = open_reference(*source, options, weights, backend, device)
-    measure(runs, images, real, out, given).save(out).show(out)
+    save_and_show(measure(runs, images, real, out, given), out)

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from digit.cli.options import Device, RequiredModel, Seed, Variant, load
+from digit.cli.evaluate import Holdout, TestSplit, save_and_show
+from digit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Num,
+    Out,
+    RequiredModel,
+    Seed,
+    Split,
+    Variant,
+    Weights,
+    load,
+    num_option,
+    set_option,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from digit.data.dataset import ImageDataset
 
-Data = Annotated[
-    str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
-]
-Split = Annotated[str, typer.Option(help="Split of the images.")]
-Num = Annotated[
-    int | None, typer.Option("--num", "-n", min=2, help="How many images, spread over the set; all if left out.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for result.json, plots and tables.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the values.")]
-
 
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
-    from digit.cli import evaluate_images, evaluate_studies  # which share this module's options
+    from digit.cli import evaluate_images, evaluate_studies
 
     for command in (stability, probe, screen, ablation):
         app.command()(command)
@@ -61,9 +66,7 @@ def stability(
     ] = None,
     signal: Annotated[str, typer.Option(help="Signal power of an image: power (mean square) or variance.")] = "power",
     clip: Annotated[bool, typer.Option(help="Cut noisy pixels back to 0..1.")] = True,
-    noise_only: Annotated[
-        bool, typer.Option("--noise-only", help="Leave out JPEG, blur, shift and brightness.")
-    ] = False,
+    noise_only: Annotated[bool, typer.Option("--noise-only", help="Leave out JPEG, blur, shift, brightness.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
     batch_size: BatchSize = 64,
     out: Out = Path("stability"),
@@ -83,28 +86,29 @@ def stability(
     law = from_dict(NoiseLaw, {"signal": signal, "clip": clip, "seed": seed}, "The noise")
     levels = [Change(kind="noise", level=level) for level in numbers(snr, "--snr")] if snr else NOISE
     images, pipe = open_images(data, split, num), load(model, device, variant=variant)
-    measure(pipe, images, (*levels, *(() if noise_only else OTHERS)), law, batch_size).save(out).show(out)
+    save_and_show(measure(pipe, images, (*levels, *(() if noise_only else OTHERS)), law, batch_size), out)
 
 
 def probe(
     model: RequiredModel,
     data: Data,
     train_split: Annotated[str, typer.Option(help="Split that the classifiers learn from.")] = "train",
-    test_split: Annotated[str, typer.Option(help="Split that they are judged on.")] = "test",
-    holdout: Annotated[
-        float,
-        typer.Option(
-            min=0, max=1, help="Judge on this share of the training split instead; for data without a test split."
-        ),
-    ] = 0.0,
+    test_split: TestSplit = "test",
+    holdout: Holdout = 0.0,
     num: Num = None,
     layers: Annotated[
-        str, typer.Option(help="paper leaves the last block out, as the authors do; all takes it too.")
+        str, typer.Option(help="paper leaves the last block out, as the authors do; all does not.")
     ] = "paper",
     encoder: Annotated[bool, typer.Option(help="Also probe the encoder's own features, the ceiling.")] = True,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the kept features.")] = 80,
-    lr: Annotated[str, typer.Option(help="Learning rates at a batch of 1,024, comma separated.")] = "0.4",
-    views: Annotated[int, typer.Option(min=0, help="Random crops of each training image; 0 takes its middle.")] = 0,
+    preset: Annotated[
+        str | None, typer.Option(help="Fresh crops and settings of a preset: imagenet256-linear-probe, the authors'.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images; 80, or the preset's.")] = None,
+    lr: Annotated[
+        str | None, typer.Option(help="Learning rates at a batch of 1,024, comma separated; 0.4, or the preset's.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="New random crops in each epoch, as the authors do.")] = False,
+    views: Annotated[int, typer.Option(min=0, help="Kept random crops of each training image; 0: its middle.")] = 0,
     standardize: Annotated[
         bool, typer.Option("--standardize", help="Bring features to one scale; not the paper's way.")
     ] = False,
@@ -117,20 +121,25 @@ def probe(
 ) -> None:
     """What each layer of the prior knows about classes (Table 2, figure 3b), by linear classifiers and k-NN.
 
-    Features are kept in --out: another --lr or --epochs costs minutes.
+    Without fresh crops features are kept in --out: another --lr or --epochs costs minutes.
 
     Example:  digit evaluate probe cifar10 --data data/cifar10 --layers all --lr 0.1,0.4,1.6 --out runs/probe
+
+    Example:  digit evaluate probe runs/prior/model --data imagenet --test-split val --preset imagenet256-linear-probe
     """
-    from digit.core.config import from_dict
-    from digit.evaluation.metrics.probe import ProbeData, ProbeOptions
+    from digit.core.config import from_dict, load_preset
+    from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, preset_options
     from digit.evaluation.metrics.probe import probe as measure
     from digit.evaluation.model_source import open_images
 
-    given = {"epochs": epochs, "lrs": numbers(lr, "--lr"), "standardize": standardize, "neighbours": knn, "seed": seed}
-    options = from_dict(ProbeOptions, given, "The probe")
     train, test = train_and_test(open_images(data, train_split, num), data, test_split, holdout)
-    images = ProbeData(train, test, views, seed, batch_size, out)
-    measure(load(model, device, variant=variant), images, out, options, layers, encoder).save(out).show(out)
+    given: dict[str, Any] = {"standardize": standardize, "neighbours": knn, "seed": seed}
+    given |= preset_options(load_preset(preset), train) if preset else {}
+    given |= {"epochs": epochs} if epochs else {}
+    given |= {"lrs": numbers(lr, "--lr")} if lr else {}
+    options = from_dict(ProbeOptions, given, "The probe")
+    images = ProbeData(train, test, views, seed, batch_size, out, fresh or preset is not None)
+    save_and_show(measure(load(model, device, variant=variant), images, out, options, layers, encoder), out)
 
 
 def train_and_test(
@@ -161,10 +170,8 @@ def screen(
         str | None, typer.Option(help="Fit codebooks of these sizes for each encoder, such as 64,256.")
     ] = None,
     split: Split = "train",
-    test_split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test",
-    holdout: Annotated[
-        float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")
-    ] = 0.0,
+    test_split: TestSplit = "test",
+    holdout: Holdout = 0.0,
     num: Num = None,
     steps: Annotated[int, typer.Option(min=1, help="Of the short training.")] = 300,
     dim: Annotated[int, typer.Option(min=8, help="Width of the small prior.")] = 128,
@@ -190,35 +197,24 @@ def screen(
     stages = Stages(out, train, test, seed=seed, given_device=device)
     sizes = [int(number) for number in numbers(clusters, "--clusters")] if clusters else []
     pipes = {_short(name, models): load(name, device) for name in models}
-    rank(candidates(pipes, sizes, stages), stages, options).save(out).show(out)
+    save_and_show(rank(candidates(pipes, sizes, stages), stages, options), out)
 
 
 def ablation(
     name: Annotated[str, typer.Argument(help="A packaged ablation, such as cifar10-clusters, or a YAML file.")],
     data: Data,
     split: Split = "train",
-    test_split: Annotated[str, typer.Option(help="Split that the probe is judged on.")] = "test",
-    holdout: Annotated[
-        float, typer.Option(min=0, max=1, help="Judge on this share of the training split instead.")
-    ] = 0.0,
-    num: Annotated[
-        int | None, typer.Option("--num", "-n", min=2, help="How many images prior and decoder learn; all if left out.")
-    ] = None,
+    test_split: TestSplit = "test",
+    holdout: Holdout = 0.0,
+    num: Annotated[int | None, num_option("How many images prior and decoder learn; all if left out.", 2)] = None,
     settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Change a field of the ablation, such as base.prior_set=[training.steps=50]; may be repeated."
-        ),
+        list[str] | None, set_option("Change a field of the ablation, such as base.prior_set=[training.steps=50]")
     ] = None,
-    metrics: Annotated[
-        str, typer.Option(help="Some of nll (held-out loss), probe, fid; comma separated.")
-    ] = "nll,probe,fid",
+    metrics: Annotated[str, typer.Option(help="Some of nll (held-out loss), probe, fid.")] = "nll,probe,fid",
     reference: Annotated[
         str | None, typer.Option(help="For FID: images or their .npz; the test images if left out.")
     ] = None,
-    weights: Annotated[
-        str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")
-    ] = "auto",
+    weights: Weights = "auto",
     out: Out = Path("ablation"),
     device: Device = None,
 ) -> None:
@@ -244,7 +240,7 @@ def ablation(
     except Interrupted as stop:
         typer.echo(f"{stop} The same command goes on.", err=True)
         raise typer.Exit(stop.exit_code) from None
-    result.save(out).show(out)
+    save_and_show(result, out)
 
 
 def _short(name: str, models: Sequence[str]) -> str:

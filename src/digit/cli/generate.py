@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,12 +15,16 @@ from digit.cli.options import (
     Device,
     Dtype,
     Images,
+    LabelsPerClass,
     Model,
     Out,
     RequiredModel,
+    RunLabels,
     Seed,
     Variant,
     load,
+    num_option,
+    out_option,
     parse_labels,
     read_images,
     with_settings,
@@ -38,14 +44,17 @@ def add_to(app: typer.Typer) -> None:
 def generate(
     model: Model = None,
     out: Out = Path("generated"),
-    num: Annotated[int, typer.Option("--num", "-n", min=1, help="How many images.")] = 64,
-    labels: Annotated[
-        str | None,
-        typer.Option(help='Classes by number or name, comma separated, taken in turns; or "none". Default: all.'),
+    num: Annotated[int | None, num_option("How many images. Default: 64.")] = None,
+    labels: RunLabels = None,
+    labels_per_class: LabelsPerClass = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
     ] = None,
     seed: Seed = 0,
     decoder: Decoder = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time; does not change them.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time; does not change the results.")
+    ] = None,
     save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
     compile: Annotated[
         bool | None,
@@ -59,7 +68,7 @@ def generate(
         str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "float32",
     device: Device = None,
     variant: Variant = None,
     **settings: Any,
@@ -79,10 +88,15 @@ def generate(
     from digit.pipeline.generation import generate_folder
 
     pipe = load(model, device, dtype, variant)
-    record = generate_folder(
-        pipe, out, num, parse_labels(labels, pipe), seed, decoder, batch_size, save_tokens, compile, quantize,
-        overwrite, **settings,
-    )  # fmt: skip
+    try:
+        record = generate_folder(
+            pipe, out, num, labels if labels == "random" else parse_labels(labels, pipe), seed, decoder, batch_size,
+            save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
+        )  # fmt: skip
+    except KeyboardInterrupt:
+        again = shlex.join(["digit", *(word for word in sys.argv[1:] if word != "--overwrite")])
+        typer.echo(f"Stopped; finished images are in {out}. The same command makes the rest: {again}", err=True)
+        raise
     if not record["made"] and record["finished"]:
         typer.echo(f"All {record['num']} images are there already: {out}")
     else:
@@ -92,12 +106,14 @@ def generate(
         typer.echo(f"{speed}{compiling}{step}: {out}")
     if record["finished"]:
         typer.echo(f"Look at {out / 'grid.png'}")
+        if npz is not None:
+            typer.echo(f"All images in one array: {npz}")
 
 
 def tokenize(
     model: RequiredModel,
     images: Images,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .npz file to write.")] = Path("tokens.npz"),
+    out: Annotated[Path, out_option("The .npz file to write.")] = Path("tokens.npz"),
     device: Device = None,
 ) -> None:
     """Turn images into tokens: semantic (B, N) and, where the model has a VQGAN, vq (B, M), in one .npz file.

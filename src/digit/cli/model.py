@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from digit.cli.options import StoredDtype, out_option
+
 
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
@@ -18,23 +20,21 @@ Part = Path | None
 
 
 def assemble(
-    out: Annotated[Path, typer.Option("--out", "-o", help="The model folder to write.")],
+    out: Annotated[Path, out_option("The model folder to write.")],
     encoder: Annotated[Part, typer.Option(help="Encoder: a folder made by digit train encoder (or convert).")] = None,
     codebook: Annotated[Part, typer.Option(help="Codebook: a folder made by digit fit-codebook.")] = None,
     vqgan: Annotated[Part, typer.Option(help="VQGAN: a folder made by digit train vqgan (or convert).")] = None,
     prior: Annotated[Part, typer.Option(help="Prior: a folder made by digit train prior.")] = None,
     decoder: Annotated[list[Path] | None, typer.Option(help="Decoder; may be given for several kinds.")] = None,
     base: Annotated[str | None, typer.Option(help="A model whose other parts are taken over.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; by default the folder's.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,
     default: Annotated[
         list[str] | None,
         typer.Option(help="A default of sampling, such as prior.cfg_scale=1.5 or ar.top_p=0.9; repeatable."),
     ] = None,
     default_decoder: Annotated[str | None, typer.Option(help="Kind of decoder used when none is asked for.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="Numbers to store weights in: fp32, bf16, fp16; half of the size.")
-    ] = "fp32",
+    dtype: StoredDtype = "float32",
 ) -> None:
     """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for
     caching tokens.
@@ -49,15 +49,15 @@ def assemble(
     from digit.pipeline.assembly import with_defaults
 
     names = None if class_names is None else [n.strip() for n in class_names.split(",")]
-    pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name, names)
+    pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name or out.resolve().name, names)
     pipe = with_defaults(pipe, default or [], default_decoder)
-    pipe.save_pretrained(out, None if dtype == "fp32" else pick_dtype(dtype))
+    pipe.save_pretrained(out, None if (stored := pick_dtype(dtype)).itemsize == 4 else stored)
     typer.echo(f"{pipe!r}")
     typer.echo(f"Saved: {out}")
 
 
 def tour(
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the models and pictures.")] = Path("runs/tour"),
+    out: Annotated[Path, out_option("Folder for the models and pictures.")] = Path("runs/tour"),
     data: Annotated[
         Path | None, typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")
     ] = None,

@@ -1,15 +1,18 @@
-"""Options that several commands share, and those of sampling, made from the fields of a request."""
+"""Options that several commands share, their completion in the shell, and those of sampling, made from a request's fields."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from digit.core.config import preset_names
+from digit.core.files import read_json
+from digit.core.hub import INDEX, packaged_models
 from digit.sampling.request import sampling_settings
 
 if TYPE_CHECKING:
@@ -17,17 +20,123 @@ if TYPE_CHECKING:
 
     from digit.pipeline.pipeline import DigitPipeline
 
-Model = Annotated[
-    str | None, typer.Argument(help="A model folder, a Hub id, or a packaged model; the packaged one if left out.")
-]
-RequiredModel = Annotated[str, typer.Argument(help="A model folder, a Hub id, or the name of a packaged model.")]
+# ---- what the tab key offers -----------------------------------------------------------------------------------------
+
+
+def _models(incomplete: str) -> list[str]:
+    """Packaged models, and models in folders up to two below what was typed."""
+    found = [path for pattern in ("*", "*/*", "*/*/*") for path in Path().glob(f"{pattern}/{INDEX}")]
+    return sorted(
+        name for name in (*packaged_models(), *(str(path.parent) for path in found)) if name.startswith(incomplete)
+    )
+
+
+def _index() -> dict[str, Any]:
+    """The index of the model in the line that is being typed, else of the packaged one; {} where there is none here.
+
+    Typer's context does not hold what stands before an option without its value, so the shell's words are read.
+    """
+    packaged = packaged_models()
+    words = (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")).split()
+    named = (packaged.get(word, Path(word)) / INDEX for word in [*words, *packaged])
+    index: dict[str, Any] = next((read_json(file) for file in named if file.is_file()), {})
+    return index
+
+
+def _decoders(incomplete: str) -> list[str]:
+    return _starting(incomplete, _index().get("decoders") or ("ar", "masked", "onepass"))
+
+
+def _labels(incomplete: str) -> list[str]:
+    """Class names after the last comma."""
+    before, comma, last = incomplete.rpartition(",")
+    return [f"{before}{comma}{name}" for name in _starting(last, [*_index().get("class_names", ()), "none"])]
+
+
+def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
+    return [word for word in words if word.startswith(incomplete)]
+
+
+def complete(*words: str) -> Callable[[str], list[str]]:
+    """Completion from a list."""
+    return lambda incomplete: _starting(incomplete, words)
+
+
+def complete_presets(incomplete: str) -> list[str]:
+    """Completion of packaged presets."""
+    return _starting(incomplete, preset_names())
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def out_option(help: str) -> Any:
+    """``--out``, ``-o``."""
+    return typer.Option("--out", "-o", help=help)
+
+
+def num_option(help: str, least: int = 1) -> Any:
+    """``--num``, ``-n``."""
+    return typer.Option("--num", "-n", min=least, help=help)
+
+
+def set_option(help: str) -> Any:
+    """``--set``, which may be repeated."""
+    return typer.Option("--set", help=f"{help}; may be repeated.")
+
+
+def _dtype_option(help: str) -> Any:
+    names = ("float32", "bfloat16", "float16")
+    return typer.Option(help=f"{help}: {', '.join(names)} (or fp32, bf16, fp16).", autocompletion=complete(*names))
+
+
+_MODEL = "A model folder, a Hub id, or the name of a packaged model"
+Model = Annotated[str | None, typer.Argument(help=f"{_MODEL}; the packaged one if left out.", autocompletion=_models)]
+RequiredModel = Annotated[str, typer.Argument(help=f"{_MODEL}.", autocompletion=_models)]
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
+Out = Annotated[Path, out_option("Folder for the results.")]
+Data = Annotated[
+    str, typer.Option("--data", help="Images: a dataset made by digit data, a folder, tar shards, or a Hub id.")
+]
+Split = Annotated[str, typer.Option(help="Split of the images.")]
+Num = Annotated[int | None, num_option("How many images, spread over the dataset; all if left out.", 2)]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        help='Classes by number or name, comma separated, taken in turns; or "none". Default: all.',
+        autocompletion=_labels,
+    ),
+]
+RunLabels = Annotated[
+    str | None,
+    typer.Option(
+        help='Classes by number or name, comma separated, taken in turns; "random"; or "none". Default: all.',
+        autocompletion=_labels,
+    ),
+]
+LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="So many images of each class: balanced labels.")]
 Seed = Annotated[int, typer.Option(min=0, help="Image i of a seed is always the same image.")]
-Decoder = Annotated[str | None, typer.Option(help="Kind of decoder: ar, masked, onepass. Default: the model's.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ... Default: a GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help="Numbers that prior and decoder compute in: fp32, bf16, fp16.")]
+Decoder = Annotated[
+    str | None,
+    typer.Option(help="Kind of decoder: ar, masked, onepass. Default: the model's.", autocompletion=_decoders),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps ... Default: auto, a GPU if there is one.",
+        autocompletion=complete("auto", "cpu", "cuda", "mps"),
+    ),
+]
+Dtype = Annotated[str, _dtype_option("Number format of the computation")]
+StoredDtype = Annotated[str, _dtype_option("Number format of the stored weights")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the results.")]
+Workers = Annotated[int, typer.Option(min=0, help="Threads that read and crop images.")]
 Variant = Annotated[str | None, typer.Option(help="Which model of a Hub repository with several.")]
+Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
+Backend = Annotated[
+    str,
+    typer.Option(help="What runs Inception: auto, torch or onnx.", autocompletion=complete("auto", "torch", "onnx")),
+]
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -52,17 +161,20 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     return extend
 
 
+# ---- what was typed, as the library takes it -------------------------------------------------------------------------
+
+
 def load(
-    model: str | None, device: str | None = None, dtype: str = "fp32", variant: str | None = None
+    model: str | None, device: str | None = None, dtype: str = "float32", variant: str | None = None
 ) -> DigitPipeline:
-    """A pipeline on its device, from what the user typed."""
+    """A pipeline on its device."""
     import torch
 
     from digit.core.devices import pick_device, pick_dtype
     from digit.pipeline.pipeline import DigitPipeline
 
-    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"  # one device a process, as torchrun numbers them
+    if device in (None, "auto") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # one device for each process, as torchrun numbers them
     where = pick_device(device)
     kind = pick_dtype(dtype)
     return DigitPipeline.from_pretrained(model, variant=variant).to(where, None if kind == torch.float32 else kind)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from digit.cli.options import out_option
 
 
 def add_to(app: typer.Typer) -> None:
@@ -18,7 +19,7 @@ def report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Run folders; everything below them is looked at.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The HTML page to write.")] = Path("report.html"),
+    out: Annotated[Path, out_option("The HTML page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "digit report",
     curves: Annotated[
         list[Path] | None, typer.Option(help="A folder with more reference curves; may be repeated.")
@@ -34,11 +35,10 @@ def report(
     """
     from digit.evaluation.report import save_only_run, write_report
 
-    console = Console(highlight=False, soft_wrap=True)
     if save_curve is not None:
-        console.print(f"Reference curve written to {save_only_run(folders, save_curve)}", markup=False)
+        typer.echo(f"Reference curve written to {save_only_run(folders, save_curve)}")
         return
     made = write_report(folders, out, title, curves or [])
     for problem in made.problems:
-        console.print(f"Not readable: {problem.place}: {problem.reason}", markup=False)
-    console.print(f"{len(made.found)} results in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB)", markup=False)
+        typer.echo(f"Not readable: {problem.place.rstrip('/')}: {problem.reason}")
+    typer.echo(f"{len(made.found)} results in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.options import Device, Dtype, Model, RequiredModel, Variant
+from digit.cli.options import Data, Device, Dtype, Model, RequiredModel, Split, Variant, num_option
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,7 +32,7 @@ def serve(
     max_pictures: Annotated[int, typer.Option(min=1, help="Pictures a request may ask for.")] = 16,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds a request may be worked on.")] = 120.0,
     max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded picture.")] = 10,
-    dtype: Dtype = "fp32",
+    dtype: Dtype = "float32",
     device: Device = None,
     variant: Variant = None,
 ) -> None:
@@ -73,13 +73,9 @@ def serve(
 
 def atlas(
     model: RequiredModel,
-    data: Annotated[
-        str, typer.Option("--data", help="Images: a data set made by digit data, a folder, tar shards, a Hub id.")
-    ],
-    split: Annotated[str, typer.Option(help="Split of the images.")] = "train",
-    num: Annotated[
-        int, typer.Option("--num", "-n", min=1, help="How many images to look through, spread over the set.")
-    ] = 5000,
+    data: Data,
+    split: Split = "train",
+    num: Annotated[int, num_option("How many images to look through, spread over the dataset.")] = 5000,
     each: Annotated[int, typer.Option(min=1, help="Patches a cluster.")] = 8,
     device: Device = None,
 ) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from digit.cli.options import out_option
+
 app = typer.Typer(no_args_is_help=True)
 
 
@@ -17,7 +19,7 @@ def _toy() -> None:
 
 @app.command("pca-lda")
 def pca_lda(
-    out: Annotated[Path, typer.Option(help="Folder for pca-lda.png and result.json.")],
+    out: Annotated[Path, out_option("Folder for pca-lda.png and result.json.")],
     samples: Annotated[int, typer.Option(min=2, help="Points a class.")] = 1000,
     repeats: Annotated[int, typer.Option(min=1, help="Fresh draws to average over.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,

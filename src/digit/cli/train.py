@@ -3,65 +3,44 @@
 from __future__ import annotations
 
 import os
-from enum import Enum
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from digit.cli.options import Device
+from digit.cli.options import (
+    BatchSize,
+    Data,
+    Device,
+    Split,
+    Workers,
+    complete_presets,
+    out_option,
+    set_option,
+)
 
-Workers = Annotated[int, typer.Option(min=0, help="Threads that read and cut images.")]
-Split = Annotated[str, typer.Option(help="Which part of the dataset.")]
-Data = Annotated[
-    str,
-    typer.Option("--data", help="A dataset: a folder made by digit data, a folder of images, tar shards, a Hub id."),
-]
+if TYPE_CHECKING:
+    from digit.training.build import Request
 
-
-class Component(str, Enum):
-    """What can be trained."""
-
-    encoder = "encoder"
-    vqgan = "vqgan"
-    prior = "prior"
-    decoder = "decoder"
-
-
-class Backend(str, Enum):
-    """Who computes k-means."""
-
-    faiss = "faiss"
-    torch = "torch"
-
-
-class FitMode(str, Enum):
-    """What k-means runs over."""
-
-    sample = "sample"
-    whole = "whole"
-    mini_batch = "mini-batch"
-
-
-class FitStart(str, Enum):
-    """Where k-means begins."""
-
-    plus = "k-means++"
-    random = "random"
-
-
-class Crop(str, Enum):
-    """How random cuts are made."""
-
-    random = "random"
-    random_resized = "random-resized"
-
-
-def _presets(begun: str) -> list[str]:
-    """For the shell's completion."""
-    from digit.core.config import preset_names
-
-    return [name for name in preset_names() if name.startswith(begun)]
+_NAMES = {
+    "psnr": "PSNR (dB)",
+    "l1": "mean absolute error",
+    "nll": "nats per token",
+    "neighbour_accuracy": "20-NN accuracy",
+    "feature_spread": "spread of the features (0 is collapse)",
+    "codebook_use": "share of the codebook in use",
+    "agreement": "tokens found again in the image",
+}
+_NEXT = {
+    "encoder": "digit fit-codebook --encoder {out} --data {data} --clusters 256 --out {beside}codebook",
+    "vqgan": "digit assemble --encoder ENCODER --codebook CODEBOOK --vqgan {out} --out {beside}tokenizers",
+    "codebook": "digit assemble --encoder {encoder} --codebook {out} --vqgan VQGAN --out {beside}tokenizers",
+    "prior": "digit assemble --base {model} --prior {out} --out {beside}model",
+    "decoder": "digit assemble --base {model} --decoder {out} --out {beside}model",
+}
 
 
 def add_to(app: typer.Typer) -> None:
@@ -77,14 +56,12 @@ def fit_codebook(
     ],
     data: Data,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Tokens in the vocabulary, K.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The codebook folder to write.")],
+    out: Annotated[Path, out_option("The codebook folder to write.")],
     split: Split = "train",
     images: Annotated[int | None, typer.Option(min=1, help="Use this many random images; all if left out.")] = None,
     random_crops: Annotated[
         bool,
-        typer.Option(
-            "--random-crops", help="Cut images anywhere and mirror half of them, as the paper did; else the middle."
-        ),
+        typer.Option("--random-crops", help="Random crops and horizontal flips, as the paper did; else center crops."),
     ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Of k-means; the paper: 20.")] = 20,
     seed: Annotated[
@@ -94,18 +71,20 @@ def fit_codebook(
         int, typer.Option(min=1, help="Images at a time; changes the result of mini-batches only.")
     ] = 64,
     backend: Annotated[
-        Backend, typer.Option(help="faiss: on the CPU. torch: on the device, and on several with torchrun.")
-    ] = Backend.faiss,
+        Literal["faiss", "torch"],
+        typer.Option(help="faiss: on the CPU. torch: on the device, and on several with torchrun."),
+    ] = "faiss",
     mode: Annotated[
-        FitMode,
+        Literal["sample", "whole", "mini-batch"],
         typer.Option(
-            help="sample: of 256 vectors a token. With torch also whole: each iteration reads all images again; "
+            help="sample: of 256 vectors per token. With torch also whole: each iteration reads all images again; "
             "mini-batch: so it does, and the centroids move after every batch."
         ),
-    ] = FitMode.sample,
+    ] = "sample",
     start: Annotated[
-        FitStart, typer.Option(help="First centroids, with torch; faiss starts at random vectors.")
-    ] = FitStart.plus,
+        Literal["k-means++", "random"],
+        typer.Option(help="First centroids, with torch; faiss starts at random vectors."),
+    ] = "k-means++",
     workers: Workers = 2,
     device: Device = None,
 ) -> None:
@@ -127,6 +106,7 @@ def fit_codebook(
     from digit.data.dataset import open_dataset
     from digit.data.sampling import Batches, OrderedSampler
     from digit.encoders import load_encoder
+    from digit.evaluation.results import Result, shown
     from digit.pipeline.assembly import part_folder
 
     where = pick_device(device)
@@ -139,9 +119,9 @@ def fit_codebook(
     )
     facts = {"data": {"name": dataset.name, "split": split, "images": len(dataset), "fingerprint": dataset.fingerprint}}
     common: dict[str, Any] = {"seed": seed, "iterations": iterations, "total": len(dataset), "provenance": facts}
-    if backend is Backend.faiss:
-        if mode is not FitMode.sample:
-            raise DigitError(f"--mode {mode.value} needs --backend torch; faiss fits to a sample.")
+    if backend == "faiss":
+        if mode != "sample":
+            raise DigitError(f"--mode {mode} needs --backend torch; faiss fits to a sample.")
         batches = Batches(dataset, OrderedSampler(len(dataset), batch_size), transform, seed=seed, workers=workers)
         codebook = fit(network, batches, clusters, device=where, **common)
     else:
@@ -154,12 +134,20 @@ def fit_codebook(
                 return Batches(dataset, sampler, transform, seed=seed, workers=workers)
 
             codebook = kmeans_torch.fit_codebook(
-                network, passes, clusters, mode=mode.value, start=start.value, device=place, show=rank == 0, **common
+                network, passes, clusters, mode=mode, start=start, device=place, show=rank == 0, **common
             )
         if rank:
             return
     codebook.save_pretrained(out)
+    made = codebook.provenance
+    rows = [
+        {"": "clusters in use", "value": shown(made["used_clusters"]), "at best": clusters},
+        {"": "perplexity", "value": shown(made["perplexity"]), "at best": clusters},
+        {"": "mean squared distance", "value": shown(made["inertia"]), "at best": 0},
+    ]
     typer.echo(f"A codebook of {clusters:,} tokens from {len(dataset):,} images: {out}")
+    Result(title="Codebook", values=rows, data=facts["data"]).show()
+    typer.echo(f"Next: {_next('codebook', out, encoder=encoder)}")
 
 
 def cache_tokens(
@@ -167,17 +155,19 @@ def cache_tokens(
         str, typer.Option("--model", help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")
     ],
     data: Data,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The cache folder; one that was begun is finished.")],
+    out: Annotated[Path, out_option("The cache folder; one that was begun is finished.")],
     split: Split = "train",
-    flip: Annotated[bool, typer.Option(help="Cache the mirror image of the middle too.")] = True,
+    flip: Annotated[bool, typer.Option(help="Cache the horizontal flip of the center crop too.")] = True,
     crops: Annotated[
-        int, typer.Option(min=0, help="Random cuts of each image besides; the paper cut anew in every epoch.")
+        int, typer.Option(min=0, help="Random crops of each image besides; the paper cropped anew in every epoch.")
     ] = 0,
-    crop: Annotated[Crop, typer.Option(help="random: anywhere. random-resized: of varying size too.")] = Crop.random,
-    seed: Annotated[int, typer.Option(min=0, help="Of the random cuts.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    crop: Annotated[
+        Literal["random", "random-resized"], typer.Option(help="random: anywhere. random-resized: of varying size too.")
+    ] = "random",
+    seed: Annotated[int, typer.Option(min=0, help="Of the random crops.")] = 0,
+    batch_size: BatchSize = 64,
     shard_size: Annotated[
-        int, typer.Option(min=1, help="Images a shard; a shard is written whole or not at all.")
+        int, typer.Option(min=1, help="Images per shard; a shard is written whole or not at all.")
     ] = 8192,
     workers: Workers = 2,
     device: Device = None,
@@ -198,12 +188,12 @@ def cache_tokens(
         load(model, device),
         open_dataset(data, split),
         out,
-        Views(flip=flip, crops=crops, crop=crop.value, seed=seed),
+        Views(flip=flip, crops=crops, crop=crop, seed=seed),
         batch_size=batch_size,
         shard_size=shard_size,
         workers=workers,
         rank=_rank(),
-        world=int(os.environ.get("WORLD_SIZE", "1")),
+        world=_world(),
     )
     if cache is None:
         typer.echo(f"This process has made its shards; others are still at work: {out}")
@@ -215,28 +205,35 @@ def cache_tokens(
 
 
 def train(
-    component: Annotated[Component, typer.Argument(help="What to train.")],
+    component: Annotated[Literal["encoder", "vqgan", "prior", "decoder"], typer.Argument(help="What to train.")],
+    out: Annotated[Path, out_option("The run's folder: config, checkpoints, metrics, and the model.")],
     preset: Annotated[
-        str, typer.Option("--preset", "-p", autocompletion=_presets, help="Name of a preset, or a YAML file.")
-    ],
+        str | None,
+        typer.Option("--preset", "-p", autocompletion=complete_presets, help="Name of a preset, or a YAML file."),
+    ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="Encoder, VQGAN, one-pass decoder: a dataset. Others: a token cache.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="The run's folder: config, checkpoints, metrics, and the model.")
-    ],
+        str | None,
+        typer.Option("--data", help="Encoder, VQGAN, feed-forward decoder: a dataset. Others: a token cache."),
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Change a field of the preset, such as training.steps=1000; may be repeated."),
+        set_option("Change a field of the preset, such as training.steps=1000"),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on from the newest checkpoint in OUT; preset, data and --set are the run's own."
+        ),
+    ] = False,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="A model whose VQGAN shows samples; a one-pass decoder is trained on its tokens."),
+        typer.Option(
+            "--model", help="A model whose VQGAN shows samples; a feed-forward decoder is trained on its tokens."
+        ),
     ] = None,
     start: Annotated[
         str | None,
-        typer.Option("--from", help="Go on from a saved part of the kind, given it, its run, or a whole model."),
+        typer.Option("--from", help="Begin with a saved part of the kind: given it, its run, or a whole model."),
     ] = None,
     freeze: Annotated[
         list[str] | None,
@@ -251,13 +248,11 @@ def train(
     workers: Annotated[int | None, typer.Option(min=0, help="Data loading threads; default: the preset's.")] = None,
     device: Device = None,
 ) -> None:
-    """Train a part of the pipeline. Ctrl-C or SIGTERM saves a checkpoint; the same command with --resume then goes on
-    exactly.
+    """Train a part of the pipeline. Ctrl-C or SIGTERM saves a checkpoint, and prints the command that goes on exactly.
 
     Example:  digit train prior --preset cifar10-tiny-prior --data runs/tokens --out runs/prior
 
-    Example:  digit train decoder --preset cifar10-tiny-masked --set training.steps=2000 --data runs/tokens --out
-        runs/decoder
+    Example:  digit train prior --resume --set training.steps=600 --out runs/prior
 
     Example:  digit train decoder --preset cifar10-onepass --data data/cifar10 --model runs/tokenizers --out
         runs/onepass
@@ -267,9 +262,8 @@ def train(
 
     On several GPUs:  accelerate launch --num_processes 8 -m digit train prior --preset ... --data ... --out ...
     """
-    from digit.core.config import load_preset
     from digit.core.errors import DigitError
-    from digit.training.build import build_task
+    from digit.training.build import request_for
     from digit.training.finetune import FineTune
     from digit.training.loop import Interrupted
     from digit.training.loop import train as run
@@ -278,23 +272,86 @@ def train(
     if start is None and (freeze or lora):
         raise DigitError("--freeze and --lora change how a saved model is trained; give it with --from.")
     origin = None if start is None else FineTune(source=start, freeze=tuple(freeze or ()), lora=lora)
-    parts = vqgan = None
-    if model is not None:
-        from digit.pipeline.pipeline import DigitPipeline
-
-        parts = DigitPipeline.from_pretrained(model)
-        vqgan = parts.vqgan
-    task, config = build_task(component.value, load_preset(preset, changes), data, preset, vqgan, origin, parts)
+    request = request_for(component, out if resume else None, preset, data, model, origin, changes)
+    task, config = request.build()
+    extend = resume and any(change.startswith(("training.steps=", "training.epochs=")) for change in changes)
     try:
-        folder = run(task, config, out, resume=resume, device=device)
+        run(task, config, out, resume=resume, device=device, request=request, extend=extend)
     except Interrupted as stop:
-        typer.echo(str(stop), err=True)
+        launcher = "digit" if _world() == 1 else f"torchrun --nproc_per_node {_world()} -m digit"
+        again = [component, "--resume", "--out", str(out), *(["--device", device] if device else [])]
+        typer.echo(f"{stop} Go on with: {launcher} train {shlex.join(again)}", err=True)
         raise typer.Exit(stop.exit_code) from None
     if _rank() == 0:
-        typer.echo(f"Trained: {folder}")
-        typer.echo(f"The metrics are in {out / 'metrics.jsonl'}; watch them with: tensorboard --logdir {out}")
+        _close(out, request)
+
+
+def _close(out: Path, request: Request) -> None:
+    """Print what a finished run reached, beside the packaged run of its preset, where its curves are, and what is next."""
+    import yaml
+
+    from digit.core.errors import MissingPackageError
+    from digit.evaluation.report.curves import differences, known_curves, matching, points
+    from digit.evaluation.results import Result, shown
+    from digit.training.logs import read_metrics
+
+    found = points(read_metrics(out))
+    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
+    curve = next(iter(matching(config, known_curves())), None)
+    names = [name for name in found if name.startswith("validation/")]
+    rows = []
+    for name in names or ["loss"]:
+        label = name.removeprefix("validation/")
+        row: dict[str, Any] = {"": _NAMES.get(label, label.replace("_", " ")), "this run": shown(found[name][-1][1])}
+        if curve is not None:
+            row["expected"] = shown(curve.metrics[name][-1][1] if name in curve.metrics else None)
+        rows.append(row)
+    notes = []
+    if curve is not None:
+        other = [text for text in differences(config, curve.config) if text.startswith(("training.", "data.name"))]
+        notes.append(f"expected is the end of the packaged run {curve.name}; {'; '.join(other) or 'same settings'}.")
+    with suppress(MissingPackageError):  # matplotlib; TensorBoard shows them too
+        notes.append(f"the curves are in {_draw(found, curve.metrics if curve else {}, out / 'curves.png')}.")
+    notes.append(f"all metrics: {out / 'metrics.jsonl'}, or tensorboard --logdir {shlex.quote(str(out))}")
+    typer.echo(f"Trained: {out / 'model'}")
+    title = "Validation" if names else "The last steps"
+    Result(title=title, values=rows, data=config.get("data"), notes=tuple(notes)).show()
+    given = {"data": request.data, "model": request.model or "TOKENIZERS"}
+    typer.echo(f"Next: {_next(request.component, out, **given)}")
+
+
+def _draw(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> Path:
+    """Draw the loss and what was validated against the step, with the expected curves dashed."""
+    from digit.core.files import write_file
+    from digit.evaluation.results import OURS, PAPER, legend, panels
+
+    names = [name for name in found if name == "loss" or name.startswith("validation/")]
+    figure, axes = panels(min(3, len(names)), rows=-(-len(names) // 3))
+    for name, each in zip(names, axes, strict=False):
+        for label, curves, how in (("this run", found, "-"), ("expected", expected, "--")):
+            if name in curves:
+                style = {"color": OURS if how == "-" else PAPER, "linestyle": how, "label": label}
+                each.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 13 else "", **style)
+        short = name.removeprefix("validation/")
+        each.set(title=_NAMES.get(short, short.replace("_", " ")), xlabel="step")
+    for each in axes[len(names) :]:
+        each.set_visible(False)
+    legend(axes[:1])
+    write_file(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
+    return path
+
+
+def _next(component: str, out: Path, **given: str) -> str:
+    """The command that usually follows, with capitals where a name is not known."""
+    quoted = {name: shlex.quote(text) for name, text in {**given, "out": str(out)}.items()}
+    return _NEXT[component].format(**quoted, beside=shlex.quote(f"{out.parent}{os.sep}") if out.parent.name else "")
 
 
 def _rank() -> int:
     """Number of this process, as torchrun and accelerate launch say."""
     return int(os.environ.get("RANK", "0"))
+
+
+def _world() -> int:
+    """How many processes they started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

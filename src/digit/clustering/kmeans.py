@@ -130,7 +130,8 @@ def fit_codebook(
         "vectors_used": len(sample),
         **quality(torch.from_numpy(sample), centroids),
     }
-    return Codebook.from_centroids(centroids, {**facts, **(provenance or {})})
+    positions = facts["encoder"].get("positions")
+    return Codebook.from_centroids(centroids, {**facts, **(provenance or {})}, positions=positions)
 
 
 @torch.inference_mode()

@@ -131,7 +131,7 @@ def fit_codebook(
     source = sample.stream(device) if mode == "sample" else stream
     fit = kmeans(source, first, iterations=iterations, mini_batch=mode == "mini-batch", first_pass=1, show=show)
     share = fit.counts[fit.counts > 0] / fit.counts.sum()
-    facts = {
+    facts: dict[str, Any] = {
         "encoder": describe_encoder(encoder),
         "preprocessing": to_dict(encoder.preprocessing),
         "method": {"backend": "torch", "mode": mode, "start": start},
@@ -145,7 +145,8 @@ def fit_codebook(
         "dead_clusters": clusters - len(share),
         "perplexity": torch.exp(-(share * share.log()).sum()).item(),
     }
-    return Codebook.from_centroids(fit.centroids, {**facts, **(provenance or {})})
+    positions = facts["encoder"].get("positions")
+    return Codebook.from_centroids(fit.centroids, {**facts, **(provenance or {})}, positions=positions)
 
 
 def kmeans(

@@ -20,28 +20,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from digit.convert.keys import Keys
-from digit.convert.stream import Component, Parts
+from digit.convert.keys import Keys, Parts
+from digit.convert.stream import Component
 from digit.convert.torchfile import read_torch_file
 from digit.core.errors import DigitError
-from digit.core.files import sha256_of
-from digit.encoders.base import Preprocessing
-from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
+from digit.encoders.transformers_encoder import EncoderConfig
 
 FAMILY_NAMES = ("dinov2", "dino", "ibot", "mae", "mocov3")
 _ANCHOR = "patch_embed.proj.weight"
 _WRAPPERS = ("teacher", "state_dict", "model", "student")
 # heads of the self-supervised task, MAE's pixel decoder, mask tokens of plain ViTs: not part of the encoder
-_IGNORED = re.compile(r"(head|fc|fc_norm|decoder_\w+)\.|decoder_pos_embed$|mask_token$|masked_embed$")
+_IGNORED = r"(head|fc|fc_norm|decoder_\w+)\..*|(.*decoder_pos_embed|mask_token|masked_embed)"
 
-# name in the file, without .weight and .bias, to its name on the hub; the same names serve in every block
+# name in the file, without .weight and .bias, to its name on the Hub; the same names serve in every block
 _VIT = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
@@ -60,134 +57,15 @@ _DINOV2 = {
 }
 
 
-@dataclass(frozen=True)
-class EncoderFacts:
-    """What a checkpoint turned out to be.
-
-    Attributes:
-        family: one of :data:`FAMILY_NAMES`.
-        dim, depth, heads, patch, registers: of the network.
-        options: fields of an encoder config that follow the family's original code.
-        provenance: the same facts, to be kept with the encoder.
-    """
-
-    family: str
-    dim: int
-    depth: int
-    heads: int
-    patch: int
-    registers: int
-    options: dict[str, Any] = field(default_factory=dict)
-    provenance: dict[str, Any] = field(default_factory=dict)
-
-
-def read_encoder_file(
-    path: str | Path, family: str | None = None, heads: int | None = None
-) -> tuple[dict[str, Any], dict[str, Tensor], EncoderFacts]:
-    """Read an original checkpoint file; arguments and result as :func:`convert_encoder_state`.
+def read_backbone(source: str | Path | Mapping[str, Any]) -> tuple[Keys, str]:
+    """The backbone's tensors of an original checkpoint (its file, or what that holds), without wrappers and prefixes,
+    chunked blocks flattened; and the family they look like.
 
     Raises:
-        DigitError: damaged, hostile, or not an encoder of these families; the message names the file and the reason.
+        DigitError: damaged, hostile, or no vision transformer; the message names the file and the reason.
     """
-    hf_config, tensors, facts = convert_encoder_state(read_torch_file(path), family, heads, where=str(path))
-    facts.provenance["sha256"] = sha256_of(path)
-    return hf_config, tensors, facts
-
-
-def convert_encoder_state(
-    state: Any, family: str | None = None, heads: int | None = None, where: str = "the checkpoint"
-) -> tuple[dict[str, Any], dict[str, Tensor], EncoderFacts]:
-    """An original state dict to a `transformers` config and tensors by their names on the hub.
-
-    Args:
-        state: what the file holds, wrappers and all.
-        family: one of :data:`FAMILY_NAMES`; None tells it from the tensors' names.
-        heads: attention heads; None takes :func:`default_heads`.
-        where: the file, for messages.
-
-    Returns:
-        the config ("model_type" and fields), the tensors (views of the given ones, nothing is copied), and the facts.
-
-    Raises:
-        DigitError: not such a state dict, or tensors are missing, extra or of another shape: each is named.
-    """
-    if family is not None and family not in FAMILY_NAMES:
-        raise DigitError(f"family='{family}' was given; known are {', '.join(FAMILY_NAMES)}.")
-    keys, guess = _backbone(state, where)
-    hf_config, parts, facts = _convert(keys, family or guess, heads)
-    keys.check()
-    return hf_config, {name: pieces[0] for name, pieces in parts.items()}, facts
-
-
-def encoder_keys(path: str | Path) -> Keys:
-    """The backbone's tensors of an original checkpoint file, for :func:`encoder_component`."""
-    return _backbone(read_torch_file(path), str(path))[0]
-
-
-def encoder_component(
-    keys: Keys,
-    heads: int | None,
-    provenance: Mapping[str, Any],
-    layer: int = -3,
-    positions: Literal["hub", "dinov2-offset"] = "dinov2-offset",
-    preprocessing: Preprocessing | None = None,
-) -> Component:
-    """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out.
-
-    Args:
-        keys: the backbone's tensors: of :func:`encoder_keys`, or ``keys.under("pretrained_encoder.")`` of a checkpoint.
-            The caller calls their ``check()``.
-        heads: attention heads; None takes width / 64, as every published DINOv2 has.
-        provenance: kept with the encoder.
-        layer: which block's output, from the end.
-        positions: the authors use "dinov2-offset" with registers too.
-        preprocessing: None is the paper's: 256 in, 224 seen.
-    """
-    hf_config, parts, facts = _convert(keys, "dinov2", heads)
-    config = EncoderConfig(
-        hf_config=hf_config, layer=layer, positions=positions, preprocessing=preprocessing or Preprocessing(resize=224)
-    )
-    kept = {
-        name: pieces
-        for name, pieces in parts.items()
-        if not (match := re.match(r"encoder\.layer\.(\d+)\.", name)) or int(match.group(1)) <= facts.depth + layer
-    }
-    return Component("TransformersEncoder", config, kept, {**facts.provenance, **provenance})
-
-
-def encoder_from_dinov2(state: Mapping[str, Any], heads: int | None = None, **options: Any) -> TransformersEncoder:
-    """The frozen encoder in a DINOv2 state dict, as DiGIT's authors use it.
-
-    Args:
-        state: the tensors, with any common prefix such as ``pretrained_encoder.``.
-        heads: attention heads; None takes width / 64, as every published DINOv2 has.
-        options: further arguments of :func:`encoder_component`.
-    """
-    keys, _ = _backbone(state, "the state dict")
-    component = encoder_component(keys, heads, options.pop("provenance", {}), **options)
-    keys.check()
-    tensors = {name: pieces[0] for name, pieces in component.parts.items()}
-    return TransformersEncoder.from_weights(component.config, tensors, keys.where, component.provenance)
-
-
-def default_heads(family: str, dim: int) -> int:
-    """Heads of the published network of this width: width / 64, but for MAE-Huge and MoCo v3's ViT-S.
-
-    Raises:
-        DigitError: the width is not a multiple of 64; heads must then be given.
-    """
-    published = {("mae", 1280): 16, ("mocov3", 384): 12}
-    if (family, dim) in published:
-        return published[family, dim]
-    if dim % 64:
-        raise DigitError(
-            f"The number of heads of an encoder of width {dim} is not known and not in its tensors; give heads= (--heads)."
-        )
-    return dim // 64
-
-
-def _backbone(state: Any, where: str) -> tuple[Keys, str]:
-    """The backbone's tensors without wrappers and prefixes, chunked blocks flattened; and the family they look like."""
+    where = "the checkpoint" if isinstance(source, Mapping) else str(source)
+    state = source if isinstance(source, Mapping) else read_torch_file(source)
     if not isinstance(state, Mapping):
         raise DigitError(f"{where} holds a {type(state).__name__}, expected a state dict of an encoder.")
     wrapper = next((name for name in _WRAPPERS if isinstance(state.get(name), Mapping)), "")
@@ -218,8 +96,41 @@ def _guess_family(tensors: Mapping[str, Any], wrapper: str, prefix: str) -> str:
     return "ibot" if wrapper == "state_dict" or "masked_embed" in tensors else "dino"
 
 
-def _convert(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any], Parts, EncoderFacts]:
-    """Config, tensors by their names on the hub, and facts. What does not fit is noted in ``keys``."""
+def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component:
+    """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out.
+
+    Args:
+        keys: the backbone's tensors: of :func:`read_backbone`, or ``keys.under("pretrained_encoder.")`` of a checkpoint.
+            The caller calls their ``check()``.
+        heads: attention heads; None takes width / 64, as every published DINOv2 has.
+        fields: of :class:`~digit.encoders.transformers_encoder.EncoderConfig`, where they are not the authors'.
+    """
+    hf_config, parts, facts = convert_backbone(keys, "dinov2", heads)
+    config = EncoderConfig(hf_config=hf_config, **{"positions": "dinov2-offset", **fields})
+    kept = {
+        name: pieces
+        for name, pieces in parts.items()
+        if not (match := re.match(r"encoder\.layer\.(\d+)\.", name)) or int(match[1]) <= facts["depth"] + config.layer
+    }
+    return Component("TransformersEncoder", config, kept, facts)
+
+
+def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any], Parts, dict[str, Any]]:
+    """An original state dict as a `transformers` config and tensors by their names on the Hub.
+
+    Args:
+        keys: of :func:`read_backbone`. What does not fit is noted there: the caller calls its ``check()``.
+        family: one of :data:`FAMILY_NAMES`.
+        heads: attention heads; None takes :func:`default_heads`.
+
+    Returns:
+        the config ("model_type" and fields), the tensors, and facts to keep with the encoder.
+
+    Raises:
+        DigitError: sizes cannot be read, or are not those of the family.
+    """
+    if family not in FAMILY_NAMES:
+        raise DigitError(f"family='{family}' was given; known are {', '.join(FAMILY_NAMES)}.")
     dinov2 = "blocks.0.ls1.gamma" in keys  # among these families, LayerScale is DINOv2's alone
     if dinov2 != (family == "dinov2"):
         raise DigitError(
@@ -230,7 +141,7 @@ def _convert(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any]
     hidden = keys.shape("blocks.0.mlp.w3.weight" if swiglu else "blocks.0.mlp.fc2.weight")[1]
     side = round((keys.shape("pos_embed")[1] - 1) ** 0.5)
     registers = keys.shape("register_tokens")[1] if "register_tokens" in keys else 0
-    depth = 1 + max(int(match.group(1)) for name in keys.names() if (match := re.match(r"blocks\.(\d+)\.", name)))
+    depth = keys.count(r"blocks\.(\d+)\.")
     bias = "blocks.0.attn.qkv.bias" in keys
     heads = heads or default_heads(family, dim)
     if dim % heads:
@@ -247,29 +158,41 @@ def _convert(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any]
         "hidden_act": "gelu",
         **(_dinov2_fields(keys.where, dim, hidden, registers, swiglu) if dinov2 else {"intermediate_size": hidden}),
     }
-    parts: dict[str, list[Tensor]] = {
-        "embeddings.cls_token": [keys.take("cls_token", 1, 1, dim)],
-        "embeddings.position_embeddings": [keys.take("pos_embed", 1, 1 + side**2, dim)],
-        "embeddings.patch_embeddings.projection.weight": [keys.take(_ANCHOR, dim, 3, patch, patch)],
-        "embeddings.patch_embeddings.projection.bias": [keys.take("patch_embed.proj.bias", dim)],
-        "layernorm.weight": [keys.take("norm.weight", dim)],
-        "layernorm.bias": [keys.take("norm.bias", dim)],
+    outer: dict[str, tuple[str, tuple[int, ...]]] = {
+        "embeddings.cls_token": ("cls_token", (1, 1, dim)),
+        "embeddings.position_embeddings": ("pos_embed", (1, 1 + side**2, dim)),
+        "embeddings.patch_embeddings.projection.weight": (_ANCHOR, (dim, 3, patch, patch)),
+        "embeddings.patch_embeddings.projection.bias": ("patch_embed.proj.bias", (dim,)),
+        "layernorm.weight": ("norm.weight", (dim,)),
+        "layernorm.bias": ("norm.bias", (dim,)),
+        **({"embeddings.register_tokens": ("register_tokens", (1, registers, dim))} if registers else {}),
     }
-    if registers:
-        parts["embeddings.register_tokens"] = [keys.take("register_tokens", 1, registers, dim)]
+    parts = {ours: [keys.take(theirs, *shape)] for ours, (theirs, shape) in outer.items()}
     if dinov2:  # only pre-training uses it; some files leave it out
-        parts["embeddings.mask_token"] = [
-            keys.take("mask_token", 1, dim) if "mask_token" in keys else torch.zeros(1, dim)
-        ]
+        mask = keys.take("mask_token", 1, dim) if "mask_token" in keys else torch.zeros(1, dim)
+        parts["embeddings.mask_token"] = [mask]
     for index in range(depth):
         block = _block(keys.under(f"blocks.{index}."), dim, hidden, dinov2, swiglu, bias)
         parts |= {f"encoder.layer.{index}.{name}": [value] for name, value in block.items()}
-    keys.ignore(*(name for name in keys.names() if _IGNORED.match(name)))
-    # DINOv2's own code stretches positions by side + 0.1 without registers, and plainly with antialiasing with them
-    options = {"positions": "dinov2-offset"} if dinov2 and not registers else {}
-    facts = EncoderFacts(family, dim, depth, heads, patch, registers, options)
-    facts.provenance.update(family=family, dim=dim, depth=depth, heads=heads, patch=patch, registers=registers)
+    keys.ignore(_IGNORED)
+    facts = {"family": family, "dim": dim, "depth": depth, "heads": heads, "patch": patch, "registers": registers}
     return hf_config, parts, facts
+
+
+def default_heads(family: str, dim: int) -> int:
+    """Heads of the published network of this width: width / 64, but for MAE-Huge and MoCo v3's ViT-S.
+
+    Raises:
+        DigitError: the width is not a multiple of 64; heads must then be given.
+    """
+    published = {("mae", 1280): 16, ("mocov3", 384): 12}
+    if (family, dim) in published:
+        return published[family, dim]
+    if dim % 64:
+        raise DigitError(
+            f"The number of heads of an encoder of width {dim} is not known and not in its tensors; give heads= (--heads)."
+        )
+    return dim // 64
 
 
 def _dinov2_fields(where: str, dim: int, hidden: int, registers: int, swiglu: bool) -> dict[str, Any]:
@@ -283,20 +206,17 @@ def _dinov2_fields(where: str, dim: int, hidden: int, registers: int, swiglu: bo
 
 
 def _block(keys: Keys, dim: int, hidden: int, dinov2: bool, swiglu: bool, bias: bool) -> dict[str, Tensor]:
-    """One block's tensors by their names on the hub. Query, key and value are views of the fused tensor."""
-    inner = (
-        {"mlp.w12": (2 * hidden, dim), "mlp.w3": (dim, hidden)}
-        if swiglu
-        else {"mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
-    )
+    """One block's tensors by their names on the Hub. Query, key and value are views of the fused tensor."""
+    plain = {"mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
+    inner = {"mlp.w12": (2 * hidden, dim), "mlp.w3": (dim, hidden)} if swiglu else plain
     block: dict[str, Tensor] = {}
     for name, shape in {"norm1": (dim,), "norm2": (dim,), "attn.proj": (dim, dim), **inner}.items():
         ours = (_DINOV2 if dinov2 else _VIT)[name]
         block[f"{ours}.weight"] = keys.take(f"{name}.weight", *shape)
         block[f"{ours}.bias"] = keys.take(f"{name}.bias", shape[0])
-    fused = {"weight": keys.take("attn.qkv.weight", 3 * dim, dim)} | (
-        {"bias": keys.take("attn.qkv.bias", 3 * dim)} if bias else {}
-    )
+    fused = {"weight": keys.take("attn.qkv.weight", 3 * dim, dim)}
+    if bias:
+        fused["bias"] = keys.take("attn.qkv.bias", 3 * dim)
     for kind, value in fused.items():
         for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
             block[f"attention.attention.{part}.{kind}"] = chunk

@@ -16,20 +16,20 @@ Their position tables count from row 2 and have room for 1,024 or more; ours hav
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from digit.convert.keys import Keys
-from digit.convert.stream import Component, Parts
+from digit.convert.stream import Component
 from digit.convert.torchfile import plain, read_torch_file
 from digit.core.errors import DigitError
-from digit.models.probe import LinearProbeConfig
-from digit.models.token_model import TokenModelConfig
+from digit.models.probe import LinearProbe, LinearProbeConfig
+from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
 
 SPECIALS = 5  # <s>, padding, </s>, unknown, <n>
@@ -62,6 +62,23 @@ _REQUIRED = {
     "scale_resids": False,
     "base_layers": 0,
 }
+
+
+# our names to theirs, behind "decoder."
+_RENAMES = [
+    (r"^(token|class|prefix)_embedding\.weight|^start$|^mask_vector$", "embed_tokens.weight"),
+    (r"^position_embedding", "embed_positions"),
+    (r"^prefix_position_embedding", "embed_positions_1"),
+    (r"^head", "output_projection"),
+    (r"^transformer\.norm", "layer_norm"),
+    (r"^transformer\.blocks", "layers"),
+    (r"attention\.qkv\.(\w+)", r"self_attn.{q,k,v}_proj.\1"),
+    (r"attention\.out", "self_attn.out_proj"),
+    (r"attention_norm", "self_attn_layer_norm"),
+    (r"ffn_norm", "final_layer_norm"),
+    (r"ffn_in", "fc1"),
+    (r"ffn_out", "fc2"),
+]
 
 
 @dataclass(frozen=True)
@@ -173,9 +190,23 @@ def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Com
         label_smoothing=file.label_smoothing,
         transformer=_transformer_config(file, dim, causal=role != "masked"),
     )
-    return Component(
-        "TokenModel", config, _token_model_parts(keys.under("decoder."), config, rows), file.provenance, file.path
-    )
+    behind, positions = SPECIALS + vocab, _FIRST_POSITION
+    their_rows: dict[str, int | slice] = {
+        "token_embedding.weight": slice(SPECIALS, behind),
+        "class_embedding.weight": slice(behind, rows),
+        "prefix_embedding.weight": slice(behind + SPECIALS, rows),
+        "start": _START,
+        "mask_vector": _MASK,
+        "head.weight": slice(SPECIALS, behind),
+        "position_embedding.weight": slice(positions, positions + 1 + TOKENS),
+        "prefix_position_embedding.weight": slice(positions, positions + TOKENS),
+    }
+    with torch.device("meta"):
+        model = TokenModel(config)
+    inner = keys.under("decoder.")
+    inner.ignore("version")
+    parts = inner.parts(model, _RENAMES, their_rows)
+    return Component("TokenModel", config, parts, file.provenance, file.path)
 
 
 def _transformer_config(file: Checkpoint, dim: int, causal: bool) -> TransformerConfig:
@@ -191,13 +222,12 @@ def _transformer_config(file: Checkpoint, dim: int, causal: bool) -> Transformer
         raise DigitError(
             f"{file.path} does not say how many attention heads it has (cfg.model.decoder_attention_heads)."
         )
-    layers = [int(m.group(1)) for name in file.keys.names() if (m := re.match(r"decoder\.layers\.(\d+)\.", name))]
     depth = settings.get("decoder_layers")
     before = settings.get("decoder_normalize_before")
     pre = bool(before) if before is not None else "decoder.layer_norm.weight" in file.keys
     return TransformerConfig(
         dim=dim,
-        depth=depth if isinstance(depth, int) else max(layers, default=0) + 1,
+        depth=depth if isinstance(depth, int) else file.keys.count(r"decoder\.layers\.(\d+)\."),
         heads=heads,
         ffn_dim=file.keys.shape("decoder.layers.0.fc1.weight")[0],
         norm="pre" if pre else "post",
@@ -216,66 +246,16 @@ def _check_sizes(file: Checkpoint, found: Mapping[str, int]) -> None:
             )
 
 
-def _token_model_parts(keys: Keys, config: TokenModelConfig, rows: int) -> Parts:
-    dim, vocab = config.transformer.dim, config.vocab_size
-    table = keys.take("embed_tokens.weight", rows, dim)
-    behind = SPECIALS + vocab
-    parts: dict[str, list[Tensor]] = {
-        "token_embedding.weight": [table[SPECIALS:behind]],
-        "start": [table[_START]],
-        "position_embedding.weight": [_positions(keys, "embed_positions.weight", 1 + config.length, dim)],
-        "head.weight": [keys.take("output_projection.weight", behind, dim)[SPECIALS:]],
-    }
-    if config.num_classes:
-        parts["class_embedding.weight"] = [table[behind:]]
-    if config.role == "masked":
-        parts["mask_vector"] = [table[_MASK]]
-    if config.prefix_length:
-        parts["prefix_embedding.weight"] = [table[behind + SPECIALS :]]
-        parts["prefix_position_embedding.weight"] = [
-            _positions(keys, "embed_positions_1.weight", config.prefix_length, dim)
-        ]
-    if config.transformer.norm == "pre":
-        for name in ("weight", "bias"):
-            parts[f"transformer.norm.{name}"] = [keys.take(f"layer_norm.{name}", dim)]
-    for index in range(config.transformer.depth):
-        inner = _block_parts(keys.under(f"layers.{index}."), dim, cast(int, config.transformer.ffn_dim))
-        parts |= {f"transformer.blocks.{index}.{name}": value for name, value in inner.items()}
-    keys.ignore("version")
-    return parts
-
-
-def _positions(keys: Keys, name: str, count: int, dim: int) -> Tensor:
-    rows = max(keys.shape(name)[0], _FIRST_POSITION + count)
-    return keys.take(name, rows, dim)[_FIRST_POSITION : _FIRST_POSITION + count]
-
-
-def _block_parts(keys: Keys, dim: int, ffn_dim: int) -> dict[str, list[Tensor]]:
-    parts: dict[str, list[Tensor]] = {}
-    for kind, shape in (("weight", (dim, dim)), ("bias", (dim,))):
-        parts[f"attention.qkv.{kind}"] = [keys.take(f"self_attn.{x}_proj.{kind}", *shape) for x in "qkv"]
-        parts[f"attention.out.{kind}"] = [keys.take(f"self_attn.out_proj.{kind}", *shape)]
-        parts[f"attention_norm.{kind}"] = [keys.take(f"self_attn_layer_norm.{kind}", dim)]
-        parts[f"ffn_norm.{kind}"] = [keys.take(f"final_layer_norm.{kind}", dim)]
-    for ours, theirs, width_in, width in (("ffn_in", "fc1", dim, ffn_dim), ("ffn_out", "fc2", ffn_dim, dim)):
-        parts[f"{ours}.weight"] = [keys.take(f"{theirs}.weight", width, width_in)]
-        parts[f"{ours}.bias"] = [keys.take(f"{theirs}.bias", width)]
-    return parts
-
-
 def linear_probe(file: Checkpoint) -> Component | None:
     """The classifiers of a linear-probe checkpoint; None if it has none."""
     keys = file.keys.under("linear_classifiers.")
-    found = [int(m.group(1)) for name in keys.names() if (m := re.match(r"classifier_(\d+)_blocks\.weight$", name))]
-    if not found:
+    states = keys.count(r"classifier_(\d+)_blocks\.weight$")
+    if not states:
         return None
-    classes, dim = keys.shape(f"classifier_{min(found)}_blocks.weight")
-    config = LinearProbeConfig(dim=dim, states=max(found) + 1, classes=classes)
-    parts = {}
-    for index in range(config.states):
-        name = f"classifier_{index}_blocks"
-        parts[f"classifiers.{index}.weight"] = [keys.take(f"{name}.weight", classes, dim)]
-        parts[f"classifiers.{index}.bias"] = [keys.take(f"{name}.bias", classes)]
+    classes, dim = keys.shape(f"classifier_{states - 1}_blocks.weight")
+    config = LinearProbeConfig(dim=dim, states=states, classes=classes)
+    with torch.device("meta"):
+        parts = keys.parts(LinearProbe(config), [(r"^classifiers\.(\d+)", r"classifier_\1_blocks")])
     return Component("LinearProbe", config, parts, file.provenance, file.path)
 
 

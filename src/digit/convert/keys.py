@@ -1,14 +1,23 @@
-"""The tensors of a foreign file, taken one by one, so that none is missed, misread or left over unseen."""
+"""The tensors of a foreign file, taken by a table of names, so that none is missed, misread or left over unseen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from digit.core.errors import DigitError
+
+Parts = Mapping[str, Sequence[Tensor]]
+"""Our tensor name to slices of foreign tensors; laid end to end along dimension 0 they are our tensor. Nothing is
+copied."""
+
+Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+"""Substitutions (pattern, replacement) that make their name of ours, one after the other. ``{a,b}`` in a name stands for
+two tensors, which ours joins."""
 
 _SHOWN = 30
 
@@ -17,15 +26,13 @@ class Keys:
     """A state dict that remembers what was asked of it.
 
     Problems are collected, so that one message names them all: see :meth:`check`.
+
+    Args:
+        tensors: name to tensor.
+        where: the file, for messages.
     """
 
     def __init__(self, tensors: Mapping[str, Any], where: str) -> None:
-        """Start with all keys untaken.
-
-        Args:
-            tensors: name to tensor.
-            where: the file, for messages.
-        """
         self.where = where
         self._tensors = tensors
         self._prefix = ""
@@ -41,6 +48,10 @@ class Keys:
     def names(self) -> list[str]:
         """The names under the prefix, without it."""
         return [name.removeprefix(self._prefix) for name in self._tensors if name.startswith(self._prefix)]
+
+    def count(self, pattern: str) -> int:
+        """How many there are of what names number from 0: the pattern's group is the number."""
+        return 1 + max((int(m[1]) for name in self.names() if (m := re.match(pattern, name))), default=-1)
 
     def __contains__(self, name: str) -> bool:
         return self._prefix + name in self._tensors
@@ -73,19 +84,45 @@ class Keys:
             return value
         return torch.empty(shape, device="meta")
 
-    def ignore(self, *names: str) -> None:
-        """Names that may be there and carry nothing we need."""
-        self._taken.update(self._prefix + name for name in names)
+    def parts(self, model: nn.Module, renames: Renames, rows: Mapping[str, int | slice] | None = None) -> Parts:
+        """The tensors of a model of ours.
+
+        Args:
+            model: on the meta device; its state dict says which tensors, of which shapes.
+            renames: from our names to theirs.
+            rows: which rows of theirs are ours, by our name, where theirs has more.
+        """
+        found = {}
+        for ours, value in model.state_dict().items():
+            theirs = ours
+            for pattern, replacement in renames:
+                theirs = re.sub(pattern, replacement, theirs)
+            before, brace, rest = theirs.partition("{")
+            choices, _, after = rest.partition("}")
+            names = [before + choice + after for choice in choices.split(",")] if brace else [theirs]
+            found[ours] = [self._piece(name, tuple(value.shape), len(names), (rows or {}).get(ours)) for name in names]
+        return found
+
+    def _piece(self, name: str, shape: tuple[int, ...], pieces: int, rows: int | slice | None) -> Tensor:
+        if rows is None:
+            return self.take(name, shape[0] // pieces, *shape[1:])
+        needed, inner = (rows + 1, shape) if isinstance(rows, int) else (rows.start + shape[0], shape[1:])
+        there = self.shape(name)[0] if name in self else needed
+        return self.take(name, max(there, needed), *inner)[rows]
+
+    def ignore(self, pattern: str) -> None:
+        """Names (all of a name matches) that may be there and carry nothing we need."""
+        self._taken.update(self._prefix + name for name in self.names() if re.fullmatch(pattern, name))
 
     def check(self) -> None:
         """Raise :class:`DigitError` naming every missing, misshapen and unexpected key, if there is any."""
         extra = [name for name in self._tensors if name not in self._taken and name.startswith(self._prefix)]
         problems = self._problems + [f"unexpected: {name} {_shape_of(self._tensors[name])}" for name in extra]
         if problems:
-            shown = "; ".join(problems[:_SHOWN]) + (
-                f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+            raise DigitError(
+                f"The keys of {self.where} are not those of the published layout: {'; '.join(problems[:_SHOWN])}{more}."
             )
-            raise DigitError(f"The keys of {self.where} are not those of the published layout: {shown}.")
 
 
 def _shape_of(value: Any) -> str:

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Callable, Mapping, Sequence
+import mmap
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from digit.convert.keys import Parts
 from digit.core.config import to_dict
 from digit.core.files import sha256_of, write_file, write_folder, write_json
 
 _PIECE = 16 << 20  # bytes copied at a time
-
-_DTYPES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
-
-Parts = Mapping[str, Sequence[Tensor]]
-"""Our tensor name to slices of foreign tensors; laid end to end along dimension 0 they are our tensor. Nothing is
-copied."""
+_MADV_PAGEOUT = 21  # of Linux; Python's mmap has no name for it
 
 
 @dataclass(frozen=True)
@@ -53,14 +40,9 @@ class Component:
     file: Path | None = None
 
 
-def write_component(folder: str | Path, component: Component, used: Callable[[int], None] = lambda _: None) -> None:
+def write_component(folder: str | Path, component: Component) -> None:
     """Write what :func:`digit.models.component.save_component` would, whole or not at all, holding only a piece at a
-    time.
-
-    Args:
-        folder: replaced if it exists.
-        component: what to write.
-        used: told the bytes of every piece written; see :class:`digit.convert.torchfile.Pages`.
+    time. The folder is replaced if it exists.
     """
     facts = component.provenance
     if component.file is not None:
@@ -68,7 +50,7 @@ def write_component(folder: str | Path, component: Component, used: Callable[[in
     values = {"type": component.type, "config": to_dict(component.config), "provenance": facts}
     with write_folder(folder) as aside:
         write_json(aside / "config.json", values)
-        write_parts(aside / "model.safetensors", component.parts, used)
+        write_parts(aside / "model.safetensors", component.parts)
 
 
 def short_name(file: Path) -> str:
@@ -78,7 +60,7 @@ def short_name(file: Path) -> str:
     return "/".join(file.parts[-3:])
 
 
-def write_parts(path: str | Path, parts: Parts, used: Callable[[int], None] = lambda _: None) -> None:
+def write_parts(path: str | Path, parts: Parts) -> None:
     """Write a safetensors file: the length of its header (8 bytes), the header as JSON, then the raw bytes.
 
     Source: the format's description in huggingface/safetensors.
@@ -88,10 +70,10 @@ def write_parts(path: str | Path, parts: Parts, used: Callable[[int], None] = la
     names = sorted(parts, key=lambda name: (-parts[name][0].element_size(), name))
     offset = 0
     for name in names:
-        pieces = parts[name]
-        shape = list(pieces[0].shape) if len(pieces) == 1 else [sum(p.shape[0] for p in pieces), *pieces[0].shape[1:]]
-        size = sum(piece.numel() for piece in pieces) * pieces[0].element_size()
-        header[name] = {"dtype": _DTYPES[pieces[0].dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        first, *others = parts[name]
+        shape = [first.shape[0] + sum(len(p) for p in others), *first.shape[1:]] if first.ndim else []
+        size = sum(piece.numel() for piece in parts[name]) * first.element_size()
+        header[name] = {"dtype": _dtype_name(first.dtype), "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -100,17 +82,28 @@ def write_parts(path: str | Path, parts: Parts, used: Callable[[int], None] = la
         with open(aside, "wb") as handle:
             handle.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                for piece in parts[name]:
-                    _write_tensor(handle, piece.to(parts[name][0].dtype), used)
+                for part in parts[name]:
+                    rows = part.detach().to(parts[name][0].dtype).reshape(part.shape or (1,))
+                    count = max(1, _PIECE // max(1, rows[:1].nbytes))
+                    for piece in torch.split(rows, count):
+                        handle.write(piece.contiguous().view(torch.uint8).numpy().data)
+                        release(piece)
 
     write_file(path, write)
 
 
-def _write_tensor(handle: IO[bytes], tensor: Tensor, used: Callable[[int], None]) -> None:
-    rows = tensor.detach().reshape(1) if tensor.ndim == 0 else tensor.detach()
-    row_bytes = max(1, rows[:1].numel() * rows.element_size())
-    step = max(1, _PIECE // row_bytes)
-    for start in range(0, len(rows), step):
-        piece = rows[start : start + step]
-        handle.write(piece.contiguous().view(torch.uint8).numpy().data)
-        used(piece.numel() * piece.element_size())
+def _dtype_name(dtype: torch.dtype) -> str:
+    if dtype in (torch.bool, torch.bfloat16):
+        return "BOOL" if dtype == torch.bool else "BF16"
+    kind = "F" if dtype.is_floating_point else "I" if dtype.is_signed else "U"
+    return f"{kind}{8 * dtype.itemsize}"
+
+
+def release(tensor: Tensor) -> None:
+    """Let the system have the memory of a tensor that was read and is not needed soon: else all of a mapped checkpoint
+    would end up in memory. Nothing is lost; what is touched again is read again. On other systems nothing happens.
+    """
+    if sys.platform.startswith("linux") and tensor.nbytes and tensor.is_contiguous():
+        start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _MADV_PAGEOUT)

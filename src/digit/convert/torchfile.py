@@ -1,44 +1,37 @@
 """Open a foreign torch file: nothing in it is run, nothing is read before it is used, and refusals are sentences.
 
 A torch file is a pickle, and a pickle can carry code. It is read with ``weights_only=True``. Training checkpoints also
-hold settings objects (argparse, OmegaConf) and NumPy scalars; for those, and nothing else, there are stand-in classes
-here that only keep what they are given, so neither those packages nor their code take part.
+hold settings (argparse, OmegaConf) and NumPy scalars; for those, and nothing else, there are stub classes here that only
+keep what they are given, so neither those packages nor their code take part.
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-import pickle
-import pickletools
-import struct
-import sys
+import re
 import warnings
 import zipfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import torch
 
 from digit.core.errors import DigitError
 
 
-class Held:
-    """Stands for a foreign object: keeps its arguments and its state, and does nothing."""
+class Stub:
+    """A foreign object: keeps its arguments and its state, and does nothing."""
 
     path = ""
-
-    def __new__(cls, *args: Any) -> Held:
-        """Keep the arguments."""
-        held = super().__new__(cls)
-        held.args = args
-        held.state = None
-        return held
-
     args: tuple[Any, ...]
     state: Any
+
+    def __new__(cls, *args: Any) -> Stub:
+        """Keep the arguments."""
+        stub = super().__new__(cls)
+        stub.args, stub.state = args, None
+        return stub
 
     def __init__(self, *args: Any) -> None:
         pass
@@ -50,38 +43,25 @@ class Held:
         return id(self)
 
 
-def _stand_in(path: str) -> type[Held]:
-    module, name = path.rsplit(".", 1)
-    # torch finds an allowed class by these two
-    return type(name, (Held,), {"path": path, "__module__": module, "__qualname__": name})
-
-
-_NODES = "AnyNode BooleanNode BytesNode EnumNode FloatNode IntegerNode PathNode StringNode"
-_STAND_INS = [
-    _stand_in(path)
-    for path in [
-        "argparse.Namespace",
-        "omegaconf.dictconfig.DictConfig",
-        "omegaconf.listconfig.ListConfig",
-        "omegaconf.base.ContainerMetadata",
-        "omegaconf.base.Metadata",
-        "omegaconf.nodes.UnionNode",
-        *(f"omegaconf.nodes.{name}" for name in _NODES.split()),
-        *(f"typing.{name}" for name in ("Any", "Dict", "List", "Tuple")),
-        *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")),
-        "numpy.dtype",
-        "numpy.core.multiarray.scalar",
-        "numpy._core.multiarray.scalar",
-    ]
-]
-
-
 def _plain_dict(*_: Any) -> dict[Any, Any]:
     # for collections.defaultdict: the reader fills dicts, and no other kind
     return {}
 
 
-_plain_dict.__module__, _plain_dict.__qualname__ = "collections", "defaultdict"
+_PATHS = [
+    "argparse.Namespace",
+    *(f"numpy.{name}" for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig", "nodes.UnionNode")),
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
+    *(
+        f"omegaconf.nodes.{name}Node"
+        for name in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
+    ),
+    *(f"typing.{name}" for name in ("Any", "Dict", "List", "Tuple")),
+    *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")),
+]
+_STUBS: list[Any] = [(type(path.rpartition(".")[2], (Stub,), {"path": path}), path) for path in _PATHS]
+_STUBS.append((_plain_dict, "collections.defaultdict"))
 
 
 def plain(value: Any) -> Any:
@@ -94,7 +74,7 @@ def plain(value: Any) -> Any:
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if not isinstance(value, Held):
+    if not isinstance(value, Stub):
         return value
     if value.path.endswith("multiarray.scalar"):
         return _numpy_scalar(value)
@@ -108,26 +88,14 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _numpy_scalar(value: Held) -> Any:
-    codes = {
-        "f8": "d",
-        "f4": "f",
-        "f2": "e",
-        "i8": "q",
-        "i4": "i",
-        "i2": "h",
-        "i1": "b",
-        "u8": "Q",
-        "u4": "I",
-        "u1": "B",
-        "b1": "?",
-    }
+def _numpy_scalar(value: Stub) -> Any:
+    """The number in it; what is no number, such as an object, stays as it is."""
     dtype, *data = value.args
-    code = codes.get(dtype.args[0]) if isinstance(dtype, Held) and dtype.args else None
-    if code is None or not data or not isinstance(data[0], bytes):
+    code = dtype.args[0] if isinstance(dtype, Stub) and dtype.args else ""
+    if not re.fullmatch(r"[fiu][1248]|b1", str(code)) or not data or not isinstance(data[0], bytes):
         return value
     big = isinstance(dtype.state, tuple) and ">" in dtype.state
-    return struct.unpack((">" if big else "<") + code, data[0])[0]
+    return np.frombuffer(data[0], (">" if big else "<") + code)[0].item()
 
 
 def read_torch_file(path: str | Path) -> Any:
@@ -139,38 +107,28 @@ def read_torch_file(path: str | Path) -> Any:
     """
     path = Path(path)
     is_zip = _check_kind(path)
-    try:
-        with torch.serialization.safe_globals([*_STAND_INS, _plain_dict]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Detected pickle protocol")
+    with torch.serialization.safe_globals(_STUBS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
+        try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # whatever a damaged or hostile file makes torch raise, the user gets one sentence
-        asked = [name for name in _globals_in(path, is_zip) if not _is_allowed(name)]
-        if asked:
+        except Exception as error:  # whatever a damaged or hostile file makes torch raise, the user gets one sentence
+            asked = re.findall(r"GLOBAL (\w[\w.]*)", str(error))[:1]
+            with suppress(Exception):  # it reads zip files of pickle protocol 2 only
+                asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) or asked
+            if asked:
+                raise DigitError(
+                    f"{path} is refused: its pickle asks to run or build {', '.join(sorted(asked)[:4])}, which is code and not "
+                    "weights. digit loads tensors and plain settings only. If you trust the file, open it where it was made "
+                    "and save its state dict alone with torch.save."
+                ) from error
+            reason = (str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__).splitlines()[
+                0
+            ]
+            if reason.startswith("Unsupported operand"):
+                reason = "or it is written in a pickle protocol other than 2; save it again with torch.save"
             raise DigitError(
-                f"{path} is refused: its pickle asks to run or build {', '.join(asked[:4])}, which is code and not weights. "
-                "digit loads tensors and plain settings only. If you trust the file, open it where it was made and save its "
-                "state dict alone with torch.save."
+                f"{path} cannot be read as a torch file: it is damaged or half copied ({reason[:200]})."
             ) from error
-        raise DigitError(
-            f"{path} cannot be read as a torch file: it is damaged or half copied ({_reason(error)})."
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()
-    if text and text[0].startswith("Unsupported operand"):
-        return "or it is written in a pickle protocol other than 2; save it again with torch.save"
-    return (text[0] if text else type(error).__name__)[:200]
-
-
-def _is_allowed(name: str) -> bool:
-    from torch import _weights_only_unpickler as unpickler  # only to word the refusal; torch itself decides
-
-    return (
-        name in unpickler._get_allowed_globals()
-        or name == "collections.defaultdict"
-        or any(name == item.path for item in _STAND_INS)
-    )
 
 
 def _check_kind(path: Path) -> bool:
@@ -209,68 +167,3 @@ def _check_kind(path: Path) -> bool:
     if not head.startswith(b"\x80"):
         raise DigitError(f"{path} is not a torch checkpoint: it starts with the bytes {head[:8].hex(' ')}.")
     return False
-
-
-def _globals_in(path: Path, is_zip: bool) -> list[str]:
-    """The classes and functions that a file's pickle names, without running it."""
-    names: dict[str, None] = {}
-    with suppress(Exception):  # the file is broken already; what was found until then is what can be said
-        if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                with archive.open(name) as handle:
-                    names.update(dict.fromkeys(_scan(handle)))
-        else:
-            with open(path, "rb") as handle:
-                while True:
-                    names.update(dict.fromkeys(_scan(handle)))
-    return list(names)
-
-
-def _scan(handle: IO[bytes]) -> Iterator[str]:
-    strings: list[str] = []
-    for code, value, _ in pickletools.genops(handle):
-        if code.name in ("GLOBAL", "INST"):
-            module, name = str(value).split(" ", 1)
-            module, name = pickle._compat_pickle.NAME_MAPPING.get((module, name), (module, name))  # type: ignore[attr-defined]
-            module = pickle._compat_pickle.IMPORT_MAPPING.get(module, module)  # type: ignore[attr-defined]
-            yield f"{module}.{name}"
-        elif code.name == "STACK_GLOBAL":
-            yield ".".join(strings[-2:])
-        elif isinstance(value, str):
-            strings.append(value)
-
-
-class Pages:
-    """The memory of mapped files, given back while they are walked through; else all of a checkpoint would end up in
-    memory.
-
-    Given-back pages are read again when touched. On other systems than Linux nothing happens.
-    """
-
-    _EVERY = 64 << 20
-
-    def __init__(self, *paths: Path) -> None:
-        """Remember the files.
-
-        Args:
-            paths: files opened by :func:`read_torch_file`.
-        """
-        self._names = {str(path.resolve()) for path in paths}
-        self._used = 0
-
-    def used(self, count: int) -> None:
-        """Say that ``count`` more bytes were read; now and then the memory is given back."""
-        self._used += count
-        if self._used >= self._EVERY and sys.platform.startswith("linux"):
-            self._used = 0
-            self._release()
-
-    def _release(self) -> None:
-        with open("/proc/self/maps", encoding="utf-8") as handle:
-            mapped = [line.split(maxsplit=5) for line in handle]
-        libc = ctypes.CDLL(None)
-        for fields in mapped:
-            if len(fields) == 6 and fields[5].rstrip("\n") in self._names:
-                start, end = (int(part, 16) for part in fields[0].split("-"))
-                libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from digit.convert.codebook import codebook_component, read_centroids
-from digit.convert.encoders import encoder_component, encoder_keys
+from digit.convert.encoders import encoder_component, read_backbone
 from digit.convert.fairseq import Checkpoint, centroids, linear_probe, read_checkpoint, token_model
 from digit.convert.keys import Keys
-from digit.convert.stream import Component, short_name, write_component
-from digit.convert.torchfile import Pages
+from digit.convert.stream import Component, release, short_name, write_component
 from digit.convert.vqgan import vqgan_component, vqgan_keys
 from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_folder
 from digit.encoders import TransformersEncoder
-from digit.models.codebook import Codebook
+from digit.models.codebook import Codebook, CodebookConfig
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
@@ -87,7 +85,7 @@ def convert_upstream(
     model = _weightless(parts, "vq" if found.vq_only else "semantic", name or Path(out).name)
     with write_folder(out) as aside:
         for place, component in parts.items():
-            write_component(aside / place, component, found.pages.used)
+            write_component(aside / place, component)
         model.write_index(aside)
     return Path(out)
 
@@ -110,7 +108,7 @@ class _Found:
             self.keys.append(vqgan_keys(vqgan))
             self._offer("vqgan", vqgan_component(self.keys[-1], _RESOLUTION, Path(vqgan)))
         if encoder is not None:
-            self.keys.append(encoder_keys(encoder))
+            self.keys.append(read_backbone(encoder)[0])
             self._offer("encoder", self._encoder(self.keys[-1], Path(encoder)))
 
     def add_checkpoint(self, file: Checkpoint, role: Role) -> None:
@@ -131,14 +129,9 @@ class _Found:
         if vqgan.names():
             self._offer("vqgan", vqgan_component(vqgan, _RESOLUTION, file.path))
 
-    @cached_property
-    def pages(self) -> Pages:
-        """Of all files that something is taken from."""
-        return Pages(*{part.file for offers in self.offers.values() for part in offers if part.file})
-
     def _encoder(self, keys: Keys, file: Path) -> Component:
         try:
-            return dataclasses.replace(encoder_component(keys, self.heads, {}), file=file)
+            return dataclasses.replace(encoder_component(keys, self.heads), file=file)
         except DigitError as error:
             text = str(error)
             raise error if str(file) in text else DigitError(f"The encoder in {file}: {text}") from error
@@ -166,7 +159,8 @@ class _Found:
             for piece, other in zip(a.parts[name], b.parts[name], strict=True):
                 if not _same_but_for_rounding(piece, other):
                     raise DigitError(f"{sentence}: the values of '{name}' differ. {advice}")
-                self.pages.used(2 * piece.numel() * piece.element_size())
+                release(piece)
+                release(other)
 
 
 def _same_but_for_rounding(a: Tensor, b: Tensor) -> bool:
@@ -216,3 +210,37 @@ def _paper_settings(pipe: DigitPipeline) -> dict[str, SamplingParams]:
         top_k = 300 if pipe.num_classes or pipe.space == "vq" else 400 if large else 200
         chosen["prior"] = SamplingParams(top_k=min(top_k, pipe.prior.config.vocab_size))
     return chosen
+
+
+def read_centroids(path: str | Path) -> Tensor:
+    """Centroids (K, D) float32 of a ``.npy`` file; K is what the file has, whatever its name says.
+
+    Raises:
+        DigitError: no such file, not an array of this shape, truncated, or one that carries Python objects.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DigitError(f"There is no codebook file {path}.")
+    with open(path, "rb") as handle:
+        if handle.read(6) != b"\x93NUMPY":
+            raise DigitError(
+                f"{path} is not a NumPy array (.npy); a codebook of k-means centroids (K, D) was expected."
+            )
+    try:
+        values = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise DigitError(
+            f"{path} cannot be read as a codebook: it is truncated or holds Python objects ({error})."
+        ) from error
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+        raise DigitError(
+            f"{path} holds {values.dtype} of shape {values.shape}; expected centroids (K, D) in floating point."
+        )
+    return torch.from_numpy(values.astype(np.float32))
+
+
+def codebook_component(centroids: Tensor, half_precision: bool, file: Path) -> Component:
+    """The authors' centroids (K, D) as a codebook."""
+    clusters, dim = centroids.shape
+    config = CodebookConfig(clusters=clusters, dim=dim, half_precision=half_precision, positions="dinov2-offset")
+    return Component("Codebook", config, {"centroids": [centroids]}, file=file)

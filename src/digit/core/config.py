@@ -13,15 +13,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import warnings
+import re
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
-from pydantic_core import ArgsKwargs
 from typing_extensions import dataclass_transform
 
 from digit.core.errors import DigitError
@@ -46,24 +46,6 @@ def config(cls: type[T]) -> type[T]:
     return decorated
 
 
-def renamed(**names: str) -> Any:
-    """Accept former names of fields, with a warning; for the body of a config class.
-
-    ``_former = renamed(old="new")``. Where both are given the old one counts: it comes from the user, the new one from
-    a packaged preset.
-    """
-
-    def accept(_: type, values: Any) -> Any:
-        fields = dict(values.kwargs or {}) if isinstance(values, ArgsKwargs) else dict(values)
-        for old, new in names.items():
-            if old in fields:
-                warnings.warn(f"The field '{old}' is now called '{new}'.", DeprecationWarning, stacklevel=2)
-                fields[new] = fields.pop(old)
-        return fields
-
-    return model_validator(mode="before")(classmethod(accept))  # type: ignore[arg-type]
-
-
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     """Build a config from plain values.
 
@@ -81,12 +63,30 @@ def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         raise DigitError(f"{where} does not describe a valid {cls.__name__}: {_explain(error, cls)}") from error
 
 
+_EXPECTED = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be one of {expected}",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    "string_type": "must be text",
+    **dict.fromkeys(("dataclass_type", "dict_type"), "must hold fields of its own, as in 'name: value'"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+}
+"""What pydantic's kinds of errors mean, with the words of its contexts."""
+
+
 def _explain(error: ValidationError, cls: type) -> str:
     known = [field.name for field in dataclasses.fields(cls)]
     parts = []
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
-        text = f"'{name}' = {item['input']!r}: {item['msg']}" if name else item["msg"]
+        expected = _EXPECTED.get(item["type"])
+        reason = expected.format(**item.get("ctx", {})) if expected else item["msg"].removeprefix("Value error, ")
+        text = f"{name} = {item['input']!r}: {reason}" if name else reason
         if item["type"] == "missing":
             text = f"'{name}' is missing"
         elif item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
@@ -107,6 +107,13 @@ def to_dict(value: Any) -> dict[str, Any]:
 def preset_names(group: str = "") -> list[str]:
     """The names of the packaged presets, sorted: of trainings, or of the group "ablations"."""
     return sorted(path.stem for path in (_PRESETS / group).glob("*.yaml"))
+
+
+def preset_summary(name: str, group: str = "") -> str:
+    """What a packaged preset is: the first sentence of the comment at its top."""
+    lines = (_PRESETS / group / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    comment = takewhile(lambda line: line.startswith("# ") and not line.startswith("#  "), lines)
+    return re.split(r"(?<=\.)\s", " ".join(line[2:] for line in comment))[0]
 
 
 def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> dict[str, Any]:
@@ -132,7 +139,7 @@ def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> di
             raise DigitError(f"There is no preset '{name}'; {_suggest(name, preset_names(group))}")
     values = _read_preset(path, ())
     for item in overrides:
-        _override(values, item, name)
+        override(values, item, name)
     return values
 
 
@@ -171,7 +178,8 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     return base
 
 
-def _override(values: dict[str, Any], item: str, preset: str) -> None:
+def override(values: dict[str, Any], item: str, preset: str) -> None:
+    """Apply one ``a.b=c`` to the sections of a preset, in place; see :func:`load_preset`."""
     path, separator, text = item.partition("=")
     if not separator or not path:
         raise DigitError(f"--set '{item}' was given; expected the form a.b=c, such as training.steps=1000.")
@@ -191,6 +199,8 @@ def _override(values: dict[str, Any], item: str, preset: str) -> None:
 
 def read_value(text: str) -> Any:
     """What was typed for a field, read as YAML, so ``3e-4``, ``true`` and ``[1, 2]`` mean what they say."""
+    if text.strip() in ("no", "yes", "on", "off"):
+        return text.strip()  # words, such as the precision "no"; YAML 1.1 would make booleans of them
     value = yaml.safe_load(text)
     # YAML 1.1 reads 3e-4 as text, for want of a dot
     if isinstance(value, str):

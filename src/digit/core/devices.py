@@ -9,16 +9,19 @@ import torch
 
 from digit.core.errors import DigitError
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    **{"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
+    **{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16},
+}
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for; with None a CUDA GPU, else Apple's, else the CPU.
+    """The device asked for; with None or "auto" a CUDA GPU, else Apple's, else the CPU.
 
     Raises:
         DigitError: no such device here.
     """
-    if name is None:
+    if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
@@ -30,13 +33,13 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """fp32, bf16 or fp16 as torch's dtype.
+    """A number format by its name in torch, or fp32, bf16, fp16.
 
     Raises:
         DigitError: another name.
     """
     if name not in DTYPES:
-        raise DigitError(f"--dtype {name} was given; expected one of {', '.join(DTYPES)}.")
+        raise DigitError(f"--dtype {name} was given; expected one of: {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 

@@ -22,12 +22,21 @@ if TYPE_CHECKING:  # the command line writes JSON without waiting for torch
 
 
 def cache_folder() -> Path:
-    """Where downloads, indices and built code are kept: ``$DIGIT_CACHE``, else ``$XDG_CACHE_HOME/digit``, else
-    ``~/.cache/digit``.
+    """Where downloads, indices and built code are kept: ``$DIGIT_CACHE``, else ``~/.cache/digit`` (or that of
+    ``$XDG_CACHE_HOME``).
     """
-    if folder := os.environ.get("DIGIT_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "digit"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("DIGIT_CACHE") or home / "digit")
+
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full; free some space or choose another --out",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another --out",
+    errno.EACCES: "permission was denied; choose a folder you may write to",
+    errno.EROFS: "the file system is read-only; choose another --out",
+    errno.ENOENT: "no folder can be made there; choose another --out",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+}
 
 
 @contextmanager
@@ -36,17 +45,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full; free some space or choose another --out",
-            errno.EDQUOT: "the disk quota is used up; free some space or choose another --out",
-            errno.EACCES: "permission was denied; choose a folder you may write to",
-            errno.EROFS: "the file system is read-only; choose another --out",
-            errno.ENOENT: "no folder can be made there; choose another --out",
-            errno.ENOTDIR: "a part of the path is a file, not a folder",
-        }
-        if error.errno in reasons:
-            raise DigitError(f"Cannot write {path}: {reasons[error.errno]}.") from error
-        raise
+        if error.errno not in _REASONS:
+            raise
+        raise DigitError(f"Cannot write {path}: {_REASONS[error.errno]}.") from error
 
 
 def _aside(path: Path) -> Path:
@@ -157,12 +158,8 @@ def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tenso
 
 def sha256_of(path: str | Path) -> str:
     """The SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
-
-
-def _sha256(handle: Any) -> str:
     digest = hashlib.sha256()
-    while block := handle.read(1 << 20):
-        digest.update(block)
+    with open(path, "rb") as handle:
+        while block := handle.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Pictures in and out: any file to 8-bit RGB, RGB to tensors in 0..1, and back without a change.
+"""Images in and out: any file to 8-bit RGB, RGB to tensors in 0..1, and back without a change.
 
 Colour profiles are not applied: the stored numbers are taken as sRGB, as every published ImageNet pipeline does.
 """
@@ -8,31 +8,30 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from digit.core.errors import DigitError
-from digit.core.files import write_file
+from digit.core.files import write_bytes
 from digit.core.transforms import center_crop, resize_shorter
 
 MAX_PIXELS = 89_478_485
-"""Larger pictures are refused, for a small file can unpack into gigabytes. It is Pillow's own figure, 256 MiB of
-RGB."""
+"""Larger images are refused: a small file can unpack into gigabytes. Pillow's own figure, 256 MiB of RGB."""
 
 EXTENSIONS = frozenset(
-    {"png", "jpg", "jpeg", "jpe", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2"}
+    ["png", "jpg", "jpeg", "jpe", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jp2"]
 )
-"""File name endings that are taken for pictures when a folder or an archive is opened without looking inside each
-file."""
+"""Suffixes of files that are taken for images where nobody looks inside each file of a folder or an archive."""
 
 
 class Decoded(NamedTuple):
-    """A picture and what had to be done to it."""
+    """An image and what had to be done to it."""
 
     image: Image.Image
     """8-bit RGB, upright."""
@@ -45,10 +44,10 @@ class Decoded(NamedTuple):
 def decode(
     source: str | Path | bytes, name: object = None, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
 ) -> Decoded:
-    """Read any picture Pillow knows as upright 8-bit RGB.
+    """Read any image Pillow knows as upright 8-bit RGB.
 
-    Palettes, CMYK, grey and 16 bits are converted; transparency is laid on white; the EXIF orientation is applied; of
-    an animation the first frame is taken.
+    Palettes, CMYK, grey and 16 bits are converted; transparency is composited on white; the EXIF orientation is applied;
+    of an animation the first frame is taken.
 
     Args:
         source: a path, or the bytes of a file.
@@ -60,77 +59,58 @@ def decode(
         DigitError: names the file: missing, unreadable, not an image, truncated or damaged, or too large.
     """
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), name or f"the image of {len(source):,} bytes", max_pixels, formats)
-    path = Path(source)
-    if not path.is_file():
-        raise DigitError(
-            f"There is no image file {path}." if not path.exists() else f"{path} is not a file but a folder."
-        )
+        name = name or f"the image of {len(source):,} bytes"
+    elif not Path(source).exists():
+        raise DigitError(f"There is no image file {source}.")
+    elif not Path(source).is_file():
+        raise DigitError(f"{source} is not a file but a folder.")
     try:
-        with open(path, "rb") as handle:
-            return _decode(handle, name or str(path), max_pixels, formats)
-    except OSError as error:
-        raise DigitError(f"Cannot read {path}: {error.strerror or error}.") from error
-
-
-def _decode(handle: BinaryIO, name: object, max_pixels: int, formats: Sequence[str] | None) -> Decoded:
-    try:
-        image = Image.open(handle, formats=None if formats is None else list(formats))
-        if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError
-        notes = _frames(image)
-        deep = any("16" in str(tile[3]) for tile in image.tile)
-        image.load()
-        if deep and image.mode == "RGB":  # Pillow itself keeps the high byte of 16-bit colour
-            notes.append("16 bits a channel")
-        upright = _turn_upright(image, notes)
-        return Decoded(_to_rgb(upright, notes, name), tuple(notes), image.format or "")
+        with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as handle:
+            image = Image.open(handle, formats=None if formats is None else list(formats))
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            return _decode(image, name or source)
     except DigitError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DigitError(
-            f"{name} has more than {max_pixels:,} pixels, which is refused as a safeguard; scale it down first."
+            f"{name or source} has more than {max_pixels:,} pixels, which is refused as a safeguard; scale it down first."
         ) from error
     except UnidentifiedImageError as error:
         known = "any format that Pillow can read" if formats is None else f"one of the formats {', '.join(formats)}"
-        raise DigitError(f"{name} is not an image in {known}.") from error
+        raise DigitError(f"{name or source} is not an image in {known}.") from error
+    except PermissionError as error:
+        raise DigitError(f"Cannot read {source!r}: {error.strerror}.") from error
     except Exception as error:  # the decoders raise a dozen different types on damaged files
-        raise DigitError(f"{name} is damaged or truncated and cannot be decoded ({error}).") from error
+        raise DigitError(f"{name or source} is damaged or truncated and cannot be decoded ({error}).") from error
 
 
-def _frames(image: Image.Image) -> list[str]:
+def _decode(image: ImageFile.ImageFile, name: object) -> Decoded:
+    notes, format = [], image.format or ""
     # MPO is what cameras write for one photograph with previews
-    frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
-    return [f"animated, {frames} frames, the first one used"] if frames > 1 else []
-
-
-def _turn_upright(image: Image.Image, notes: list[str]) -> Image.Image:
-    try:
+    if format != "MPO" and (frames := getattr(image, "n_frames", 1)) > 1:
+        notes.append(f"animated, {frames} frames, the first one used")
+    if image.mode == "RGB" and any("16" in str(tile[3]) for tile in image.tile):  # Pillow itself keeps the high byte
+        notes.append("16 bits a channel")
+    image.load()
+    upright: Image.Image = image
+    with suppress(Exception):  # a broken EXIF block does not spoil the image
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
         upright = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block does not spoil the image
-        return image
-    if turned:
-        notes.append("EXIF rotation")
-    return upright
-
-
-def _to_rgb(image: Image.Image, notes: list[str], name: object) -> Image.Image:
-    mode = image.mode
+        notes += ["EXIF rotation"] * turned
+    mode = upright.mode
     if mode in ("I", "F") or mode.startswith("I;"):
         notes.append("16 bits a pixel" if mode != "F" else "floating point")
-        rgb = _scale_deep(image, name)
-    elif mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        notes.append(f"transparency ({mode}), laid on white")
-        rgba = image.convert("RGBA")
+        rgb = _scale_deep(upright, name)
+    elif mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in upright.info:
+        notes.append(f"transparency ({mode}), composited on white")
+        rgba = upright.convert("RGBA")
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    elif mode == "RGB":
-        rgb = image.copy()
     else:
-        notes.append({"P": "palette", "L": "grey", "1": "black and white"}.get(mode, mode))
-        rgb = image.convert("RGB")
+        notes += [] if mode == "RGB" else [{"P": "palette", "L": "grey", "1": "black and white"}.get(mode, mode)]
+        rgb = upright.convert("RGB")
     rgb.info = {}
-    return rgb
+    return Decoded(rgb, tuple(notes), format)
 
 
 def _scale_deep(image: Image.Image, name: object) -> Image.Image:
@@ -142,35 +122,28 @@ def _scale_deep(image: Image.Image, name: object) -> Image.Image:
     return Image.fromarray(np.rint(values * (255.0 / top)).astype(np.uint8)).convert("RGB")
 
 
-def load_image(source: str | Path | bytes, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read one picture as upright 8-bit RGB; see :func:`decode`. Of an animation the first frame is taken, with a
-    warning.
-
-    Raises:
-        DigitError: names the file: missing, not an image, truncated, or too large.
-    """
-    image, notes, _ = decode(source, name, max_pixels)
+def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """One image as :func:`decode` reads it; of an animation the first frame, with a warning."""
+    image, notes, _ = decode(source, None, max_pixels)
     for note in notes:
         if note.startswith("animated"):
-            warnings.warn(
-                f"{name or (source if not isinstance(source, bytes) else 'The image')} is {note}.", stacklevel=2
-            )
+            warnings.warn(f"{'The image' if isinstance(source, bytes) else source} is {note}.", stacklevel=2)
     return image
 
 
 def load_images(paths: str | Path | Sequence[str | Path | bytes], size: int | None = None) -> torch.Tensor:
-    """Read pictures into one tensor.
+    """Read images into one tensor.
 
     Args:
         paths: one path, or a sequence of paths or file contents.
-        size: scale the shorter side to this many pixels (bicubic) and cut the square in the middle. Without it the
-            pictures must all have one size.
+        size: scale the shorter side to this many pixels (bicubic) and take the center crop. Without it all images must
+            have one size.
 
     Returns:
         float32 (B, 3, H, W) in 0..1.
 
     Raises:
-        DigitError: nothing was given, a picture cannot be read, or the sizes differ and no ``size`` was given.
+        DigitError: nothing was given, an image cannot be read, or the sizes differ and no ``size`` was given.
     """
     sources = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not sources:
@@ -189,12 +162,8 @@ def load_images(paths: str | Path | Sequence[str | Path | bytes], size: int | No
 
 
 def to_tensor(image: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
-    """8-bit RGB to float32 in 0..1 by division by 255: a picture or (H, W, 3) to (3, H, W), (B, H, W, 3) to (B, 3, H,
-    W).
-    """
-    pixels = torch.from_numpy(
-        np.array(image.convert("RGB") if isinstance(image, Image.Image) else image)
-    )  # (..., H, W, 3)
+    """8-bit RGB to float32 in 0..1 by division by 255: an image or (..., H, W, 3) to (..., 3, H, W)."""
+    pixels = torch.from_numpy(np.array(image.convert("RGB") if isinstance(image, Image.Image) else image))
     return pixels.movedim(-1, -3).contiguous().float().div_(255)
 
 
@@ -216,18 +185,17 @@ def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
-    """One image (3, H, W) in 0..1 as a Pillow picture; for the rounding see :func:`to_uint8`."""
+    """One image (3, H, W) in 0..1 as a Pillow image; for the rounding see :func:`to_uint8`."""
     return Image.fromarray(to_uint8(image))
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """The bytes of a PNG file with the picture's pixels and nothing else."""
+    """The bytes of a PNG file with the image's pixels and nothing else."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def save_png(image: Image.Image | torch.Tensor, path: str | Path) -> Path:
-    """Write a picture or a (3, H, W) tensor in 0..1 as PNG, whole or not at all, making folders as needed."""
-    data = encode_png(image if isinstance(image, Image.Image) else to_pil(image))
-    return write_file(path, lambda aside: aside.write_bytes(data))
+    """Write an image or a (3, H, W) tensor in 0..1 as PNG, whole or not at all, making folders as needed."""
+    return write_bytes(path, encode_png(image if isinstance(image, Image.Image) else to_pil(image)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -19,6 +19,10 @@ from digit.core.errors import DigitError
 
 Step = Callable[[Image.Image, np.random.Generator], Image.Image]
 Box = tuple[int, int, int, int]
+Filter = Literal["bicubic", "bilinear", "lanczos", "box"]
+"""How images are resized: Pillow's filters, with antialiasing. The authors resize training images with bicubic and the
+reference images of FID with bilinear, torchvision's default (prepare_imgnet_val.py at cd6d8ca)."""
+FILTERS: tuple[Filter, ...] = get_args(Filter)
 
 
 @config
@@ -35,8 +39,14 @@ class Transform:
     """Mirror left to right with probability one half."""
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
     """For random-resized: the least and the greatest share of the picture's area."""
+    filter: Filter = "bicubic"
+    """How it is resized."""
+    resize: Annotated[int, Field(ge=1)] | None = None
+    """For center and random: the shorter side is scaled to this before the crop, in place of ``size``."""
 
     def __post_init__(self) -> None:
+        if self.resize is not None and self.resize < self.size:
+            raise ValueError(f"a crop of {self.size} pixels does not fit into a shorter side of resize={self.resize}")
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale must go from less to more, not from {self.scale[0]} to {self.scale[1]}")
 
@@ -51,11 +61,12 @@ def build_transform(transform: Transform) -> Step:
 
     The generator is drawn from in a fixed order, crop first, so one generator state gives one picture.
     """
+    size, filter, before = transform.size, transform.filter, transform.resize or transform.size
     crops: dict[str, Step] = {
-        "center": lambda image, _: center_crop(resize_shorter(image, transform.size), transform.size),
-        "random": lambda image, rng: random_crop(resize_shorter(image, transform.size), transform.size, rng),
-        "random-resized": lambda image, rng: random_resized_crop(image, transform.size, transform.scale, rng),
-        "none": lambda image, _: _must_be(image, transform.size),
+        "center": lambda image, _: center_crop(resize_shorter(image, before, filter), size),
+        "random": lambda image, rng: random_crop(resize_shorter(image, before, filter), size, rng),
+        "random-resized": lambda image, rng: random_resized_crop(image, size, transform.scale, rng, filter),
+        "none": lambda image, _: _must_be(image, size),
     }
     crop = crops[transform.crop]
     if not transform.flip:
@@ -63,14 +74,14 @@ def build_transform(transform: Transform) -> Step:
     return lambda image, rng: random_flip(crop(image, rng), rng)
 
 
-def resize_shorter(image: Image.Image, size: int) -> Image.Image:
-    """Scale so that the shorter side has ``size`` pixels (bicubic with antialiasing); the longer one is rounded."""
+def resize_shorter(image: Image.Image, size: int, filter: str = "bicubic") -> Image.Image:
+    """Scale so that the shorter side has ``size`` pixels; the longer one is rounded."""
     width, height = image.size
     if min(width, height) == size:
         return image
     ratio = size / min(width, height)
     new = (size, max(size, round(height * ratio))) if width <= height else (max(size, round(width * ratio)), size)
-    return image.resize(new, Image.Resampling.BICUBIC)
+    return image.resize(new, resampling(filter))
 
 
 def center_crop(image: Image.Image, size: int) -> Image.Image:
@@ -87,13 +98,22 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
 
 
 def random_resized_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
+    image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator, filter: str = "bicubic"
 ) -> Image.Image:
-    """A random part of the picture, with a share of its area in ``scale``, stretched to ``size`` x ``size``
-    (bicubic).
-    """
+    """A random part of the picture, with a share of its area in ``scale``, stretched to ``size`` x ``size``."""
     box = _random_box(image.size, scale, rng)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return image.resize((size, size), resampling(filter), box=box)
+
+
+def resampling(filter: str) -> Image.Resampling:
+    """Pillow's name of a filter.
+
+    Raises:
+        DigitError: there is no such filter.
+    """
+    if filter not in FILTERS:
+        raise DigitError(f"The filter '{filter}' was given; expected one of {', '.join(FILTERS)}.")
+    return Image.Resampling[filter.upper()]
 
 
 def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:

@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from huggingface_hub import constants
 from numpy.typing import NDArray
 from PIL import Image
 
 from digit.core.errors import DigitError, require
 from digit.core.files import cache_folder, read_json
+from digit.core.hub import out_of_reach, repository_id
 from digit.core.images import decode
 from digit.core.progress import bar, track
 from digit.data.shards import ShardIndex
@@ -252,18 +254,20 @@ def _open_tars(paths: Sequence[Path], name: str, split: str) -> ImageDataset:
 
 
 def _open_hub(name: str, split: str) -> ImageDataset:
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        raise DigitError(f"There is no folder or file {name}.")
+    repository_id(name, "dataset")
     tried = f"There is no folder or file {name}, so a Hub dataset of that name was tried"
     try:
         datasets = require("datasets", "data", "opening a Hub dataset")
     except DigitError as error:
         raise DigitError(f"{tried}, but {error}") from error
+    barrier, offline = out_of_reach(), constants.HF_HUB_OFFLINE
     try:
+        constants.HF_HUB_OFFLINE = bool(barrier)  # then the cache alone is asked, instead of the network six times
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises many types, down to those of its HTTP client
-        raise DigitError(
-            f"{tried} (the local cache first, then the Hub), which failed: {str(error).splitlines()[0]}"
-        ) from error
+        reason = f"it is not in the cache, and {barrier}" if barrier else str(error).splitlines()[0]
+        raise DigitError(f"{tried} (the local cache first, then the Hub), which failed: {reason}.") from error
+    finally:
+        constants.HF_HUB_OFFLINE = offline
     source = HubSource(rows, name)
     return ImageDataset(source, name, split, source.classes)

@@ -15,7 +15,7 @@ from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.core.images import Decoded, decode, encode_png
 from digit.core.progress import bar
-from digit.core.transforms import center_crop, resize_shorter
+from digit.core.transforms import center_crop, resampling, resize_shorter
 from digit.data.sources import survey_folder
 from digit.data.writer import refuse_to_replace, write_dataset
 
@@ -62,7 +62,9 @@ class _Item(NamedTuple):
     notes: tuple[str, ...]
 
 
-def import_folder(source: str | Path, out: str | Path, size: int | None = None) -> FolderReport:
+def import_folder(
+    source: str | Path, out: str | Path, size: int | None = None, filter: str = "bicubic"
+) -> FolderReport:
     """Make a dataset of a folder of images, flat or with a folder for each class (which may hold further folders), and
     with or without a level ``train/``, ``val/`` above.
 
@@ -72,25 +74,27 @@ def import_folder(source: str | Path, out: str | Path, size: int | None = None) 
     Args:
         source: the folder.
         out: the dataset folder to create; an older dataset there is replaced.
-        size: scale the shorter side to this many pixels (bicubic) and cut the square in the middle.
+        size: scale the shorter side to this many pixels and cut the square in the middle.
+        filter: how it is scaled; ``dataset.json`` says it.
 
     Raises:
-        DigitError: no such folder, no image in it, or ``out`` lies in ``source`` or is something else than a dataset.
+        DigitError: no such folder, no image in it, or ``out`` lies in ``source`` or is something else than a dataset; or an unknown filter.
     """
     source, out = Path(source), Path(out)
     _check_places(source, out)
+    resampling(filter)
     files, splits, labels, classes, hidden = survey_folder(source, images_only=False)
     report = FolderReport(str(source), files=len(files) + len(hidden), per_class=dict.fromkeys(classes, 0))
     report.skipped = dict.fromkeys(hidden, "hidden: a part of its path begins with a dot")
     keys = _Keys()
     with (
         write_dataset(
-            out, source.resolve().name, classes, f"the folder {source.resolve().name}", "not stated"
+            out, source.resolve().name, classes, f"the folder {source.resolve().name}", "not stated", size and filter
         ) as writer,
         bar(f"Importing {source}", len(files), unit="files") as progress,
     ):
         for file, split, label, item in zip(
-            files, splits, labels.tolist(), _prepare_all(source, files, size), strict=True
+            files, splits, labels.tolist(), _prepare_all(source, files, size, filter), strict=True
         ):
             progress.advance()
             if isinstance(item, DigitError):
@@ -117,24 +121,24 @@ def _check_places(source: Path, out: Path) -> None:
     refuse_to_replace(out)
 
 
-def _prepare_all(source: Path, files: list[str], size: int | None) -> Iterator[_Item | DigitError]:
+def _prepare_all(source: Path, files: list[str], size: int | None, filter: str) -> Iterator[_Item | DigitError]:
     """Decode with threads, a bounded number ahead, in order."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         rest = iter(files)
-        pending = [pool.submit(_prepare, source / file, size) for file in islice(rest, _AHEAD)]
+        pending = [pool.submit(_prepare, source / file, size, filter) for file in islice(rest, _AHEAD)]
         while pending:
             yield pending.pop(0).result()
-            pending += [pool.submit(_prepare, source / file, size) for file in islice(rest, 1)]
+            pending += [pool.submit(_prepare, source / file, size, filter) for file in islice(rest, 1)]
 
 
-def _prepare(path: Path, size: int | None) -> _Item | DigitError:
+def _prepare(path: Path, size: int | None, filter: str) -> _Item | DigitError:
     try:
         decoded = decode(path)
         image = decoded.image
         if size is None and not decoded.notes and decoded.format in _KEPT_AS_THEY_ARE:
             return _Item(path.read_bytes(), _KEPT_AS_THEY_ARE[decoded.format], image.size, ())
         if size is not None:
-            image = center_crop(resize_shorter(image, size), size)
+            image = center_crop(resize_shorter(image, size, filter), size)
         return _Item(encode_png(image), "png", image.size, _notes(decoded))
     except DigitError as error:
         return error

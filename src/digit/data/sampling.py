@@ -205,7 +205,8 @@ class Batches:
     def _pixels(self, step: int, indices: Positions) -> NDArray[np.uint8]:
         size = self.transform.size
         stored = self.dataset.arrays()[0] if self.dataset.in_memory else None  # (n, H, W, 3)
-        if stored is not None and not self.transform.is_random and self.dataset.image_size == (size, size):
+        as_stored = not self.transform.is_random and self.transform.resize in (None, size)
+        if stored is not None and as_stored and self.dataset.image_size == (size, size):
             return stored[indices]
         pixels = np.empty((len(indices), size, size, 3), dtype=np.uint8)
         for row, (index, epoch) in enumerate(zip(indices.tolist(), self.sampler.epochs(step).tolist(), strict=True)):

@@ -91,7 +91,7 @@ class _Split:
 
 @contextmanager
 def write_dataset(
-    path: str | Path, name: str, classes: Sequence[str], source: str, licence: str
+    path: str | Path, name: str, classes: Sequence[str], source: str, licence: str, filter: object = None
 ) -> Iterator[DatasetWriter]:
     """Create a dataset folder; it appears when the block ends without an error, and else not at all.
 
@@ -103,6 +103,7 @@ def write_dataset(
         classes: class names, by id; empty if there are none.
         source: where the images came from, in words.
         licence: what may be done with them, in words.
+        filter: how they were resized; None where they were not.
 
     Raises:
         DigitError: ``path`` is something else than a dataset and is not empty, nothing was added, or the disk is full.
@@ -128,6 +129,7 @@ def write_dataset(
             "image_size": writer.image_size,
             "source": source,
             "licence": licence,
+            **({"filter": filter} if filter else {}),
             "checksum": hashlib.sha256(checksums.encode()).hexdigest(),
             "splits": splits,
         }

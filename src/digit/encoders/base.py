@@ -37,6 +37,10 @@ class Preprocessing:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
 
+    def describe(self) -> str:
+        """Sizes in a few words."""
+        return f"{self.image_size} px" + (f" seen at {self.resize}" if self.resize else "")
+
     def __call__(self, images: Tensor) -> Tensor:
         """Normalise and resize (B, 3, H, W) in 0..1 to (B, 3, h, w)."""
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))

@@ -47,6 +47,10 @@ class ConvEncoderConfig:
         """Pixels a feature spans along a side."""
         return 1 << (len(self.widths) - 1)
 
+    def describe(self) -> str:
+        """Its shape in a line."""
+        return f"convolutional; {self.preprocessing.describe()}"
+
 
 class _Block(nn.Module):
     """Norm, ReLU, 3x3 convolution, twice, and a shortcut. The first convolution may halve the side."""

@@ -1,4 +1,4 @@
-"""One door for every encoder: our folder, a `transformers` folder, an original checkpoint file, or a hub id."""
+"""One door for every encoder: our folder, a `transformers` folder, an original checkpoint file, or a Hub id."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from digit.core.errors import DigitError
-from digit.core.files import read_json
+from digit.core.files import read_json, sha256_of
+from digit.core.hub import repository_id
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, plain_config
-from digit.encoders.hub import looks_like_repository, repository_folder
+from digit.encoders.hub import repository_folder
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
-
-Positions = Literal["hub", "dinov2-offset"]
+from digit.models.codebook import Positions
 
 
 def load_encoder(
@@ -31,12 +31,13 @@ def load_encoder(
     """Load a frozen encoder, in float32 and eval mode.
 
     A foreign network takes the paper's choices where nothing is said: ``layer=-3`` with the final norm, images of 256
-    seen at 224. With ``image_size`` but no ``resize``, it sees the largest multiple of its patch that is not above
-    ``image_size``. One of our own folders keeps what it was saved with.
+    seen at 224, and for DINOv2, with registers or without, ``positions="dinov2-offset"``. With ``image_size`` but no
+    ``resize``, it sees the largest multiple of its patch that is not above ``image_size``. One of our own folders keeps
+    what it was saved with.
 
     Args:
         source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
-            MAE, MoCo v3), or a hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
+            MAE, MoCo v3), or a Hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
         layer, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
         image_size, resize: see :class:`~digit.encoders.base.Preprocessing`.
         family: of an original checkpoint file, where its tensors do not tell; see :mod:`digit.convert.encoders`.
@@ -49,18 +50,17 @@ def load_encoder(
     options = {name: value for name, value in options.items() if value is not None}
     path = Path(source)
     if path.is_file():
-        from digit.convert.encoders import read_encoder_file
+        from digit.convert.encoders import convert_backbone, read_backbone
 
-        hf_config, tensors, facts = read_encoder_file(path, family=family, heads=heads)
-        options = {**facts.options, **options}
+        keys, guess = read_backbone(path)
+        hf_config, parts, facts = convert_backbone(keys, family or guess, heads)
+        keys.check()
         config = _foreign_config(hf_config, None, image_size, resize, options)
-        return TransformersEncoder.from_weights(config, tensors, str(path), {"source": path.name, **facts.provenance})
+        tensors = {name: pieces[0] for name, pieces in parts.items()}
+        provenance = {"source": path.name, **facts, "sha256": sha256_of(path)}
+        return TransformersEncoder.from_weights(config, tensors, str(path), provenance)
     if not path.is_dir():
-        if not looks_like_repository(str(source)):
-            raise DigitError(
-                f"There is no encoder '{source}': no such file or folder, and it is not a hub id (owner/name)."
-            )
-        path = repository_folder(str(source), fallback="pytorch_model*.bin")
+        path = repository_folder(repository_id(str(source), "encoder"), fallback="pytorch_model*.bin")
     return _load_folder(path, str(source), options, image_size, resize)
 
 
@@ -107,6 +107,8 @@ def _foreign_config(
         mean, std = tuple(saved.get("image_mean") or mean), tuple(saved.get("image_std") or std)
     if resize is None:
         resize = _tiled(image_size, hf_config) if image_size else 224
+    if str(hf_config["model_type"]).startswith("dinov2"):
+        options = {"positions": "dinov2-offset", **options}
     preprocessing = Preprocessing(image_size=image_size or 256, resize=resize, mean=mean, std=std)
     return EncoderConfig(hf_config=hf_config, preprocessing=preprocessing, **options)
 

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.core.config import config, to_dict
+from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_folder, write_json
 from digit.encoders.base import Preprocessing
@@ -25,7 +25,8 @@ from digit.encoders.families import (
     network_config,
     quiet_transformers,
 )
-from digit.models.component import read_component_config
+from digit.models.codebook import Positions
+from digit.models.component import read_component
 
 
 @config
@@ -37,14 +38,15 @@ class EncoderConfig:
         layer: the block whose output is taken, counted from the end. The paper: -3, the third-last.
         final_norm: apply the norm that follows the last block, as the paper does.
         positions: how learned positions stretch to another grid: "hub" as transformers does for this family;
-            "dinov2-offset" as DINOv2's first code and the DiGIT authors' do, see :func:`offset_positions`.
+            "dinov2-offset" as DINOv2's first code and, with registers too, the DiGIT authors' do: see
+            :func:`offset_positions`. A codebook belongs to one of them.
         preprocessing: from images to what the network sees. The paper: 256 in, 224 seen.
     """
 
     hf_config: dict[str, Any]
     layer: int = -3
     final_norm: bool = True
-    positions: Literal["hub", "dinov2-offset"] = "hub"
+    positions: Positions = "hub"
     preprocessing: Preprocessing = Preprocessing(resize=224)
 
     @property
@@ -64,6 +66,14 @@ class EncoderConfig:
                 f"layer={self.layer} was given; this network has {depth} blocks: -{depth} (first) to -1 (last)."
             )
         return network_config(self.hf_config, blocks=depth + self.layer + 1)
+
+    def describe(self) -> str:
+        """Its shape in a line."""
+        hf, norm = self.hf_config, " with the final norm" if self.final_norm else ""
+        return (
+            f"{hf.get('model_type')}, {hf.get('num_hidden_layers')} blocks of width {hf.get('hidden_size')}, "
+            f"patch {hf.get('patch_size')}; layer {self.layer}{norm}; {self.preprocessing.describe()}"
+        )
 
 
 class TransformersEncoder(nn.Module):
@@ -111,10 +121,18 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: images of another shape.
         """
+        features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
+        return features
+
+    def states(self, images: Tensor) -> list[Tensor]:
+        """The features (B, N, D) after each block up to the chosen one, the last normed as :meth:`forward` gives it."""
+        found = self._run(images, output_hidden_states=True)
+        return [state[:, self.prefix :] for state in (*found.hidden_states[1:-1], found.last_hidden_state)]
+
+    def _run(self, images: Tensor, **options: Any) -> Any:
         check_images(images, self.preprocessing)
         pixels = self.preprocessing(images)  # (B, 3, s, s)
-        states = self.network(pixels.to(next(self.network.parameters()).dtype), **self._call(pixels)).last_hidden_state
-        return states[:, self.prefix :]  # type: ignore[no-any-return]  # (B, N, D)
+        return self.network(pixels.to(next(self.network.parameters()).dtype), **self._call(pixels), **options)
 
     def _call(self, pixels: Tensor) -> dict[str, Any]:
         arguments: dict[str, Any] = {"interpolate_pos_encoding": True} if self.config.family.interpolate else {}
@@ -148,8 +166,9 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: files are missing or damaged, or do not fit; the message names them.
         """
-        saved, provenance = read_component_config(folder, EncoderConfig)
-        return cls.from_weights(dataclasses.replace(saved, **changes), Path(folder), str(folder), provenance)
+        values = read_component(folder)
+        saved = from_dict(EncoderConfig, values["config"], str(Path(folder) / "config.json"))
+        return cls.from_weights(dataclasses.replace(saved, **changes), Path(folder), str(folder), values["provenance"])
 
     @classmethod
     def from_weights(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from digit.core.environment import hardware, versions
 from digit.core.errors import DigitError, MissingPackageError, require
 from digit.core.files import read_json, write_bytes, write_file, write_json
+from digit.core.progress import console
 
 RESULT = "result.json"
 DASH = "\u2013"  # stands where there is no value
@@ -166,13 +165,12 @@ class Result:
 
     def show(self, out: str | Path | None = None) -> None:
         """Print table, provenance and notes, and where the files are; not cut to a width where stdout is no terminal."""
-        console = Console(highlight=False, markup=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
-        console.print(self.table(), soft_wrap=False)
-        console.print(self.provenance())
-        for note in self.notes:
-            console.print(f"Note: {note}")
+        screen = console()
+        screen.print(self.table(), soft_wrap=False)
+        lines = [self.provenance(), *(f"Note: {note}" for note in self.notes)]
         if out is not None:
-            console.print(f"Written to {out}: {', '.join([RESULT, *self.plots])} ({self.seconds:.0f} s)")
+            lines.append(f"Written to {out}: {', '.join([RESULT, *self.plots])} ({self.seconds:.0f} s)")
+        screen.print("\n".join(lines), markup=False)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------

@@ -1,37 +1,33 @@
 """The codebook: k-means centroids, and the assignment of features to the nearest one.
 
 Source: the paper's section 3; the distance is the authors' (DAMO-NLP-SG/DiGIT at cd6d8ca): |x|^2 - 2 x.c + |c|^2, the
-    lowest id
-on ties. They compute it in half precision; here it is float32 whatever the model runs in.
+lowest id on ties. They compute it in half precision; here it is float32 whatever the model runs in.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import PositiveInt, config
 from digit.core.errors import DigitError
 from digit.models.component import Component
-from digit.models.transformer import PositiveInt
+
+Positions = Literal["hub", "dinov2-offset"]
+"""How an encoder stretches its table of positions to another grid; see :class:`digit.encoders.EncoderConfig`."""
 
 _CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
 
 
-def nearest(features: Tensor, centroids: Tensor, half: bool = False) -> Tensor:
+def nearest(features: Float[Tensor, "*B D"], centroids: Float[Tensor, "K D2"], half: bool = False) -> Int[Tensor, "*B"]:
     """The id of the nearest centroid (squared Euclidean distance, the lowest id on ties).
 
     Memory stays near 64 MiB beyond the inputs, whatever the batch and K.
 
-    Args:
-        features: (..., D), any float dtype.
-        centroids: (K, D).
-        half: compute distances in float16, as the authors' training and sampling did. Near ties then fall otherwise.
-
-    Returns:
-        (...) int64 ids in [0, K).
+    ``half`` computes distances in float16, as the authors' training and sampling did; near ties then fall otherwise.
 
     Raises:
         DigitError: the widths D differ.
@@ -60,17 +56,22 @@ def nearest(features: Tensor, centroids: Tensor, half: bool = False) -> Tensor:
 
 @config
 class CodebookConfig:
-    """Shape and arithmetic of a codebook.
+    """K centroids of the encoder's feature width D.
 
     Attributes:
-        clusters: K.
-        dim: D, the encoder's feature width.
         half_precision: assign in float16, as the authors' runs did; see :func:`nearest`.
+        positions: of the encoder whose features it was fitted on; None if that has no such choice, or nobody wrote it down.
     """
 
     clusters: PositiveInt
     dim: PositiveInt
     half_precision: bool = False
+    positions: Positions | None = None
+
+    def describe(self) -> str:
+        """Its shape in a line."""
+        half = ", assigned in half precision" if self.half_precision else ""
+        return f"{self.clusters:,} clusters of width {self.dim}{half}"
 
 
 class Codebook(Component):
@@ -90,24 +91,39 @@ class Codebook(Component):
 
     @classmethod
     def from_centroids(
-        cls, centroids: Tensor, provenance: dict[str, Any] | None = None, half_precision: bool = False
+        cls, centroids: Float[Tensor, "K D"], provenance: dict[str, Any] | None = None, **fields: Any
     ) -> Codebook:
-        """A codebook of given centroids (K, D)."""
+        """A codebook of given centroids (K, D); further fields of its config may be given."""
         clusters, dim = centroids.shape
-        book = cls(CodebookConfig(clusters=clusters, dim=dim, half_precision=half_precision))
+        book = cls(CodebookConfig(clusters=clusters, dim=dim, **fields))
         book.centroids.data = centroids.float().clone()
         book.provenance = provenance or {}
         return book.eval()
 
-    def assign(self, features: Tensor) -> Tensor:
-        """Features (..., D) to ids (...) int64 in [0, K)."""
+    def check_encoder(self, encoder: Any) -> None:
+        """Refuse an encoder whose features differ from those that the codebook was fitted on, as far as both tell.
+
+        Raises:
+            DigitError: the widths, or the ways to stretch positions, differ.
+        """
+        if encoder.dim != self.config.dim:
+            raise DigitError(
+                f"The parts do not fit: the feature width is {encoder.dim} in the encoder and {self.config.dim} in the "
+                "codebook, which was fitted on another encoder. Fit one with: digit fit-codebook"
+            )
+        given = getattr(getattr(encoder, "config", None), "positions", None)
+        # codebooks of the first edition have it in their provenance alone
+        fitted = self.config.positions or (self.provenance.get("encoder") or {}).get("positions")
+        if given and fitted and given != fitted:
+            raise DigitError(
+                f"The codebook was fitted on features of an encoder with positions '{fitted}', and this encoder has '{given}': "
+                f"a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions {fitted}"
+            )
+
+    def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "*B"]:
+        """The nearest centroid's id, in [0, K)."""
         return nearest(features, self.centroids, self.config.half_precision)
 
-    def lookup(self, tokens: Tensor) -> Tensor:
-        """Ids (...) to centroids (..., D)."""
+    def lookup(self, tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
+        """The centroids of ids."""
         return self.centroids[tokens]
-
-    def __repr__(self) -> str:
-        from digit.pipeline.info import one_line
-
-        return one_line(self)

@@ -28,7 +28,6 @@ class Component(nn.Module):
 
     config_class: ClassVar[type[Any]]
     saved_as: ClassVar[str]
-    _kinds: ClassVar[dict[str, type[Component]]] = {}
     config: Any
     provenance: dict[str, Any]
 
@@ -36,7 +35,6 @@ class Component(nn.Module):
         super().__init_subclass__(**options)
         if "saved_as" not in cls.__dict__:
             cls.saved_as = cls.__name__
-        Component._kinds[cls.saved_as] = cls
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -52,6 +50,11 @@ class Component(nn.Module):
         """Read a folder written by :meth:`save_pretrained`; see :func:`load_component`."""
         return load_component(folder, cls)
 
+    def __repr__(self) -> str:
+        """One line, instead of torch's list of every layer."""
+        count = sum(p.numel() for p in self.parameters())
+        return f"{self.saved_as}({self.config.describe()}; {millions(count)} parameters)"
+
 
 def save_component(
     folder: str | Path,
@@ -64,7 +67,7 @@ def save_component(
 
     Args:
         folder: replaced if it exists.
-        module: a :class:`Component`, or a module with the same state dict if ``config`` is given.
+        module: a :class:`Component`, or one with its state dict if ``config`` is given.
         config, provenance: the module's own where left out.
         dtype: store floating-point tensors in it (bfloat16 or float16 halve the file); None keeps them.
     """
@@ -80,17 +83,11 @@ def save_component(
         write_tensors(aside / "model.safetensors", tensors)
 
 
-def component_class(kind: object, default: type[M]) -> type[M]:
-    """The class of a saved "type": a kind of ``default``, or ``default`` itself for a name that nobody has."""
-    found = Component._kinds.get(str(kind), default)
-    return found if issubclass(found, default) else default
-
-
-def read_component_config(folder: str | Path, config_class: type[Any]) -> tuple[Any, dict[str, Any]]:
-    """The config and the provenance of a saved component.
+def read_component(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` says: "type", "config" and "provenance".
 
     Raises:
-        DigitError: no ``config.json``, or not one of this class.
+        DigitError: there is none, or it describes no component.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -98,25 +95,30 @@ def read_component_config(folder: str | Path, config_class: type[Any]) -> tuple[
     values = read_json(path)
     if not isinstance(values, dict) or "config" not in values:
         raise DigitError(f"{path} does not describe a component: it has no 'config' field.")
-    return from_dict(config_class, values["config"], str(path)), dict(values.get("provenance", {}))
+    return {"type": "", "provenance": {}, **values}
 
 
-def load_component(folder: str | Path, module_class: type[M], config_class: type[Any] | None = None) -> M:
-    """Read a saved component, in float32, eval mode and frozen.
+def load_component(folder: str | Path, *classes: type[M]) -> M:
+    """Read a saved component that is one of these classes, in float32, eval mode and frozen.
 
     Raises:
         DigitError: files are missing or damaged, or tensors do not fit the config; the message names them.
     """
-    config, provenance = read_component_config(folder, config_class or module_class.config_class)
-    tensors = {
-        k: v.float() if v.is_floating_point() else v
-        for k, v in read_tensors(Path(folder) / "model.safetensors").items()
-    }
+    values = read_component(folder)
+    module_class = next((one for one in classes if one.saved_as == values["type"]), classes[0])
+    config = from_dict(module_class.config_class, values["config"], str(Path(folder) / "config.json"))
+    tensors = read_tensors(Path(folder) / "model.safetensors")
+    tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
     with torch.device("meta"):
         module = module_class(config)
     load_strict(module, tensors, str(folder))
-    module.provenance = provenance
+    module.provenance = dict(values["provenance"])
     return module.eval().requires_grad_(False)
+
+
+def millions(count: int) -> str:
+    """A number of parameters."""
+    return f"{count / 1e6:,.2f}M" if count >= 1e5 else f"{count:,}"
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, torch.Tensor], where: str) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -74,8 +75,8 @@ class Discriminator(nn.Module):
         if config.lecam:
             self.register_buffer("averages", torch.zeros(1 + len(feature_dims), 2))
 
-    def forward(self, images: Tensor, features: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Images (B, 3, S, S) in 0..1 and features (B, C, h, w) each to logits (B, 1, S / 2^levels, S / 2^levels) of
+    def forward(self, images: Float[Tensor, "B 3 S S"], features: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Images in 0..1 and features (B, C, h, w) each to logits (B, 1, S / 2^levels, S / 2^levels) of
         the pixels, then (B, 1, h, w) of every layer.
         """
         heads = zip(self.features, features, strict=True)

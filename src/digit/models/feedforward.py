@@ -1,4 +1,4 @@
-"""The one-pass decoder (stage 2): semantic tokens to pixels, or to all VQ tokens, in a single pass.
+"""The feed-forward decoder (stage 2): semantic tokens to pixels, or to all VQ tokens, in a single pass.
 
 The paper names its second autoregressive model as the weak spot of its design and asks for "direct pixel prediction
 from the discrete tokens" (section 6). Here a transformer that looks both ways reads the semantic tokens, and a head
@@ -9,32 +9,29 @@ gives either
 | pixels | images, through a light convolutional network that doubles the side a few times |
 | vq | logits of all VQ tokens at once, for the VQGAN's decoder |
 
-Tokens do not say everything about a picture: those of a self-supervised encoder hardly know its colours. What they
-    leave open is
-decided by a small vector of noise, one for each picture (:func:`digit.sampling.feedforward.noise`).
+Tokens do not say everything about an image: those of a self-supervised encoder hardly know its colours. What they
+leave open is decided by a small vector of noise, one for each image (:func:`digit.sampling.rng.pixel_latents`).
 
-Sources: [0] Zheng et al. 2025, arXiv 2507.08441 (VFMTok: tokens of a foundation model, decoded in one pass); [1] Zhu et
-    al. 2017,
-arXiv 1711.11586 (BicycleGAN: a noise vector that means something); this project's layout.
+Sources: Zheng et al. 2025, arXiv 2507.08441 (VFMTok: tokens of a foundation model, decoded in one pass); Zhu et al.
+2017, arXiv 1711.11586 (BicycleGAN: a noise vector that means something); this project's layout.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import NonNegativeInt, PositiveInt, Probability, config
 from digit.core.errors import DigitError
-from digit.core.files import read_json
 from digit.models.component import Component
-from digit.models.token_model import NO_LABEL, TokenModel
-from digit.models.transformer import PositiveInt, Probability, Transformer, TransformerConfig, init_weights
-from digit.models.vqgan import ResidualBlock
+from digit.models.token_model import NO_LABEL, Labels
+from digit.models.transformer import Transformer, TransformerConfig, init_weights
+from digit.models.vqgan import ResidualBlock, held_channels
 from digit.native.norm import channels_last, norm_silu
 
 
@@ -65,24 +62,28 @@ class PixelHeadConfig:
         """Pixels a semantic token spans along a side."""
         return self.patch << (len(self.widths) - 1)
 
+    def activation_numbers(self) -> int:
+        """Activations of the head for one image, where they are largest; see :meth:`VQGANConfig.activation_bytes`."""
+        before = [self.widths[0], *self.widths[:-1]]
+        sides = [self.resolution // self.factor << level for level in range(len(self.widths))]
+        return max(held_channels(b, w) * s**2 for b, w, s in zip(before, self.widths, sides, strict=True))
+
 
 @config
 class FeedForwardConfig:
-    """What a one-pass decoder reads and gives. Names are those of :class:`~digit.models.token_model.TokenModelConfig`.
+    """What a feed-forward decoder reads and gives. Names are those of :class:`~digit.models.token_model.TokenModelConfig`.
 
     Attributes:
-        role: "onepass".
         prefix_vocab_size: K, the semantic vocabulary.
         grid: (rows, columns) of the semantic tokens.
         head: "pixels" or "vq"; see the module.
         pixels: shape of the head "pixels"; None otherwise.
         vocab_size: V, codes of the VQGAN, for the head "vq"; 0 otherwise. There are as many VQ tokens as semantic ones.
-        noise_dim: length of the noise vector; 0 for a decoder that always gives the same picture.
+        noise_dim: length of the noise vector; 0 for a decoder that always gives the same image.
         local_noise: numbers that every place makes of the noise vector with weights of its own, so that equal tokens
             side by side need not become equal patches; 0 tells all places the same.
         num_classes: 0 for a decoder that is told no class.
         class_dropout: probability that a training label is hidden.
-        transformer: the network; not causal.
     """
 
     role: Literal["onepass"] = "onepass"
@@ -90,10 +91,10 @@ class FeedForwardConfig:
     grid: tuple[PositiveInt, PositiveInt]
     head: Literal["pixels", "vq"] = "pixels"
     pixels: PixelHeadConfig | None = None
-    vocab_size: Annotated[int, Field(ge=0)] = 0
-    noise_dim: Annotated[int, Field(ge=0)] = 32
-    local_noise: Annotated[int, Field(ge=0)] = 0
-    num_classes: Annotated[int, Field(ge=0)] = 0
+    vocab_size: NonNegativeInt = 0
+    noise_dim: NonNegativeInt = 32
+    local_noise: NonNegativeInt = 0
+    num_classes: NonNegativeInt = 0
     class_dropout: Probability = 0.1
     transformer: TransformerConfig
 
@@ -127,12 +128,24 @@ class FeedForwardConfig:
         """False: there is no unconditional half to push away from in one pass."""
         return False
 
+    def describe(self) -> str:
+        """Its shape in a line."""
+        t, p = self.transformer, self.pixels
+        made = f"{self.length} VQ tokens of {self.vocab_size:,}"
+        if p is not None:
+            patches = f" and patches of {p.patch}" if p.patch > 1 else ""
+            made = f"{p.resolution} px through widths {list(p.widths)}{patches}"
+        classes = f"; {self.num_classes:,} classes" if self.num_classes else ""
+        return (
+            f"in one pass, {t.depth} blocks of width {t.dim}, {t.heads} heads; {made} from {self.prefix_length} of "
+            f"{self.prefix_vocab_size:,}, noise of {self.noise_dim}{classes}"
+        )
+
 
 class PixelHead(nn.Module):
-    """States (B, D, rows, columns) and noise to images (B, 3, S, S), nominally 0..1, not clamped.
+    """States and noise to images, nominally 0..1, not clamped.
 
-    The noise reaches the head once more, as a gain and an offset of its last features: light and colours of the whole
-        picture.
+    The noise reaches the head once more, as a gain and an offset of its last features: light and colours everywhere.
     """
 
     def __init__(self, dim: int, config: PixelHeadConfig, noise_dim: int) -> None:
@@ -154,15 +167,15 @@ class PixelHead(nn.Module):
         if self.style is not None:
             nn.init.normal_(self.style.weight, std=0.1 * noise_dim**-0.5)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Float[Tensor, "B D rows columns"], noise: Float[Tensor, "B noise_dim"] | None = None
+    ) -> Float[Tensor, "B 3 S S"]:
         """Decode; each level after the first works at twice the side of the one before."""
         # channels last is the layout in which CPU and GPU convolve fastest
         x = self.conv_in(channels_last(x))
         for index, level in enumerate(self.levels):
             for number, block in enumerate(cast(nn.ModuleList, level)):
-                x = block(
-                    x, doubled=bool(index) and not number
-                )  # (B, C, 2 H, 2 W) from the second level's first block on
+                x = block(x, doubled=bool(index) and not number)  # the first block of each further level doubles
         gain = offset = None
         if noise is not None and self.style is not None:
             gain, offset = self.style(noise).chunk(2, 1)  # (B, C) each
@@ -173,7 +186,7 @@ class PixelHead(nn.Module):
 def _smooth(images: Tensor) -> Tensor:
     """Images (B, 3, S, S) without what alternates from pixel to pixel.
 
-    The pixels of a patch come from filters of their own, and judges that halve the side can be pleased by a net of such
+    The pixels of a patch come from filters of their own, and discriminators that halve the side can be pleased by such
     a pattern; a fixed filter behind the shuffle makes it impossible (Sugawara et al. 2018, arXiv 1806.02658).
     """
     row = images.new_tensor([0.25, 0.5, 0.25])
@@ -213,13 +226,10 @@ class FeedForwardDecoder(Component):
             self.head = nn.Linear(dim, config.vocab_size, bias=False)
             init_weights(self.head)
 
-    def forward(self, tokens: Tensor, noise: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Decode.
-
-        Args:
-            tokens: (B, N) semantic ids.
-            noise: (B, noise_dim), standard normal; None is zeros, the middle of all pictures.
-            labels: (B,) classes, ``NO_LABEL`` for none; None is all none.
+    def forward(
+        self, tokens: Int[Tensor, "B n"], noise: Float[Tensor, "B noise_dim"] | None = None, labels: Labels = None
+    ) -> Float[Tensor, "B ..."]:
+        """Decode semantic tokens. The noise is standard normal; None is zeros, the middle of all images.
 
         Returns:
             Images (B, 3, S, S), nominally 0..1, not clamped; with the head "vq", logits (B, N, V).
@@ -234,13 +244,11 @@ class FeedForwardDecoder(Component):
         if self.config.pixels is None:
             logits: Tensor = self.head(x)
             return logits
-        images: Tensor = self.head(
-            x.transpose(1, 2).unflatten(2, self.config.grid), noise
-        )  # from (B, D, rows, columns)
+        images: Tensor = self.head(x.transpose(1, 2).unflatten(2, self.config.grid), noise)
         return images
 
-    def drop_labels(self, labels: Tensor, uniform: Tensor) -> Tensor:
-        """Hide the labels (B,) whose number (B,) in [0, 1) is below ``class_dropout``."""
+    def drop_labels(self, labels: Int[Tensor, " B"], uniform: Float[Tensor, " B"]) -> Int[Tensor, " B"]:
+        """Hide the labels whose number in [0, 1) is below ``class_dropout``."""
         return torch.where(uniform < self.config.class_dropout, torch.full_like(labels, NO_LABEL), labels)
 
     def _embed(self, tokens: Tensor, noise: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -254,25 +262,13 @@ class FeedForwardDecoder(Component):
             if self.class_embedding is not None:
                 everywhere = torch.where((labels >= 0)[:, None], self.class_embedding(labels.clamp(min=0)), everywhere)
             elif bool((labels >= 0).any()):
-                raise DigitError("Class labels were given to a one-pass decoder without classes; leave them out.")
+                raise DigitError("Class labels were given to a feed-forward decoder without classes; leave them out.")
         if noise is not None and self.noise_embedding is not None:
             everywhere = everywhere + self.noise_embedding(noise)
         x: Tensor = self.token_embedding(tokens) + self.position_embedding.weight + everywhere[:, None]
         if noise is not None and self.places is not None and self.place_embedding is not None:
             x = x + self.place_embedding(self.places(noise).unflatten(1, (c.prefix_length, c.local_noise)))  # (B, N, D)
         return x
-
-
-def load_decoder(folder: str | Path) -> TokenModel | FeedForwardDecoder:
-    """Read a saved decoder of any kind.
-
-    Raises:
-        DigitError: it is no decoder, or damaged.
-    """
-    path = Path(folder) / "config.json"
-    kind = read_json(path).get("type") if path.is_file() else None
-    model = FeedForwardDecoder if kind == FeedForwardDecoder.saved_as else TokenModel
-    return model.from_pretrained(folder)
 
 
 OnePassConfig, OnePassDecoder = FeedForwardConfig, FeedForwardDecoder  # names of the first edition

@@ -1,8 +1,7 @@
 """The token model: one network for the prior, the AR decoder, the masked decoder and the VQ-token baselines.
 
-A sequence is ``[prefix | start | tokens]``. The prefix are the semantic tokens a decoder is conditioned on (the prior
-has none); the start position holds the class, or a learned start vector where there is no class; the tokens are what
-the model predicts.
+A sequence is ``[prefix | start | tokens]``. The prefix are the semantic tokens a decoder is conditioned on; the start
+position holds the class, or a learned start vector where there is no class; the tokens are what the model predicts.
 
 | role | prefix | attention | the output at a place is |
 |---|---|---|---|
@@ -11,30 +10,36 @@ the model predicts.
 | masked decoder (stage 2), MaskGIT | semantic or - | both ways | the token that a mask hides there |
 
 Ids are plain: 0..vocab_size-1. Start, class and mask are embeddings of their own. The null class of classifier-free
-    guidance *is*
-the start vector: dropping a label in training (``class_dropout``) and generating without one are the same thing.
+guidance *is* the start vector: dropping a label in training (``class_dropout``) and generating without one are the same.
 
-Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; [0] Chang et al. 2022, arXiv
-    2202.04200
-(MaskGIT); [1] Ho & Salimans 2022, arXiv 2207.12598 (label dropout).
+Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; Chang et al. 2022, arXiv
+2202.04200 (MaskGIT); Ho & Salimans 2022, arXiv 2207.12598 (label dropout).
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import NonNegativeInt, PositiveInt, Probability, config
 from digit.core.errors import DigitError
 from digit.models.component import Component
-from digit.models.transformer import KVCache, PositiveInt, Probability, Transformer, TransformerConfig, init_weights
+from digit.models.transformer import KVCache, Transformer, TransformerConfig, init_as_fairseq, init_weights
 
 NO_LABEL = -1
 """In a tensor of labels: no class, the learned start vector."""
+
+Ids = Int[Tensor, "B n"]
+Labels = Int[Tensor, " B"] | None
+"""Classes, ``NO_LABEL`` for none; None is all none."""
+Prefix = Int[Tensor, "B P"] | None
+"""Semantic ids in front, for decoders."""
+Mask = Bool[Tensor, "B n"] | None
+"""True where a token is hidden, or is to be sampled."""
 
 
 @config
@@ -42,28 +47,30 @@ class TokenModelConfig:
     """What a token model reads and predicts.
 
     Attributes:
-        role: "prior", "ar" or "masked"; see the module's table. It fixes ``transformer.causal``.
+        role: see the module's table. It fixes ``transformer.causal``.
         vocab_size: how many ids it predicts (K for a prior over semantic tokens, V over VQ tokens).
         length: tokens an image (256 for 16 x 16).
-        prefix_vocab_size: vocabulary of the semantic tokens in front; 0 for none.
-        prefix_length: how many stand in front.
+        prefix_vocab_size, prefix_length: vocabulary and number of the semantic tokens in front; 0 for none.
         num_classes: 0 for an unconditional model.
         class_dropout: probability that a training label is replaced by the start vector; 0 makes guidance impossible.
         embedding_scale: token, start and class vectors are multiplied by it (the paper's code: sqrt(dim)); positions
             are not.
         label_smoothing: of the training loss.
-        transformer: the network.
+        init: how random weights are drawn. "normal", the default, is GPT-2's: std 0.02, tables that are scaled
+            1 / sqrt(dim); all packaged models began so. "authors" is fairseq's, for runs to be compared with the paper's:
+            std 1 / sqrt(dim) for every table and the head, see :func:`~digit.models.transformer.init_as_fairseq`.
     """
 
     role: Literal["prior", "ar", "masked"]
     vocab_size: PositiveInt
     length: PositiveInt
-    prefix_vocab_size: Annotated[int, Field(ge=0)] = 0
-    prefix_length: Annotated[int, Field(ge=0)] = 0
-    num_classes: Annotated[int, Field(ge=0)] = 0
+    prefix_vocab_size: NonNegativeInt = 0
+    prefix_length: NonNegativeInt = 0
+    num_classes: NonNegativeInt = 0
     class_dropout: Probability = 0.1
     embedding_scale: float = 1.0
     label_smoothing: Probability = 0.0
+    init: Literal["normal", "authors"] = "normal"
     transformer: TransformerConfig
 
     def __post_init__(self) -> None:
@@ -81,6 +88,17 @@ class TokenModelConfig:
     def can_guide(self) -> bool:
         """Whether classifier-free guidance has an unconditional half that was trained."""
         return self.num_classes > 0 and self.class_dropout > 0
+
+    def describe(self) -> str:
+        """Its shape in a line."""
+        t = self.transformer
+        classes = f"; {self.num_classes:,} classes" if self.num_classes else ""
+        guidance = "" if not self.num_classes else " with guidance" if self.can_guide else ", no guidance"
+        prefix = f" from {self.prefix_length} of {self.prefix_vocab_size:,}" if self.prefix_length else ""
+        return (
+            f"{t.depth} blocks of width {t.dim}, {t.heads} heads, {t.norm}-norm; "
+            f"{self.length} tokens of {self.vocab_size:,}{prefix}{classes}{guidance}"
+        )
 
 
 class TokenModel(Component):
@@ -101,36 +119,47 @@ class TokenModel(Component):
         self.prefix_position_embedding = nn.Embedding(config.prefix_length, dim) if config.prefix_length else None
         self.transformer = Transformer(config.transformer)
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
-        # tables that are multiplied by embedding_scale start smaller, so that a position counts as much as a token
-        init_weights(self)
-        for name in ("start", "mask_vector"):
-            if getattr(self, name) is not None:
-                nn.init.normal_(getattr(self, name), std=0.02)
-        if config.embedding_scale != 1.0:
-            for table in (self.token_embedding, self.class_embedding, self.prefix_embedding):
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        tokens = (self.token_embedding, self.class_embedding, self.prefix_embedding)
+        vectors = (self.start, self.mask_vector)
+        if self.config.init == "authors":
+            init_as_fairseq(self.transformer)
+            positions = (self.position_embedding, self.prefix_position_embedding)
+            std = self.config.transformer.dim**-0.5
+            drawn = [*vectors, *(table.weight for table in (*tokens, *positions, self.head) if table is not None)]
+        else:
+            init_weights(self)
+            std, drawn = 0.02, [*vectors]
+        for weight in drawn:
+            if weight is not None:
+                nn.init.normal_(weight, std=std)
+        # With embedding_scale sqrt(dim) a token's vector enters with std 1 and its position, which is not multiplied,
+        # with std 0.02 (fairseq: 1 / sqrt(dim)): tokens outweigh positions until training says otherwise. With
+        # embedding_scale 1 both have 0.02.
+        if self.config.init == "normal" and self.config.embedding_scale != 1.0:
+            for table in tokens:
                 if table is not None:
-                    nn.init.normal_(table.weight, std=dim**-0.5)
+                    nn.init.normal_(table.weight, std=self.config.transformer.dim**-0.5)
 
-    # -- embeddings
-    # --------------------------------------------------------------------------------------------------------
-
-    def embed_start(self, labels: Tensor | None, batch: int) -> Tensor:
-        """The vectors at the start position, (B, 1, D), without their position: the class, or the start vector."""
+    def embed_start(self, labels: Labels, batch: int) -> Float[Tensor, "B 1 D"]:
+        """The vectors at the start position, without their position: the class, or the start vector."""
         start = self.start.expand(batch, -1)  # (B, D)
         if labels is not None and self.class_embedding is not None:
             classes = self.class_embedding(labels.clamp(min=0))  # (B, D)
             start = torch.where((labels >= 0)[:, None], classes, start)
         return start[:, None] * self.config.embedding_scale
 
-    def embed_prefix(self, prefix: Tensor) -> Tensor:
-        """Semantic ids (B, P) to vectors (B, P, D) with their positions."""
+    def embed_prefix(self, prefix: Int[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
+        """Semantic ids to vectors with their positions."""
         if self.prefix_embedding is None or self.prefix_position_embedding is None:
             raise DigitError("This model takes no semantic prefix, but one was given; only decoders do.")
         x: Tensor = self.prefix_embedding(prefix) * self.config.embedding_scale + self.prefix_position_embedding.weight
         return x
 
-    def embed_tokens(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Ids (B, n) to vectors (B, n, D) without positions; where ``mask`` (B, n) is True the mask vector stands."""
+    def embed_tokens(self, tokens: Int[Tensor, "*n"], mask: Bool[Tensor, "*n"] | None = None) -> Float[Tensor, "*n D"]:
+        """Ids to vectors without positions; where ``mask`` is True the mask vector stands."""
         x: Tensor = self.token_embedding(tokens)
         if mask is not None:
             if self.mask_vector is None:
@@ -141,9 +170,9 @@ class TokenModel(Component):
         return x * self.config.embedding_scale
 
     def embed(
-        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """The transformer's input (B, P + 1 + n, D) for n <= length tokens."""
+        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None
+    ) -> Float[Tensor, "B T D"]:
+        """The transformer's input, T = P + 1 + n, for n <= length tokens."""
         self._check(tokens, labels, prefix)
         x = self._embed_tail(tokens, labels, mask)
         return x if prefix is None else torch.cat([self.embed_prefix(prefix), x], dim=1)
@@ -163,40 +192,25 @@ class TokenModel(Component):
         if labels is not None and not c.num_classes and bool((labels >= 0).any()):
             raise DigitError("Class labels were given to an unconditional model; leave them out.")
 
-    # -- whole sequences
-    # ---------------------------------------------------------------------------------------------------
-
     def forward(
-        self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None
+    ) -> Float[Tensor, "B m V"]:
         """Logits for tokens that are all known (teacher forcing), or for masked ones.
 
-        Args:
-            tokens: (B, n) ids, n <= length.
-            labels: (B,) classes, ``NO_LABEL`` for none; None is all none.
-            prefix: (B, P) semantic ids, for decoders.
-            mask: (B, n) bool, True where the token is hidden; role "masked" only.
-
-        Returns:
-            Role "masked": (B, n, vocab), place i predicts token i. Else (B, n + 1, vocab), place i predicts token i
-            from the tokens before it; the last place stands after all that were given.
+        Of role "masked", which alone takes a mask, m = n and place i predicts token i. Else m = n + 1, place i predicts
+        token i from the tokens before it, and the last place stands after all that were given.
         """
         x = self.transformer(self.embed(tokens, labels, prefix, mask))
         skip = self.config.prefix_length + (1 if self.config.role == "masked" else 0)
         logits: Tensor = self.head(x[:, skip:])
         return logits
 
-    def states(self, tokens: Tensor, labels: Tensor | None = None, prefix: Tensor | None = None) -> list[Tensor]:
+    def states(self, tokens: Ids, labels: Labels = None, prefix: Prefix = None) -> list[Tensor]:
         """The embedding and every block's output, L + 1 tensors (B, P + 1 + n, D): the linear probe's features."""
         return self.transformer.states(self.embed(tokens, labels, prefix))
 
     def loss(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        prefix: Tensor | None = None,
-        mask: Tensor | None = None,
-        z_loss: float = 0.0,
+        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None, z_loss: float = 0.0
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy in nats and its parts.
 
@@ -215,8 +229,10 @@ class TokenModel(Component):
             targets = tokens.flatten()
         return self.score(logits, targets, z_loss)
 
-    def score(self, logits: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of logits (m, vocab) for targets (m,), and its parts, as :meth:`loss` returns them."""
+    def score(
+        self, logits: Float[Tensor, "m V"], targets: Int[Tensor, " m"], z_loss: float = 0.0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of logits, and its parts, as :meth:`loss` returns them."""
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
         if z_loss:
@@ -226,15 +242,10 @@ class TokenModel(Component):
             accuracy = (logits.argmax(-1) == targets).float().mean()
         return loss, {"nll": nll, "accuracy": accuracy}
 
-    def drop_labels(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Replace labels (B,) by ``NO_LABEL`` with probability ``class_dropout``: what makes guidance possible
-        later.
-        """
+    def drop_labels(self, labels: Int[Tensor, " B"], generator: torch.Generator | None = None) -> Int[Tensor, " B"]:
+        """Replace labels by ``NO_LABEL`` with probability ``class_dropout``: what makes guidance possible later."""
         drop = torch.rand(labels.shape, generator=generator, device=labels.device) < self.config.class_dropout
         return torch.where(drop, torch.full_like(labels, NO_LABEL), labels)
-
-    # -- token by token
-    # ----------------------------------------------------------------------------------------------------
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for ``batch`` sequences of full length, on the model's device and in its dtype."""
@@ -246,12 +257,12 @@ class TokenModel(Component):
         self,
         cache: KVCache,
         batch: int,
-        labels: Tensor | None = None,
-        prefix: Tensor | None = None,
-        tokens: Tensor | None = None,
+        labels: Labels = None,
+        prefix: Prefix = None,
+        tokens: Ids | None = None,
         prefix_cached: bool = False,
-    ) -> Tensor:
-        """Run prefix, start and any given tokens (B, n) in one pass; the logits (B, vocab) of the next token.
+    ) -> Float[Tensor, "B V"]:
+        """Run prefix, start and any given tokens in one pass; the logits of the next token.
 
         With ``prefix_cached`` the cache holds the prefix already (it does not depend on labels or tokens) and is only
         added to.
@@ -260,17 +271,19 @@ class TokenModel(Component):
             tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.start.device)
         first = self.config.prefix_length if prefix_cached else 0
         x = self._embed_tail(tokens, labels) if prefix_cached else self.embed(tokens, labels, prefix)  # (B, T, D)
-        reach = first + x.shape[1]
-        x = self.transformer(x, cache, torch.arange(first, reach, device=x.device), reach)
+        kv_len = first + x.shape[1]
+        x = self.transformer(x, cache, torch.arange(first, kv_len, device=x.device), kv_len)
         logits: Tensor = self.head(x[:, -1])
         return logits
 
-    def step(self, cache: KVCache, token: Tensor, index: Tensor, reach: int | None = None) -> Tensor:
-        """Feed token number ``index`` (a () int64 tensor), ids (B,); the logits (B, vocab) of token ``index + 1``.
+    def step(
+        self, cache: KVCache, token: Int[Tensor, " B"], index: Int[Tensor, ""], kv_len: int | None = None
+    ) -> Float[Tensor, "B V"]:
+        """Feed token number ``index``; the logits of token ``index + 1``.
 
-        ``reach`` is how many positions of the cache are read: at least prefix_length + index + 2; all by default.
+        ``kv_len`` is how many positions of the cache are read: at least prefix_length + index + 2; all by default.
         """
         x = self.embed_tokens(token[:, None]) + self.position_embedding(index + 1)  # (B, 1, D)
-        x = self.transformer(x, cache, index + 1 + self.config.prefix_length, reach)
+        x = self.transformer(x, cache, index + 1 + self.config.prefix_length, kv_len)
         logits: Tensor = self.head(x[:, -1])
         return logits

@@ -1,12 +1,9 @@
-"""The one transformer that every role in the house uses: causal or not, norm before or after, with or without a KV
-cache.
+"""The one transformer of every role: causal or not, norm before or after, with or without a KV cache.
 
-It sees vectors only. What a token, a position or a class is belongs to :mod:`digit.models.token_model`.
+It sees vectors alone; tokens, positions and classes belong to :mod:`digit.models.token_model`. The arithmetic is that
+of the published checkpoints (fairseq 0.12.2, DAMO-NLP-SG/DiGIT at cd6d8ca): biases everywhere, exact GELU.
 
-Sources: [0] Vaswani et al. 2017, section 3 (post-norm). [1] Xiong et al. 2020, arXiv 2002.04745 (pre-norm). The
-    arithmetic of the
-published checkpoints (fairseq 0.12.2, DAMO-NLP-SG/DiGIT at cd6d8ca) is reproduced exactly: biases everywhere, exact
-GELU.
+Sources: Vaswani et al. 2017, section 3 (post-norm); Xiong et al. 2020, arXiv 2002.04745 (pre-norm).
 """
 
 from __future__ import annotations
@@ -15,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,15 +26,13 @@ class TransformerConfig:
     """The shape of a transformer.
 
     Attributes:
-        dim: width D.
+        dim: width D; ``heads`` must divide it.
         depth: number of blocks L.
-        heads: attention heads; must divide ``dim``.
         ffn_dim: hidden width of the feed-forward layers; 4 x dim when None.
         norm: "pre" (norm inside the residual branch, and one after the last block) or "post" (after the sum, none at
             the end).
         causal: each position sees itself and what is before it; False sees everything.
         dropout: after the embedding sum, the attention output and the feed-forward output.
-        norm_eps: epsilon of every LayerNorm.
     """
 
     dim: PositiveInt
@@ -54,16 +50,17 @@ class TransformerConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Width d of one attention head."""
         return self.dim // self.heads
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden width of the feed-forward layers."""
+        return self.ffn_dim or 4 * self.dim
 
 
 class KVCache:
-    """Keys and values of every block for a fixed number of positions, allocated once and filled in place.
-
-    Attributes:
-        keys, values: of each block, (B, H, T, d) with T the longest sequence the cache can hold.
-    """
+    """Keys and values (B, H, T, d) of every block for at most T positions, allocated once and filled in place."""
 
     def __init__(
         self, config: TransformerConfig, batch: int, length: int, device: torch.device | str, dtype: torch.dtype
@@ -74,7 +71,7 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """How many positions fit."""
+        """How many positions fit, T."""
         return self.keys[0].shape[2]
 
     @property
@@ -94,7 +91,7 @@ class KVCache:
             mine[:, :, :count] = theirs[:, :, :count]
 
 
-class Slot(NamedTuple):
+class KVSlot(NamedTuple):
     """Where a block finds its cache, and where the inputs stand in it.
 
     Attributes:
@@ -110,7 +107,7 @@ class Slot(NamedTuple):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention through PyTorch's fused kernel."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -118,10 +115,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
 
-    def forward(self, x: Tensor, slot: Slot | None = None) -> Tensor:
-        """Attend from (B, T, D) to (B, T, D); with a ``slot`` the inputs are added to its cache and see what is in
-        it.
-        """
+    def forward(self, x: Float[Tensor, "B T D"], slot: KVSlot | None = None) -> Float[Tensor, "B T D"]:
+        """With a ``slot`` the inputs are added to its cache and see what is in it."""
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 of (B, H, T, d)
         if slot is None:
@@ -129,10 +124,10 @@ class Attention(nn.Module):
         else:
             slot.keys.index_copy_(2, slot.position, k.to(slot.keys.dtype))
             slot.values.index_copy_(2, slot.position, v.to(slot.values.dtype))
-            reach = slot.visible.shape[1]
-            keys, values = slot.keys[:, :, :reach].to(q.dtype), slot.values[:, :, :reach].to(q.dtype)  # (B, H, S, d)
+            kv_len = slot.visible.shape[1]
+            keys, values = slot.keys[:, :, :kv_len].to(q.dtype), slot.values[:, :, :kv_len].to(q.dtype)  # (B, H, S, d)
             y = F.scaled_dot_product_attention(q, keys, values, attn_mask=slot.visible)  # (B, H, T, d)
-        projected: Tensor = self.out(y.transpose(1, 2).reshape(b, t, d))  # (B, T, D)
+        projected: Tensor = self.out(y.transpose(1, 2).reshape(b, t, d))
         return projected
 
 
@@ -142,26 +137,25 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
-        ffn_dim = config.ffn_dim or 4 * config.dim
         self.attention_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.ffn_in = nn.Linear(config.dim, ffn_dim)
-        self.ffn_out = nn.Linear(ffn_dim, config.dim)
+        self.ffn_in = nn.Linear(config.dim, config.hidden_dim)
+        self.ffn_out = nn.Linear(config.hidden_dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, slot: Slot | None = None) -> Tensor:
-        """Map (B, T, D) to (B, T, D); see :meth:`Attention.forward`."""
+    def forward(self, x: Float[Tensor, "B T D"], slot: KVSlot | None = None) -> Float[Tensor, "B T D"]:
+        """See :meth:`Attention.forward`."""
         if self.pre_norm:
             x = x + self.dropout(self.attention(self.attention_norm(x), slot))
-            out: Tensor = x + self.dropout(self._ffn(self.ffn_norm(x)))
-            return out
+            added: Tensor = x + self.dropout(self._ffn(self.ffn_norm(x)))
+            return added
         x = self.attention_norm(x + self.dropout(self.attention(x, slot)))
         normed: Tensor = self.ffn_norm(x + self.dropout(self._ffn(x)))
         return normed
 
     def _ffn(self, x: Tensor) -> Tensor:
-        hidden: Tensor = self.ffn_out(F.gelu(self.ffn_in(x)))  # (B, T, F) inside
+        hidden: Tensor = self.ffn_out(F.gelu(self.ffn_in(x)))
         return hidden
 
 
@@ -177,31 +171,33 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
 
     def forward(
-        self, x: Tensor, cache: KVCache | None = None, position: Tensor | None = None, reach: int | None = None
-    ) -> Tensor:
-        """Map embeddings (B, T, D) to the last, normed states (B, T, D).
+        self,
+        x: Float[Tensor, "B T D"],
+        cache: KVCache | None = None,
+        position: Int[Tensor, "*T"] | None = None,
+        kv_len: int | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Map embeddings to the last, normed states.
 
         Args:
             x: the inputs.
             cache: is filled at ``position``, and everything in it up to each input is attended to.
-            position: () or (T,) int64, where the inputs stand in the cache.
-            reach: how many positions of the cache are read: more than the last position; all by default.
+            position: () or (T,), where the inputs stand in the cache.
+            kv_len: how many positions of the cache are read: more than the last position; all by default.
         """
         x = self.dropout(x)
-        slots: list[Slot | None] = [None] * len(self.blocks)
+        slots: list[KVSlot | None] = [None] * len(self.blocks)
         if cache is not None and position is not None:
             position = position.view(-1)  # (T,)
-            visible = torch.arange(reach or cache.length, device=x.device) <= position[:, None]  # (T, S)
-            slots = [Slot(k, v, position, visible) for k, v in zip(cache.keys, cache.values, strict=True)]
+            visible = torch.arange(kv_len or cache.length, device=x.device) <= position[:, None]  # (T, S)
+            slots = [KVSlot(k, v, position, visible) for k, v in zip(cache.keys, cache.values, strict=True)]
         for block, slot in zip(self.blocks, slots, strict=True):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x, slot)
         out: Tensor = self.norm(x)
         return out
 
-    def states(self, x: Tensor) -> list[Tensor]:
-        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: what a linear probe
-        reads.
-        """
+    def states(self, x: Float[Tensor, "B T D"]) -> list[Tensor]:
+        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: for a linear probe."""
         states = [x]
         for block in self.blocks:
             states.append(block(states[-1]))
@@ -215,3 +211,17 @@ def init_weights(module: nn.Module, std: float = 0.02) -> None:
             nn.init.normal_(part.weight, std=std)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
+
+
+def init_as_fairseq(transformer: Transformer) -> None:
+    """Initialise blocks as the paper's code does (fairseq 0.12.2 at DAMO-NLP-SG/DiGIT cd6d8ca).
+
+    Queries, keys and values: uniform, Xavier with gain 1 / sqrt(2), that is up to sqrt(1.5 / D). The output projection:
+    uniform up to sqrt(3 / D), without bias at first. Feed-forward layers, and the biases of queries, keys and values:
+    PyTorch's default, uniform up to 1 / sqrt(inputs).
+    """
+    for part in transformer.modules():  # as constructed: what is not named here has PyTorch's default already
+        if isinstance(part, Attention):
+            nn.init.xavier_uniform_(part.qkv.weight)  # (3 D, D): the bound is sqrt(6 / 4 D), as said above
+            nn.init.xavier_uniform_(part.out.weight)
+            nn.init.zeros_(part.out.bias)

@@ -4,9 +4,8 @@ The architecture is that of MAGE's VQGAN (the paper's, 256 px to 16 x 16 of 1,02
 attention, images in 0..1. Small configs of the same network serve small images.
 
 Sources: [0] Esser et al. 2021, arXiv 2012.09841. [1] Li et al. 2023, arXiv 2211.09117 (MAGE), whose weights fix the
-    details:
-average pooling down, nearest-neighbour up, bias-free convolutions in the residual blocks, and a shortcut over the
-*hidden* features where the width changes. [2] Yu et al. 2022, arXiv 2110.04627 (ViT-VQGAN), section 3.2.
+details: average pooling down, nearest-neighbour up, bias-free convolutions in the residual blocks, and a shortcut over
+the *hidden* features where the width changes. [2] Yu et al. 2022, arXiv 2110.04627 (ViT-VQGAN), section 3.2.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ from typing import Annotated, Literal, cast
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from digit.core.config import config
+from digit.core.config import PositiveInt, config
 from digit.core.errors import DigitError
 from digit.models.codebook import nearest
 from digit.models.component import Component
-from digit.models.transformer import PositiveInt
 from digit.native.norm import arranged, norm_silu
 
 
@@ -74,6 +73,32 @@ class VQGANConfig:
         side = self.resolution // self.factor
         return side, side
 
+    def describe(self) -> str:
+        """Its shape in a line."""
+        rows, columns = self.grid
+        shape = f"width {self.channels} x {list(self.multipliers)}"
+        return f"{self.resolution} px to {rows} x {columns} of {self.codes:,} codes; {shape}"
+
+    def activation_bytes(self) -> int:
+        """Float32 activations of the decoder for one image, in bytes, where they are largest.
+
+        The convolutions' own workspace comes on top and depends on the machine.
+        """
+        widths = [self.channels * m for m in self.multipliers]
+        before = [*widths[1:], widths[-1]]  # what comes up from the coarser level
+        sides = [self.resolution >> level for level in range(len(widths))]
+        return 4 * max(held_channels(b, w) * s**2 for b, w, s in zip(before, widths, sides, strict=True))
+
+
+def held_channels(before: int, width: int) -> int:
+    """How many channels a residual block holds at most at a time.
+
+    Of one width three tensors: its input, and what the running layer reads and writes. Where the width changes, its
+    input twice, as it came and normed, and the hidden features; later its input, the hidden features, the shortcut and
+    their sum.
+    """
+    return 3 * width if before == width else max(2 * before + width, before + 3 * width)
+
 
 class ResidualBlock(nn.Module):
     """Norm, SiLU, 3x3 convolution, twice, and a shortcut; ``shortcut`` is that of :class:`VQGANConfig`."""
@@ -89,9 +114,8 @@ class ResidualBlock(nn.Module):
         if width_in != width:
             self.shortcut = nn.Conv2d(width_in if self.shortcut_input else width, width, 1, bias=False)
 
-    def forward(self, x: Tensor, doubled: bool = False) -> Tensor:
-        """(B, width_in, H, W) to (B, width, H, W); ``doubled``: as if x came at twice the side, every place as 2 x 2 of
-        it.
+    def forward(self, x: Float[Tensor, "B C H W"], doubled: bool = False) -> Float[Tensor, "B C2 H2 W2"]:
+        """``doubled``: as if x came at twice the side, every place as 2 x 2 of it.
 
         Norm, activation and a 1x1 shortcut of such an x are those of the small one, doubled, at a quarter of the work.
         """
@@ -125,7 +149,7 @@ class Encoder(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, config.code_dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "B 3 S S"]) -> Float[Tensor, "B D h w"]:
         """Encode; each level after the first works at half the side of the one before."""
         x = self.conv_in(x)
         for index, level in enumerate(self.levels):
@@ -159,7 +183,7 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, before, eps=1e-6)
         self.conv_out = nn.Conv2d(before, 3, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 S S"]:
         """Decode."""
         x = self.conv_in(arranged(z, self.norm_out))
         for block in self.middle:
@@ -191,8 +215,8 @@ class VQGAN(Component):
         """Tokens an image, M."""
         return self.config.grid[0] * self.config.grid[1]
 
-    def latents(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in 0..1 to continuous latents (B, M, code_dim).
+    def latents(self, images: Tensor) -> Float[Tensor, "B M D"]:
+        """Images (B, 3, S, S) in 0..1 to continuous latents.
 
         Raises:
             DigitError: another image size than the config's.
@@ -203,18 +227,18 @@ class VQGAN(Component):
         latents: Tensor = self.encoder(images).flatten(2).transpose(1, 2)  # (B, M, code_dim)
         return F.normalize(latents, dim=-1) if self.config.normalize_codes else latents
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in 0..1 to VQ tokens (B, M) int64: the nearest code, the lowest id on ties."""
+    def encode(self, images: Tensor) -> Int[Tensor, "B M"]:
+        """Images (B, 3, S, S) in 0..1 to VQ tokens: the nearest code, the lowest id on ties."""
         return nearest(self.latents(images), self.codebook)
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents (B, M, code_dim) to images (B, 3, S, S), nominally 0..1, not clamped."""
+    def decode_latents(self, latents: Float[Tensor, "B M D"]) -> Float[Tensor, "B 3 S S"]:
+        """Latents to images, nominally 0..1, not clamped."""
         rows, columns = self.config.grid
         images: Tensor = self.decoder(latents.transpose(1, 2).reshape(len(latents), -1, rows, columns))
         return images
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """VQ tokens (B, M) to images (B, 3, S, S), nominally 0..1, not clamped.
+    def decode(self, tokens: Tensor) -> Float[Tensor, "B 3 S S"]:
+        """VQ tokens (B, M) to images, nominally 0..1, not clamped.
 
         Raises:
             DigitError: the number of tokens is not M, or an id is out of range.
@@ -222,8 +246,3 @@ class VQGAN(Component):
         if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
             raise DigitError(f"The VQGAN decodes (B, {self.num_tokens}) tokens; {tuple(tokens.shape)} was given.")
         return self.decode_latents(F.embedding(tokens, self.codebook))
-
-    def __repr__(self) -> str:
-        from digit.pipeline.info import one_line
-
-        return one_line(self)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from digit.core.config import from_dict, read_value, to_dict
 from digit.core.errors import DigitError
-from digit.encoders import load_encoder
-from digit.models.codebook import Codebook
-from digit.models.feedforward import load_decoder
-from digit.models.token_model import TokenModel
-from digit.models.vqgan import VQGAN
+from digit.pipeline.model import load_part
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling.request import SamplingParams
 
@@ -44,31 +40,21 @@ def assemble(
 
     A prior that was trained on VQ tokens makes a baseline in VQ space.
     """
-    loaders: dict[str, Callable[[Path], Any]] = {
-        "encoder": load_encoder,
-        "codebook": Codebook.from_pretrained,
-        "vqgan": VQGAN.from_pretrained,
+    given = {"encoder": encoder, "codebook": codebook, "vqgan": vqgan, "prior": prior}
+    parts: dict[str, Any] = {
+        name: load_part(part_folder(path), name) for name, path in given.items() if path is not None
     }
-    given = {"encoder": encoder, "codebook": codebook, "vqgan": vqgan}
-    parts: dict[str, Any] = {name: loaders[name](part_folder(path)) for name, path in given.items() if path is not None}
     if prior is not None:
-        parts["prior"] = TokenModel.from_pretrained(part_folder(prior))
-        provenance = parts["prior"].provenance
-        parts["class_names"] = list(provenance.get("class_names", []))
-        parts["space"] = provenance.get("space", "semantic")
-    if decoders:
-        models = [load_decoder(part_folder(d)) for d in decoders]
-        parts["decoders"] = {m.config.role: m for m in models}
-    if class_names is not None:
-        parts["class_names"] = class_names
-    if name is not None:
-        parts["name"] = name
+        facts = parts["prior"].provenance
+        parts |= {"class_names": list(facts.get("class_names", [])), "space": facts.get("space", "semantic")}
+    models = [load_part(part_folder(path), "decoder") for path in decoders]
+    if models:
+        parts["decoders"] = {model.config.role: model for model in models}
+    parts |= {key: value for key, value in {"class_names": class_names, "name": name}.items() if value is not None}
     if base is None:
         return DigitPipeline(**parts)
     start = DigitPipeline.from_pretrained(base)
-    if "decoders" in parts:
-        parts["decoders"] = {**start.decoders, **parts["decoders"]}
-    return start.with_parts(**parts)
+    return start.with_parts(**{**parts, "decoders": {**start.decoders, **parts.get("decoders", {})}})
 
 
 def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str | None = None) -> DigitPipeline:
@@ -89,8 +75,8 @@ def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str |
         stage, dot, name = place.partition(".")
         if not (separator and dot and name) or stage not in stages:
             raise DigitError(
-                f"--default {item} was given; expected STAGE.NAME=VALUE, such as prior.cfg_scale=1.5; the stages of this model are: "
-                f"{', '.join(stages)}."
+                f"--default {item} was given; expected STAGE.NAME=VALUE, such as prior.cfg_scale=1.5; the stages of "
+                f"this model are: {', '.join(stages)}."
             )
         settings.setdefault(stage, {})[name] = read_value(value)
     chosen = {

@@ -16,6 +16,7 @@ from digit.models.component import weights_checksum
 from digit.pipeline.info import pipeline_parts
 
 if TYPE_CHECKING:
+    from digit.pipeline.model import Model
     from digit.pipeline.pipeline import DigitPipeline
 
 PAPER = "https://arxiv.org/abs/2410.12490"
@@ -60,7 +61,7 @@ class CardFacts:
     results: tuple[Measured, ...] = ()
 
 
-def model_card(pipe: DigitPipeline) -> str:
+def model_card(pipe: Model) -> str:
     """The README of a saved model, by the template beside this file; the head is the Hub's metadata, with the results
     as a model index.
     """
@@ -77,7 +78,7 @@ def model_card(pipe: DigitPipeline) -> str:
     return f"{str(card).rstrip()}\n"
 
 
-def _metadata(pipe: DigitPipeline) -> ModelCardData:
+def _metadata(pipe: Model) -> ModelCardData:
     results = [
         EvalResult(
             task_type=one.task, dataset_type=one.data, dataset_name=one.data, dataset_split=one.split,
@@ -96,7 +97,7 @@ def _metadata(pipe: DigitPipeline) -> ModelCardData:
     )
 
 
-def _what(pipe: DigitPipeline) -> str:
+def _what(pipe: Model) -> str:
     if pipe.prior is None:
         return "the tokenizers alone, without a prior."
     tokens = "semantic tokens" if pipe.space == "semantic" else "VQ tokens"
@@ -105,7 +106,7 @@ def _what(pipe: DigitPipeline) -> str:
     return f"images{size}{classes} from a GPT over {tokens}."
 
 
-def _training(pipe: DigitPipeline) -> list[str]:
+def _training(pipe: Model) -> list[str]:
     """What it learnt from, as far as the parts say, and the rest of the provenance."""
     lines = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
     for part in pipeline_parts(pipe):

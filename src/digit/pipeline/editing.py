@@ -7,17 +7,23 @@ below and to the right of a region fit less well than those above and to the lef
 pixels has no VQ tokens: it makes the whole image with the noise that suits the given one best, and the pixels of kept
 cells are then taken from the given image.
 
-Every function takes the images (B, 3, S, S) in 0..1 and a request for them, and gives tokens, whose images are
-``pipe.to_pixels(tokens)``.
+Functions take the images (B, 3, S, S) in 0..1 and a request for them, and give tokens, whose images are
+``pipe.to_pixels(tokens)``; :func:`edit_images` does all of it for files.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from digit.core.errors import DigitError
+from digit.core.grids import picture_grid
+from digit.core.images import load_images, save_png, to_pil
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.stage2 import Callback
 from digit.pipeline.tokens import Tokens
@@ -103,10 +109,66 @@ def edit_tokens(
         request = request.validate(pipe)
     images = images.to(pipe.device)
     first = pipe.sample_prior(request, pipe.prior_tokenizer.encode(images), free, callback)  # (B, N)
-    return pipe.stage2(request.decoder).edit(first, request, images, free_cells, callback)
+    return pipe.stage2(request.decoder).sample(first, request, callback, (images, free_cells))
 
 
 def cells(region: Tensor, grid: tuple[int, int]) -> Tensor:
     """The tokens (B, rows * columns) that a region of pixels (B, H, W) touches."""
     touched: Tensor = F.adaptive_max_pool2d(region[:, None].float(), grid) > 0  # (B, 1, rows, columns)
     return touched.flatten(1)
+
+
+def edit_images(
+    pipe: DigitPipeline,
+    files: Sequence[Path],
+    pixels: Tensor,
+    out: Path,
+    num: int,
+    request: SampleRequest,
+    labels: Sequence[int] | None = None,
+    mask: Path | None = None,
+    prefix: int | None = None,
+    fraction: float | None = None,
+) -> Path:
+    """Edit each image ``num`` times and write the results beside each other.
+
+    Args:
+        pipe: a model with all its components.
+        files: names of the images.
+        pixels: (B, 3, S, S) in 0..1.
+        out: folder for ``NAME-0.png`` ... and ``edits.png``.
+        num: results an image.
+        request: seed, decoder and settings; images and labels follow from the others.
+        labels: a class an image, or one for all.
+        mask, prefix, fraction: one of them: a file, white where to sample anew; rows of tokens to keep; the share of
+            tokens to sample anew.
+
+    Returns:
+        The file of the sheet.
+    """
+    if labels is not None and len(labels) not in (1, len(files)):
+        raise DigitError(
+            f"{len(labels)} labels were given for {len(files)} images; expected one for each, or one for all."
+        )
+    classes = None
+    if labels is not None:
+        classes = torch.tensor(labels).expand(len(files)).repeat_interleave(num)
+    whole = replace(request, images=range(len(files) * num), labels=classes).validate(pipe)
+    marked = None if mask is None else load_images(mask, pixels.shape[-1])[0].mean(0) >= 0.5  # (S, S)
+    stems, sheet = [file.stem for file in files], []
+    for place, stem in enumerate(stems):
+        name = stem if stems.count(stem) == 1 else f"{stem}-{place:03d}"  # files of several folders
+        given = pixels[place : place + 1].expand(num, -1, -1, -1)  # (num, 3, S, S)
+        mine = whole.take(range(place * num, (place + 1) * num))
+        if marked is not None:
+            tokens = edit_region(pipe, given, marked, mine)
+        elif prefix is not None:
+            tokens = continue_rows(pipe, given, prefix, mine)
+        else:
+            assert fraction is not None
+            tokens = vary(pipe, given, fraction, mine)
+        results = [to_pil(image) for image in pipe.to_pixels(tokens)]
+        for index, result in enumerate(results):
+            save_png(result, out / f"{name}-{index}.png")
+        sheet += [to_pil(pixels[place]), *results]
+    return save_png(picture_grid(sheet, columns=num + 1), out / "edits.png")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from digit.core.errors import DigitError
 
 if TYPE_CHECKING:
-    from digit.pipeline.pipeline import DigitPipeline
+    from digit.pipeline.model import Model
 
 
-def check_fit(pipe: DigitPipeline) -> None:
+def check_fit(pipe: Model) -> None:
     """Neighbouring components must agree on vocabularies and lengths, or the first user would find out in a stack
     trace.
     """
@@ -22,7 +22,7 @@ def check_fit(pipe: DigitPipeline) -> None:
     prior, vqgan, codebook = pipe.prior, pipe.vqgan, pipe.codebook
     semantic, codes, cells = "the number of semantic tokens K", "the number of VQ codes V", "VQ tokens an image M"
     if pipe.encoder is not None and codebook is not None:
-        agree("the feature width", ("encoder", pipe.encoder.dim), ("codebook", codebook.config.dim))
+        codebook.check_encoder(pipe.encoder)
     if prior is not None and prior.config.prefix_length:
         raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
     if prior is not None:

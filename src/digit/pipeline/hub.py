@@ -13,16 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import constants, errors
 
 from digit.core.errors import DigitError
 from digit.core.files import cache_folder
-from digit.encoders.hub import looks_like_repository, offline, unreachable
+from digit.core.hub import INDEX, endpoint, is_repository, out_of_reach, packaged_models, repository_id
 
 AUTHORS = "DAMO-NLP-SG/DiGIT"
 VQGAN_NAME = "vqgan_jax_strongaug.ckpt"
 VQGAN_LINK = "https://drive.google.com/file/d/13S_unB87n6KKuuMdyMnyExW0G1kplTbP/view"
-INDEX = "model_index.json"
 PARTS = ("encoder", "codebook", "prior", "decoder", "vqgan")
 """The folders of a model."""
 _LOGIN = "A private model, and publishing, need a token: hf auth login, or the variable HF_TOKEN."
@@ -85,21 +84,12 @@ def resolve_model(
     text = str(name)
     if text in packaged:
         return packaged[text]
-    if not looks_like_repository(text):
-        known = f" (packaged: {', '.join(packaged)})" if packaged else ""
-        raise DigitError(
-            f"There is no model '{text}': no such folder, no packaged model of this name{known}, and it is not a Hub id (owner/name)."
-        )
+    known = f" (packaged: {', '.join(packaged)})" if packaged else ""
+    repository_id(text, "model", f"no such folder, no packaged model of this name{known}")
     store = Path(cache) if cache is not None else cache_folder()
     if text == AUTHORS:
         return _authors_model(variant, revision, token, store)
     return _published_model(text, variant, revision, token)
-
-
-def packaged_models() -> dict[str, Path]:
-    """The models that come with the package, by name."""
-    found = sorted((Path(__file__).parents[1] / "packaged").glob(f"*/{INDEX}"))
-    return {path.parent.name: path.parent for path in found}
 
 
 def _authors_model(variant: str | None, revision: str | None, token: str | bool | None, store: Path) -> Path:
@@ -178,7 +168,7 @@ def _fetch(repository: str, name: str, tried: str, download: Callable[[bool], Pa
         if not path.is_file():
             raise DigitError(f"{tried}, and the mirror in DIGIT_HUB_DIR has no {path}.")
         return path.parent if newest else path
-    where = f"{name} is not in the Hub's cache ({huggingface_hub.constants.HF_HUB_CACHE})"
+    where = f"{name} is not in the Hub's cache ({constants.HF_HUB_CACHE})"
     barrier = out_of_reach() if newest else ""
     if not newest or barrier:
         with contextlib.suppress(errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
@@ -198,19 +188,6 @@ def _fetch(repository: str, name: str, tried: str, download: Callable[[bool], Pa
         raise DigitError(f"{tried}; the Hub has no repository {repository} that may be read. {_LOGIN}") from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise DigitError(f"{tried}; the download of {name} failed: {str(error).strip().splitlines()[0]}") from error
-
-
-def endpoint() -> str:
-    """The address of the Hub."""
-    return os.environ.get("HF_ENDPOINT") or str(huggingface_hub.constants.ENDPOINT)
-
-
-def out_of_reach() -> str:
-    """Why the Hub cannot be asked, as a clause, or ""."""
-    if offline():
-        return "the Hub was not asked because HF_HUB_OFFLINE is set"
-    reason = unreachable(endpoint())
-    return f"the Hub ({endpoint()}) is out of reach: {reason}" if reason else ""
 
 
 # -- publishing --------------------------------------------------------------------------------------------------------
@@ -247,7 +224,7 @@ def push_folder(
     from digit.pipeline.pipeline import read_index
 
     index = read_index(folder)
-    if not looks_like_repository(repository):
+    if not is_repository(repository):
         raise DigitError(f"The repository '{repository}' was given; expected owner/name, such as somebody/my-model.")
     if barrier := out_of_reach():
         raise DigitError(f"The model was not published: {barrier}.")

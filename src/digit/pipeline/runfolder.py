@@ -79,8 +79,8 @@ class RunFolder:
         if not isinstance(there, dict):
             raise DigitError(f"{self.path / RECORD} is damaged; choose another --out, or --overwrite.")
         for name, value in self.identity.items():
-            if name == "weights" and isinstance(there.get(name), str):
-                continue  # a record of the first edition, with another kind of checksum
+            if (name == "weights" and isinstance(there.get(name), str)) or (name == "stages" and name not in there):
+                continue  # a record of the first edition, with another kind of checksum and without these settings
             if there.get(name) != value:
                 raise DigitError(
                     f"The folder {self.path} holds a run with {name} = {_short(there.get(name))}; now {_short(value)} was given. "

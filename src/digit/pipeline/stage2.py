@@ -2,31 +2,27 @@
 
 | kind | class | way |
 |---|---|---|
-| ar, masked | :class:`TokenDecoder` | semantic tokens, VQ tokens one by one or in a few steps, VQGAN |
-| onepass, head "vq" | :class:`FeedForwardTokens` | semantic tokens, all VQ tokens at once, VQGAN |
-| onepass, head "pixels" | :class:`FeedForwardPixels` | semantic tokens and noise, pixels |
-| none: the prior predicts VQ tokens | :class:`VQBaseline` | VQ tokens, VQGAN |
+| none: the prior predicts VQ tokens | :class:`Stage2` | VQ tokens, VQGAN |
+| ar, masked, onepass with the head "vq" | :class:`TokenDecoder` | semantic tokens, VQ tokens, VQGAN |
+| onepass, head "pixels" | :class:`PixelDecoder` | semantic tokens and noise, pixels |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from typing_extensions import override
 
 from digit.core.errors import DigitError
-from digit.models.feedforward import FeedForwardDecoder, PixelHeadConfig
-from digit.models.token_model import TokenModel
 from digit.pipeline.tokens import PixelLatents, Tokens
-from digit.sampling.engine import sample
-from digit.sampling.feedforward import pixel_latents, sample_feedforward
-from digit.sampling.request import SampleRequest
-from digit.sampling.rng import uniforms
+from digit.sampling.request import Sampled, SampleRequest
+from digit.sampling.rng import pixel_latents
+from digit.sampling.sampler import sample
 
 if TYPE_CHECKING:
     from digit.pipeline.pipeline import DigitPipeline
@@ -38,122 +34,72 @@ Callback = Callable[[str, int, Tensor], None]
 """Told (stage, done, tokens (B, length)) while sampling, stage being "prior" or the decoder's kind: after each token, or
 after each step of a masked decoder, whose open tokens are -1. It may raise to stop."""
 
+Kept = tuple[Float[Tensor, "B 3 S S"], Bool[Tensor, "B M"]]
+"""Images of which cells are kept, and True for the cells to make anew."""
 
-class Stage2(Protocol):
-    """From the prior's tokens to pixels.
+
+class Stage2:
+    """From the prior's tokens to pixels; by itself for a baseline in VQ space, whose tokens the VQGAN decodes.
 
     Attributes:
-        kind: of decoder, as users name it; None for a baseline in VQ space.
+        kind: of decoder, as users name it; None for a baseline.
         config: of the decoder's network; None where there is none.
     """
 
-    kind: str | None
-    config: Any
+    kind: Any
+    config: Any = None
+
+    def __init__(self, pipe: DigitPipeline, kind: str | None = None) -> None:
+        self.pipe, self.kind = pipe, kind
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the cells in which editing keeps pixels or makes them anew."""
-        ...
-
-    def check_parts(self) -> None:
-        """Raise a DigitError if a part is missing that pixels need."""
-        ...
-
-    def sample(self, first: Tensor, request: SampleRequest, callback: Callback | None = None) -> Tokens:
-        """The prior's tokens (B, N) to all that pixels are made of."""
-        ...
-
-    def edit(
-        self, first: Tensor, request: SampleRequest, images: Tensor, free: Tensor, callback: Callback | None = None
-    ) -> Tokens:
-        """As :meth:`sample`, keeping of the images (B, 3, S, S) the cells (B, rows * columns) that are not free."""
-        ...
-
-    def pixels(self, tokens: Tokens) -> Tensor:
-        """What :meth:`sample` gave to images (B, 3, S, S), nominally 0..1."""
-        ...
-
-
-class VQBaseline(Stage2):
-    """The prior's tokens are VQ tokens, which the VQGAN decodes."""
-
-    def __init__(self, pipe: DigitPipeline, kind: str | None = None) -> None:
-        self.pipe, self.kind, self.config = pipe, kind, cast(Any, None)
-
-    @property
-    @override
-    def grid(self) -> tuple[int, int]:
-        """That of the VQ tokens."""
         grid: tuple[int, int] = self.pipe.part("vqgan").config.grid
         return grid
 
-    @override
     def check_parts(self) -> None:
-        """It needs the VQGAN."""
+        """Raise a DigitError if a part is missing that pixels need."""
         self.pipe.part("vqgan")
 
-    @override
-    def sample(self, first: Tensor, request: SampleRequest, callback: Callback | None = None) -> Tokens:
-        """Nothing is left to sample."""
-        return Tokens(vq=first, labels=request.labels)
-
-    @override
-    def edit(
-        self, first: Tensor, request: SampleRequest, images: Tensor, free: Tensor, callback: Callback | None = None
+    def sample(
+        self,
+        first: Tensor,
+        request: SampleRequest,
+        callback: Callback | None = None,  # noqa: ARG002
+        kept: Kept | None = None,  # noqa: ARG002
     ) -> Tokens:
-        """The prior has kept what stays."""
-        return self.sample(first, request)
+        """The prior's tokens (B, N) to all that pixels are made of; what is kept stays as it is."""
+        return Tokens(vq=first, labels=request.labels)  # the prior has kept what stays
 
-    @override
-    def pixels(self, tokens: Tokens) -> Tensor:
-        """Through the VQGAN."""
+    def pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
+        """What :meth:`sample` gave to images, nominally 0..1."""
         vqgan = self.pipe.part("vqgan")
         assert tokens.vq is not None
-        pixels: Tensor = vqgan.decode(
-            checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ").to(self.pipe.device)
-        )
+        vq = checked(tokens.vq, vqgan.num_tokens, vqgan.config.codes, "VQ")
+        pixels: Tensor = vqgan.decode(vq.to(self.pipe.device))
         return pixels
 
 
-class TokenDecoder(VQBaseline):
-    """Semantic tokens to VQ tokens by an AR or a masked decoder, and through the VQGAN."""
+class TokenDecoder(Stage2):
+    """Semantic tokens to VQ tokens, and through the VQGAN."""
 
     def __init__(self, pipe: DigitPipeline, kind: str) -> None:
         super().__init__(pipe, kind)
         self.model: Any = pipe.decoders[kind]
         self.config = self.model.config
 
-    @override
-    def sample(self, first: Tensor, request: SampleRequest, callback: Callback | None = None) -> Tokens:
-        """All VQ tokens."""
-        return self._tokens(first, request, callback)
-
-    @override
-    def edit(
-        self, first: Tensor, request: SampleRequest, images: Tensor, free: Tensor, callback: Callback | None = None
+    def sample(
+        self, first: Tensor, request: SampleRequest, callback: Callback | None = None, kept: Kept | None = None
     ) -> Tokens:
-        """The VQ tokens of free cells."""
-        return self._tokens(first, request, callback, self.pipe.part("vqgan").encode(images), free)
+        """All VQ tokens, or those of free cells."""
+        semantic, params = self.semantic(first), request.params[self.kind]
+        given, free = (None, None) if kept is None else (self.pipe.part("vqgan").encode(kept[0]), kept[1])
+        labels, told = self.known(request.labels), for_stage(self.kind, callback)
+        vq = sample(self.model, request.images, request.seed, params, labels, semantic, given, free, told)
+        return Tokens(semantic, vq, labels=request.labels)
 
-    def _tokens(self, first: Tensor, request: SampleRequest, callback: Callback | None, *kept: Tensor) -> Tokens:
-        semantic = self.semantic(first)
-        told = for_stage(cast(str, self.kind), callback)
-        return Tokens(semantic, self.draw(semantic, request, told, *kept), labels=request.labels)
-
-    def draw(
-        self,
-        semantic: Tensor,
-        request: SampleRequest,
-        callback: Callable[..., None] | None,
-        given: Tensor | None = None,
-        free: Tensor | None = None,
-    ) -> Tensor:
-        """VQ tokens (B, M); those of ``given`` (B, M) stay where ``free`` (B, M) is False."""
-        model: TokenModel = self.model
-        params, labels = request.params[cast(str, self.kind)], self.known(request.labels)
-        return sample(model, request.images, request.seed, params, labels, semantic, given, free, callback)
-
-    def semantic(self, first: Tensor) -> Tensor:
+    def semantic(self, first: Tensor) -> Int[Tensor, "B N"]:
         """The prior's tokens, checked and on the model's device."""
         found = checked(first, self.config.prefix_length, self.config.prefix_vocab_size, "semantic")
         return found.to(self.pipe.device)
@@ -163,62 +109,36 @@ class TokenDecoder(VQBaseline):
         return labels if self.config.num_classes else None
 
 
-class FeedForwardTokens(TokenDecoder):
-    """Semantic tokens to all VQ tokens in one pass, and through the VQGAN."""
-
-    @override
-    def draw(
-        self,
-        semantic: Tensor,
-        request: SampleRequest,
-        callback: Callable[..., None] | None,
-        given: Tensor | None = None,
-        free: Tensor | None = None,
-    ) -> Tensor:
-        """VQ tokens (B, M)."""
-        model: FeedForwardDecoder = self.model
-        # the noise takes the numbers of the stage; the draw of the tokens has its own
-        uniform = uniforms(request.seed, request.images, "onepass-tokens", (model.config.length,))
-        noise, labels = pixel_latents(model.config, request.images, request.seed), self.known(request.labels)
-        device, params = model.start.device, request.params[cast(str, self.kind)]
-        labels, given, free = (None if part is None else part.to(device) for part in (labels, given, free))
-        vq = sample_feedforward(model, uniform.to(device), noise, params, semantic, labels, given, free)
-        if callback is not None:
-            callback(model.config.length, vq)
-        return vq
-
-
-class FeedForwardPixels(TokenDecoder):
+class PixelDecoder(TokenDecoder):
     """Semantic tokens and the noise of each image to pixels, in one pass and without a VQGAN."""
 
     @property
-    @override
     def grid(self) -> tuple[int, int]:
         """That of the semantic tokens: there are no others."""
         grid: tuple[int, int] = self.config.grid
         return grid
 
-    @override
     def check_parts(self) -> None:
         """It needs nothing else."""
 
-    @override
-    def sample(self, first: Tensor, request: SampleRequest, callback: Callback | None = None) -> Tokens:
-        """The noise of each image; its standard deviation is the decoder's temperature."""
-        kind = cast(str, self.kind)
-        noise = pixel_latents(self.config, request.images, request.seed, request.params[kind].temperature)
-        return Tokens(self.semantic(first), None, PixelLatents(kind, noise), request.labels)
-
-    @override
-    def edit(
-        self, first: Tensor, request: SampleRequest, images: Tensor, free: Tensor, callback: Callback | None = None
+    def sample(
+        self,
+        first: Tensor,
+        request: SampleRequest,
+        callback: Callback | None = None,  # noqa: ARG002
+        kept: Kept | None = None,
     ) -> Tokens:
-        """Pixels outside of free cells stay, and the noise is the one that suits their colours best."""
-        tokens = self.sample(first, request)
-        if bool(free.all()):
+        """The noise of each image; its standard deviation is the decoder's temperature.
+
+        Of an edited image the pixels outside of free cells stay, and the noise is the one that suits them best.
+        """
+        noise = pixel_latents(self.config, request.images, request.seed, request.params[self.kind].temperature)
+        tokens = Tokens(self.semantic(first), None, PixelLatents(self.kind, noise), request.labels)
+        if kept is None or bool(kept[1].all()):
             return tokens
+        images, free = kept
         given = self.pipe.tokenizer.encode(images)
-        side = cast(PixelHeadConfig, self.config.pixels).resolution
+        side = self.config.pixels.resolution
         if images.shape[-1] != side:  # the decoder enlarges
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         cells = free.view(-1, 1, *self.grid).float()  # (B, 1, rows, columns)
@@ -229,53 +149,53 @@ class FeedForwardPixels(TokenDecoder):
         ]
         errors = []
         for noise in tries:
-            rebuilt = self.pipe.to_pixels(Tokens(given, None, PixelLatents(cast(str, self.kind), noise), tokens.labels))
+            rebuilt = self.pipe.to_pixels(Tokens(given, None, PixelLatents(self.kind, noise), tokens.labels))
             errors.append(((rebuilt - images).square() * ~anew).sum((1, 2, 3)))  # (B,)
         best = torch.stack(errors).argmin(0)  # (B,)
         noise = torch.stack(tries)[best, torch.arange(len(images), device=best.device)]  # (B, noise_dim)
-        return replace(tokens, latents=PixelLatents(cast(str, self.kind), noise, images, anew))
+        return replace(tokens, latents=PixelLatents(self.kind, noise, images, anew))
 
-    @override
-    def pixels(self, tokens: Tokens) -> Tensor:
+    def pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
         """One pass."""
-        latents, model = tokens.latents, self.model
+        latents, labels = tokens.latents, self.known(tokens.labels)
         assert tokens.semantic is not None
         assert latents is not None
-        labels = self.known(tokens.labels)
         labels = None if labels is None else labels.to(self.pipe.device)
-        pixels: Tensor = (
-            model(self.semantic(tokens.semantic), latents.noise.to(model.start), labels).float().clamp(0, 1)
-        )
+        made: Tensor = self.model(self.semantic(tokens.semantic), latents.noise.to(self.model.start), labels)
+        made = made.float().clamp(0, 1)
         if latents.kept is None or latents.anew is None:
-            return pixels
-        return torch.where(latents.anew.to(pixels.device), pixels, latents.kept.to(pixels.device))
+            return made
+        return torch.where(latents.anew.to(made.device), made, latents.kept.to(made.device))
 
 
-STAGES: dict[tuple[str, str], Callable[[Any, str], Stage2]] = {
+STAGES: dict[tuple[str, str], type[TokenDecoder]] = {
     ("ar", "vq"): TokenDecoder,
     ("masked", "vq"): TokenDecoder,
-    ("onepass", "vq"): FeedForwardTokens,
-    ("onepass", "pixels"): FeedForwardPixels,
+    ("onepass", "vq"): TokenDecoder,
+    ("onepass", "pixels"): PixelDecoder,
 }
 """By the decoder's role and what its head gives."""
 
 
-def checked(tokens: Tensor, length: int, vocab: int, kind: str) -> Tensor:
-    """Tokens (B, length) of ids below ``vocab``.
+def checked(tokens: Tensor, length: int, vocab: int, kind: str) -> Int[Tensor, "B length"]:
+    """The tokens, if they are (B, length) ids below ``vocab``.
 
     Raises:
-        DigitError: another shape, or ids out of range.
+        DigitError: another shape, no integers, or ids out of range.
     """
     if tokens.ndim != 2 or tokens.shape[1] != length:
         raise DigitError(f"{kind} tokens of shape {tuple(tokens.shape)} were given; this model takes (B, {length}).")
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        name = str(tokens.dtype).removeprefix("torch.")
+        raise DigitError(f"{kind} tokens of type {name} were given; expected integers from 0 to {vocab - 1}.")
     if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocab):
         raise DigitError(
             f"{kind} tokens range from {int(tokens.min())} to {int(tokens.max())}; expected 0 to {vocab - 1}."
         )
-    return tokens
+    return tokens.long()
 
 
-def for_stage(stage: str, callback: Callback | None) -> Callable[..., None] | None:
+def for_stage(stage: str, callback: Callback | None) -> Sampled | None:
     """A sampler's callback that tells ``callback`` the stage too."""
 
     def tell(done: int, tokens: Tensor, masked: Tensor | None = None) -> None:

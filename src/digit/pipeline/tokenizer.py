@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
 from digit.core.errors import DigitError
-from digit.core.images import to_tensor
+from digit.core.images import load_image, to_tensor
 from digit.core.transforms import center_crop, resize_shorter
 from digit.encoders.base import Encoder
 from digit.models.codebook import Codebook
 from digit.models.vqgan import VQGAN
 
-Images = Tensor | Sequence[Image.Image]
-"""(B, 3, S, S) in 0..1 with S the model's size; or Pillow images of any size, whose shorter side is scaled to S and
-whose middle is cut out."""
+TOLERANCE = 1e-3
+"""How far floats may leave 0..1, for rounding in half precision."""
+
+Images = Any
+"""One image or a batch of them, see :func:`prepare`."""
 
 
 class Tokenizer(Protocol):
@@ -26,8 +30,7 @@ class Tokenizer(Protocol):
 
     Attributes:
         image_size: side S of the square images it takes.
-        grid: (rows, columns) of the tokens of an image.
-        num_tokens: N.
+        grid: (rows, columns) of the tokens of an image; N = rows * columns.
         vocab_size: ids are 0..vocab_size-1.
     """
 
@@ -39,18 +42,14 @@ class Tokenizer(Protocol):
     def num_tokens(self) -> int: ...  # noqa: D102
     @property
     def vocab_size(self) -> int: ...  # noqa: D102
-    def encode(self, images: Images) -> Tensor: ...  # noqa: D102
+    def encode(self, images: Images) -> Int[Tensor, "B N"]: ...  # noqa: D102
 
 
 class SemanticTokenizer:
     """The semantic tokenizer: a frozen encoder, and a codebook that was fitted on its features."""
 
     def __init__(self, encoder: Encoder, codebook: Codebook) -> None:
-        if encoder.dim != codebook.config.dim:
-            raise DigitError(
-                f"The encoder's features are {encoder.dim} wide and the codebook's centroids {codebook.config.dim}: "
-                "the codebook was fitted on another encoder. Fit one with: digit fit-codebook"
-            )
+        codebook.check_encoder(encoder)
         self.encoder, self.codebook = encoder, codebook
 
     @property
@@ -74,18 +73,17 @@ class SemanticTokenizer:
         return self.codebook.config.clusters
 
     @torch.inference_mode()
-    def features(self, images: Images) -> Tensor:
-        """Images to features (B, N, D)."""
-        return self.encoder(prepare(images, self.image_size).to(self.codebook.centroids.device))
+    def features(self, images: Images) -> Float[Tensor, "B N D"]:
+        """The encoder's features of images; floats may leave 0..1, as noisy images do."""
+        return self._features(prepare(images, self.image_size, bounded=False))
+
+    def _features(self, ready: Tensor) -> Tensor:
+        return self.encoder(ready.to(self.codebook.centroids.device))
 
     @torch.inference_mode()
-    def encode(self, images: Images) -> Tensor:
-        """Images to semantic tokens (B, N) int64.
-
-        Raises:
-            DigitError: a tensor of another shape, or no image at all.
-        """
-        return self.codebook.assign(self.features(images))
+    def encode(self, images: Images) -> Int[Tensor, "B N"]:
+        """Semantic tokens of images; for what counts as images, and errors, see :func:`prepare`."""
+        return self.codebook.assign(self._features(prepare(images, self.image_size)))
 
     def to(self, device: torch.device | str) -> SemanticTokenizer:
         """Move to a device."""
@@ -106,20 +104,59 @@ class VQTokenizer:
         self.num_tokens, self.vocab_size = vqgan.num_tokens, vqgan.config.codes
 
     @torch.inference_mode()
-    def encode(self, images: Images) -> Tensor:
-        """Images to VQ tokens (B, M) int64."""
+    def encode(self, images: Images) -> Int[Tensor, "B M"]:
+        """VQ tokens of images; for what counts as images, and errors, see :func:`prepare`."""
         return self.vqgan.encode(prepare(images, self.image_size).to(self.vqgan.codebook.device))
 
 
-def prepare(images: Images, size: int) -> Tensor:
-    """Images of any size, or a tensor that is ready, to (B, 3, size, size) in 0..1."""
-    if isinstance(images, Tensor):
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise DigitError(
-                f"Images of shape {tuple(images.shape)} were given; expected (B, 3, {size}, {size}) in 0..1."
-            )
-        return images
-    given = [images] if isinstance(images, Image.Image) else list(images)
-    if not given:
+def prepare(images: Images, size: int, bounded: bool = True) -> Float[Tensor, "B 3 size size"]:
+    """Images in 0..1, of the model's size.
+
+    Args:
+        images: one image or a sequence of images, each a Pillow image, a path, a numpy array (H, W, 3) uint8, or a
+            tensor (3, H, W), uint8 or float in 0..1. Or a batch of them: (B, H, W, 3), (B, 3, H, W).
+        size: where an image is larger or smaller its shorter side is scaled to it, and the middle cut out. Tensors of
+            floats must have it already, for scaling them would round to 8 bits.
+        bounded: refuse floats outside 0..1.
+
+    Raises:
+        DigitError: none of these, no image at all, values outside 0..1, or floats of another size.
+    """
+    batch = images if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4 else [images]
+    if len(batch) == 0:
         raise DigitError("No images were given; expected at least one.")
-    return torch.stack([to_tensor(center_crop(resize_shorter(p.convert("RGB"), size), size)) for p in given])
+    if isinstance(batch, Tensor) and batch.is_floating_point():
+        return _floats(batch, size, bounded)
+    return torch.cat([_one(image, size, bounded) for image in batch])
+
+
+def _one(image: Any, size: int, bounded: bool) -> Tensor:
+    """(1, 3, size, size)"""
+    if isinstance(image, Tensor) and image.is_floating_point():
+        return _floats(image[None], size, bounded)
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
+        image = image.movedim(0, -1).cpu().numpy()  # (H, W, 3)
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[-1] == 3:
+        image = Image.fromarray(image)
+    if isinstance(image, (str, Path)):
+        image = load_image(image)
+    if not isinstance(image, Image.Image):
+        shape = f" of shape {tuple(image.shape)} and type {image.dtype}" if hasattr(image, "shape") else ""
+        raise DigitError(
+            f"A {type(image).__name__}{shape} was given as an image; expected a Pillow image, a path, a numpy array "
+            "(H, W, 3) of uint8, or a tensor (3, H, W) of uint8 or of floats in 0..1."
+        )
+    return to_tensor(center_crop(resize_shorter(image.convert("RGB"), size), size))[None]
+
+
+def _floats(images: Tensor, size: int, bounded: bool) -> Tensor:
+    """(B, 3, size, size), checked."""
+    if images.ndim != 4 or images.shape[1:] != (3, size, size):
+        raise DigitError(f"Images of shape {tuple(images.shape)} were given; expected (B, 3, {size}, {size}) in 0..1.")
+    low, high = (float(value) for value in images.aminmax()) if bounded else (0.0, 1.0)
+    if not (low >= -TOLERANCE and high <= 1 + TOLERANCE):  # NaN, too
+        guess = "images / 255" if high > 2 else "(images + 1) / 2"
+        raise DigitError(
+            f"Images with values from {low:.4g} to {high:.4g} were given; expected floats in 0..1, as from {guess}."
+        )
+    return images.float()

@@ -111,8 +111,10 @@ def load_tokens_file(path: str | Path) -> Tokens:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             grids = {n: torch.from_numpy(arrays[n].astype(np.int64)) for n in names if n in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:
-        raise DigitError(f"{path} is not a token file (.npz of integer grids): {error}.") from error
+    except (ValueError, OSError, zipfile.BadZipFile, AttributeError) as error:  # numpy's own text advises to unpickle
+        raise DigitError(
+            f"{path} is not a token file: expected the .npz of integer grids that digit tokenize writes."
+        ) from error
     if not grids.keys() & {"semantic", "vq"}:
         raise DigitError(f"{path} holds neither 'semantic' nor 'vq' tokens.")
     return Tokens.of(grids, grids.get("labels"))

@@ -1,4 +1,4 @@
-"""Sampling tokens: what is asked for, filters, guidance, the autoregressive and the masked way, and randomness that
+"""Sampling tokens: what is asked for, filters and guidance, the autoregressive and the masked way, and randomness that
 belongs to the image.
 """
 
@@ -9,8 +9,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from digit.sampling.engine import sample
     from digit.sampling.request import SampleRequest, SamplingParams
+    from digit.sampling.sampler import sample
 
 __all__ = ["SampleRequest", "SamplingParams", "sample"]
 
@@ -22,6 +22,5 @@ def __getattr__(name: str) -> Any:
         name = "SamplingParams"
     if name not in __all__:
         raise AttributeError(f"module 'digit.sampling' has no attribute '{name}'")
-    return getattr(
-        importlib.import_module("digit.sampling.engine" if name == "sample" else "digit.sampling.request"), name
-    )
+    place = "digit.sampling.sampler" if name == "sample" else "digit.sampling.request"
+    return getattr(importlib.import_module(place), name)

@@ -1,25 +1,28 @@
-"""From logits and one uniform number to a token: temperature, top-k, top-p, and the draw.
+"""From logits and one uniform number to a token: guidance, temperature, top-k, top-p, and the draw.
 
 Nothing here waits for the device, and the vocabulary is never sorted: top-k selects, and top-p searches for its
-    threshold.
+threshold. As in the authors' code (fairseq 0.12.2), top-p keeps the tokens before the threshold and the one that
+crosses it.
 
-Sources: [0] Fan et al. 2018, arXiv 1805.04833 (top-k). [1] Holtzman et al. 2020, arXiv 1904.09751 (top-p). As in the
-    authors' code
-(fairseq 0.12.2), top-p keeps the tokens before the threshold and the one that crosses it.
+Sources: Fan et al. 2018, arXiv 1805.04833 (top-k); Holtzman et al. 2020, arXiv 1904.09751 (top-p); Ho & Salimans 2022,
+arXiv 2207.12598 (guidance). Schedules that start without guidance: Chang et al. 2023, arXiv 2301.00704 (linear), Gao et
+al. 2023, arXiv 2303.14389 (power-cosine). Interval: Kynkäänniemi et al. 2024, arXiv 2404.07724.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from digit.sampling.request import SamplingParams
 
 
-class Knobs(NamedTuple):
-    """The part of the settings that the draw reads; tensors, so that one compiled step serves every value.
+class DrawParams(NamedTuple):
+    """The part of :class:`SamplingParams` that the draw reads; tensors, so that one compiled step serves every value.
 
     Attributes:
         temperature: () float32, or the number 0 for the most likely token.
@@ -32,25 +35,54 @@ class Knobs(NamedTuple):
     top_p: Tensor | float
 
 
-def kept_probabilities(logits: Tensor, settings: SamplingParams | Knobs) -> tuple[Tensor, Tensor | None]:
-    """The filtered distribution, up to normalisation.
+def scales(params: SamplingParams, count: int) -> list[float]:
+    """The guidance scale at each of ``count`` tokens or steps; exactly 1.0 where the unguided half need not be
+    computed.
+    """
+    return [_scale(params, index / max(1, count - 1), index / count) for index in range(count)]
 
-    Args:
-        logits: (..., V).
-        settings: temperature > 0, top_k, top_p.
+
+def _scale(params: SamplingParams, progress: float, fraction: float) -> float:
+    """``progress`` runs from 0 to 1 inclusive and shapes the growth; ``fraction`` in [0, 1) is compared with the
+    interval.
+    """
+    low, high = params.cfg_interval
+    if params.cfg_scale == 1 or not low <= fraction < high:
+        return 1.0
+    growth = {
+        "constant": 1.0,
+        "linear": progress,
+        "cosine": (1 - math.cos(math.pi * progress)) / 2,
+        "power-cosine": (1 - math.cos(math.pi * progress**params.cfg_power)) / 2,
+    }[params.cfg_schedule]
+    return 1 + (params.cfg_scale - 1) * growth
+
+
+def guide(
+    conditional: Float[Tensor, "*B V"], unconditional: Float[Tensor, "*B V"], scale: float | Tensor
+) -> Float[Tensor, "*B V"]:
+    """Move the conditional logits away from the unconditional ones: u + scale * (c - u), in float32."""
+    u = unconditional.float()
+    return u + scale * (conditional.float() - u)
+
+
+def kept_probabilities(
+    logits: Float[Tensor, "*B V"], params: SamplingParams | DrawParams
+) -> tuple[Float[Tensor, "*B k"], Int[Tensor, "*B k"] | None]:
+    """The filtered distribution, up to normalisation, at a temperature above 0.
 
     Returns:
-        Probabilities (..., k) float32, zero where top-p cut, and their token ids (..., k), most likely first; or (...,
-        V) and None: in order of ids.
+        Probabilities in float32, zero where top-p cut, and their token ids, most likely first; or None for ids: all of
+        them in order.
     """
-    logits = logits.float() / settings.temperature
-    cut = isinstance(settings.top_p, Tensor) or settings.top_p < 1
-    if 0 < settings.top_k < logits.shape[-1]:
-        logits, ids = logits.topk(settings.top_k)  # (..., k), sorted
+    logits = logits.float() / params.temperature
+    cut = isinstance(params.top_p, Tensor) or params.top_p < 1
+    if 0 < params.top_k < logits.shape[-1]:
+        logits, ids = logits.topk(params.top_k)  # (..., k), sorted
         p = logits.softmax(-1)
-        return (p * (p.cumsum(-1) - p < settings.top_p) if cut else p), ids
+        return (p * (p.cumsum(-1) - p < params.top_p) if cut else p), ids
     p = logits.softmax(-1)  # (..., V)
-    return (_nucleus(p, settings.top_p) if cut else p), None
+    return (_nucleus(p, params.top_p) if cut else p), None
 
 
 def _nucleus(p: Tensor, top_p: Tensor | float) -> Tensor:
@@ -58,8 +90,7 @@ def _nucleus(p: Tensor, top_p: Tensor | float) -> Tensor:
     together.
 
     The set is {p >= t} for the largest t whose set reaches ``top_p``. Floats from 0 to 1 are ordered like their bits,
-    so t is found
-    exactly, bit by bit, in 30 sums: less than a sort of the vocabulary, and it fuses.
+    so t is found exactly, bit by bit, in 30 sums: less than a sort of the vocabulary, and it fuses.
     """
     bits = p.view(torch.int32)  # (..., V), below 2 ** 30
     threshold = torch.zeros_like(bits[..., :1])  # (..., 1)
@@ -70,20 +101,16 @@ def _nucleus(p: Tensor, top_p: Tensor | float) -> Tensor:
     return torch.where(bits >= threshold, p, 0.0)
 
 
-def draw(logits: Tensor, uniform: Tensor, settings: SamplingParams | Knobs) -> Tensor:
-    """Draw a token per row by inverse transform sampling; no host synchronisation.
+def draw(
+    logits: Float[Tensor, "*B V"], uniform: Float[Tensor, "*B"], params: SamplingParams | DrawParams
+) -> Int[Tensor, "*B"]:
+    """Draw a token per row by inverse transform sampling with numbers in [0, 1); no host synchronisation.
 
-    Args:
-        logits: (..., V).
-        uniform: (...) numbers in [0, 1).
-        settings: a temperature of 0 takes the most likely token.
-
-    Returns:
-        (...) int64 ids.
+    A temperature of 0 takes the most likely token.
     """
-    if not isinstance(settings.temperature, Tensor) and settings.temperature == 0:
+    if not isinstance(params.temperature, Tensor) and params.temperature == 0:
         return logits.argmax(-1)
-    p, ids = kept_probabilities(logits, settings)
+    p, ids = kept_probabilities(logits, params)
     cumulative = p.cumsum(-1)  # (..., k)
     threshold = uniform[..., None].to(cumulative) * cumulative[..., -1:]
     # u < 1 keeps the threshold below the total; rounding up to it must not step beyond the last token that has

@@ -5,7 +5,7 @@ Options of the command line and fields of the JSON API are made from :func:`samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
 
@@ -17,8 +17,12 @@ from digit.core.errors import DigitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OF_STEPS = ("steps", "mask_schedule", "choice_temperature")
+_OF_STEPS = ("steps", "mask_schedule", "choice_temperature", "mask_scaling")
 _DECODER = "decoder_"
+_OTHER_NAMES = {"guidance_scale": "cfg_scale"}
+
+Sampled = Callable[..., Any]
+"""Told (tokens known or steps done, tokens (B, length)), and by a masked decoder which of them are open (B, length)."""
 
 
 @config
@@ -46,11 +50,18 @@ class SamplingParams:
     choice_temperature: Annotated[
         float, Field(ge=0, description="Noise in the masked decoder's choice of tokens to keep; it falls to 0.")
     ] = 4.5
+    mask_scaling: Annotated[
+        Literal["none", "tokens"],
+        Field(description="tokens: steps and choice temperature are for 256 tokens and scale with their number."),
+    ] = "none"
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"cfg_interval={self.cfg_interval}: expected two fractions 0 <= low < high <= 1")
+
+
+SamplingSettings = SamplingParams  # its name in the first edition
 
 
 @dataclass(frozen=True)
@@ -103,16 +114,17 @@ class SampleRequest:
 
     Attributes:
         images: numbers (B,) of the images within the run.
-        seed: of the run.
+        seed: of the run; or (B,) one of each image.
         labels: (B,) int64 classes, -1 for none; None: no image has a class.
         decoder: its kind: "ar", "masked" or "onepass"; None: the model's default.
-        settings: what was asked for, by the names of :class:`SamplingParams`; it goes before the model's defaults.
-            Names that begin with ``decoder_``, and ``steps`` and its like, are the decoder's, the others the prior's.
+        settings: what was asked for, by the names of :class:`SamplingParams` (``guidance_scale`` is ``cfg_scale``); it
+            goes before the model's defaults. Names that begin with ``decoder_``, and ``steps`` and its like, are the
+            decoder's, the others the prior's.
         params: all settings of "prior" and of the decoder's kind; filled in by :meth:`validate`.
     """
 
     images: Sequence[int] = (0,)
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     labels: Tensor | None = None
     decoder: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -123,11 +135,13 @@ class SampleRequest:
         cls,
         num: int | None = None,
         labels: Sequence[int] | int | None = None,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         decoder: str | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> SampleRequest:
         """The images 0, 1, ... of a run, which take the given labels in turns; by default one image a label.
+
+        With a seed for each image, each is the image 0 of its seed.
 
         Raises:
             DigitError: no image, or an empty list of labels.
@@ -136,15 +150,13 @@ class SampleRequest:
 
         if num is not None and num < 1:
             raise DigitError(f"num = {num} images were asked for; expected at least 1.")
-        classes = None
-        if labels is not None:
-            given = torch.as_tensor([labels] if isinstance(labels, int) else list(labels), dtype=torch.long)
-            if len(given) == 0:
-                raise DigitError("The list of labels is empty; leave it out for unconditional images.")
-            num = num or len(given)
-            classes = given.repeat(-(-num // len(given)))[:num]  # (num,)
+        given = [labels] if isinstance(labels, int) else None if labels is None else list(labels)
+        if given == []:
+            raise DigitError("The list of labels is empty; leave it out for unconditional images.")
+        num = num or len(given or ()) or (1 if isinstance(seed, int) else len(seed))
+        classes = None if given is None else torch.tensor(given).repeat(-(-num // len(given)))[:num]  # (num,)
         asked = {name: value for name, value in (settings or {}).items() if value is not None}
-        return cls(range(num or 1), seed, classes, decoder, asked)
+        return cls(range(num) if isinstance(seed, int) else [0] * num, seed, classes, decoder, asked)
 
     def __len__(self) -> int:
         """Images, B."""
@@ -153,7 +165,8 @@ class SampleRequest:
     def take(self, rows: Sequence[int]) -> SampleRequest:
         """The same for some of the images, by their places in this request."""
         labels = None if self.labels is None else self.labels[list(rows)]
-        return replace(self, images=[self.images[row] for row in rows], labels=labels)
+        seed = self.seed if isinstance(self.seed, int) else [self.seed[row] for row in rows]
+        return replace(self, images=[self.images[row] for row in rows], seed=seed, labels=labels)
 
     def batches(self, size: int) -> list[SampleRequest]:
         """The request in pieces of at most ``size`` images."""
@@ -171,8 +184,11 @@ class SampleRequest:
             DigitError: labels out of range, guidance without classes, unknown settings or ones that nothing reads, no
                 such decoder, or a part that the model lacks.
         """
-        if self.seed < 0:
-            raise DigitError(f"The seed {self.seed} was given; expected a number from 0 up.")
+        seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
+        if bad := [seed for seed in seeds if not isinstance(seed, int) or seed < 0]:
+            raise DigitError(f"The seed {bad[0]} was given; expected a number from 0 up.")
+        if not isinstance(self.seed, int) and len(seeds) != len(self.images):
+            raise DigitError(f"{len(seeds)} seeds were given for {len(self.images)} images; expected one for each.")
         if self.labels is not None and len(self.labels) != len(self.images):
             raise DigitError(f"{len(self.labels)} labels were given for {len(self.images)} images.")
         first = model.part("prior") if prior else None
@@ -194,6 +210,12 @@ class SampleRequest:
     def _divided(self, decoder: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         """What was asked of the prior, and of the decoder where there is one."""
         asked = {name: value for name, value in self.settings.items() if value is not None}
+        for prefix in ("", _DECODER):
+            for other, name in _OTHER_NAMES.items():
+                if prefix + other in asked:
+                    if prefix + name in asked:
+                        raise DigitError(f"{prefix}{other} and {prefix}{name} are the same setting; give one of them.")
+                    asked[prefix + name] = asked.pop(prefix + other)
         later = {name.removeprefix(_DECODER): asked.pop(name) for name in list(asked) if name.startswith(_DECODER)}
         if decoder:
             later |= {name: asked.pop(name) for name in _OF_STEPS if name in asked}

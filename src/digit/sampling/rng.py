@@ -12,30 +12,47 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from digit.core.errors import DigitError
+from digit.models.feedforward import FeedForwardConfig
+
+Seeds = int | Sequence[int]
+"""Of a run, from 0 up; or of each image by itself."""
 
 
-def uniforms(seed: int, images: Sequence[int], stage: str, shape: tuple[int, ...]) -> Tensor:
-    """Uniform numbers in [0, 1) for some images of a run.
+def uniforms(seed: Seeds, images: Sequence[int], stage: str, shape: tuple[int, ...]) -> Float[Tensor, " B *shape"]:
+    """Uniform numbers in [0, 1) for some images of a run, in float32 on the CPU.
 
     Args:
-        seed: of the run, >= 0.
+        seed: of the run, or one for each image.
         images: (B,) numbers of the images within the run.
         stage: "prior", "ar", "masked", ...; stages of one image are independent.
         shape: numbers an image.
-
-    Returns:
-        (B, *shape) float32 on the CPU.
     """
-    if seed < 0:
-        raise DigitError(f"The seed {seed} was given; expected a number from 0 up.")
+    seeds = [seed] * len(images) if isinstance(seed, int) else list(seed)
+    if bad := [s for s in seeds if s < 0]:
+        raise DigitError(f"The seed {bad[0]} was given; expected a number from 0 up.")
     tag = zlib.crc32(stage.encode())
     rows = [
-        np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, int(i), tag]))).random(
-            shape, dtype=np.float32
-        )
-        for i in images
+        np.random.Generator(np.random.Philox(np.random.SeedSequence([s, int(i), tag]))).random(shape, dtype=np.float32)
+        for s, i in zip(seeds, images, strict=True)
     ]
     return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, *shape)
+
+
+def pixel_latents(
+    config: FeedForwardConfig, images: Sequence[int], seed: Seeds = 0, temperature: float = 1.0, stage: str = "onepass"
+) -> Float[Tensor, "B noise_dim"]:
+    """Normal noise, in float32 on the CPU, that decides what a feed-forward decoder's tokens leave open.
+
+    Args:
+        config: of the decoder.
+        images, seed, stage: see :func:`uniforms`.
+        temperature: the standard deviation; 0 gives the middle of all images that the tokens allow.
+    """
+    u = uniforms(seed, images, stage, (config.noise_dim,))
+    # in float64 on the host, so that it is the same number on every machine
+    normal: Tensor = torch.special.ndtri(u.double().clamp(1e-7, 1 - 1e-7))
+    return (temperature * normal).float()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from digit.core.config import from_dict
+from digit.core.config import config, from_dict, load_preset, override
 from digit.core.errors import DigitError
+from digit.core.files import read_json
 from digit.data.token_cache import open_token_cache
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
@@ -19,6 +22,7 @@ from digit.training.auxiliary import Auxiliary, known_fields, load_centroids, ne
 from digit.training.config import TrainingConfig
 from digit.training.engine import seed_everything
 from digit.training.finetune import FineTune, start_model
+from digit.training.loop import REQUEST
 from digit.training.task import Task
 from digit.training.tasks import encoder, feedforward_build
 from digit.training.tasks import vqgan as vqgan_task
@@ -42,12 +46,88 @@ def training_config(preset: Mapping[str, Any], where: str) -> TrainingConfig:
     return from_dict(TrainingConfig, preset["training"], f"{where}, training")
 
 
+@config
+class Request:
+    """What ``digit train`` was asked for: everything a run needs to begin or to go on, but its folder and device.
+
+    Attributes:
+        component: see :func:`build_task`.
+        preset: its name or file.
+        settings: the preset's sections, with the user's changes.
+        data: see :func:`build_task`.
+        model: a model folder or Hub id, for :func:`build_task`'s ``parts``.
+        start: from which saved part the weights begin.
+    """
+
+    component: Literal["encoder", "vqgan", "prior", "decoder"]
+    preset: str
+    settings: dict[str, Any]
+    data: str
+    model: str | None = None
+    start: FineTune | None = None
+
+    def build(self) -> tuple[Task, TrainingConfig]:
+        """The task and its training config; errors as of :func:`build_task`."""
+        parts = None if self.model is None else DigitPipeline.from_pretrained(self.model)
+        return build_task(self.component, self.settings, self.data, self.preset, self.start, parts)
+
+
+def request_for(
+    component: Literal["encoder", "vqgan", "prior", "decoder"],
+    run: Path | None,
+    preset: str | None,
+    data: str | None,
+    model: str | None,
+    start: FineTune | None,
+    changes: Sequence[str],
+) -> Request:
+    """What the user asks for: what is given, and what is left out as the run that is resumed has it.
+
+    Args:
+        run: the folder of a run to resume; None begins one.
+        changes: ``a.b=c``, of the preset, or of the run's own settings.
+        component, preset, data, model, start: see :class:`Request`.
+
+    Raises:
+        DigitError: something is neither given nor known, or the run is another component's or preset's.
+    """
+    path = None if run is None else run / REQUEST
+    if path is not None and path.is_file():
+        begun: Request = from_dict(Request, read_json(path), str(path))
+        for what, asked, known in (("component", component, begun.component), ("preset", preset, begun.preset)):
+            if asked not in (None, known):
+                raise DigitError(f"The run in {run} is of the {what} '{known}', but '{asked}' was given with --resume.")
+        known_or = replace(begun, data=data or begun.data, model=model or begun.model, start=start or begun.start)
+        return replace(known_or, settings=change(begun.settings, changes, begun.preset))
+    if preset is None or data is None:
+        found = "" if run is None else f"; {run} holds no {REQUEST}, from which --resume could take them"
+        raise DigitError(f"A training needs --preset and --data{found}.")
+    settings = change(load_preset(preset), changes, preset)
+    return Request(component=component, preset=preset, settings=settings, data=data, model=model, start=start)
+
+
+def change(settings: Mapping[str, Any], changes: Sequence[str], preset: str) -> dict[str, Any]:
+    """Sections of a preset with ``a.b=c`` applied. Steps given alone take the place of epochs, and the other way round.
+
+    Raises:
+        DigitError: a path that is not in the preset, or not of the form.
+    """
+    changed = copy.deepcopy(dict(settings))
+    for item in changes:
+        override(changed, item, preset)
+    given = {item.partition("=")[0].strip() for item in changes}
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        alone = f"training.{one}" in given and f"training.{other}" not in given
+        if alone and changed["training"][one] is not None:
+            changed["training"][other] = None
+    return changed
+
+
 def build_task(
     component: str,
     preset: Mapping[str, Any],
     data: str | Path,
     where: str,
-    vqgan: VQGAN | None = None,
     start: FineTune | None = None,
     parts: DigitPipeline | None = None,
 ) -> tuple[Task, TrainingConfig]:
@@ -59,9 +139,9 @@ def build_task(
         preset: its sections; see :func:`digit.core.config.load_preset`.
         data: a dataset for an encoder, a VQGAN or a feed-forward decoder, a token cache for a prior or another decoder.
         where: the preset's name, for messages.
-        vqgan: shows the samples of a token model as images.
         start: the saved part to begin with, instead of random weights.
-        parts: a model, whose encoder, codebook and VQGAN a feed-forward decoder is trained with.
+        parts: a model. A feed-forward decoder is trained with its encoder, codebook and VQGAN; of a token model, its
+            VQGAN shows the samples as images.
 
     Raises:
         DigitError: the preset is another component's, or a section is wrong.
@@ -71,8 +151,8 @@ def build_task(
         raise DigitError(
             f"The {where} is for the component '{preset.get('component')}', but '{component}' is to be trained."
         )
-    config = training_config(preset, where)
-    seed_everything(config.seed)
+    settings = training_config(preset, where)
+    seed_everything(settings.seed)
     task: Any
     if component == "encoder":
         task = encoder.build(preset, data, where, start)
@@ -81,8 +161,9 @@ def build_task(
     elif preset["model"].get("role") == "onepass":
         task = feedforward_build.build(preset, data, where, parts, start)
     else:
-        task = _token_task(component, preset, data, where, config.z_loss, vqgan, start)
-    return task, config
+        vqgan = None if parts is None else parts.vqgan
+        task = _token_task(component, preset, data, where, settings.z_loss, vqgan, start)
+    return task, settings
 
 
 def _token_task(

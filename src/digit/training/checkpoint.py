@@ -26,6 +26,8 @@ _FREE = {
     "accumulation", "compile", "fused", "gradient_checkpointing", "workers", "shard", "max_spike",
     "log_every", "validate_every", "checkpoint_every", "sample_every", "keep_checkpoints",
 }  # fmt: skip
+# fields that earlier releases did not have, and what their runs did
+_ADDED = {"training.patience": 0, "model.init": "normal", "objective.dense": 0.0, "objective.dense_places": 4}
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,20 @@ def load(folder: Path) -> Checkpoint:
     return Checkpoint(state["step"], tensors, state["run"], state["numbers"])
 
 
-def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], where: Path) -> None:
+def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], where: Path, extend: bool = False) -> None:
     """See that a run goes on as it began.
 
-    What only concerns speed, logs or memory may differ, and the length too unless the schedule depends on it.
+    What only concerns speed, logs or memory may differ, and the length too, unless the schedule depends on it and
+    ``extend`` is False.
 
     Raises:
         DigitError: names the fields that differ, with both values.
     """
     free = {f"training.{name}" for name in _FREE}
-    if saved.get("training", {}).get("schedule") != "cosine":
+    if extend or saved.get("training", {}).get("schedule") != "cosine":
         free |= {"training.steps", "training.epochs"}
-    old, new = _flatten(saved), _flatten(given)
+    new = _flatten(given)
+    old = {name: value for name, value in _ADDED.items() if name in new} | _flatten(saved)
     differing = [
         f"{name} is {new.get(name, 'absent')!r}, was {old.get(name, 'absent')!r}"
         for name in sorted((old.keys() | new.keys()) - free)

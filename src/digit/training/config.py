@@ -37,6 +37,8 @@ class TrainingConfig:
         clip_norm: largest norm of the gradient; 0 does not clip.
         ema_decay: of the exponential moving average of the weights, which then is what is validated and exported; 0 is
             off.
+        patience: after so many validations without a better one the run ends, and the best is what is exported; 0
+            runs to the end and exports that. For token models, by their validation "nll".
         max_spike: a loss of the model above this many times the median of the last ones stops the run; 0 never does.
         z_loss: weight of mean(log Z ^ 2), which keeps the logits of token models from drifting (PaLM, arXiv 2204.02311,
             sec. 5).
@@ -68,6 +70,7 @@ class TrainingConfig:
     final_lr: NonNegative = 0.0
     clip_norm: NonNegative = 1.0
     ema_decay: Probability = 0.0
+    patience: NonNegativeInt = 0
     max_spike: NonNegative = 0.0
     z_loss: NonNegative = 0.0
     compile: bool = False

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from digit.core.config import config, to_dict
 from digit.core.errors import DigitError
 from digit.data.token_cache import TokenCache
-from digit.models.component import load_component, weights_checksum
+from digit.models.component import weights_checksum
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.hub import resolve_model
@@ -124,7 +124,7 @@ def open_start(source: str, role: str) -> Start:
         DigitError: nothing there, or it is of another role.
     """
     folder, names = start_folder(source, role)
-    model = load_component(folder, TokenModel, TokenModelConfig)
+    model = TokenModel.from_pretrained(folder)
     if model.config.role != role:
         raise DigitError(f"{source} is a model of role '{model.config.role}'; the preset trains one of role '{role}'.")
     provenance: Mapping[str, Any] = model.provenance

@@ -10,7 +10,9 @@ metrics stay where they were computed until the next line is due.
 from __future__ import annotations
 
 import json
+import math
 import platform
+import shutil
 import signal
 import threading
 import time
@@ -28,7 +30,7 @@ from torch import Tensor
 from digit.core.config import to_dict
 from digit.core.environment import hardware
 from digit.core.errors import DigitError
-from digit.core.files import write_bytes
+from digit.core.files import write_bytes, write_folder, write_json
 from digit.core.progress import bar
 from digit.training import checkpoint
 from digit.training.checkpoint import Checkpoint
@@ -39,6 +41,7 @@ from digit.training.logs import Averages, Log
 from digit.training.speed import Meter
 from digit.training.task import Batch, Loss, Step, Stream, Task
 
+REQUEST = "request.json"
 _VALIDATION, _SAMPLE = 1 << 62, (1 << 62) + 1  # keys of the random state that no step has
 
 
@@ -52,10 +55,8 @@ class Interrupted(DigitError):
 
     def __init__(self, signum: int, step: int, total: int, checkpoint: Path) -> None:
         self.exit_code, self.checkpoint = 128 + signum, checkpoint
-        super().__init__(
-            f"Stopped by {signal.Signals(signum).name} after step {step} of {total}; the checkpoint is {checkpoint}. "
-            "To go on, give the same command again; digit train wants --resume with it."
-        )
+        name = signal.Signals(signum).name
+        super().__init__(f"Stopped by {name} after step {step} of {total}; the checkpoint is {checkpoint}.")
 
 
 def train(
@@ -66,6 +67,8 @@ def train(
     resume: bool = False,
     device: str | None = None,
     show: bool = True,
+    request: object = None,
+    extend: bool = False,
 ) -> Path:
     """Train a component to the end of its run; the folder of the finished component, ``out/model``.
 
@@ -77,6 +80,8 @@ def train(
         resume: go on from the newest checkpoint in ``out``; from the start if there is none yet.
         device: "cpu", "cuda", or None for the best there is.
         show: show a progress bar.
+        request: a config of what the user asked for, kept as ``request.json``; ``digit train --resume`` reads it.
+        extend: the length of the run may change though its learning rates depend on it (schedule "cosine").
 
     Raises:
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved. Several processes agree on it at log lines.
@@ -84,7 +89,9 @@ def train(
             or jumped; a file cannot be written.
     """
     run = _Run(task, config, Path(out), device)
-    run.begin(resume)
+    run.begin(resume, extend)
+    if request is not None and run.is_main:
+        write_json(run.out / REQUEST, to_dict(request))
     engine = run.engine
     rank = engine.accelerator.process_index
     what = f"Training {task.description.get('component', 'a component')}"
@@ -99,13 +106,15 @@ def train(
         workers=config.workers,
     )
     with _caught_signals() as caught, bar(what, run.total - run.done, "steps", show and rank == 0) as progress:
-        for batch in task.batches(stream):
+        for batch in () if run.is_over else task.batches(stream):
             logged = run.step(batch)
             progress.advance(1, f"loss {logged['loss']:.4g}" if "loss" in logged else "")
+            if run.is_over:
+                break
             signum = engine.largest(max(caught, default=0)) if logged or engine.world == 1 else 0
             if signum and run.done < run.total:
                 raise Interrupted(signum, run.done, run.total, run.save())
-    if run.done < run.total:
+    if not run.is_over:
         raise RuntimeError(f"{type(task).__name__}.batches ended after step {run.done} of {run.total}")
     return run.finish()
 
@@ -149,11 +158,21 @@ class _Run:
         self.guard = Guard(out, config.max_spike, self.engine.accelerator.scaler is not None)
         self.meter = Meter(self.engine.networks, self.engine.device, config.precision, self.engine.world)
         self.validated: dict[str, float] = {}
+        self.best: tuple[float, int] = (math.inf, 0)  # the score, and how many validations were not better since
+        if config.patience and not task.score:
+            raise DigitError(
+                "training.patience is for token models, whose validation has one figure to go by; set it to 0."
+            )
         self._since = (0, time.perf_counter())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps were made, or further ones did not help for as long as was allowed."""
+        return self.done >= self.total or 0 < self.config.patience <= self.best[1]
 
     # -- begin and end
 
-    def begin(self, resume: bool) -> None:
+    def begin(self, resume: bool, extend: bool) -> None:
         """Prepare the folder, or go on from its newest checkpoint."""
         last = checkpoint.latest(self.out)
         if last is not None and not resume:
@@ -162,7 +181,7 @@ class _Run:
                 "or choose another --out."
             )
         if last is not None:
-            self._restore(checkpoint.load(last), last)
+            self._restore(checkpoint.load(last), last, extend)
         if self.is_main:
             checkpoint.remove_unfinished(self.out)
             text = yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True)
@@ -176,12 +195,20 @@ class _Run:
         """Save the last checkpoint and the component."""
         self.save()
         folder = self.out / "model"
+        if not self.config.patience:
+            self._export(folder)
+        if self.is_main:
+            if self.config.patience:
+                with write_folder(folder) as aside:
+                    shutil.copytree(self.out / "best", aside, dirs_exist_ok=True)
+            self.log.close()
+        self.engine.accelerator.wait_for_everyone()
+        return folder
+
+    def _export(self, folder: Path) -> None:
         with self.engine.averaged():
             if self.is_main:
                 self.task.export(folder, self._provenance())
-                self.log.close()
-        self.engine.accelerator.wait_for_everyone()
-        return folder
 
     def _provenance(self) -> dict[str, Any]:
         versions = {"digit-ar": metadata.version("digit-ar"), "torch": torch.__version__}
@@ -263,6 +290,14 @@ class _Run:
         with self._evaluating(_VALIDATION):
             found = self.task.validate()
         self.validated = self.engine.mean(found)
+        if self.config.patience:
+            if self.task.score not in self.validated:
+                raise DigitError("training.patience needs held-out images to measure: set data.held_out above 0.")
+            score = self.validated[self.task.score]
+            better = score < self.best[0]
+            self.best = (score, 0) if better else (self.best[0], self.best[1] + 1)
+            if better or not (self.out / "best").exists():
+                self._export(self.out / "best")
         if self.is_main:
             self.log.write(self.done, {f"validation/{name}": value for name, value in self.validated.items()})
 
@@ -294,7 +329,12 @@ class _Run:
         totals = self.engine.mean({name: total for name, (total, _) in sums.items()})
         if self.is_main:
             averages = {name: [totals[name], count] for name, (_, count) in sums.items()}
-            numbers = {"averages": averages, "validated": self.validated, "recent": list(self.guard.recent)}
+            numbers = {
+                "averages": averages,
+                "validated": self.validated,
+                "best": list(self.best),
+                "recent": list(self.guard.recent),
+            }
             scaler = self.engine.accelerator.scaler
             if scaler is not None:
                 numbers["scaler"] = scaler.state_dict()
@@ -303,8 +343,8 @@ class _Run:
         self.engine.accelerator.wait_for_everyone()
         return checkpoint.path_of(self.out, self.done)
 
-    def _restore(self, saved: Checkpoint, where: Path) -> None:
-        checkpoint.check_same_run(saved.run, self.description, where)
+    def _restore(self, saved: Checkpoint, where: Path, extend: bool) -> None:
+        checkpoint.check_same_run(saved.run, self.description, where, extend)
         if saved.step > self.total:
             raise DigitError(
                 f"{where} is {saved.step} steps into a run that is now asked to take {self.total}; give more steps."
@@ -318,6 +358,8 @@ class _Run:
             scaler.load_state_dict(saved.numbers["scaler"])
         self.averages = Averages(saved.numbers["averages"], self.engine.device)
         self.validated = saved.numbers["validated"]
+        score, since = saved.numbers.get("best", self.best)
+        self.best = float(score), int(since)
         self.guard.recent.extend(saved.numbers.get("recent", ()))
         self.done = saved.step
 

@@ -95,12 +95,14 @@ class Task:
             fingerprint). A checkpoint is resumed only under the same description and training config.
         examples: how many training examples an epoch has.
         device: where the networks are.
+        score: the metric of :meth:`validate` by which the best weights are known, lower is better; "" for none.
     """
 
     modules: nn.ModuleDict
     description: Mapping[str, Any]
     examples: int
     device: str = "cpu"
+    score: str = ""
 
     def parameters_by_optimizer(self) -> Groups:
         """What is trained; here, by one optimizer, every parameter that learns (the paper decays norms and biases)."""

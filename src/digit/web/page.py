@@ -149,7 +149,7 @@ def _generate_tab(gr: Any, service: Service, desk: Desk) -> None:
         if label == ALL_CLASSES:
             labels = list(range(service.pipe.num_classes))[: int(count)]
         values = {
-            "labels": labels, "num": int(count), "seed": int(seed or 0), "decoder": decoder or None, "steps": int(steps),
+            "labels": labels, "num": int(count), "seed": int(seed or 0), **_stage2(service, decoder, steps),
             "cfg_scale": cfg if service.can_guide and labels is not None else None, "top_k": int(k), "top_p": p, "temperature": warmth,
         }  # fmt: skip
         try:
@@ -193,6 +193,12 @@ def _decoder_boxes(gr: Any, service: Service) -> tuple[Any, Any]:
     )  # fmt: skip
     decoder.change(lambda kind: gr.update(visible=kind in masked), decoder, steps, **QUIET)
     return decoder, steps
+
+
+def _stage2(service: Service, kind: str, steps: int) -> dict[str, Any]:
+    """The chosen decoder, and steps where it has some: a request refuses them of the others."""
+    masked = kind in service.pipe.decoders and service.pipe.decoders[kind].config.role == "masked"
+    return {"decoder": kind or None, "steps": int(steps) if masked else None}
 
 
 # ---- tokens ----------------------------------------------------------------------------------------------------------
@@ -333,7 +339,7 @@ def _edit_tab(gr: Any, service: Service, desk: Desk) -> None:
     ) -> Any:
         values = {
             **what, "label": None if label == NO_CLASS else label, "seed": int(seed or 0), "num": int(count),
-            "decoder": decoder or None, "steps": int(steps),
+            **_stage2(service, decoder, steps),
         }  # fmt: skip
         try:
             wish = from_dict(Edit, values, "The form")

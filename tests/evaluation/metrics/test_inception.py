@@ -42,36 +42,42 @@ def test_is_torch_fidelitys_extractor_bit_for_bit(random_inception, pair, tmp_pa
     reference = FeatureExtractorInceptionV3(
         "reference", layers, feature_extractor_weights_path=tmp_path / "weights.pth"
     )
-    features, logits = TorchExtractor(load_inception(tmp_path / "weights.pth"))(pair)
+    seen = []
+    reference.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: seen.append(out))
+    features, logits, spatial = TorchExtractor(load_inception(tmp_path / "weights.pth"))(pair)
     expected = reference(pair)
     assert features.shape == (2, 2048)
     assert features.std() > 0.01
     assert torch.equal(features, expected[0])
     assert torch.equal(logits, expected[1])
+    # of sFID: the first 7 of 192 channels at 17 x 17 places, in the order row, column, channel
+    assert seen[0].shape == (2, 192, 17, 17)
+    assert spatial.shape == (2, 2023)
+    assert torch.equal(spatial.view(2, 17, 17, 7), seen[0].movedim(1, 3)[..., :7])
 
 
 def test_onnx_agrees_with_torch(random_inception, pair, cache):
-    expected, expected_logits = TorchExtractor(random_inception)(pair)
-    features, logits = OnnxExtractor(random_inception)(pair)
+    expected, expected_logits, expected_spatial = TorchExtractor(random_inception)(pair)
+    features, logits, spatial = OnnxExtractor(random_inception)(pair)
     scale = expected.abs().max()
     assert (features - expected).abs().max() < 1e-5 * scale
     assert (logits - expected_logits).abs().max() < 1e-4 * expected_logits.abs().max()
-    assert [file.name for file in cache.iterdir()] == [f"inception-{random_inception.sha256[:12]}.onnx"]
-    again, _ = OnnxExtractor(random_inception)(pair)  # from the cache
-    assert torch.equal(again, features)
+    assert (spatial - expected_spatial).abs().max() < 1e-5 * expected_spatial.abs().max()
+    assert [file.name for file in cache.iterdir()] == [f"inception-{random_inception.sha256[:12]}-spatial.onnx"]
+    assert torch.equal(OnnxExtractor(random_inception)(pair).features, features)  # from the cache
 
 
 def test_features_do_not_depend_on_the_batch(random_inception, pair):
     extractor = TorchExtractor(random_inception)
-    whole, _ = extractor(pair)
-    single = torch.cat([extractor(image[None])[0] for image in pair])
+    whole = extractor(pair).features
+    single = torch.cat([extractor(image[None]).features for image in pair])
     assert (whole - single).abs().max() < 1e-5 * whole.abs().max()
 
 
 def test_no_head_means_no_logits(random_inception, pair):
     weights = without_head(random_inception)
     assert not weights.has_head
-    features, logits = TorchExtractor(weights)(pair)
+    features, logits, _ = TorchExtractor(weights)(pair)
     assert logits is None
     assert torch.equal(features, TorchExtractor(random_inception)(pair)[0])
 

@@ -13,7 +13,7 @@ from digit.evaluation.metrics.statistics import (
     FeatureFile,
     FeatureStatistics,
     Moments,
-    load_features,
+    load_set,
     load_statistics,
     save_statistics,
 )
@@ -95,10 +95,19 @@ def test_round_trip_keeps_every_bit(tmp_path, rows):
 def test_reads_the_adm_layout(tmp_path):
     mu, sigma = np.arange(4, dtype=np.float32), np.eye(4, dtype=np.float32)
     np.savez(tmp_path / "adm.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8), mu=mu, sigma=sigma, mu_s=mu, sigma_s=sigma)
-    read = load_statistics(tmp_path / "adm.npz")
-    assert read.n is None
-    assert read.mu.dtype == read.sigma.dtype == np.float64
-    assert np.array_equal(read.mu, mu)
+    read = load_set(tmp_path / "adm.npz")
+    assert read.statistics.n is None
+    assert read.statistics.mu.dtype == read.spatial.sigma.dtype == np.float64
+    assert np.array_equal(read.statistics.mu, mu)
+    assert np.array_equal(read.spatial.sigma, sigma)
+
+
+def test_compact_files_are_small_and_near(tmp_path, rows):
+    whole = gathered(rows, [200])
+    read = load_set(save_statistics(tmp_path / "c.npz", whole, compact=True))
+    assert np.abs(read.statistics.sigma - whole.sigma).max() < 2e-5 * np.abs(whole.sigma).max()
+    assert np.array_equal(read.statistics.sigma, read.statistics.sigma.T)
+    assert (read.statistics.n, read.spatial) == (200, None)
 
 
 def broken_files(folder):
@@ -132,9 +141,10 @@ def test_unusable_files_are_explained(tmp_path, name, sentence):
 
 def test_features_are_kept_where_asked(tmp_path, rows):
     statistics = gathered(rows, [200])
-    assert load_features(save_statistics(tmp_path / "s.npz", statistics)) is None
+    assert load_set(save_statistics(tmp_path / "s.npz", statistics), features=True).features is None
     path = save_statistics(tmp_path / "f.npz", statistics, rows.float())
-    assert torch.equal(load_features(path), rows.float())
+    assert torch.equal(load_set(path, features=True).features, rows.float())
+    assert load_set(path).features is None
     assert np.array_equal(load_statistics(path).mu, statistics.mu)
 
 
@@ -146,7 +156,7 @@ def test_features_are_kept_where_asked(tmp_path, rows):
 def test_features_that_do_not_fit_are_refused(tmp_path, features):
     np.savez(tmp_path / "f.npz", mu=np.zeros(4), sigma=np.eye(4), features=features)
     with pytest.raises(DigitError, match=r"f\.npz"):
-        load_features(tmp_path / "f.npz")
+        load_set(tmp_path / "f.npz", features=True)
 
 
 def test_metadata_is_json_text_not_a_pickle(tmp_path):

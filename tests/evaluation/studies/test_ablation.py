@@ -148,7 +148,7 @@ def test_decoders_share_the_prior_and_missing_weights_are_told(values, parts, ci
         ({"variants": [{"name": "a"}]}, "variants"),
         ({"variants": [{"name": "a"}, {"name": "a"}]}, "name' of its own"),
         ({"variants": [{"name": "a"}, {"name": "b", "layer": -1}]}, "changes layer, but this ablation varies clusters"),
-        ({"variants": [{"name": "a"}, {"name": "b", "clusters": 0}]}, "variant 'b'.*'clusters' = 0"),
+        ({"variants": [{"name": "a"}, {"name": "b", "clusters": 0}]}, "variant 'b'.*clusters = 0"),
         ({"variants": [{"name": "a"}, {"name": "b", "paper": "nothing"}]}, "row 'nothing'; known are: .*MAE"),
         ({"what": "colour"}, "'what' = 'colour'"),
         ({"whet": 1}, "unknown field 'whet'"),

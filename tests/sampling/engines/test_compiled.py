@@ -9,8 +9,8 @@ from torch import nn
 
 from digit.core.errors import DigitError
 from digit.sampling import SamplingParams, sample
-from digit.sampling.engines import stepper as stepper_module
-from digit.sampling.engines.acceleration import accelerate, compile_seconds, workshop
+from digit.sampling.engines import decode
+from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_cache
 from digit.sampling.engines.quantize import Int8Linear, quantized
 
 GUIDED = SamplingParams(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
@@ -28,7 +28,7 @@ def test_compiled_and_plain_steps_give_the_same_tokens(tiny):
         assert torch.equal(sample(model, range(5), 1, s, labels, prefix), expected)
     once = compile_seconds(model)
     assert once > 0.1
-    assert workshop(model).stepper.compiled
+    assert engine_cache(model).engine.name == "compiled"
     # a smaller batch fills up the compiled one, and its pictures are the same
     assert torch.equal(sample(model, range(2), 1, requests[0], labels[:2], prefix[:2]), plain[0][:2])
     assert compile_seconds(model) == once
@@ -52,7 +52,7 @@ def test_without_a_compiler_the_plain_step_runs_and_says_so(tiny, monkeypatch, c
 
     model = tiny(length=5, depth=1, dim=16)
     expected = sample(model, range(3))
-    stepper_module._say_once.cache_clear()
+    decode._say_once.cache_clear()
     accelerate(model, compile=True)
     broken = {"cpp.cxx": ("no-such-compiler",), "fx_graph_cache": False, "force_disable_caches": True}
     with inductor.patch(broken), caplog.at_level(logging.WARNING, "digit"):

@@ -14,7 +14,7 @@ from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
 from digit.sampling import SamplingParams, sample
 from digit.sampling.engines import native
-from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine, release
+from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 from digit.sampling.engines.native import NativeStep, pack, suits
 from digit.sampling.engines.quantize import quantized
 
@@ -107,10 +107,10 @@ def test_float32_tokens_are_those_of_the_plain_step(shape):
     for settings in (SamplingParams(top_k=10), SamplingParams(top_p=0.8, temperature=1.3), GUIDED):
         accelerate(model)
         fast = sample(model, range(40), 3, settings, labels, prefix)
-        assert engine(model) == "C++"
+        assert engine_name(model) == "C++"
         accelerate(model, native=False)
         assert torch.equal(sample(model, range(40), 3, settings, labels, prefix), fast)
-        assert engine(model) == "plain"
+        assert engine_name(model) == "plain"
 
 
 @pytest.mark.parametrize("kind", [{}, {"dtype": torch.bfloat16}, {"quantize": "int8"}], ids=["fp32", "bf16", "int8"])
@@ -141,7 +141,7 @@ def test_changed_weights_are_packed_again():
     with torch.no_grad():
         model.transformer.blocks[0].ffn_in.weight.mul_(-1)
     changed = sample(model, range(3))
-    assert engine(model) == "C++"
+    assert engine_name(model) == "C++"
     accelerate(model, native=False)
     assert torch.equal(changed, sample(model, range(3)))
     assert not torch.equal(before, changed)
@@ -154,7 +154,7 @@ def test_weights_are_packed_once_for_all_batch_sizes(monkeypatch):
         sample(model, range(batch))
     assert len(packed) == 2 * 4 + 1
     release(model)
-    assert engine(model) == ""
+    assert engine_name(model) == ""
     sample(model, [0])
     assert len(packed) == 2 * (2 * 4 + 1)
 
@@ -172,17 +172,17 @@ def test_weights_are_packed_once_for_all_batch_sizes(monkeypatch):
 def test_what_it_does_not_cover_runs_the_plain_step(other, why):
     assert not suits(other)
     sample(other, range(2), params=SamplingParams(top_k=5))
-    assert engine(other) == "plain"
+    assert engine_name(other) == "plain"
 
 
 def test_training_mode_is_noticed_between_calls():
     model = build(dropout=0.5)
     sample(model, range(2))
-    assert engine(model) == "C++"
+    assert engine_name(model) == "C++"
     sample(model.train(), range(2))
-    assert engine(model) == "plain"
+    assert engine_name(model) == "plain"
     sample(model.eval(), range(2))
-    assert engine(model) == "C++"
+    assert engine_name(model) == "C++"
 
 
 SCRIPT = """
@@ -190,10 +190,10 @@ import sys, torch
 sys.path.insert(0, {folder!r})
 from test_native import build
 from digit.sampling import sample
-from digit.sampling.engines.acceleration import compile_seconds, engine
+from digit.sampling.engines.acceleration import compile_seconds, engine_name
 model = build()
 tokens = sample(model, range(3))
-print(engine(model), compile_seconds(model), tokens.flatten().tolist(), sep="|")
+print(engine_name(model), compile_seconds(model), tokens.flatten().tolist(), sep="|")
 """
 
 

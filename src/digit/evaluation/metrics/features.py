@@ -4,39 +4,37 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from digit.core.errors import DigitError
+from digit.core.files import cache_folder, read_json
 from digit.core.progress import bar
-from digit.data.dataset import open_dataset
+from digit.core.steps import Steps
+from digit.core.transforms import center_crop, resize_shorter
+from digit.data.dataset import ImageDataset, open_dataset
 from digit.evaluation.metrics.inception import PREPROCESSING, FeatureExtractor, tool_name
-from digit.evaluation.metrics.statistics import FeatureFile, FeatureStatistics, Moments, load_features, load_statistics
+from digit.evaluation.metrics.statistics import (
+    FeatureFile,
+    FeatureSet,
+    FeatureStatistics,
+    Moments,
+    load_set,
+    npz_arrays,
+    save_statistics,
+)
+from digit.pipeline.image_array import ImageArray
 
 Source = str | Path | FeatureStatistics | Iterable[Tensor]
-
-
-@dataclass
-class FeatureSet:
-    """One side of a comparison.
-
-    Attributes:
-        name: what the user calls it.
-        statistics: for FID.
-        features: (n, 2048) float32, where they were kept.
-        logits: (n, 1008) float32, where they were kept and the weights have a classifier.
-        seconds: what the network took, reading included; 0 for saved statistics.
-    """
-
-    name: str
-    statistics: FeatureStatistics
-    features: Tensor | None = None
-    logits: Tensor | None = None
-    seconds: float = 0.0
+FEW = 10_000
+"""FID of fewer images is extrapolated, for which their features are kept."""
+PACKAGED = Path(__file__).parents[2] / "packaged"
+"""Statistics that come with the package: ``NAME.npz``."""
 
 
 class Collector:
@@ -46,8 +44,10 @@ class Collector:
         wanted = set(metrics)
         self.extractor = extractor
         self.moments = Moments()
-        self.features = FeatureFile() if wanted & {"kid", "prc"} else None
+        self.spatial = Moments() if "sfid" in wanted else None
+        self.features = FeatureFile() if wanted & {"fid", "kid", "prc"} else None
         self.logits = FeatureFile() if "isc" in wanted and extractor.weights.has_head else None
+        self._most = None if wanted & {"kid", "prc"} else FEW
         self._size: tuple[int, ...] | None = None
         self._began = time.monotonic()
 
@@ -60,16 +60,20 @@ class Collector:
         size = (images.shape[-1], images.shape[-2])
         if self._size not in (None, size):
             raise DigitError(_mixed_sizes(self._size or (), size, f"image {self.moments.n}"))
-        features, logits = self.extractor(images)
+        found = self.extractor(images)
         self._size = size
-        self.moments.update(features)
+        self.moments.update(found.features)
+        if self.spatial is not None:
+            self.spatial.update(found.spatial)
+        if self._most is not None and self.moments.n >= self._most:
+            self.features = None
         if self.features is not None:
-            self.features.append(features)
-        if self.logits is not None and logits is not None:
-            self.logits.append(logits)
+            self.features.append(found.features)
+        if self.logits is not None and found.logits is not None:
+            self.logits.append(found.logits)
 
-    def finish(self, name: str) -> FeatureSet:
-        """Everything so far as one side of a comparison."""
+    def finish(self, name: str, **more: Any) -> FeatureSet:
+        """Everything so far as one side of a comparison; ``more`` goes into its metadata."""
         metadata = {
             "tool": tool_name(),
             "backend": self.extractor.backend,
@@ -79,12 +83,14 @@ class Collector:
             "preprocessing": PREPROCESSING,
             "source": name,
             "image_size": list(self._size or ()),
+            **more,
         }
         return FeatureSet(
             name,
             self.moments.statistics(metadata),
             self.features.read() if self.features else None,
             self.logits.read() if self.logits else None,
+            self.spatial.statistics(metadata) if self.spatial else None,
             time.monotonic() - self._began,
         )
 
@@ -97,36 +103,67 @@ def _mixed_sizes(first: tuple[int, ...], other: tuple[int, ...], where: str) -> 
     )
 
 
-def is_statistics(source: Source | None) -> bool:
-    """Whether a source is saved statistics rather than images."""
-    return isinstance(source, FeatureStatistics) or (isinstance(source, (str, Path)) and Path(source).suffix == ".npz")
+# ---- where images and statistics come from ---------------------------------------------------------------------------
 
 
-def dataset_batches(path: str | Path, split: str | None, batch_size: int) -> tuple[Iterator[Tensor], int]:
-    """The images of a folder or data set as (B, 3, H, W) uint8 batches, and how many there are.
+def packaged_statistics() -> dict[str, Path]:
+    """The references that come with the package, by name."""
+    return {path.stem: path for path in sorted(PACKAGED.glob("*.npz"))}
 
-    Grey images come as three equal channels, as torch-fidelity reads them. In a folder made by ``digit generate`` or
-    ``digit decode`` (00000.png and so on) the overview ``grid.png`` is left out.
 
-    Raises:
-        DigitError: nothing there, no images, or images of different sizes.
+def is_statistics(source: Source | None, metrics: Iterable[str] = ("fid",)) -> bool:
+    """Whether a source has all that the metrics need without the network: statistics, with features for KID and precision."""
+    if isinstance(source, FeatureStatistics):
+        return True
+    if not isinstance(source, (str, Path)) or (path := _statistics_file(source)) is None:
+        return False
+    return not ({"kid", "prc"} & set(metrics) and {"arr_0", "features"} & npz_arrays(path) == {"arr_0"})
+
+
+def _statistics_file(source: str | Path) -> Path | None:
+    """The file of a packaged name, or of a path to an ``.npz`` with statistics."""
+    path = Path(source)
+    if path.suffix == ".npz":
+        arrays = npz_arrays(path)
+        return path if "mu" in arrays or "arr_0" not in arrays else None
+    return None if path.exists() else packaged_statistics().get(str(source))
+
+
+def open_images_of(path: str | Path, split: str | None) -> ImageDataset:
+    """A data set or a folder of images. In a folder made by ``digit generate`` or ``digit decode`` (00000.png and so on) the
+    overview ``grid.png`` is left out.
     """
     dataset = open_dataset(path, split or "train")
-    if Path(path, "00000.png").is_file():
-        dataset = dataset.subset([index for index in range(len(dataset)) if dataset.source.key(index) != "grid.png"])
+    if not Path(path, "00000.png").is_file():
+        return dataset
+    return dataset.subset([index for index in range(len(dataset)) if dataset.source.key(index) != "grid.png"])
 
-    def batches() -> Iterator[Tensor]:
-        first = dataset[0].image.size
-        for begin in range(0, len(dataset), batch_size):
-            arrays = []
-            for index in range(begin, min(begin + batch_size, len(dataset))):
-                image = dataset[index].image
-                if image.size != first:
-                    raise DigitError(_mixed_sizes(first, image.size, dataset.source.where(index)))
-                arrays.append(np.asarray(image))
-            yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
 
-    return batches(), len(dataset)
+def dataset_batches(
+    dataset: ImageDataset, batch_size: int, size: int | None = None, filter: str = "bicubic"
+) -> Iterator[Tensor]:
+    """Images as (B, 3, H, W) uint8 batches; grey ones come as three equal channels, as torch-fidelity reads them.
+
+    Args:
+        size: scale the shorter side to so many pixels with ``filter`` and cut out the middle.
+
+    Raises:
+        DigitError: images of different sizes.
+    """
+    first = None
+    for begin in range(0, len(dataset), batch_size):
+        arrays = []
+        for index in range(begin, min(begin + batch_size, len(dataset))):
+            image = dataset[index].image
+            image = image if size is None else center_crop(resize_shorter(image, size, filter), size)
+            first = first or image.size
+            if image.size != first:
+                raise DigitError(_mixed_sizes(first, image.size, dataset.source.where(index)))
+            arrays.append(np.asarray(image))
+        yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -138,39 +175,82 @@ def measure(
     name: str | None = None,
     split: str | None = None,
     total: int | None = None,
+    spread: bool = False,
+    size: int | None = None,
+    filter: str = "bicubic",
+    cache: bool = False,
 ) -> FeatureSet:
     """Turn one side of a comparison into statistics (and features, where a metric needs them).
 
     Args:
-        source: a folder of images or a data set, a ``.npz`` of statistics, statistics, or any iterator of (B, 3, H, W)
-            uint8 batches, such as a sampling run.
+        source: a folder of images or a data set; an ``.npz`` of statistics, of images, or of both; the name of packaged
+            statistics; statistics; or any iterator of (B, 3, H, W) uint8 batches, such as a sampling run.
         extractor: the network; not needed for statistics.
-        metrics: what it will be used for: fid needs statistics alone, kid and prc every feature, isc every logit.
+        metrics: what it will be used for: fid and sfid need statistics alone, kid and prc every feature, isc every logit.
         batch_size: images a step of the network; the values do not depend on it.
         name: how the result calls it; by default the path's last part.
         split: of a data set, such as ``"test"``.
-        total: take at most so many images; for an iterator also the length of the progress bar.
+        total: take at most so many images, the first ones; for an iterator also the length of the progress bar.
+        spread: take them at equal distances from a data set, for data sets are often sorted by class.
+        size, filter: see :func:`dataset_batches`.
+        cache: keep the statistics of a data set, by its content, size, filter and network, and take them from there.
 
     Raises:
         DigitError: see :func:`dataset_batches`, :class:`Collector` and
-            :func:`~digit.evaluation.metrics.statistics.load_statistics`.
+            :func:`~digit.evaluation.metrics.statistics.load_set`; or part of saved statistics was asked for.
     """
+    wanted = set(metrics)
     if isinstance(source, FeatureStatistics):
         return FeatureSet(name or str(source.metadata.get("source", "statistics")), source)
-    if is_statistics(source):
-        statistics = load_statistics(str(source))
-        features = load_features(str(source)) if {"kid", "prc"} & set(metrics) else None
-        return FeatureSet(name or Path(str(source)).name, statistics, features)
+    if not isinstance(source, (str, Path)):
+        return _gather(source, extractor, wanted, name or "images", total)
+    if file := _statistics_file(source):
+        if total is not None:
+            raise DigitError(f"{total} images of {source} were asked for, but saved statistics cannot be divided.")
+        found = load_set(file, features=bool({"kid", "prc"} & wanted))
+        if not is_statistics(source, wanted):  # as ADM's evaluator does for precision and recall
+            images = ImageArray(file)
+            rows = _gather(images.batches(batch_size), extractor, wanted, file.name, len(images))
+            found = replace(found, features=rows.features)
+        return replace(found, name=name or found.name)
+    if Path(source).suffix == ".npz":
+        images = ImageArray(source)
+        count = min(total or len(images), len(images))
+        return _gather(images.batches(batch_size), extractor, wanted, name or images.path.name, count)
+    dataset = open_images_of(source, split)
+    if total is not None and total < len(dataset):
+        dataset = dataset.subset(np.arange(total) * len(dataset) // total if spread else np.arange(total))
+    name = name or Path(source).name + (f" ({split})" if split else "")
+    used = filter if size else _stored_filter(source)
+
+    def gather() -> FeatureSet:
+        batches = dataset_batches(dataset, batch_size, size, filter)
+        return _gather(batches, extractor, wanted, name, len(dataset), filter=used, size=size)
+
+    if not cache or wanted & {"kid", "prc", "isc"} or extractor is None:
+        return gather()
+    inputs = {"data": dataset.fingerprint, "size": size, "filter": used, "spatial": "sfid" in wanted}
+    inputs |= {"weights": extractor.weights.sha256, "backend": extractor.backend}
+
+    def save(folder: Path) -> None:
+        made = gather()
+        save_statistics(folder / "statistics.npz", made.statistics, spatial=made.spatial)
+
+    step = Steps(cache_folder() / "statistics").run("inception", inputs, save)
+    return replace(load_set(step.folder / "statistics.npz"), name=name)
+
+
+def _gather(
+    batches: Iterable[Tensor],
+    extractor: FeatureExtractor | None,
+    wanted: set[str],
+    name: str,
+    total: int | None,
+    **more: Any,
+) -> FeatureSet:
     if extractor is None:
         raise DigitError("Measuring images needs the FID network; only saved statistics do without.")
-    if isinstance(source, (str, Path)):
-        name = name or Path(source).name + (f" ({split})" if split else "")
-        batches, count = dataset_batches(source, split, batch_size)
-        total = min(total or count, count)
-    else:
-        batches = iter(source)
-    name = name or "images"
-    collector = Collector(extractor, metrics)
+    collector = Collector(extractor, wanted)
     with bar(f"Inception features of {name}", total) as progress:
         for images in batches:
             room = len(images) if total is None else total - collector.moments.n
@@ -178,4 +258,10 @@ def measure(
             progress.advance(min(room, len(images)))
             if collector.moments.n == total:
                 break
-    return collector.finish(name)
+    return collector.finish(name, **more)
+
+
+def _stored_filter(path: str | Path) -> str | None:
+    """How ``digit data folder`` resized a data set; None where nobody says."""
+    description = Path(path) / "dataset.json"
+    return read_json(description).get("filter") if description.is_file() else None

@@ -1,35 +1,48 @@
-"""How close generated images are to real ones: FID, KID, Inception Score, precision and recall, computed by
-torch-fidelity.
+"""How close generated images are to real ones: FID, sFID, KID, Inception Score, precision and recall.
 
-The paper measures with torch-fidelity against ImageNet's validation images; most others measure against ADM's
-statistics of the training images. Numbers of the two references must not be compared, so a result always names tool,
+torch-fidelity's functions compute all but sFID, which is the same distance of spatial features (arXiv 2103.03841), and FID∞
+(arXiv 1911.07023). The paper measures with torch-fidelity against ImageNet's validation images; most others measure with
+ADM's evaluator against the training images. Numbers of the two must not be compared, so a result always names tool,
 weights, reference, counts and preprocessing. ``docs/evaluation.md`` has the details.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from digit.core.config import config, to_dict
 from digit.core.errors import DigitError, require
-from digit.evaluation.metrics.features import FeatureSet, Source, is_statistics, measure
+from digit.core.files import read_json
+from digit.evaluation.metrics.features import FEW, Source, is_statistics, measure
 from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor, tool_name
+from digit.evaluation.metrics.statistics import FeatureSet, FeatureStatistics, npz_arrays
 from digit.evaluation.results import Result, Rows, provenance
+from digit.pipeline.image_array import ImageArray
 
-METRICS = ("fid", "kid", "prc", "isc")
+METRICS = ("fid", "sfid", "kid", "prc", "isc")
 TITLES = {
     "fid": "FID ↓",
+    "fid_infinity": "FID∞ ↓",
+    "sfid": "sFID ↓",
     "kid_mean": "KID ↓",
     "kid_std": "KID, deviation",
     "is_mean": "Inception Score ↑",
     "is_std": "Inception Score, deviation",
+    "is_adm": "Inception Score as ADM's evaluator splits ↑",
     "precision": "Precision ↑",
     "recall": "Recall ↑",
     "f_score": "F-score ↑",
 }
-_FIRST_VALUE = {"fid": "fid", "kid": "kid_mean", "prc": "precision", "isc": "is_mean"}
+_FIRST_VALUE = {"fid": "fid", "sfid": "sfid", "kid": "kid_mean", "prc": "precision", "isc": "is_mean"}
+ADM_SPLIT = 5000
+"""Images in each part of ADM's Inception Score, taken in order (openai/guided-diffusion at 1b61a43)."""
 
 
 @config
@@ -37,12 +50,13 @@ class FidelityOptions:
     """What is measured and how; the defaults are torch-fidelity's.
 
     Attributes:
-        metrics: any of fid, kid, prc (precision and recall) and isc (Inception Score).
+        metrics: any of fid, sfid, kid, prc (precision and recall) and isc (Inception Score).
         batch_size: images a step of the network; the values do not depend on it.
         kid_subsets, kid_subset_size: how many random subsets KID averages over, and images in each.
         prc_neighbours: a ball reaches to the k-th nearest neighbour.
         isc_splits: parts whose scores are averaged.
         seed: of the subsets and of the shuffle before the splits.
+        extrapolate: also FID∞ where there are fewer than 10,000 images.
     """
 
     metrics: tuple[str, ...] = ("fid",)
@@ -52,6 +66,7 @@ class FidelityOptions:
     prc_neighbours: int = 3
     isc_splits: int = 10
     seed: int = 2020
+    extrapolate: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +75,9 @@ class Fidelity(Result):
 
     Attributes:
         not_measured: metric -> the reason, in a sentence.
-        source, reference: name, number of images, and for saved statistics what their file says.
+        source, reference: name, number of images, filter of resizing, and for saved statistics what their file says.
         tool, backend, weights, preprocessing, options: how.
-        sampling: the run, where a model was measured.
+        sampling: the run, where a model was measured or what it generated.
     """
 
     kind: str = "fidelity"
@@ -80,12 +95,13 @@ class Fidelity(Result):
 
     def rows(self) -> Rows:
         """A row for each value, for each reason of a missing one, and for what they were measured with."""
-        rows = {TITLES[name]: f"{value:.4f}" for name, value in self.values.items()}
+        rows = {title: f"{self.values[name]:.4f}" for name, title in TITLES.items() if name in self.values}
         rows |= {TITLES[_FIRST_VALUE[metric]]: reason for metric, reason in self.not_measured.items()}
         for side, given in (("Source", self.source), ("Reference", self.reference)):
             if given:
                 count = "unknown number of" if given["images"] is None else f"{given['images']:,}"
-                rows[side] = f"{given['name']}: {count} images"
+                resized = f", resized with the {given['filter']} filter" if given.get("filter") else ""
+                rows[side] = f"{given['name']}: {count} images{resized}"
         rows |= {"Tool": f"{self.tool}, {self.backend}", "Preprocessing": self.preprocessing}
         if self.weights:
             rows["Weights"] = f"{self.weights['source']}, sha256 {self.weights['sha256'][:12]}"
@@ -93,7 +109,7 @@ class Fidelity(Result):
 
     def provenance(self) -> str:
         """Model, images and settings, the reference, and the network."""
-        network = f"weights {self.weights['sha256'][:12]}" if self.weights else None
+        network = f"InceptionV3, weights {self.weights['sha256'][:12]}" if self.weights else None
         return provenance(self.model, self.source, self.reference, network, self.sampling)
 
 
@@ -108,15 +124,17 @@ def fidelity(
     total: int | None = None,
     reference_name: str | None = None,
     reference_split: str | None = None,
+    reference_total: int | None = None,
 ) -> Fidelity:
     """Measure images against a reference, as in the paper's tables 3 and 4.
 
     Args:
         source: what is measured; what both sides may be, with their names and splits, says
             :func:`~digit.evaluation.metrics.features.measure`.
-        reference: the real images; None measures the Inception Score alone.
+        reference: the real images, whose statistics are cached; None measures the Inception Score alone.
         extractor: the network; by default :func:`~digit.evaluation.metrics.inception.open_extractor` where it is needed.
         total: take at most so many source images.
+        reference_total: take at most so many real images, spread over theirs.
 
     Raises:
         DigitError: unknown metrics, unreadable sources, fewer than two images, mixed sizes, or features of another
@@ -125,20 +143,48 @@ def fidelity(
     options = options or FidelityOptions()
     if not options.metrics:
         raise DigitError(
-            "No metric was asked for; give a reference for fid, kid or prc, or ask for isc, which needs none."
+            "No metric was asked for; give a reference for fid, sfid, kid or prc, or ask for isc, which needs none."
         )
     if unknown := sorted(set(options.metrics) - set(METRICS)):
         raise DigitError(f"The metrics {', '.join(unknown)} were asked for; known are {', '.join(METRICS)}.")
-    if extractor is None and not (is_statistics(source) and (reference is None or is_statistics(reference))):
+    sides = [side for side in (source, reference) if side is not None]
+    if extractor is None and not all(is_statistics(side, options.metrics) for side in sides):
         extractor = open_extractor()
     theirs, began = None, time.monotonic()
-    how: dict[str, Any] = {"metrics": options.metrics, "batch_size": options.batch_size}
     if reference is not None:
-        theirs = measure(reference, extractor, name=reference_name, split=reference_split, **how)
+        wanted = [metric for metric in options.metrics if metric != "isc"]  # it looks at no real image
+        theirs = measure(
+            reference, extractor, wanted, batch_size=options.batch_size, name=reference_name, split=reference_split,
+            total=reference_total, spread=True, cache=True,
+        )  # fmt: skip
         if extractor is not None and not is_statistics(source):  # now, and not after the long part
             _check_width(theirs, extractor.width)
-    ours = measure(source, extractor, name=source_name, split=source_split, total=total, **how)
-    return compare(ours, theirs, options, began)
+    ours = measure(
+        source,
+        extractor,
+        options.metrics,
+        batch_size=options.batch_size,
+        name=source_name,
+        split=source_split,
+        total=total,
+    )
+    return replace(compare(ours, theirs, options, began), sampling=_sampling(source))
+
+
+def _sampling(source: Source) -> dict[str, Any] | None:
+    """What ``digit generate`` noted beside or inside its images; None for others."""
+    if not isinstance(source, (str, Path)) or not Path(source).exists():
+        return None
+    record = Path(source) / "generation.json"
+    if record.is_file():
+        about = read_json(record)
+    elif Path(source).suffix == ".npz" and "arr_0" in npz_arrays(source):
+        about = ImageArray(source).about
+    else:
+        return None
+    labels = about.get("labelling") or about.get("labels")
+    kept = {name: about[name] for name in ("model", "num", "decoder", "settings", "stages") if name in about}
+    return {**kept, "labels": labels} if kept else None
 
 
 def compare(
@@ -175,7 +221,7 @@ def compare(
         weights={"source": made_with["weights_source"], "sha256": made_with["weights_sha256"]},
         preprocessing=made_with["preprocessing"],
         options=to_dict(options),
-        notes=tuple(_notes(ours, theirs)),
+        notes=tuple(_notes(ours, theirs, values)),
         seconds=time.monotonic() - began,
         images_per_second=ours.statistics.n / ours.seconds if ours.seconds and ours.statistics.n else None,
     )
@@ -199,21 +245,28 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
     if metric == "fid":
         return ""
     for side, given in (("source", ours), ("reference", theirs)):
-        if given.features is None:
-            kept = "was measured without keeping features" if given.seconds else "is saved statistics without features"
+        saved, rows = not given.seconds, given.features
+        if metric == "sfid":
+            if given.spatial is None:
+                return (
+                    f"the {side} {given.name} has no spatial statistics (mu_s, sigma_s); ask for sfid when measuring it, or "
+                    "make the file with digit evaluate statistics."
+                )
+        elif rows is None:
+            kept = "is saved statistics without features" if saved else "was measured without keeping features"
             return (
                 f"the {side} {given.name} {kept}, and this metric needs the features of every image "
                 "(digit evaluate statistics --features keeps them)."
             )
-        if metric == "kid" and len(given.features) < options.kid_subset_size:
+        elif metric == "kid" and len(rows) < options.kid_subset_size:
             return (
-                f"KID draws subsets of {options.kid_subset_size} images and the {side} {given.name} has {len(given.features)}; "
+                f"KID draws subsets of {options.kid_subset_size} images and the {side} {given.name} has {len(rows)}; "
                 "give more images or a smaller subset size."
             )
-        if metric == "prc" and len(given.features) <= options.prc_neighbours:
+        elif metric == "prc" and len(rows) <= options.prc_neighbours:
             return (
                 f"precision and recall look at {options.prc_neighbours} neighbours of each image and the {side} {given.name} "
-                f"has {len(given.features)} images."
+                f"has {len(rows)} images."
             )
     return ""
 
@@ -233,43 +286,87 @@ def _reason_against_isc(ours: FeatureSet, options: FidelityOptions) -> str:
     return ""
 
 
+# ---- formulas --------------------------------------------------------------------------------------------------------
+
+
 def _metric(metric: str, ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOptions) -> dict[str, float]:
-    """One metric through torch-fidelity's own function."""
-    tool = require(f"torch_fidelity.metric_{metric}", "eval", "Measuring fidelity")
+    """The values of one metric, for which everything is there."""
     if metric == "isc":
+        assert ours.logits is not None
+        tool = require("torch_fidelity.metric_isc", "eval", "Measuring fidelity")
         found = tool.isc_features_to_metric(ours.logits, options.isc_splits, shuffle=True, rng_seed=options.seed)
-        return {"is_mean": found[tool.KEY_METRIC_ISC_MEAN], "is_std": found[tool.KEY_METRIC_ISC_STD]}
+        parts = torch.split(ours.logits, ADM_SPLIT)
+        scores = [tool.isc_features_to_metric(part, 1, shuffle=False)[tool.KEY_METRIC_ISC_MEAN] for part in parts]
+        deviation = found[tool.KEY_METRIC_ISC_STD]
+        return {"is_mean": found[tool.KEY_METRIC_ISC_MEAN], "is_std": deviation, "is_adm": float(np.mean(scores))}
     assert theirs is not None
+    if metric == "sfid":
+        assert ours.spatial is not None
+        assert theirs.spatial is not None
+        return {"sfid": _frechet(ours.spatial, theirs.spatial)}
     if metric == "fid":
-        sides = [{"mu": side.statistics.mu, "sigma": side.statistics.sigma} for side in (ours, theirs)]
-        return {"fid": tool.fid_statistics_to_metric(*sides, verbose=False)[tool.KEY_METRIC_FID]}
+        value = {"fid": _frechet(ours.statistics, theirs.statistics)}
+        n = ours.statistics.n or 0
+        if options.extrapolate and 20 <= n < FEW and ours.features is not None:
+            value["fid_infinity"] = fid_infinity(ours.features, theirs.statistics, options.seed)
+        return value
     if metric == "kid":
-        found = tool.kid_features_to_metric(
-            ours.features,
-            theirs.features,
-            kid_subsets=options.kid_subsets,
-            kid_subset_size=options.kid_subset_size,
-            rng_seed=options.seed,
-            verbose=False,
-        )
+        tool = require("torch_fidelity.metric_kid", "eval", "Measuring fidelity")
+        how = {"kid_subsets": options.kid_subsets, "kid_subset_size": options.kid_subset_size, "rng_seed": options.seed}
+        found = tool.kid_features_to_metric(ours.features, theirs.features, verbose=False, **how)
         return {"kid_mean": found[tool.KEY_METRIC_KID_MEAN], "kid_std": found[tool.KEY_METRIC_KID_STD]}
+    tool = require("torch_fidelity.metric_prc", "eval", "Measuring fidelity")
     # in blocks of rows: the full distance matrix of 50,000 images would take 10 GB
-    found = tool.prc_features_to_metric(
-        ours.features,
-        theirs.features,
-        prc_neighborhood=options.prc_neighbours,
-        prc_batch_size=1000,
-        save_cpu_ram=True,
-        verbose=False,
-    )
-    return {"precision": found["precision"], "recall": found["recall"], "f_score": found["f_score"]}
+    how = {"prc_neighborhood": options.prc_neighbours, "prc_batch_size": 1000, "save_cpu_ram": True}
+    found = tool.prc_features_to_metric(ours.features, theirs.features, verbose=False, **how)
+    return {name: found[name] for name in ("precision", "recall", "f_score")}
+
+
+def _frechet(ours: FeatureStatistics, theirs: FeatureStatistics) -> float:
+    tool = require("torch_fidelity.metric_fid", "eval", "Measuring fidelity")
+    sides = [{"mu": side.mu, "sigma": side.sigma} for side in (ours, theirs)]
+    return float(tool.fid_statistics_to_metric(*sides, verbose=False)[tool.KEY_METRIC_FID])
+
+
+def fid_infinity(features: Tensor, reference: FeatureStatistics, seed: int = 0, points: int = 15) -> float:
+    """FID extrapolated to infinitely many images: a line through the FIDs of random subsets over 1 / size, at 0.
+
+    The trace of the covariances' root is the sum of the singular values of the centred features times the reference's root.
+    Source: Chong and Forsyth 2020, arXiv 1911.07023, who take 15 sizes from a tenth of the images to all of them.
+
+    Args:
+        features: (n, D) of the generated images.
+    """
+    rows, rng = features.double().numpy(), np.random.default_rng(seed)
+    values, vectors = np.linalg.eigh(reference.sigma)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T  # (D, D)
+    sizes = np.unique(np.linspace(max(2, len(rows) // 2), len(rows), points).astype(int))
+    distances = []
+    for size in sizes:
+        chosen = rows[rng.choice(len(rows), size, replace=False)]
+        centred = (chosen - chosen.mean(0)) / np.sqrt(size - 1)  # (size, D)
+        product = centred @ root
+        gram = product.T @ product if size > len(root) else product @ product.T
+        trace = np.sqrt(np.linalg.eigvalsh(gram).clip(0)).sum()
+        shift = np.square(chosen.mean(0) - reference.mu).sum()
+        distances.append(shift + np.square(centred).sum() + reference.sigma.trace() - 2 * trace)
+    return float(np.polyfit(1 / sizes, distances, 1)[1])
+
+
+# ---- what is said beside the values ----------------------------------------------------------------------------------
 
 
 def _describe(side: FeatureSet) -> dict[str, Any]:
-    return {"name": side.name, "images": side.statistics.n, "statistics": side.statistics.metadata}
+    metadata = side.statistics.metadata
+    return {
+        "name": side.name,
+        "images": side.statistics.n,
+        "filter": metadata.get("filter"),
+        "statistics": metadata,
+    }
 
 
-def _notes(ours: FeatureSet, theirs: FeatureSet | None) -> list[str]:
+def _notes(ours: FeatureSet, theirs: FeatureSet | None, values: dict[str, float]) -> list[str]:
     notes = []
     sides = {"source": ours, "reference": theirs} if theirs else {"source": ours}
     for side, given in sides.items():
@@ -281,6 +378,11 @@ def _notes(ours: FeatureSet, theirs: FeatureSet | None) -> list[str]:
                 f"The {side} has {n} images: a covariance of {width} features from so few is singular and FID comes out "
                 "too high. Compare only with values from as many images; 10,000 to 50,000 are usual."
             )
+    if "fid_infinity" in values:
+        notes.append(
+            f"FID∞ is FID extrapolated from {ours.statistics.n:,} images to infinitely many, a line over 1/n (Chong and "
+            "Forsyth 2020); the fewer there are, the rougher it is."
+        )
     made_by = {side: given.statistics.metadata.get("weights_sha256") for side, given in sides.items()}
     for side in (side for side, sha256 in made_by.items() if sha256 is None):
         notes.append(f"The {side} {sides[side].name} does not say which InceptionV3 weights made it.")

@@ -1,9 +1,11 @@
 """The FID network: InceptionV3 of the TensorFlow graph 2015-12-05, its weights, and two ways to run it.
 
-The network, its TensorFlow-1 resize to 299 x 299 and its scaling (x - 128) / 128 are torch-fidelity's [1]. This module
-finds the weights, and can run the same network through ONNX Runtime, which is about 2.7 times as fast on a CPU.
+The network, its TensorFlow-1 resize to 299 x 299 and its scaling (x - 128) / 128 are torch-fidelity's [1]. ONNX Runtime
+runs the same layers about 2.7 times as fast on a CPU. sFID's spatial features [2] are the first 7 channels of the graph's
+"mixed_6/conv", which torch-fidelity calls Mixed_6d.branch1x1: 17 x 17 x 7 = 2023 numbers in the order (row, column, channel).
 
 [1] https://github.com/toshas/torch-fidelity (feature_extractor_inceptionv3.py, release 0.4.0)
+[2] Nash et al. 2021, arXiv 2103.03841, as in openai/guided-diffusion at 1b61a43, evaluations/evaluator.py
 """
 
 from __future__ import annotations
@@ -11,13 +13,13 @@ from __future__ import annotations
 import hashlib
 import io
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,7 @@ from digit.core.files import cache_folder, write_file
 from digit.core.weights import PublishedWeights
 
 FEATURE_WIDTH = 2048
+SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
 PREPROCESSING = "uint8 RGB, bilinear resize to 299 x 299 as TensorFlow 1 does it, (x - 128) / 128"
 PUBLISHED = PublishedWeights(
     title="torch-fidelity",
@@ -78,17 +81,26 @@ class InceptionWeights:
         return cls({key: tensors[key] for key in expected if key in tensors}, source, digest.hexdigest())
 
 
+class Activations(NamedTuple):
+    """What the network says of images, float32 on the CPU."""
+
+    features: Tensor
+    """(B, D), of the last pooling; D = 2048."""
+    logits: Tensor | None
+    """(B, 1008), without bias; None without a classifier head."""
+    spatial: Tensor
+    """(B, S) for sFID; S = 2023."""
+
+
 class FeatureExtractor(Protocol):
-    """What every metric needs of the network."""
+    """What every metric needs of the network; ``width`` is D."""
 
     weights: InceptionWeights
     backend: str
     width: int
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(B, 3, H, W) uint8 RGB to features (B, width) and logits without bias (B, 1008), or None without a classifier
-        head; float32 on the CPU.
-        """
+    def __call__(self, images: Tensor, /) -> Activations:
+        """What it says of (B, 3, H, W) uint8 RGB images."""
 
 
 def load_inception(weights: str | Path = "auto") -> InceptionWeights:
@@ -109,8 +121,9 @@ def untrained(layers: list[str]) -> nn.Module:
 
     Its constructor unpickles a weights file. It gets an empty one made here, and the tensors are loaded afterwards.
     """
-    purpose = "Measuring FID, KID, Inception Score, precision and recall"
-    base = require("torch_fidelity.feature_extractor_inceptionv3", "eval", purpose).FeatureExtractorInceptionV3
+    base = require(
+        "torch_fidelity.feature_extractor_inceptionv3", "eval", "Measuring fidelity"
+    ).FeatureExtractorInceptionV3
 
     class Unfilled(base):  # type: ignore[misc, valid-type] # the base class is imported on demand
         def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
@@ -123,83 +136,93 @@ def untrained(layers: list[str]) -> nn.Module:
     return network
 
 
-def _filled_network(weights: InceptionWeights) -> nn.Module:
-    network = untrained(["2048", "logits_unbiased"] if weights.has_head else ["2048"])
-    # a missing head stays random and is never asked for
-    network.load_state_dict({**network.state_dict(), **weights.tensors})
-    return network
+class _Layers(nn.Module):
+    """Scaled images (B, 3, 299, 299) to features (B, 2048) and spatial features (B, 2023)."""
 
+    def __init__(self, weights: InceptionWeights) -> None:
+        super().__init__()
+        network = untrained(["2048"])
+        # a missing head stays random and is not used
+        network.load_state_dict({**network.state_dict(), **weights.tensors})
+        parts = dict(network.named_children())  # in the order in which they run, the classifier last
+        block = list(parts).index(SPATIAL_BLOCK)
+        self.before = nn.Sequential(*list(parts.values())[:block])
+        self.after = nn.Sequential(*list(parts.values())[block:-1])
+        self.branch: nn.Module = parts[SPATIAL_BLOCK].get_submodule("branch1x1")
+        self.eval().requires_grad_(False)
 
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
-        is_grey = images.ndim == 4 and images.shape[1] == 1
-        grey = " Grey images must be repeated to three channels first." if is_grey else ""
-        raise DigitError(
-            f"Images of shape {tuple(images.shape)} and type {images.dtype} were given; expected (B, 3, H, W) uint8 RGB.{grey}"
-        )
+    def forward(self, scaled: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.before(scaled)  # (B, 768, 17, 17)
+        spatial = self.branch(x)[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1)  # (B, 17, 17, 7)
+        return self.after(x).flatten(1), spatial.flatten(1)
 
 
 class TorchExtractor:
-    """torch-fidelity's own extractor: the reference."""
+    """torch-fidelity's network on any device: the reference."""
 
     width = FEATURE_WIDTH
+    at_once: int | None = None
 
     def __init__(self, weights: InceptionWeights, device: str = "cpu") -> None:
-        self.weights = weights
-        self.device = torch.device(device)
+        self.weights, self.device = weights, torch.device(device)
         self.backend = f"torch {torch.__version__} on {self.device.type}"
-        self.network = _filled_network(weights).to(self.device)
+        self._resize = require("torch_fidelity.interpolate_compat_tensorflow", "eval", "Measuring fidelity")
+        self._run = self._open()
+
+    def _open(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        return _Layers(self.weights).to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: D102 - of the protocol
-        _check_images(images)
-        features, *logits = self.network(images.to(self.device))
-        return features.cpu(), logits[0].cpu() if logits else None
+    def __call__(self, images: Tensor) -> Activations:  # noqa: D102 - of the protocol
+        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
+            is_grey = images.ndim == 4 and images.shape[1] == 1
+            grey = " Grey images must be repeated to three channels first." if is_grey else ""
+            raise DigitError(
+                f"Images of shape {tuple(images.shape)} and type {images.dtype} were given; expected (B, 3, H, W) uint8 "
+                f"RGB.{grey}"
+            )
+        resize, found = self._resize.interpolate_bilinear_2d_like_tensorflow1x, []
+        for part in torch.split(images.to(self.device), self.at_once or len(images)):
+            scaled = (resize(part.float(), size=(299, 299), align_corners=False) - 128) / 128  # (B, 3, 299, 299)
+            found.append(self._run(scaled))
+        features, spatial = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+        logits = features @ self.weights.tensors["fc.weight"].T if self.weights.has_head else None
+        return Activations(features, logits, spatial)
 
 
-class OnnxExtractor:
+class OnnxExtractor(TorchExtractor):
     """The same layers through ONNX Runtime on the CPU. Features agree with torch to about 1e-5."""
 
-    width = FEATURE_WIDTH
+    at_once = 16  # more are not faster on a CPU, and 64 would take 3 GB
 
-    def __init__(self, weights: InceptionWeights, threads: int | None = None) -> None:
+    def _open(self) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         runtime = require("onnxruntime", "eval", "The ONNX backend")
-        self.weights = weights
         self.backend = f"onnxruntime {runtime.__version__} on cpu"
-        self._resize = require("torch_fidelity.interpolate_compat_tensorflow", "eval", "Resizing images for FID")
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads or torch.get_num_threads()
-        self._session = runtime.InferenceSession(str(_onnx_file(weights)), options, providers=["CPUExecutionProvider"])
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = runtime.InferenceSession(str(_onnx_file(self.weights)), options, providers=["CPUExecutionProvider"])
 
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:  # noqa: D102 - of the protocol
-        _check_images(images)
-        # 16 at a time: more are not faster on a CPU, and 64 would take 3 GB
-        features = torch.cat([self._features(part) for part in torch.split(images.cpu(), 16)])  # (B, 2048)
-        return features, features @ self.weights.tensors["fc.weight"].T if self.weights.has_head else None
+        def run(scaled: Tensor) -> tuple[Tensor, Tensor]:
+            features, spatial = session.run(None, {"images": scaled.numpy()})
+            return torch.from_numpy(features), torch.from_numpy(spatial)
 
-    def _features(self, images: Tensor) -> Tensor:
-        resize = self._resize.interpolate_bilinear_2d_like_tensorflow1x
-        scaled = (resize(images.float(), size=(299, 299), align_corners=False) - 128) / 128  # (B, 3, 299, 299)
-        return torch.from_numpy(np.asarray(self._session.run(None, {"images": scaled.numpy()})[0]))
+        return run
 
 
 def _onnx_file(weights: InceptionWeights) -> Path:
     """The exported network in the cache; exported now where it is missing."""
-    path = cache_folder() / f"inception-{weights.sha256[:12]}.onnx"
+    path = cache_folder() / f"inception-{weights.sha256[:12]}-spatial.onnx"
     if path.is_file():
         return path
     require("onnx", "eval", "Exporting the FID network to ONNX")
-    # the network's parts stand in the order they run, its classifier last
-    layers = nn.Sequential(*list(_filled_network(weights).children())[:-1], nn.Flatten()).eval()
-    example = (torch.zeros(1, 3, 299, 299),)
+    layers, example, names = _Layers(weights), (torch.zeros(1, 3, 299, 299),), ["images", "features", "spatial"]
     options: dict[str, Any] = {
-        "input_names": ["images"],
-        "output_names": ["features"],
+        "input_names": names[:1],
+        "output_names": names[1:],
         "opset_version": 17,
         "dynamo": False,
     }
-    options["dynamic_axes"] = {"images": {0: "batch"}, "features": {0: "batch"}}
+    options["dynamic_axes"] = {name: {0: "batch"} for name in names}
     with warnings.catch_warnings():
         # torch announces its newer exporter, which would need one more package
         warnings.simplefilter("ignore")

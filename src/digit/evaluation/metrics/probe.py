@@ -2,15 +2,15 @@
 
 The authors' protocol (DAMO-NLP-SG/DiGIT at cd6d8ca): classifier n reads state n averaged over all 1 + N positions, the
 embedding is state 0 and the last block's output is left out; SGD with momentum 0.9, lr 0.4 at a batch of 1,024, cosine
-to 0, no weight decay, no norm. Here the features are computed once and kept, so every layer and learning rate costs
-minutes. The prior is given no class label.
+to 0, no weight decay, no norm. Training images are random resized crops, new ones in each epoch; validation images are scaled
+as the model takes them, and their middle goes to the encoder at the size that it sees (256 and 224). Features of fixed views
+can be kept instead, so that every learning rate costs minutes. The prior is given no class label.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from digit.core.config import config, to_dict
 from digit.core.errors import DigitError
-from digit.core.files import write_file
-from digit.core.progress import bar
+from digit.core.files import read_tensors, write_tensors
+from digit.core.steps import Steps
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset
-from digit.data.sampling import Batches, OrderedSampler
 from digit.evaluation import paper
-from digit.evaluation.model_source import describe_data, pipe_size, prior_tokens
+from digit.evaluation.metrics.probe_features import FEATURES, Features, collect_features, crops, fresh_feed
+from digit.evaluation.model_source import describe_data
 from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
-from digit.models.probe import LinearProbe, LinearProbeConfig, mean_states
+from digit.models.probe import LinearProbe, LinearProbeConfig
 from digit.models.transformer import PositiveInt, Probability
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
@@ -46,19 +46,19 @@ class ProbeOptions:
     """How the classifiers are trained.
 
     Attributes:
-        epochs: passes over the training features. The authors: 80.
+        epochs: passes over the training images. The authors: 80.
         batch_size: examples a step.
         lrs: learning rates at a batch of 1,024, scaled linearly to ``batch_size``; every layer is trained with each.
         momentum: of SGD.
-        standardize: bring every feature to mean 0 and deviation 1 over the training images. Not the authors' protocol,
-            but it makes one learning rate serve layers of different scale.
+        standardize: bring every feature to mean 0 and deviation 1 over the training images, which need kept features. Not the
+            authors' protocol, but one learning rate then serves layers of different scale.
         neighbours: of the k-NN check; 0 leaves it out.
         temperature: of its votes' weights, exp(cosine / temperature); infinity counts every neighbour alike.
         seed: of weights and order.
     """
 
     epochs: PositiveInt = 80
-    batch_size: PositiveInt = 1024
+    batch_size: PositiveInt = AUTHORS_BATCH
     lrs: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)] = (AUTHORS_LR,)
     momentum: Probability = 0.9
     standardize: bool = False
@@ -136,122 +136,64 @@ class Probe(Result):
         return figure
 
 
-# ---- features --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Features:
-    """Features of labelled images, kept so that probes are cheap: a (n, D) float32 matrix a state, and (n,) labels."""
-
-    values: Tensor  # (S, n, D)
-    labels: Tensor  # (n,) int64
-
-    def save(self, path: str | Path, made_from: dict[str, Any]) -> Path:
-        """Write an ``.npz`` of ``values``, ``labels`` and the JSON text ``made_from``."""
-        arrays = {"values": self.values.numpy(), "labels": self.labels.numpy(), "made_from": json.dumps(made_from)}
-
-        def write(aside: Path) -> None:
-            with open(aside, "wb") as handle:
-                np.savez(handle, **arrays)  # type: ignore[arg-type]
-
-        return write_file(path, write)
-
-    @classmethod
-    def load(cls, path: str | Path, made_from: dict[str, Any]) -> Features | None:
-        """Read what :meth:`save` wrote; None where there is no such file or it was made from something else."""
-        if not Path(path).is_file():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            if str(arrays["made_from"]) != json.dumps(made_from):
-                return None
-            return cls(torch.from_numpy(arrays["values"]), torch.from_numpy(arrays["labels"]))
-
-
-def prior_features(pipe: DigitPipeline, images: Tensor) -> Tensor:
-    """Mean states (L + 1, B, D) of the prior over images (B, 3, S, S): all positions, the start included."""
-    prior = pipe.part("prior")
-    return mean_states(prior.states(prior_tokens(pipe, images)))
-
-
-def encoder_features(pipe: DigitPipeline, images: Tensor) -> Tensor:
-    """The encoder's features averaged over the patches, (1, B, D): the ceiling of what its tokens can carry."""
-    return pipe.tokenizer.features(images).float().mean(1)[None]
-
-
-@torch.inference_mode()
-def collect_features(
-    pipe: DigitPipeline,
-    dataset: ImageDataset,
-    of: Callable[[DigitPipeline, Tensor], Tensor] = prior_features,
-    views: int = 0,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> Features:
-    """Run a frozen network over labelled images once.
-
-    Args:
-        of: :func:`prior_features` or :func:`encoder_features`.
-        views: 0 takes each image once, its middle; k takes k random resized crops (8% to 100% of the area) with flips,
-            which is how the authors augment, only that they draw new ones in each of 80 epochs.
-        seed: of the crops.
-
-    Raises:
-        DigitError: images without labels.
-    """
-    if (dataset.labels < 0).any():
-        raise DigitError(f"{dataset.name} {dataset.split} has images without a class; a probe needs one for each.")
-    size = pipe_size(pipe)
-    cut = Transform(size=size, crop="random-resized", flip=True, scale=(0.08, 1.0)) if views else Transform(size=size)
-    order = OrderedSampler(len(dataset), batch_size)
-    values, labels = [], []
-    with bar(f"Features of {dataset.name} {dataset.split}", len(dataset) * max(views, 1)) as progress:
-        for view in range(max(views, 1)):
-            for batch in Batches(dataset, order, cut, seed=seed + view):
-                values.append(of(pipe, batch.images.to(pipe.device)).cpu())
-                labels.append(batch.labels)
-                progress.advance(len(batch.labels))
-    return Features(torch.cat(values, 1), torch.cat(labels))
-
-
 # ---- classifiers -----------------------------------------------------------------------------------------------------
 
-
-def train_probe(
-    train: Features, classes: int, lr: float, options: ProbeOptions, device: str | torch.device = "cpu"
-) -> LinearProbe:
-    """Train a classifier for each state at one learning rate (given for a batch of 1,024).
-
-    The classifiers share batches and nothing else: the loss is the sum of theirs, as in the authors' code.
-    """
-    states, count, dim = train.values.shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        probe = LinearProbe(LinearProbeConfig(dim=dim, states=states, classes=classes)).to(device)
-    size = min(options.batch_size, count)
-    steps = options.epochs * (count // size)
-    optimizer = torch.optim.SGD(probe.parameters(), lr=lr * size / AUTHORS_BATCH, momentum=options.momentum)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    values, labels = train.values.to(device), train.labels.to(device)
-    for index in _batches(count, size, options):
-        logits = probe(values[:, index])  # (S, B, C)
-        loss = (
-            F.cross_entropy(logits.flatten(0, 1), labels[index].repeat(states)) * states
-        )  # the sum of the states' means
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-    if not all(bool(torch.isfinite(p).all()) for p in probe.parameters()):
-        raise DigitError(f"The probe diverged at lr {lr}; give a lower one, or standardize the features.")
-    return probe.eval()
+Feed = Iterable[tuple[Tensor, Tensor]]
+"""Training batches: features (S, B, D) and labels (B,)."""
 
 
-def _batches(count: int, size: int, options: ProbeOptions) -> Iterator[Tensor]:
-    """Shuffled batches of every epoch; a last incomplete one is left out."""
+def kept_feed(train: Features, options: ProbeOptions) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of kept features, epoch by epoch; a last incomplete one is left out."""
+    count, size = len(train.labels), min(options.batch_size, len(train.labels))
     generator = torch.Generator().manual_seed(options.seed)
     for _ in range(options.epochs):
         order = torch.randperm(count, generator=generator)
-        yield from (order[start : start + size] for start in range(0, count - size + 1, size))
+        for start in range(0, count - size + 1, size):
+            index = order[start : start + size]
+            yield train.values[:, index], train.labels[index]
+
+
+def training_steps(count: int, options: ProbeOptions) -> int:
+    """Steps over ``count`` training examples."""
+    return options.epochs * (count // min(options.batch_size, count))
+
+
+def train_probes(
+    feed: Feed, count: int, classes: int, options: ProbeOptions, device: str | torch.device = "cpu"
+) -> dict[float, LinearProbe]:
+    """Train a classifier for each state at each learning rate (given for a batch of 1,024), on ``count`` examples.
+
+    The classifiers share batches and nothing else: the loss is the sum of theirs, as in the authors' code.
+
+    Raises:
+        DigitError: a learning rate at which they diverge.
+    """
+    steps, scale = training_steps(count, options), min(options.batch_size, count) / AUTHORS_BATCH
+    probes: dict[float, LinearProbe] = {}
+    running: list[tuple[LinearProbe, torch.optim.Optimizer, Any]] = []
+    for values, labels in feed:
+        values, labels = values.to(device), labels.to(device)
+        if not running:
+            shape = LinearProbeConfig(dim=values.shape[2], states=len(values), classes=classes)
+            for lr in options.lrs:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(options.seed)
+                    probes[lr] = LinearProbe(shape).to(device)
+                sgd = torch.optim.SGD(probes[lr].parameters(), lr=lr * scale, momentum=options.momentum)
+                running.append((probes[lr], sgd, torch.optim.lr_scheduler.CosineAnnealingLR(sgd, steps)))
+        for probe, optimizer, schedule in running:
+            logits = probe(values)  # (S, B, C)
+            # the sum of the states' means
+            loss = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(values))) * len(values)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+    for lr, probe in probes.items():
+        if not all(bool(torch.isfinite(p).all()) for p in probe.parameters()):
+            raise DigitError(f"The probe diverged at lr {lr}; give a lower one, or standardize the features.")
+        probe.eval()
+    return probes
 
 
 @torch.inference_mode()
@@ -266,31 +208,30 @@ def top1(probe: LinearProbe, features: Features) -> list[float]:
     return [int(count) / len(features.labels) for count in right]
 
 
+def _scores(
+    probes: Mapping[float, LinearProbe], test: Features, train: Features | None, options: ProbeOptions
+) -> list[ProbeScore]:
+    """A score for each state; k-NN where the training features were kept."""
+    found, scores = {lr: top1(probe, test) for lr, probe in probes.items()}, []
+    for state, values in enumerate(test.values):
+        knn = None
+        if options.neighbours and train is not None:
+            how = (options.neighbours, options.temperature)
+            knn = neighbour_accuracy(train.values[state], train.labels, values, test.labels, *how)
+        accuracy, lr = max((values[state], lr) for lr, values in found.items())
+        scores.append(ProbeScore(state, accuracy, lr, {str(lr): values[state] for lr, values in found.items()}, knn))
+    return scores
+
+
 def score_features(
     train: Features, test: Features, classes: int, options: ProbeOptions, device: str | torch.device = "cpu"
 ) -> tuple[list[ProbeScore], dict[float, LinearProbe]]:
-    """A score for each state, and the probe (of all states) of each learning rate."""
+    """A score for each state of kept features, and the probe (of all states) of each learning rate."""
     if options.standardize:
-        train, test = _standardized(train, test)
-    probes = {}
-    with bar("Linear probes", len(options.lrs), "learning rates") as progress:
-        for lr in options.lrs:
-            probes[lr] = train_probe(train, classes, lr, options, device)
-            progress.advance()
-    found = {lr: top1(probe, test) for lr, probe in probes.items()}
-    scores = []
-    for state, (a, b) in enumerate(zip(train.values, test.values, strict=True)):
-        knn = None
-        if options.neighbours:
-            knn = neighbour_accuracy(a, train.labels, b, test.labels, options.neighbours, options.temperature)
-        accuracy, lr = max((values[state], lr) for lr, values in found.items())
-        scores.append(ProbeScore(state, accuracy, lr, {str(lr): values[state] for lr, values in found.items()}, knn))
-    return scores, probes
-
-
-def _standardized(train: Features, test: Features) -> tuple[Features, Features]:
-    mean, deviation = train.values.mean(1, keepdim=True), train.values.std(1, keepdim=True).clamp(min=1e-6)
-    return tuple(Features((f.values - mean) / deviation, f.labels) for f in (train, test))  # type: ignore[return-value]
+        mean, deviation = train.values.mean(1, keepdim=True), train.values.std(1, keepdim=True).clamp(min=1e-6)
+        train, test = (Features((part.values - mean) / deviation, part.labels) for part in (train, test))
+    probes = train_probes(kept_feed(train, options), len(train.labels), classes, options, device)
+    return _scores(probes, test, train, options), probes
 
 
 # ---- the whole measurement -------------------------------------------------------------------------------------------
@@ -300,7 +241,8 @@ def _standardized(train: Features, test: Features) -> tuple[Features, Features]:
 class ProbeData:
     """Labelled images that a probe learns from and others that it is tested on.
 
-    ``views`` and ``seed`` are those of :func:`collect_features`; ``cache`` is a folder for the features, None keeps none.
+    ``views`` and ``seed`` are those of :func:`collect_features`; with ``fresh`` every epoch has new crops and no training
+    feature is kept; ``cache`` is a folder for features, None keeps none.
     """
 
     train: ImageDataset
@@ -309,29 +251,51 @@ class ProbeData:
     seed: int = 0
     batch_size: int = 64
     cache: Path | None = None
+    fresh: bool = False
 
     @property
     def classes(self) -> int:
         """The number of classes."""
         return len(self.train.classes) or int(self.train.labels.max()) + 1
 
-    def features(self, pipe: DigitPipeline, kind: str, model: dict[str, Any]) -> tuple[Features, Features]:
+    def features(self, pipe: DigitPipeline, kind: str, model: Mapping[str, Any]) -> tuple[Features, Features]:
         """Features "prior" or "encoder" of both parts, cached for this model (:func:`describe_model`) and these images."""
-        of = {"prior": prior_features, "encoder": encoder_features}[kind]
+        return self._kept(pipe, kind, model, "train"), self._kept(pipe, kind, model, "test")
+
+    def _kept(self, pipe: DigitPipeline, kind: str, model: Mapping[str, Any], name: str) -> Features:
+        dataset, views = (self.train, self.views) if name == "train" else (self.test, 0)
         parts = ("encoder", "codebook", "prior") if pipe.space == "semantic" else ("vqgan", "prior")
         weights = [model["parts"][part]["sha256"] for part in parts if part in model["parts"]]
-        found = []
-        for name, dataset, views in (("train", self.train, self.views), ("test", self.test, 0)):
-            seed = self.seed if views else 0
-            made_from = {"model": weights, "data": dataset.fingerprint, "views": views, "seed": seed}
-            path = self.cache / f"features-{kind}-{name}.npz" if self.cache else None
-            features = Features.load(path, made_from) if path else None
-            if features is None:
-                features = collect_features(pipe, dataset, of, views, self.batch_size, self.seed)
-                if path:
-                    features.save(path, made_from)
-            found.append(features)
-        return found[0], found[1]
+        seed, cut = self.seed if views else 0, to_dict(crops(pipe)[0 if views else 1])
+        made_from = {"model": weights, "data": dataset.fingerprint, "views": views, "seed": seed, "crop": cut}
+
+        def collect() -> Features:
+            return collect_features(pipe, dataset, FEATURES[kind], views, self.batch_size, self.seed)
+
+        if self.cache is None:
+            return collect()
+        file = "features.safetensors"
+
+        def keep(folder: Path) -> None:
+            write_tensors(folder / file, vars(collect()))
+
+        step = Steps(self.cache).run(f"features-{kind}", made_from, keep)
+        return Features(**read_tensors(step.folder / file))
+
+    def score(
+        self, pipe: DigitPipeline, kind: str, model: Mapping[str, Any], options: ProbeOptions, last: bool = True
+    ) -> tuple[list[ProbeScore], dict[float, LinearProbe]]:
+        """Scores and probes of "prior" or "encoder"; without ``last`` its last state is left out."""
+        stop = None if last else -1
+        if not self.fresh:
+            train, test = (Features(f.values[:stop], f.labels) for f in self.features(pipe, kind, model))
+            return score_features(train, test, self.classes, options, pipe.device)
+        size, steps = min(options.batch_size, len(self.train)), training_steps(len(self.train), options)
+        feed = fresh_feed(pipe, self.train, FEATURES[kind], size, steps, self.batch_size, options.seed)
+        cut = ((values[:stop], labels) for values, labels in feed)
+        probes = train_probes(cut, len(self.train), self.classes, options, pipe.device)
+        test = self._kept(pipe, kind, model, "test")
+        return _scores(probes, Features(test.values[:stop], test.labels), None, options), probes
 
 
 def split_off(dataset: ImageDataset, share: float, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
@@ -343,6 +307,27 @@ def split_off(dataset: ImageDataset, share: float, seed: int = 0) -> tuple[Image
         )
     order = np.random.default_rng(seed).permutation(len(dataset))
     return dataset.subset(np.sort(order[count:])), dataset.subset(np.sort(order[:count]))
+
+
+def preset_options(preset: Mapping[str, Any], train: ImageDataset) -> dict[str, Any]:
+    """The fields of :class:`ProbeOptions` that a preset such as ``imagenet256-linear-probe`` gives for these images.
+
+    Raises:
+        DigitError: it is of another kind, or asks for what a probe does not do.
+    """
+    if preset.get("component") != "probe":
+        raise DigitError(f"The preset trains '{preset.get('component')}'; expected one of a probe.")
+    training, images = preset["training"], preset["data"]
+    fixed = {"optimizer": "sgd", "schedule": "cosine", "weight_decay": 0, "warmup_steps": 0, "label_smoothing": 0}
+    other = [name for name, value in fixed.items() if training[name] != value]
+    other += [name for name, value in {"crop": "random-resized", "flip": True}.items() if images[name] != value]
+    if other:
+        raise DigitError(
+            f"The preset has another {' and '.join(other)} than the authors' probe, which is not supported."
+        )
+    epochs = max(1, round(training["steps"] * training["batch_size"] / len(train)))
+    same = {name: training[name] for name in ("batch_size", "momentum", "seed")}
+    return {"epochs": epochs, "lrs": (training["lr"],), **same}
 
 
 def probe(
@@ -360,43 +345,49 @@ def probe(
         encoder: also probe the encoder's own features.
 
     Raises:
-        DigitError: no prior, no labels, or a learning rate at which a probe diverges.
+        DigitError: no prior, no labels, a learning rate at which a probe diverges, or fresh crops that are to be
+            standardized.
     """
     options, began, out = options or ProbeOptions(), time.monotonic(), Path(out)
     if layers not in ("paper", "all"):
         raise DigitError(f"The layers '{layers}' were asked for; expected paper or all.")
-    classes = data.classes
+    if data.fresh and (options.standardize or data.views):
+        raise DigitError(
+            "Fresh crops keep no features, so there is nothing to standardize and there are no fixed views."
+        )
     model = describe_model(pipe)
-    train, test = data.features(pipe, "prior", model)
-    if layers == "paper":
-        train, test = (Features(f.values[:-1], f.labels) for f in (train, test))
-    scores, probes = score_features(train, test, classes, options, pipe.device)
+    scores, probes = data.score(pipe, "prior", model, options, last=layers == "all")
     ceiling = None
     if encoder and pipe.space == "semantic":
-        ceiling = score_features(*data.features(pipe, "encoder", model), classes, options, pipe.device)[0][0]
+        ceiling = data.score(pipe, "encoder", model, options)[0][0]
     lr = options.lrs[0]
     probes[lr].provenance = {"lr": lr, "model": model, "data": data.train.fingerprint}
     probes[lr].cpu().save_pretrained(out / "probe")
+    cuts = dict(zip(("train", "test"), map(to_dict, crops(pipe)), strict=True))
+    how = {"layers": layers, "views": data.views, "fresh_crops": data.fresh, "seed_views": data.seed, "crops": cuts}
     return Probe(
         title="Linear probe of the prior, layer by layer (Table 2, figure 3b)",
-        values=ProbeValues(tuple(scores), ceiling, 1 / classes, pipe.part("prior").config.transformer.depth),
-        settings={**to_dict(options), "layers": layers, "views": data.views, "seed_views": data.seed},
+        values=ProbeValues(tuple(scores), ceiling, 1 / data.classes, pipe.part("prior").config.transformer.depth),
+        settings={**to_dict(options), **how},
         model=model,
-        data={"train": describe_data(data.train), "test": describe_data(data.test), "classes": classes},
+        data={"train": describe_data(data.train), "test": describe_data(data.test), "classes": data.classes},
         paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [row._asdict() for row in paper.PROBE]},
-        notes=_notes(options, data),
+        notes=_notes(options, data, crops(pipe)[1]),
         seconds=time.monotonic() - began,
     )
 
 
-def _notes(options: ProbeOptions, data: ProbeData) -> tuple[str, ...]:
+def _notes(options: ProbeOptions, data: ProbeData, test: Transform) -> tuple[str, ...]:
     how = f"{data.views} random resized crops with flips" if data.views else "one view, the middle"
+    how = "new random resized crops with flips in each epoch" if data.fresh else how
     size = min(options.batch_size, len(data.train) * max(data.views, 1))
     notes = [
-        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images, {options.epochs} epochs of "
-        f"SGD in batches of {size}; learning rates are given for a batch of {AUTHORS_BATCH}.",
-        "The authors draw new crops in each of 80 epochs; kept features have a fixed set of views.",
+        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images (the middle {test.size} px of "
+        f"{test.resize}), {options.epochs} epochs of SGD in batches of {size}; learning rates are given for a batch of "
+        f"{AUTHORS_BATCH}.",
     ]
+    if not data.fresh:
+        notes.append("The authors draw new crops in each of 80 epochs; kept features have a fixed set of views.")
     if len(options.lrs) > 1:
         notes.append(
             "The best learning rate is chosen on the validation images, so its accuracy is slightly optimistic."

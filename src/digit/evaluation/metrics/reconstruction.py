@@ -14,13 +14,16 @@ from torch import Tensor
 
 from digit.core.errors import DigitError, require
 from digit.core.progress import bar
-from digit.evaluation.metrics.features import Collector, FeatureSet
+from digit.evaluation.metrics.features import Collector
 from digit.evaluation.metrics.fidelity import FidelityOptions, compare
 from digit.evaluation.metrics.inception import FeatureExtractor
+from digit.evaluation.metrics.statistics import FeatureSet
 from digit.models.lpips import Lpips
 
 Pair = tuple[Tensor, Tensor]
 SSIM_WINDOW = 11
+RFID = FidelityOptions(extrapolate=False)
+"""Two sets of the same images, whose number is part of what rFID is."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Reconstructed:
     Attributes:
         name: of the reconstructions.
         images: how many pairs.
-        values: psnr (dB), ssim, lpips and rfid, as far as they were measured.
+        values: psnr (dB), ssim, lpips and rfid, as far as they were measured; of a model's path also usage of the codebook
+            (a share) and entropy of the tokens (bits).
         errors: the standard error of each mean over images; rfid has none.
         not_measured: metric -> the reason, in a sentence.
         methods: metric -> package, version and settings.
@@ -126,8 +130,8 @@ def reconstruction(
     """
     measures: dict[str, Any] = {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips} if lpips else {})
     found: dict[str, list[Tensor]] = {metric: [] for metric in measures}
-    ours = Collector(extractor) if extractor else None
-    theirs = Collector(extractor) if extractor and originals is None else None
+    ours = Collector(extractor, ()) if extractor else None
+    theirs = Collector(extractor, ()) if extractor and originals is None else None
     with bar(f"Comparing {name}", total) as progress:
         for pair in pairs:
             _check_pair(*pair)
@@ -156,7 +160,7 @@ def reconstruction(
     if theirs is not None:
         originals = theirs.finish(f"originals of {name}")
     if ours is not None and originals is not None:
-        rfid = compare(ours.finish(name), originals, FidelityOptions())
+        rfid = compare(ours.finish(name), originals, RFID)
         values["rfid"] = rfid.values["fid"]
         methods["rfid"] = f"{rfid.tool}, {rfid.backend}, weights sha256 {rfid.weights['sha256'][:12]}"
         notes += rfid.notes

@@ -21,10 +21,10 @@ from rich.console import Console
 from digit.core.config import NonNegativeInt, PositiveInt, config, from_dict, load_preset, preset_names, to_dict
 from digit.core.devices import pick_device
 from digit.core.errors import DigitError
+from digit.core.hub import is_repository
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.token_cache import Views
 from digit.encoders import load_encoder
-from digit.encoders.hub import looks_like_repository
 from digit.evaluation import paper
 from digit.evaluation.metrics.fidelity import FidelityOptions
 from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor
@@ -203,7 +203,7 @@ def check_parts(variants: Sequence[Variant]) -> None:
         if not is_preset(recipe.vqgan):
             part_folder(recipe.vqgan)
         source = recipe.encoder
-        if source is not None and not (is_preset(source) or Path(source).exists() or looks_like_repository(source)):
+        if source is not None and not (is_preset(source) or Path(source).exists() or is_repository(source)):
             raise DigitError(
                 f"There is no encoder '{source}': no such file, folder or preset, and it is not a Hub id (owner/name)."
             )

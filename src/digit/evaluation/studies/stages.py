@@ -25,8 +25,7 @@ from digit.data.token_cache import Views, build_token_cache
 from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, score_features
 from digit.evaluation.results import COLORS, OURS, PAPER, legend, panels
 from digit.models.codebook import Codebook
-from digit.models.component import load_component
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
@@ -84,7 +83,7 @@ class Stages:
     def token_model(self, component: str, name: str, preset: dict[str, Any], tokens: Step) -> tuple[TokenModel, Step]:
         """Train a prior or a decoder on cached tokens."""
         step = self.train(component, name, preset, tokens.folder, tokens.folder.name)
-        return load_component(part_folder(step.folder), TokenModel, TokenModelConfig).to(self.device), step
+        return TokenModel.from_pretrained(part_folder(step.folder)).to(self.device), step
 
     def codebook(self, encoder: Any, clusters: int, images: int | None = None, crops: bool = False) -> Codebook:
         """Fit a codebook to some of the training images (all of them if None); ``crops`` cuts and mirrors at random."""

@@ -1,14 +1,14 @@
-"""How fast a model samples: which step runs, narrow weights, and what is kept for it between calls.
+"""How fast a model samples: which engine runs, narrow weights, and what is kept for it between calls.
 
-| device | step |
+| device | engine |
 |---|---|
-| CPU | the C++ step (:mod:`digit.sampling.engines.native`), where there is a compiler for it and it covers the model |
-| CPU otherwise | the step compiled by torch.compile if asked for, else the plain one |
+| CPU | C++, where there is a compiler for it and it covers the model |
+| CPU otherwise | compiled by torch.compile if asked for, else plain |
 | CUDA | the same, recorded as CUDA graphs |
 | others | compiled if asked for, else plain |
 
 Speed belongs to a loaded model, not to a call: :func:`accelerate` it once, and every later
-    :func:`digit.sampling.sample` uses it.
+:func:`digit.sampling.sample` uses it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,14 @@ from weakref import WeakKeyDictionary
 from digit.core.errors import DigitError
 from digit.models.token_model import TokenModel
 from digit.native import NoCompiler, library
-from digit.sampling.engines.native import NativeStep, suits
-from digit.sampling.engines.stepper import Stepper, version
+from digit.sampling.engines.decode import (
+    CompiledCudaGraphEngine,
+    CompiledEngine,
+    CudaGraphEngine,
+    DecodeEngine,
+    version,
+)
+from digit.sampling.engines.native import NativeEngine, NativeStep, suits
 
 log = logging.getLogger("digit")
 
@@ -34,8 +40,8 @@ class Acceleration:
     """Speed options of a model.
 
     Attributes:
-        compile: build one fused step with torch.compile where the C++ step does not run: half a minute or so for every
-            batch size.
+        compile: build one fused step with torch.compile where C++ does not run: half a minute or so for every batch
+            size.
         quantize: "int8" stores the step's matrices in 8 bits, a scale a row; a step on a CPU reads a quarter of the
             bytes. Tokens change slightly.
         cuda_graphs: on a CUDA device, record a step once and replay it without launching its kernels one by one.
@@ -48,50 +54,58 @@ class Acceleration:
     native: bool = True
 
 
-class Workshop:
-    """What is kept for one model: its options, its packed weights, and the stepper of the last batch shape."""
+class EngineCache:
+    """What is kept for one model: its options, its packed weights, and the engine of the last batch shape."""
 
     def __init__(self, options: Acceleration) -> None:
         self.options = options
-        self.lock = threading.RLock()  # one batch at a time: the cache is shared between calls
-        self.stepper: Stepper | None = None
-        self._native: tuple[object, NativeStep] | None = None  # and the version of the weights in it
-        self._build_seconds = 0.0
+        self.lock = threading.RLock()  # one batch at a time: the engine is shared between calls
+        self.engine: DecodeEngine | None = None
+        self._packed: tuple[object, NativeStep] | None = None  # the version of the weights, and those
 
-    def stepper_for(self, model: TokenModel, batch: int, guided: bool) -> Stepper:
-        """A stepper with room for the batch: the one at hand if it fits, else a new one in its place."""
-        if self.stepper is None or not self.stepper.fits(model, batch, guided):
-            if self.stepper is not None and self.stepper.no_compiler:  # do not try again
+    def engine_for(self, model: TokenModel, batch: int, guided: bool) -> DecodeEngine:
+        """An engine with room for the batch: the one at hand if it fits, else a new one in its place."""
+        if self.engine is None or not self.engine.fits(model, batch, guided):
+            if isinstance(self.engine, CompiledEngine) and self.engine.failed:  # do not try again
                 self.options = replace(self.options, compile=False)
-            self.stepper = None  # the memory of the old one first
-            o, native = self.options, self._native_for(model)
-            self.stepper = Stepper(model, batch, guided, o.compile, o.quantize, o.cuda_graphs, native)
-            self.stepper.compile_seconds, self._build_seconds = self._build_seconds, 0.0
-        return self.stepper
+            self.engine = None  # the memory of the old one first
+            self.engine = self._choose(model, batch, guided)
+        return self.engine
 
-    def release(self) -> None:
-        """Free all but the options."""
-        self.stepper = self._native = None
+    def _choose(self, model: TokenModel, batch: int, guided: bool) -> DecodeEngine:
+        """The quickest engine that the options allow and that can run here."""
+        options, began = self.options, time.perf_counter()
+        packed = self._pack(model) if options.native and suits(model) else None
+        if packed is not None:
+            return NativeEngine(model, batch, guided, packed, time.perf_counter() - began)
+        graphs = options.cuda_graphs and model.start.device.type == "cuda"
+        kinds: dict[tuple[bool, bool], type[DecodeEngine]] = {
+            (False, False): DecodeEngine,
+            (True, False): CompiledEngine,
+            (False, True): CudaGraphEngine,
+            (True, True): CompiledCudaGraphEngine,
+        }
+        return kinds[options.compile, graphs](model, batch, guided, options.quantize)
 
-    def _native_for(self, model: TokenModel) -> NativeStep | None:
-        """The C++ step if it may and can run; weights are packed once, for every batch size."""
-        if not self.options.native or not suits(model):
-            return None
-        if self._native is None or self._native[0] != version(model):
-            self._native = None
-            began = time.perf_counter()
+    def _pack(self, model: TokenModel) -> NativeStep | None:
+        """The weights as the C++ step reads them, packed once for every batch size; None where it cannot be built."""
+        if self._packed is None or self._packed[0] != version(model):
+            self._packed = None
             try:
                 library()
-                self._build_seconds = time.perf_counter() - began
-                self._native = version(model), NativeStep(model, self.options.quantize)
             except NoCompiler as reason:
                 log.info("The C++ step could not be built, so a slower one runs: %s.", reason)
                 self.options = replace(self.options, native=False)
                 return None
-        return self._native[1]
+            self._packed = version(model), NativeStep(model, self.options.quantize)
+        return self._packed[1]
+
+    def release(self) -> None:
+        """Free all but the options."""
+        self.engine = self._packed = None
 
 
-_workshops: WeakKeyDictionary[TokenModel, Workshop] = WeakKeyDictionary()
+_caches: WeakKeyDictionary[TokenModel, EngineCache] = WeakKeyDictionary()
 
 
 def accelerate(
@@ -109,35 +123,27 @@ def accelerate(
             f"quantize = {quantize} was given for {model.start.device.type}; int8 is for the CPU. Use --dtype bf16."
         )
     options = Acceleration(compile, "int8" if quantize else None, cuda_graphs, native)
-    if workshop(model).options != options:
-        _workshops[model] = Workshop(options)
+    if engine_cache(model).options != options:
+        _caches[model] = EngineCache(options)
 
 
-def workshop(model: TokenModel) -> Workshop:
+def engine_cache(model: TokenModel) -> EngineCache:
     """What is kept for a model."""
-    if model not in _workshops:
-        _workshops[model] = Workshop(Acceleration())
-    return _workshops[model]
+    return _caches.setdefault(model, EngineCache(Acceleration()))
 
 
 def release(model: TokenModel) -> None:
     """Free the caches, packed weights and compiled steps kept for a model; its options stay."""
-    workshop(model).release()
+    engine_cache(model).release()
 
 
 def compile_seconds(model: TokenModel) -> float:
-    """How long compiling and recording took for the stepper at hand; the first step's time, which no later step
-    needs.
-    """
-    stepper = workshop(model).stepper
-    return 0.0 if stepper is None else stepper.compile_seconds
+    """Seconds that building, compiling and recording took for the engine at hand, which no later step needs."""
+    engine = engine_cache(model).engine
+    return 0.0 if engine is None else engine.setup_seconds
 
 
-def engine(model: TokenModel) -> str:
-    """Which step the model last sampled with: "C++", "compiled" or "plain" (on CUDA as graphs); "" if it has not."""
-    stepper = workshop(model).stepper
-    if stepper is None:
-        return ""
-    if stepper.native:
-        return "C++"
-    return ("compiled" if stepper.compiled else "plain") + (" as CUDA graphs" if stepper.graphs else "")
+def engine_name(model: TokenModel) -> str:
+    """What the model last sampled with: "C++", "compiled" or "plain" (on CUDA as graphs); "" if it has not."""
+    engine = engine_cache(model).engine
+    return "" if engine is None else engine.name

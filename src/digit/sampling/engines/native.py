@@ -1,7 +1,6 @@
 """One token step on a CPU in C++: all layers in one call (``native/step.cpp``), and the draw (``native/draw.cpp``).
 
-What it is for: at small batches a step should cost no more than reading the weights once. It does what
-    :meth:`TokenModel.step` and
+At small batches a step then costs no more than reading the weights once. It does what :meth:`TokenModel.step` and
 :func:`digit.sampling.logits.draw` do, which stay the definition and run wherever this cannot: on other devices, in
 float16, in training mode, without a compiler.
 """
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from digit.models.token_model import TokenModel
 from digit.models.transformer import Block, KVCache
 from digit.native import library
+from digit.sampling.engines.decode import DecodeEngine
 from digit.sampling.engines.quantize import Int8Linear, quantized
-from digit.sampling.logits import Knobs
+from digit.sampling.logits import DrawParams
 
 LANES, PANEL = 16, 64  # as in the source
 _DRAWS_A_THREAD = 8192  # numbers that are worth another thread
@@ -68,7 +68,7 @@ def suits(model: TokenModel) -> bool:
     feed-forward layers are multiples of 16, and not in training mode, for it knows no dropout.
     """
     config = model.config.transformer
-    widths = (config.head_dim, config.ffn_dim or 4 * config.dim)
+    widths = (config.head_dim, config.hidden_dim)
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     return (
         config.causal
@@ -111,7 +111,7 @@ class NativeStep:
             depth=config.depth,
             width=config.dim,
             heads=config.heads,
-            hidden=config.ffn_dim or 4 * config.dim,
+            hidden=config.hidden_dim,
             post_norm=config.norm == "post",
             weights=FORMATS[source.head.weight.dtype],
             half_cache=model.start.dtype == torch.bfloat16,
@@ -163,12 +163,36 @@ class NativeStep:
         return _Matrix(self._keep(place), self._keep(scale), self._keep(bias), linear.weight.shape[1], outputs)
 
 
+class NativeEngine(DecodeEngine):
+    """The C++ step and draw. The host knows where it is, which spares looking up places by tensors."""
+
+    name = "C++"
+
+    def __init__(self, model: TokenModel, batch: int, guided: bool, step: NativeStep, seconds: float = 0.0) -> None:
+        """``seconds`` were spent on building and packing."""
+        super().__init__(model, batch, guided)
+        self.step, self.setup_seconds = step, seconds
+
+    def decode_one_token(self, _model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
+        """Draw token ``index``."""
+        token = self.state.tokens[:, index - 1]  # (B,)
+        cache, token = (self.cache, torch.cat([token, token])) if guided else (self._with_labels, token)
+        self._write(self.step.step(cache, token, index - 1), index, guided, params)
+        self.state.place.add_(1)
+
+    def _write(self, logits: Tensor, index: int, guided: bool, params: DrawParams) -> None:
+        state = self.state
+        logits, unguided = logits.chunk(2) if guided else (logits, None)  # (B, V)
+        drawn = fast_draw(logits, state.uniform[:, index], params, unguided, float(state.scale[index]))  # (B,)
+        state.tokens[:, index] = torch.where(state.free[:, index], drawn, state.tokens[:, index])
+
+
 def fast_draw(
-    logits: Tensor, uniform: Tensor, knobs: Knobs, unguided: Tensor | None = None, scale: float = 1.0
+    logits: Tensor, uniform: Tensor, params: DrawParams, unguided: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """As :func:`digit.sampling.logits.draw`, on the CPU, for logits (B, V) and uniform (B,).
 
-    With ``unguided`` logits (B, V) as :func:`digit.sampling.guidance.guide` before it.
+    With ``unguided`` logits (B, V) as :func:`digit.sampling.logits.guide` before it.
     """
     logits = _rows(logits)
     rows, vocab = logits.shape
@@ -177,7 +201,6 @@ def fast_draw(
         logits, unguided = logits.contiguous(), unguided.contiguous()
     uniform, tokens = uniform.contiguous(), torch.empty(rows, dtype=torch.long)
     threads = max(1, min(torch.get_num_threads(), rows * vocab // _DRAWS_A_THREAD))
-    temperature, top_p = float(knobs.temperature), float(knobs.top_p)
     library().digit_draw(
         logits.data_ptr(),
         None if unguided is None else unguided.data_ptr(),
@@ -187,9 +210,9 @@ def fast_draw(
         logits.stride(0),
         threads,
         uniform.data_ptr(),
-        temperature,
-        knobs.top_k,
-        top_p,
+        float(params.temperature),
+        params.top_k,
+        float(params.top_p),
         tokens.data_ptr(),
     )
     return tokens

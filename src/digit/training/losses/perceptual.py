@@ -20,6 +20,8 @@ from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.lpips import load_lpips
 
+_VIT_LAYERS = 4
+
 
 class LpipsDistance(nn.Module):
     """LPIPS with VGG16."""
@@ -52,12 +54,13 @@ class EncoderView(nn.Module):
             DigitError: the encoder is for other pictures.
         """
         super().__init__()
+        self.encoder: ConvEncoder | TransformersEncoder
         if encoder.preprocessing.image_size != size:
             raise DigitError(
                 f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, the pictures to be made have {size}."
             )
         self.encoder = encoder.eval().requires_grad_(False)
-        self.dims: list[int] = [encoder.dim]
+        self.dims: list[int] = [encoder.dim] * _VIT_LAYERS
         if isinstance(encoder, ConvEncoder):
             self.dims = [
                 width for width, n in zip(encoder.config.widths, encoder.config.blocks, strict=True) for _ in range(n)
@@ -71,17 +74,19 @@ class EncoderView(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place.
 
-        Of a convolutional encoder, what each of its blocks gives; of another, its one layer.
+        Of a convolutional encoder, what each of its blocks gives; of a ViT, four blocks at equal distances.
         """
-        if not isinstance(self.encoder, ConvEncoder):
-            grid = self.encoder(images).transpose(1, 2).reshape(len(images), -1, *self.encoder.grid)
-            return [F.normalize(grid.float(), dim=1)]
-        x = self.encoder.stem(self.encoder.preprocessing(images).contiguous(memory_format=torch.channels_last))
-        layers = []
-        for block in self.encoder.blocks:
-            x = block(x)
-            layers.append(F.normalize(x.float(), dim=1))
-        return layers
+        encoder = self.encoder
+        if isinstance(encoder, TransformersEncoder):
+            states = encoder.states(images)  # depth tensors (B, N, D)
+            chosen = [states[len(states) * (i + 1) // _VIT_LAYERS - 1] for i in range(_VIT_LAYERS)]
+            layers = [state.transpose(1, 2).reshape(len(images), -1, *encoder.grid) for state in chosen]
+        else:
+            x, layers = encoder.stem(encoder.preprocessing(images).contiguous(memory_format=torch.channels_last)), []
+            for block in encoder.blocks:
+                x = block(x)
+                layers.append(x)
+        return [F.normalize(layer.float(), dim=1) for layer in layers]
 
 
 def feature_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:

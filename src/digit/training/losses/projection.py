@@ -66,13 +66,14 @@ class Projection(nn.Module):
 
     def forward(self, images: Tensor, masked: Tensor | None = None, take: Tensor | None = None) -> tuple[Tensor, ...]:
         """Projections (B, P) of images (B, 3, s, s) in 0..1, the vectors (B, D) they were made of, and with ``take``
-        (B, N) bool those of the n patches it names (n, P), all in float32. ``masked`` (B, N) are hidden patches.
+        those of the n patches it names (n, P), all in float32: (B, N) bool, or (n,) places in the B * N patches.
+        ``masked`` (B, N) are hidden patches.
         """
         vector, patches = summary_and_patches(self.encoder, images, masked)
         out = (self.head(vector).float(), vector.float())
         if take is None or self.patch_head is None:
             return out
-        return (*out, self.patch_head(patches[take]).float())
+        return (*out, self.patch_head(patches.flatten(0, 1)[take.flatten()]).float())
 
 
 def check_trainable(encoder: TrainableEncoder, masks: bool) -> None:

@@ -38,7 +38,7 @@ from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.transformer import PositiveInt
 from digit.models.vqgan import VQGAN
 from digit.pipeline.tokenizer import SemanticTokenizer
-from digit.sampling.feedforward import noise
+from digit.sampling.rng import pixel_latents
 from digit.training.auxiliary import Auxiliary, neighbours
 from digit.training.config import NonNegative
 from digit.training.losses.images import PictureLoss, PictureObjective
@@ -363,7 +363,7 @@ class OnePassTask(Task):
 
     def _render(self, tokens: Tensor, first: int, seed: int, labels: Tensor | None) -> Tensor:
         """Images (B, 3, S, S) in 0..1 of a run's images ``first``, ``first + 1``, ..."""
-        own = noise(self.model.config, range(first, first + len(tokens)), seed).to(tokens.device)
+        own = pixel_latents(self.model.config, range(first, first + len(tokens)), seed).to(tokens.device)
         out: Tensor = self.model(tokens, own, labels).float()
         if self.vqgan is not None and self.model.config.pixels is None:
             out = self.vqgan.decode(out.argmax(-1)).float()

@@ -14,12 +14,12 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.token_cache import TokenCache, open_token_cache
-from digit.models.component import load_component, load_strict, weights_checksum
+from digit.models.component import load_strict, weights_checksum
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.vqgan import VQGAN
-from digit.pipeline.generation import load_tokens_file
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.tokenizer import SemanticTokenizer
+from digit.pipeline.tokens import load_tokens_file
 from digit.training.auxiliary import set_embeddings
 from digit.training.finetune import FineTune, start_folder, take_modules
 from digit.training.tasks.feedforward import OnePassData, OnePassObjective, OnePassTask
@@ -106,7 +106,7 @@ def _start(start: FineTune, shape: FeedForwardConfig) -> tuple[FeedForwardDecode
     if start.freeze or start.lora:
         raise DigitError("--freeze and --lora are for token models; a one-pass decoder is trained as a whole.")
     folder, _ = start_folder(start.source, "onepass")
-    saved = load_component(folder, FeedForwardDecoder, FeedForwardConfig)
+    saved = FeedForwardDecoder.from_pretrained(folder)
     if replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) != shape:
         raise DigitError(
             f"{start.source} is a decoder of another shape or other tokens than the preset and the model describe."

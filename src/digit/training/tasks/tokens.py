@@ -35,7 +35,7 @@ from digit.data.token_cache import TokenCache
 from digit.models.component import save_component
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN
-from digit.sampling.engine import sample
+from digit.sampling.sampler import sample
 from digit.training.auxiliary import Auxiliary
 from digit.training.health import Counts
 from digit.training.task import Batch, Loss, Step, Stream, Task
@@ -154,6 +154,8 @@ class TokenTask(Task):
         near: (K, m) the nearest other semantic tokens of each, for ``auxiliary.prefix_noise``.
         start: for the run's description, from which weights it begins, if not from random ones.
     """
+
+    score = "nll"
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ from digit.core.errors import DigitError
 from digit.core.grids import picture_grid
 from digit.core.images import to_pil
 from digit.data.dataset import ImageDataset
-from digit.models.component import load_component, weights_checksum
+from digit.models.component import weights_checksum
 from digit.models.transformer import Probability
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.training.config import NonNegative, NonNegativeInt
@@ -133,7 +133,7 @@ class VqganTask:
                 "A VQGAN can be trained on as a whole, or with --freeze tokens (encoder and codebook); no other part."
             )
         folder, _ = start_folder(start.source, "vqgan")
-        saved = load_component(folder, VQGAN, VQGANConfig)
+        saved = VQGAN.from_pretrained(folder)
         if saved.config != self.vqgan.config:
             raise DigitError(f"The VQGAN {start.source} is of another shape than the preset's model section describes.")
         self.vqgan.load_state_dict(saved.state_dict())

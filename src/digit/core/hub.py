@@ -1,0 +1,77 @@
+"""Names that a user gives of models, encoders and datasets: which can be on the Hub, and whether the Hub can be asked."""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from digit.core.errors import DigitError
+
+INDEX = "model_index.json"
+"""The file that makes a folder a model."""
+_FILE = re.compile(
+    r"\.(bin|ckpt|gif|gz|jpe?g|json|np[yz]|onnx|parquet|pkl|png|pth?|safetensors|tar|tgz|txt|webp|ya?ml|zip)$", re.I
+)
+
+
+def packaged_models() -> dict[str, Path]:
+    """The models that come with the package, by name."""
+    found = sorted((Path(__file__).parents[1] / "packaged").glob(f"*/{INDEX}"))
+    return {path.parent.name: path.parent for path in found}
+
+
+def is_repository(name: str) -> bool:
+    """Whether ``name`` has the form of a repository on the Hub, ``owner/name``, and not of a path."""
+    form = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name)
+    return form is not None and _FILE.search(name) is None
+
+
+def repository_id(name: str, what: str, places: str = "no such file or folder") -> str:
+    """``name``, where it can be a repository on the Hub. Mistyped paths are answered at once.
+
+    Args:
+        name: what the user gave, and is not on this machine.
+        what: of which kind it should be, such as "model".
+        places: where it was looked for.
+
+    Raises:
+        DigitError: it looks like a path, or its first part is a folder that is here.
+    """
+    owner, _, rest = name.partition("/")
+    if not is_repository(name):
+        raise DigitError(f"There is no {what} '{name}': {places}, and it is not a Hub id (owner/name).")
+    if Path(owner).is_dir():
+        reason = f"the folder '{owner}' has no '{rest}' in it, so the Hub was not asked"
+        raise DigitError(f"There is no {what} '{name}': {places}; {reason}.")
+    return name
+
+
+def endpoint() -> str:
+    """The address of the Hub."""
+    from huggingface_hub import constants
+
+    return os.environ.get("HF_ENDPOINT") or str(constants.ENDPOINT)
+
+
+def out_of_reach(seconds: float = 5.0) -> str:
+    """Why the Hub cannot be asked, as a clause, or "". Its client would try again for half a minute first.
+
+    Args:
+        seconds: to wait for an answer.
+    """
+    from huggingface_hub import constants
+
+    # switched off before its client was imported, or after
+    if constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+        return "the Hub was not asked because HF_HUB_OFFLINE is set"
+    address = endpoint()
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=seconds).close()
+    except urllib.error.HTTPError:
+        return ""  # it answered
+    except (OSError, ValueError) as error:
+        return f"the Hub ({address}) is out of reach: {getattr(error, 'reason', error)}"
+    return ""

@@ -1,0 +1,263 @@
+"""A model: its components, as one mapping, and its folder.
+
+Saving, loading, moving, hashing and describing are one loop over :attr:`Model.components`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from typing_extensions import Self
+
+from digit import __version__
+from digit.core.config import from_dict, to_dict
+from digit.core.devices import pick_device, pick_dtype
+from digit.core.errors import DigitError
+from digit.core.files import write_bytes, write_folder, write_json
+from digit.encoders.base import Encoder
+from digit.encoders.loading import load_encoder
+from digit.models.codebook import Codebook
+from digit.models.component import load_component
+from digit.models.feedforward import FeedForwardDecoder
+from digit.models.token_model import TokenModel
+from digit.models.vqgan import VQGAN
+from digit.pipeline.card import CardFacts, model_card
+from digit.pipeline.fit import check_fit
+from digit.pipeline.hub import push_folder, resolve_model
+from digit.pipeline.index import FORMAT, INDEX, read_index
+from digit.pipeline.info import describe
+from digit.sampling.request import SamplingParams
+
+Decoder = TokenModel | FeedForwardDecoder
+CLASSES: Mapping[str, tuple[Any, ...]] = {
+    "encoder": (),
+    "codebook": (Codebook,),
+    "prior": (TokenModel,),
+    "decoder": (TokenModel, FeedForwardDecoder),
+    "vqgan": (VQGAN,),
+}
+"""Of each component, in the order in which images are made; an encoder is what :func:`load_encoder` loads."""
+
+
+def load_part(folder: str | Path, name: str) -> Any:
+    """A component from its folder; ``name`` is one of :data:`CLASSES`."""
+    return load_encoder(folder) if name == "encoder" else load_component(folder, *CLASSES[name])
+
+
+@dataclass
+class Model:
+    """The components of a generator of images, and what is known of it.
+
+    Attributes:
+        encoder, codebook: the semantic tokenizer; the codebook was fitted on features of the encoder.
+        prior: stage 1.
+        decoders: of stage 2 by kind: "ar", "masked", "onepass".
+        vqgan: VQ tokens to images and back.
+        space: what the prior predicts, "semantic" or (baseline) "vq".
+        class_names: of the labels 0..C-1; may be empty.
+        settings: default sampling parameters by stage: "prior" and each decoder's kind.
+        default_decoder: the kind used when none is asked for; by default the first.
+        provenance: where it comes from; kept in the index.
+        card: what its card says beside that: licence, data, results; see :func:`digit.pipeline.card.with_facts`.
+        exact_pixels: compute pixels in float32 everywhere; see :func:`digit.core.devices.quick_pixels`.
+    """
+
+    encoder: Encoder | None = None
+    codebook: Codebook | None = None
+    prior: TokenModel | None = None
+    decoders: Mapping[str, Decoder] = field(default_factory=dict)
+    vqgan: VQGAN | None = None
+    space: Literal["semantic", "vq"] = "semantic"
+    class_names: list[str] = field(default_factory=list)
+    settings: dict[str, SamplingParams] = field(default_factory=dict)
+    default_decoder: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    card: CardFacts = field(default_factory=CardFacts)
+    name: str = "digit"
+    exact_pixels: bool = False
+
+    def __post_init__(self) -> None:
+        check_fit(self)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The components there are, by their place in the model folder, in the order in which images are made."""
+        found: dict[str, Any] = {}
+        for name in CLASSES:
+            if name == "decoder":
+                found |= {f"decoder/{kind}": model for kind, model in self.decoders.items()}
+            elif getattr(self, name) is not None:
+                found[name] = getattr(self, name)
+        return found
+
+    def part(self, name: str) -> Any:
+        """One of "encoder", "codebook", "prior", "vqgan".
+
+        Raises:
+            DigitError: this model lacks it.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise DigitError(f"The model '{self.name}' has no {name}, which this needs.")
+        return value
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that it takes, in pixels; those it makes have the same, unless a decoder enlarges them."""
+        if self.vqgan is None and self.encoder is not None:
+            return self.encoder.preprocessing.image_size
+        return int(self.part("vqgan").config.resolution)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components are."""
+        modules = [part for name, part in self.components.items() if name != "encoder"]
+        return next(modules[0].parameters()).device if modules else torch.device("cpu")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format in which prior and decoders compute; float32 where there are none."""
+        models = [m for m in (self.prior, *self.decoders.values()) if m is not None]
+        return next(models[0].parameters()).dtype if models else torch.float32
+
+    @property
+    def num_classes(self) -> int:
+        """Classes C; 0 for an unconditional model."""
+        return self.prior.config.num_classes if self.prior is not None else 0
+
+    def to(
+        self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | str | None = None
+    ) -> Self:
+        """Move every component to a device, or prior and decoders to a number format; tokenizing stays in float32.
+
+        Raises:
+            DigitError: no such device here.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        place = None if device is None else pick_device(str(device))
+        kind = pick_dtype(dtype) if isinstance(dtype, str) else dtype
+        for name, part in self.components.items():
+            if name == "prior" or name.startswith("decoder/"):
+                part.to(device=place, dtype=kind)
+            elif place is not None:
+                part.to(place)
+        return self
+
+    def with_parts(self, **parts: Any) -> Self:
+        """A copy with some components or other attributes replaced or added; the rest is shared."""
+        return replace(self, **parts)
+
+    def fingerprint(self) -> str:
+        """A checksum of what determines tokens: encoder, codebook and VQGAN weights. Token caches are keyed by it, so
+        its value is that of the first edition.
+        """
+        digest = hashlib.sha256()
+        for place, part in self.components.items():
+            if place in ("encoder", "codebook", "vqgan"):
+                for name, value in part.state_dict().items():
+                    digest.update(name.encode())
+                    digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    # -- files
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the model as a folder, whole or not at all.
+
+        Args:
+            folder: replaced if it exists.
+            dtype: store prior, decoders and VQGAN in it; float16 and bfloat16 halve their files.
+        """
+        with write_folder(folder) as aside:
+            for place, part in self.components.items():
+                part.save_pretrained(aside / place, *([] if place in ("encoder", "codebook") else [dtype]))
+            self.write_index(aside)
+        return Path(folder)
+
+    def write_index(self, folder: str | Path) -> None:
+        """Write the index and the card of a model whose components are in the folder already."""
+        index = {
+            "format": FORMAT,
+            "digit_version": __version__,
+            "name": self.name,
+            "space": self.space,
+            "parts": [place for place in self.components if "/" not in place],
+            "decoders": list(self.decoders),
+            "default_decoder": self.default_decoder,
+            "class_names": self.class_names,
+            "settings": {stage: to_dict(params) for stage, params in self.settings.items()},
+            "provenance": self.provenance,
+            "card": to_dict(self.card),
+        }
+        write_json(Path(folder) / INDEX, index)
+        write_bytes(Path(folder) / "README.md", model_card(self).encode())
+
+    def push_to_hub(
+        self,
+        repository: str,
+        private: bool = False,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> str:
+        """Publish the model on the Hub, with its card; the address of the commit.
+
+        Args:
+            repository, private, token, revision, options: see :func:`digit.pipeline.hub.push_folder`.
+            dtype: as for :meth:`save_pretrained`.
+        """
+        with tempfile.TemporaryDirectory() as aside:
+            folder = self.save_pretrained(Path(aside) / "model", dtype)
+            return push_folder(folder, repository, private, token, revision, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load a model: a folder, the name of a packaged model, or a Hub id; with none, the packaged one.
+
+        Args:
+            model: where.
+            variant: which of the models that a Hub repository holds, such as "base-cond" of "DAMO-NLP-SG/DiGIT".
+            revision: branch, tag or commit on the Hub.
+            token: for private repositories; see huggingface_hub.
+            torch_dtype, device: see :meth:`to`; None: float32 on the CPU.
+
+        Raises:
+            DigitError: nothing there; says what was tried.
+        """
+        found = resolve_model(model, variant=variant, revision=revision, token=token)
+        return cls.from_folder(found).to(device, torch_dtype)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> Self:
+        """Load a model folder."""
+        folder = Path(folder)
+        index = read_index(folder)
+        where = str(folder / INDEX)
+        return cls(
+            **{name: load_part(folder / name, name) for name in index["parts"]},
+            decoders={kind: load_part(folder / "decoder" / kind, "decoder") for kind in index["decoders"]},
+            settings={
+                k: from_dict(SamplingParams, v, f"{where}, settings of {k}") for k, v in index["settings"].items()
+            },
+            card=from_dict(CardFacts, index["card"], f"{where}, card"),
+            **{name: index[name] for name in ("space", "class_names", "default_decoder", "provenance", "name")},
+        )

@@ -1,0 +1,80 @@
+"""One entrance to sampling tokens: makes each image's random numbers and samples as the model's role needs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from digit.models.feedforward import FeedForwardDecoder
+from digit.models.token_model import Ids, Labels, Mask, Prefix, TokenModel
+from digit.sampling.autoregressive import sample_autoregressive
+from digit.sampling.logits import draw
+from digit.sampling.masked import rounds, sample_masked
+from digit.sampling.request import Sampled, SamplingParams, check_model
+from digit.sampling.rng import Seeds, pixel_latents, uniforms
+
+
+@torch.inference_mode()
+def sample(
+    model: TokenModel | FeedForwardDecoder,
+    images: Sequence[int],
+    seed: Seeds = 0,
+    params: SamplingParams | None = None,
+    labels: Labels = None,
+    prefix: Prefix = None,
+    given: Ids | None = None,
+    mask: Mask = None,
+    callback: Sampled | None = None,
+) -> Ids:
+    """Sample the tokens of some images of a run.
+
+    Args:
+        model: its role decides how.
+        images: (B,) numbers of the images within the run; with ``seed`` they determine the random numbers.
+        seed: of the run, or one for each image.
+        params: how to sample.
+        labels, prefix: see :mod:`digit.models.token_model`.
+        given: tokens to keep: (B, length) with ``mask``; or, for an autoregressive model, (B, n) first tokens.
+        mask: True where to sample.
+        callback: told after every token or step.
+
+    Returns:
+        (B, length) int64 ids on the model's device.
+
+    Raises:
+        DigitError: labels out of range, guidance that the model was not trained for.
+    """
+    params = params or SamplingParams()
+    config, device = model.config, model.start.device
+    check_model(config, params, labels)
+    labels, prefix, given, mask = (None if t is None else t.to(device) for t in (labels, prefix, given, mask))
+    if isinstance(model, FeedForwardDecoder):
+        noise = pixel_latents(model.config, images, seed)
+        uniform = uniforms(seed, images, "onepass-tokens", (config.length,)).to(device)
+        tokens = sample_feedforward(model, uniform, noise, params, prefix, labels, given, mask)
+        if callback is not None:
+            callback(config.length, tokens)
+        return tokens
+    if config.role == "masked":
+        uniform = uniforms(seed, images, config.role, (rounds(params, config.length), 2, config.length)).to(device)
+        return sample_masked(model, uniform, params, labels, prefix, given, mask, callback)
+    uniform = uniforms(seed, images, config.role, (config.length,)).to(device)
+    return sample_autoregressive(model, uniform, params, labels, prefix, given, mask, callback)
+
+
+def sample_feedforward(
+    model: FeedForwardDecoder,
+    uniform: Float[Tensor, "B n"],
+    noise: Float[Tensor, "B noise_dim"],
+    params: SamplingParams,
+    prefix: Prefix,
+    labels: Labels = None,
+    given: Ids | None = None,
+    mask: Mask = None,
+) -> Ids:
+    """All VQ tokens in one pass of a decoder with the head "vq", each drawn from its own logits; see :func:`sample`."""
+    tokens = draw(model(prefix, noise.to(model.start), labels), uniform, params)  # (B, M)
+    return tokens if mask is None or given is None else torch.where(mask, tokens, given)
