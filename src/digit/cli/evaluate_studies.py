@@ -7,10 +7,22 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.evaluate import Backend, Weights
-from digit.cli.evaluate_images import Fixed, Images, Metrics, RealImages, fidelity_options, open_reference
-from digit.cli.evaluate_model import BatchSize, numbers
-from digit.cli.options import Device, RequiredModel, Seed, Variant, load, parse_labels
+from digit.cli.evaluate import Settings, save_and_show
+from digit.cli.evaluate_images import Images, Metrics, RealImages, ReferenceSplit, fidelity_options, open_reference
+from digit.cli.evaluate_model import numbers
+from digit.cli.options import (
+    Backend,
+    BatchSize,
+    Device,
+    Labels,
+    Out,
+    RequiredModel,
+    Seed,
+    Variant,
+    Weights,
+    load,
+    parse_labels,
+)  # fmt: skip
 
 
 def add_to(app: typer.Typer) -> None:
@@ -27,17 +39,15 @@ def robustness(
     ] = None,
     rates: Annotated[str, typer.Option(help="Shares of replaced tokens, comma separated.")] = "0,0.05,0.1,0.2,0.3,0.5",
     num: Images = 1000,
-    fixed: Fixed = None,
+    fixed: Settings = None,
     metrics: Metrics = "fid",
-    reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Classes; all in turns if left out.")] = None,
+    reference_split: ReferenceSplit = None,
+    labels: Labels = None,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
     weights: Weights = "auto",
     backend: Backend = "auto",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for result.json, plots and tables.")] = Path(
-        "robustness"
-    ),
+    out: Out = Path("robustness"),
     device: Device = None,
     variant: Variant = None,
 ) -> None:
@@ -55,7 +65,7 @@ def robustness(
     run.check()  # now, and not after the reference was measured
     kinds, shares = decoders.split(",") if decoders else [], numbers(rates, "--rates")
     real = open_reference(reference, reference_split, fidelity_options(metrics, batch_size), weights, backend, device)
-    measure(run, real, out, kinds, shares).save(out).show(out)
+    save_and_show(measure(run, real, out, kinds, shares), out)
 
 
 def paper() -> None:

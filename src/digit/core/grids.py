@@ -40,7 +40,7 @@ def picture_grid(
     sheet = Image.new("RGB", (left + columns * (w + GAP) - GAP, top + rows * (h + GAP) - GAP), "white")
     for column, title in enumerate(column_titles):
         place = (left + column * (w + GAP) + w // 2, top // 2)
-        ImageDraw.Draw(sheet).multiline_text(place, title, "black", font.font_variant(size=13), "mm", align="center")
+        ImageDraw.Draw(sheet).multiline_text(place, title, "black", ImageFont.load_default(13), "mm", align="center")
     for row, title in enumerate(row_titles):
         ImageDraw.Draw(sheet).text((0, top + row * (h + GAP) + h // 2), title, fill="black", font=font, anchor="lm")
     for index, picture in enumerate(pictures):

@@ -14,9 +14,10 @@ from torch import Tensor
 from digit.core.config import to_dict
 from digit.core.progress import bar
 from digit.core.steps import Step, Steps
-from digit.evaluation.metrics.features import FeatureSet, Source, measure
+from digit.evaluation.metrics.features import Source, measure
 from digit.evaluation.metrics.fidelity import TITLES, FidelityOptions, compare
 from digit.evaluation.metrics.inception import FeatureExtractor
+from digit.evaluation.metrics.statistics import FeatureSet
 from digit.evaluation.model_source import SamplingRun
 from digit.evaluation.results import COLORS, legend, panels
 from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
