@@ -159,7 +159,7 @@ def _sections(collection: Collection) -> Iterable[tuple[str, str, str, list[Item
         elif anchor == "probe":
             more = [lambda found=found: beside.probes(found)]  # type: ignore[misc]
         elif anchor == "understanding":
-            more = [lambda: beside.understanding(collection), lambda: beside.conditional(collection.of("fidelity"))]
+            more = [lambda: beside.understanding(collection), lambda: beside.conditional(collection)]
         elif anchor == "paper":
             more = [lambda n=n: beside.ablations()[n] for n in range(2)]  # type: ignore[misc]
         elif anchor == "others":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,15 +215,16 @@ def understanding(collection: Collection) -> Bubbles | None:
     return _bubbles("FID against linear probe (figure 1a)", (*theirs, *ours), axes, notes)
 
 
-def conditional(items: Sequence[Found]) -> Bubbles | None:
+def conditional(collection: Collection) -> Bubbles | None:
     """Figure 1b: Inception Score against FID, class-conditional; None where no model with labels has both."""
+    items = collection.of("fidelity")
     found = [item for item in items if isinstance(item.result, Fidelity) and _has_labels(item.result)]
     ours = []
     for item in found:
         values, parts = item.result.values, (item.result.model or {}).get("parts") or {}
         if {"fid", "is_mean"} <= values.keys():
             size = parts["prior"]["parameters"] / 1e6 if "prior" in parts else None
-            name = str((item.result.model or item.result.data or {}).get("name", item.place))
+            name = _model_of(collection, item) or item.place
             ours.append(Model(name, values["fid"], values["is_mean"], size, item.place, here=True))
     if not ours:
         return None
@@ -267,9 +268,8 @@ def _fid_of(collection: Collection, probe: Found) -> Found | None:
 
 def _model_of(collection: Collection, item: Found) -> str | None:
     """Which model made the images of a fidelity result, as far as it is known."""
-    model = item.result.model
-    if isinstance(model, Mapping) and "name" in model:
-        return str(model["name"])
+    if name := (item.result.model or {}).get("name") or (getattr(item.result, "sampling", None) or {}).get("model"):
+        return str(name)
     source = str(getattr(item.result, "source", {}).get("name", "")).rstrip("/")
     for run in collection.of("generation"):
         if source and any(path == source or path.endswith(f"/{source}") for path in (str(run.folder), run.place)):
