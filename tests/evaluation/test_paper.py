@@ -14,7 +14,8 @@ from digit.cli.app import app
 from digit.core.config import load_preset
 from digit.core.files import read_json
 from digit.core.images import encode_png, save_png
-from digit.data.dataset import open_dataset, write_dataset
+from digit.data.dataset import open_dataset
+from digit.data.writer import write_dataset
 from digit.encoders.base import Preprocessing
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
 from digit.evaluation import paper
@@ -51,7 +52,8 @@ def place(pipe, vq_pipe, cifar512, tmp_path_factory) -> Path:
     for name, model in {
         "digit-base": free, "digit-large": free, "digit-base-cond": cond, "digit-large-cond": cond, "cifar10-tiny": pipe,
         "digit-base-vq": vq_pipe, "cifar10-vq": vq_pipe, "digit-base-vq-masked": vq_pipe.with_parts(prior=masked),
-        "cifar10-vq-masked": vq_pipe.with_parts(prior=masked),
+        "cifar10-vq-masked": vq_pipe.with_parts(prior=masked), "digit-base-vq-cond": vq_pipe,
+        "digit-base-vq-masked-cond": vq_pipe.with_parts(prior=masked),
     }.items():  # fmt: skip
         model.save_pretrained(folder / "models" / name)
     images = open_dataset(cifar512, "train")
@@ -92,13 +94,11 @@ def run(place, pooling, monkeypatch):
         words = shlex.split(command.replace("IMAGE", "IMAGE.png"))[1:]
         if words[1] == "ablation":
             words[2] = _shortened(words[2])
-        if words[1] == "probe":
-            words += ["--epochs", "1"]
-        if words[1] == "reconstruction":
-            words += ["--lpips", "none"]
+        more = {"generate": ["--overwrite"], "probe": ["--epochs", "1"], "reconstruction": ["--lpips", "none"]}
+        words += more.get(words[0] if words[0] == "generate" else words[1], [])
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, (done.output, done.exception)
-        return place / words[words.index("--out") + 1]
+        return Path(words[words.index("--out") + 1])
 
     return call
 
@@ -132,8 +132,11 @@ def test_the_ablation_runs(name, run):
     assert all("fid" in line for line in result["values"])
 
 
-def test_figure_1_is_drawn_from_what_its_commands_measured(run):
+def test_figure_1_is_drawn_from_what_its_commands_measured(run, place, tmp_path, monkeypatch):
     """Both halves, from the commands of Tables 2 to 4 and the one of figure 1."""
+    for name in ("models", "data"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
     reports = [claim.command for claim in paper.CLAIMS if claim.command.startswith("digit report")]
     for name in ("Table 2, paper", "Table 3, DiGIT+VQGAN 219M, paper", "Table 4, DiGIT+VQGAN 219M, paper"):
         run(COMMANDS[name])

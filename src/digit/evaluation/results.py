@@ -251,7 +251,8 @@ def provenance(
     ]
     if reference:
         facts.append(f"reference {_images(reference)}")
-        network = network or (f"weights {str(reference['weights'])[:12]}" if reference.get("weights") else None)
+        weights = str(reference.get("weights") or "")[:12]
+        network = network or (f"InceptionV3, weights {weights}" if weights else None)
     if network:
         facts.append(f"feature network: {network}")
     return "; ".join(facts)
@@ -321,6 +322,6 @@ def legend(axes: Sequence[Any]) -> None:
             columns = 1 if max(map(len, names)) > 22 else 2
             lines.append(-(-len(names) // columns))
             how = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5, "ncols": columns}
-            each.legend(fontsize=9, frameon=False, **how)
+            each.legend(fontsize="small", frameon=False, **how)
     figure = axes[0].figure
     figure.set_figheight(figure.get_figheight() + 0.2 * max(lines))

@@ -199,7 +199,9 @@ def charts(result: Result) -> list[Markup]:
         MissingPackageError: matplotlib is not installed.
     """
     matplotlib = require("matplotlib", "eval", "Drawing figures")
-    with matplotlib.rc_context({"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "digit"}):
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "digit", "font.size": 12}
+    ):
         figure = result.figure()
         if figure is None:
             return []

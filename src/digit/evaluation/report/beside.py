@@ -42,22 +42,23 @@ def fidelity(items: Sequence[Found]) -> Beside | None:
     results = [item.result for item in items if isinstance(item.result, Fidelity)]
     if not results:
         return None
-    extra = [key for key in TITLES if any(key in r.values for r in results) and key not in ("fid", "is_mean")]
+    extra = [key for key in _EXTRA if any(key in r.values for r in results)]
     rows: Rows = [_fidelity_row(result, extra) for result in results]
     for title, part, labels in (
         ("Paper, Table 3: class-unconditional", paper.UNCONDITIONAL, "none"),
-        ("Paper, Table 4: class-conditional", paper.CONDITIONAL, "1,000 classes"),
+        ("Paper, Table 4: class-conditional", paper.CONDITIONAL, "classes"),
         ("Paper, Tables 3 and 4: validation images through the decoders", paper.CEILING, DASH),
     ):
         for row in part:
             own = row.method.startswith(("DiGIT", "VQ only"))
-            how = ("50,000", "ImageNet validation, 50,000 images") if own else (DASH, "its own paper's")
+            how = ("50,000", "ImageNet validation") if own else (DASH, "its own paper's")
             values = (f"{row.method} ({row.family})", millions(row.parameters), _two(row.fid), _two(row.inception))
             rows.append(dict(zip(_HEAD, (*values, *how, labels, title), strict=True)))
     about = f"The paper's own rows: {paper.FID_REFERENCE}. Rows of other methods are copied from their papers."
     return Beside(title="Beside Tables 3 and 4", values=rows, notes=tuple(warnings(results)), about=about)
 
 
+_EXTRA = ("fid_infinity", "sfid", "kid_mean", "precision", "recall")
 _HEAD = ("Model", "Parameters", "FID ↓", "IS ↑", "Images", "Reference", "Labels", "From")
 
 
@@ -167,14 +168,12 @@ class Bubbles(Beside):
         """A circle for each model, whose area stands for its parameters; ours in colour."""
         figure, (axes,) = panels(1, (5.2, 4.2))
         largest = max((model.parameters or 0 for model in self.models), default=0) or 1
-        lowest = min(model.y for model in self.models)
-        for model in self.models:
-            area = 900 * (model.parameters or 0) / largest + 12  # square points, as of the marker's box
+        areas = [
+            900 * (model.parameters or 0) / largest + 12 for model in self.models
+        ]  # square points, the marker's box
+        for model, area in zip(self.models, areas, strict=True):
             color = OURS if model.here else PAPER
             axes.scatter(model.x, model.y, area, color if model.parameters else "none", alpha=0.6, edgecolors=color)
-            below, reach = model.y == lowest, math.sqrt(area) / 2 + 2
-            place = {"xytext": (0, -reach if below else reach), "va": "top" if below else "bottom", "ha": "center"}
-            axes.annotate(model.name, (model.x, model.y), textcoords="offset points", fontsize=8, **place)
         for label, color in (("measured here", OURS), ("the paper, ImageNet", PAPER)):
             axes.scatter([], [], 40, color, label=label)
         values = [model.y for model in self.models]
@@ -183,10 +182,33 @@ class Bubbles(Beside):
             axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
             axes.yaxis.set_major_formatter("{x:g}")
             axes.minorticks_off()
-        axes.set(title=self.title, xlabel=self.axes[0], ylabel=self.axes[1])
+        axes.set(xlabel=self.axes[0], ylabel=self.axes[1])
         axes.margins(0.18)
         legend([axes])
+        _label(axes, self.models, areas)
         return figure
+
+
+def _label(axes: Any, models: Sequence[Model], areas: Sequence[float]) -> None:
+    """Names beside circles of some areas in square points, ours first; one that finds no room is left to the table."""
+    axes.figure.draw_without_rendering()  # now places are known
+    pixel, transforms = axes.figure.dpi / 72, type(axes.bbox).from_bounds
+    centers = [axes.transData.transform((model.x, model.y)) for model in models]
+    radii = [math.sqrt(area) / 2 for area in areas]
+    taken = [
+        transforms(x - r * pixel, y - r * pixel, 2 * r * pixel, 2 * r * pixel)
+        for (x, y), r in zip(centers, radii, strict=True)
+    ]
+    for model, r in sorted(zip(models, radii, strict=True), key=lambda pair: not pair[0].here):
+        for dx, dy, ha, va in ((0, 1, "center", "bottom"), (0, -1, "center", "top"), (1, 0, "left", "center"),
+                               (-1, 0, "right", "center")):  # fmt: skip
+            place = {"xytext": (dx * (r + 2), dy * (r + 2)), "textcoords": "offset points", "ha": ha, "va": va}
+            name = axes.annotate(model.name, (model.x, model.y), fontsize="small", **place)
+            box = name.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            name.remove()
 
 
 def understanding(collection: Collection) -> Bubbles | None:

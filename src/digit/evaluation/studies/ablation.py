@@ -30,7 +30,7 @@ from digit.evaluation.metrics.fidelity import FidelityOptions
 from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor
 from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
-from digit.evaluation.results import Result, Rows, shown, stage_text
+from digit.evaluation.results import Result, Rows, provenance, shown, stage_text
 from digit.evaluation.studies.points import Reference
 from digit.evaluation.studies.stages import Line, Stages, cells, comparison, predictability
 from digit.models.vqgan import VQGAN
@@ -235,6 +235,13 @@ class AblationResult(Result):
             rows.append(row)
         return rows
 
+    def provenance(self) -> str:
+        """Images, reference and network; how a variant was sampled stands in its row."""
+        measured, s = any("fid" in line for line in self.values), self.settings
+        reference = {"name": s["fid_reference"], "weights": s.get("fid_weights")} if measured else None
+        count = f"; {shown(s['fid_images'])} generated images per variant" if measured else ""
+        return provenance(data=self.data, reference=reference) + count
+
     def figure(self) -> Any:
         """Bars of what was measured, and the probe by layer where priors differ."""
         if self.settings["what"] == "decoder":
@@ -304,10 +311,11 @@ def run_ablation(
         "source": paper.SOURCE, "reference": paper.FID_REFERENCE, "rows": {v.name: dict(v.paper) for v in variants}
     }  # fmt: skip
     named = any(variant.paper for variant in variants)
+    weights_used = extractor.weights.sha256 if extractor else None
     return AblationResult(
         title=f"Ablation: {ablation.what}",
         values=lines,
-        settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": against},
+        settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": against, "fid_weights": weights_used},
         data={"train": describe_data(train_images, data), "test": describe_data(test_images)},
         paper=theirs if named else None,
         notes=(*reasons.values(), *_notes(ablation.what, lines, named)),

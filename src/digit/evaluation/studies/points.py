@@ -51,6 +51,7 @@ class Reference:
         return {
             "name": side.name,
             "images": side.statistics.n,
+            **({"filter": resized} if (resized := side.statistics.metadata.get("filter")) else {}),
             "trace": f"{side.statistics.sigma.trace():.6g}",  # tells references of one name apart
             "weights": self.extractor.weights.sha256,
             "options": {k: v for k, v in to_dict(self.options).items() if k != "batch_size"},

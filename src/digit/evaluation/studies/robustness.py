@@ -46,7 +46,7 @@ class Robustness(Result):
     def rows(self) -> Rows:
         """A row for each decoder and rate."""
         return [
-            {"Decoder": curve["decoder"], "Replaced tokens, %": 100 * p["rate"], **point_cells(p), **_agreement(p)}
+            {"Decoder": curve["decoder"], "Replaced tokens": f"{100 * p['rate']:g}%", **point_cells(p), **_agreement(p)}
             for curve in self.values
             for p in curve["points"]
         ]
