@@ -70,7 +70,7 @@ def place(pipe, vq_pipe, cifar512, tmp_path_factory) -> Path:
     sizes = {"hidden_size": 16, "num_hidden_layers": 12, "num_attention_heads": 2, "patch_size": 8, "image_size": 32}
     config = {"model_type": "vit", **sizes, "intermediate_size": 32}
     torch.manual_seed(0)
-    encoder = TransformersEncoder(EncoderConfig(hf_config=config, preprocessing=Preprocessing(image_size=32)))
+    encoder = TransformersEncoder(EncoderConfig(hf_config=config, layer=-1, preprocessing=Preprocessing(image_size=32)))
     names = "dinov2-with-registers-base", "dinov2-with-registers-large", "vit-mae-base"
     for name in (
         *(f"facebook/{name}" for name in names),

@@ -184,7 +184,7 @@ def columns(rows: Rows) -> list[str]:
 def is_numeric(rows: Rows, column: str) -> bool:
     """Whether a column holds mostly numbers, which are aligned to the right; also as text: "0.114 ±0.003", "219M"."""
     cells = [text for row in rows if (text := shown(row.get(column))) != DASH]
-    return 2 * sum(bool(_NUMBER.fullmatch(text)) for text in cells) >= max(1, len(cells))
+    return 2 * sum(bool(_NUMBER.fullmatch(text)) for text in cells) >= len(cells)
 
 
 def shown(value: Any, digits: int = 4) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from digit.core.errors import require
 from digit.evaluation import paper
 from digit.evaluation.metrics.fidelity import TITLES, Fidelity
 from digit.evaluation.metrics.probe import Probe
@@ -190,16 +191,18 @@ class Bubbles(Beside):
 
 
 def _label(axes: Any, models: Sequence[Model], areas: Sequence[float]) -> None:
-    """Names beside circles of some areas in square points, ours first; one that finds no room is left to the table."""
+    """Names beside circles of some areas in square points, ours and DiGIT's first; one that finds no room is left to the table."""
     axes.figure.draw_without_rendering()  # now places are known
-    pixel, transforms = axes.figure.dpi / 72, type(axes.bbox).from_bounds
+    pixel, bounds = axes.figure.dpi / 72, require("matplotlib.transforms", "eval", "Drawing figures").Bbox.from_bounds
     centers = [axes.transData.transform((model.x, model.y)) for model in models]
-    radii = [math.sqrt(area) / 2 for area in areas]
+    radii = [math.sqrt(area) / 2 for area in areas]  # points
     taken = [
-        transforms(x - r * pixel, y - r * pixel, 2 * r * pixel, 2 * r * pixel)
+        bounds(x - r * pixel, y - r * pixel, 2 * r * pixel, 2 * r * pixel)
         for (x, y), r in zip(centers, radii, strict=True)
     ]
-    for model, r in sorted(zip(models, radii, strict=True), key=lambda pair: not pair[0].here):
+    for model, r in sorted(
+        zip(models, radii, strict=True), key=lambda pair: (not pair[0].here, "DiGIT" not in pair[0].name)
+    ):
         for dx, dy, ha, va in ((0, 1, "center", "bottom"), (0, -1, "center", "top"), (1, 0, "left", "center"),
                                (-1, 0, "right", "center")):  # fmt: skip
             place = {"xytext": (dx * (r + 2), dy * (r + 2)), "textcoords": "offset points", "ha": ha, "va": va}
