@@ -110,8 +110,8 @@ def _shortened(name: str) -> str:
         changed = [key for key in SMALLER if recipe is values["base"] or key in recipe]
         recipe.update({key: [*recipe.get(key, []), *SMALLER[key]] for key in changed})
     values["base"] |= {"clusters": 8, "fit_images": 16}
-    for variant in values["variants"]:
-        variant |= {"clusters": min(12, variant["clusters"] // 256)} if "clusters" in variant else {}
+    for number, variant in enumerate(values["variants"]):
+        variant |= {"clusters": 4 + number} if "clusters" in variant else {}
     values |= {"fid_images": 8, "probe": {**values["probe"], "epochs": 1}}
     Path(f"{name}.yaml").write_text(yaml.safe_dump(values))
     return f"{name}.yaml"
