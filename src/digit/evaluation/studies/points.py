@@ -106,15 +106,19 @@ Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def lines_figure(shown: Mapping[str, Lines], xlabel: str) -> Any:
-    """A matplotlib Figure of a panel for each quantity, by its label, and a line for each named thing; None where there
-    is nothing to draw.
+    """A matplotlib Figure of a panel for each quantity, by its label, and a line for each named thing, which keeps its colour;
+    None where there is nothing to draw.
     """
     if not shown:
         return None
-    figure, places = panels(len(shown), (5.2, 4.0))
+    rows = 1 if len(shown) <= 3 else 2
+    figure, places = panels(-(-len(shown) // rows), (5.2, 4.0), rows)
+    for unused in places[len(shown) :]:
+        unused.remove()
+    places, names = places[: len(shown)], list(dict.fromkeys(name for lines in shown.values() for name in lines))
     for axes, (title, lines) in zip(places, shown.items(), strict=True):
-        for index, (name, points) in enumerate(lines.items()):
-            color = COLORS[1 + index % (len(COLORS) - 1)]
+        for name, points in lines.items():
+            color = COLORS[1 + names.index(name) % (len(COLORS) - 1)]
             axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
         axes.set(xlabel=xlabel, ylabel=title, title=title.rstrip(" ↓↑"))
         axes.margins(y=0.12)
