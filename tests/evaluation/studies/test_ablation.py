@@ -150,7 +150,7 @@ def test_decoders_share_the_prior_and_missing_weights_are_told(values, parts, ci
         ({"variants": [{"name": "a"}, {"name": "b", "layer": -1}]}, "changes layer, but this ablation varies clusters"),
         ({"variants": [{"name": "a"}, {"name": "b", "clusters": 0}]}, "variant 'b'.*clusters = 0"),
         ({"variants": [{"name": "a"}, {"name": "b", "paper": "nothing"}]}, "row 'nothing'; known are: .*MAE"),
-        ({"what": "colour"}, "'what' = 'colour'"),
+        ({"what": "colour"}, "what = 'colour'"),
         ({"whet": 1}, "unknown field 'whet'"),
         ({"what": "encoder", "variants": [{"name": "a"}, {"name": "b", "encoder": None}]}, "must predict vq tokens"),
         (
