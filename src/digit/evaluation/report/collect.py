@@ -5,27 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-# every kind of result must be known when a file of it is read
-import digit.evaluation.metrics.fidelity
-import digit.evaluation.metrics.model_reconstruction
-import digit.evaluation.metrics.probe
-import digit.evaluation.metrics.stability
-import digit.evaluation.metrics.toy
-import digit.evaluation.studies.ablation
-import digit.evaluation.studies.prefix
-import digit.evaluation.studies.ranking
-import digit.evaluation.studies.robustness
-import digit.evaluation.studies.sweep  # noqa: F401
 from digit.core.errors import DigitError
 from digit.core.files import read_json
 from digit.evaluation.report.runs import Generation, Training, points
 from digit.evaluation.results import RESULT, Result
 from digit.training.logs import read_metrics
+
+for _kinds in (
+    "metrics.fidelity", "metrics.model_reconstruction", "metrics.probe", "metrics.stability", "metrics.toy",
+    "studies.ablation", "studies.prefix", "studies.ranking", "studies.robustness", "studies.sweep",
+):  # fmt: skip
+    import_module(f"digit.evaluation.{_kinds}")  # every kind of result must be known when a file of it is read
 
 GENERATION = "generation.json"
 _SKIPPED = {"checkpoints", "tensorboard"}
