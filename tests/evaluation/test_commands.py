@@ -244,8 +244,8 @@ def test_sweep_prefix_and_reconstruction(run, model_folder, vq_pipe, cifar512, w
     text = run(*words, "--vary", "top_k=2,0", "--vary", "decoder_top_p=0.5", "--set", "temperature=0.9")
     result = read(out, "sweep")
     assert [p["prior_shared"] for p in result["values"]["points"]] == [False, False, True]
-    assert result["plots"] == ["sweep-top_k.png"]
-    assert "decoder_top_p 0.5" in text
+    assert result["plots"] == ["sweep.png"]
+    assert "decoder top p 0.5" in text
     assert len((out / "sweep.csv").read_text().splitlines()) == 4
 
     baseline, out = vq_pipe.save_pretrained(tmp_path / "vq"), tmp_path / "prefix"

@@ -31,7 +31,7 @@ from digit.cli.options import (
 
 if TYPE_CHECKING:
     from digit.evaluation.metrics.fidelity import FidelityOptions
-    from digit.evaluation.studies.sweep import Reference
+    from digit.evaluation.studies.points import Reference
 
 Metrics = Annotated[
     str, typer.Option(help="Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
@@ -68,7 +68,7 @@ def open_reference(
     """The real images, measured now."""
     from digit.core.devices import pick_device
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.studies.sweep import Reference
+    from digit.evaluation.studies.points import Reference
 
     return Reference.of(reference, open_extractor(weights, backend, str(pick_device(device))), options, split)
 

@@ -31,11 +31,12 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
-    from digit.cli import evaluate_images
+    from digit.cli import evaluate_images, evaluate_studies
 
     for command in (stability, probe, screen, ablation):
         app.command()(command)
     evaluate_images.add_to(app)
+    evaluate_studies.add_to(app)
 
 
 def numbers(text: str, option: str) -> list[float]:
@@ -211,7 +212,7 @@ def ablation(
     ] = None,
     metrics: Annotated[str, typer.Option(help="Some of nll (held-out loss), probe, fid.")] = "nll,probe,fid",
     reference: Annotated[
-        str | None, typer.Option(help="For FID: images or their .npz; the training images if left out.")
+        str | None, typer.Option(help="For FID: images or their .npz; the test images if left out.")
     ] = None,
     weights: Weights = "auto",
     out: Out = Path("ablation"),

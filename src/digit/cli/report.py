@@ -28,13 +28,12 @@ def report(
         Path | None, typer.Option(help="Write the one training run under DIR as a reference curve here, and no page.")
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: results beside the paper's figures, loss curves, pictures, settings,
+    """Write one self-contained HTML page: results beside the paper's figures, loss curves, images, settings,
     hardware.
 
     Example:  digit report runs --out report.html
     """
-    from digit.evaluation.report import write_report
-    from digit.evaluation.report.curves import save_only_run
+    from digit.evaluation.report import save_only_run, write_report
 
     if save_curve is not None:
         typer.echo(f"Reference curve written to {save_only_run(folders, save_curve)}")

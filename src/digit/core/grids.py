@@ -13,7 +13,11 @@ GAP = 2  # pixels between the pictures of a grid
 
 
 def picture_grid(
-    pictures: Sequence[Image.Image], columns: int = 8, scale: int | None = None, row_titles: Sequence[str] = ()
+    pictures: Sequence[Image.Image],
+    columns: int = 8,
+    scale: int | None = None,
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
 ) -> Image.Image:
     """Lay pictures out row by row on white.
 
@@ -22,6 +26,7 @@ def picture_grid(
         columns: in a row.
         scale: enlarge each by this whole number without smoothing; by default so that a picture has at least 96 pixels.
         row_titles: text at the left of each row.
+        column_titles: text above each column, on as many lines as it has.
     """
     width, height = pictures[0].size
     scale = scale or max(1, -(-96 // max(width, height)))
@@ -30,13 +35,18 @@ def picture_grid(
     rows = -(-len(pictures) // columns)
     font = ImageFont.load_default(size=16)
     left = max((round(font.getlength(title)) + 12 for title in row_titles), default=0)
-    sheet = Image.new("RGB", (left + columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
+    lines = max((title.count("\n") + 1 for title in column_titles), default=0)
+    top = lines * 18 + 8 if lines else 0
+    sheet = Image.new("RGB", (left + columns * (w + GAP) - GAP, top + rows * (h + GAP) - GAP), "white")
+    for column, title in enumerate(column_titles):
+        place = (left + column * (w + GAP) + w // 2, top // 2)
+        ImageDraw.Draw(sheet).multiline_text(place, title, "black", ImageFont.load_default(13), "mm", align="center")
     for row, title in enumerate(row_titles):
-        ImageDraw.Draw(sheet).text((0, row * (h + GAP) + h // 2), title, fill="black", font=font, anchor="lm")
+        ImageDraw.Draw(sheet).text((0, top + row * (h + GAP) + h // 2), title, fill="black", font=font, anchor="lm")
     for index, picture in enumerate(pictures):
         row, column = divmod(index, columns)
         enlarged = picture if scale == 1 else picture.resize((w, h), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (left + column * (w + GAP), row * (h + GAP)))
+        sheet.paste(enlarged, (left + column * (w + GAP), top + row * (h + GAP)))
     return sheet
 
 

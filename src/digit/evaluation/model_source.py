@@ -22,7 +22,7 @@ from digit.data.sampling import Batch, Batches, OrderedSampler
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling.request import SampleRequest
 
-_LABELS_SHOWN = 100
+_LABELS_SHOWN = 16
 
 # ---- data sets -------------------------------------------------------------------------------------------------------
 
@@ -152,7 +152,7 @@ class SamplingRun:
     def describe(self) -> dict[str, Any]:
         """What a result says about this run."""
         labels = self.labels
-        shown = f"{len(labels):,}, one an image" if labels and len(labels) > _LABELS_SHOWN else labels and list(labels)
+        shown = f"{len(labels):,}, one per image" if labels and len(labels) > _LABELS_SHOWN else labels and list(labels)
         named = "none" if self.request.labels is None else shown or "all in turns"
         how = {"settings": dict(self.settings), "stages": self.stages(), "batch_size": self.batch_size}
         return {**self.identity(), "labels": named, **how}

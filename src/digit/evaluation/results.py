@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +30,7 @@ COLORS = ("#7c8494", "#1f6feb", "#c4500a", "#1a8f6a", "#8a4fd0", "#b0306a", "#8a
 PAPER, OURS, OTHER = COLORS[:3]
 """What the paper reports; semantic tokens (or the first thing); VQ tokens (or a second thing)."""
 
+_NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?[%MKB]| ±.*)?")
 Rows = list[dict[str, Any]]
 R = TypeVar("R", bound="Result")
 
@@ -180,9 +182,9 @@ def columns(rows: Rows) -> list[str]:
 
 
 def is_numeric(rows: Rows, column: str) -> bool:
-    """Whether a column holds numbers, which are aligned to the right; numbers may be text, such as "0.114 ±0.003"."""
-    texts = [shown(row.get(column)) for row in rows]
-    return not any(text[:1].isalpha() for text in texts) and any(text[-1:].isdigit() for text in texts)
+    """Whether a column holds mostly numbers, which are aligned to the right; also as text: "0.114 ±0.003", "219M"."""
+    cells = [text for row in rows if (text := shown(row.get(column))) != DASH]
+    return 2 * sum(bool(_NUMBER.fullmatch(text)) for text in cells) >= len(cells)
 
 
 def shown(value: Any, digits: int = 4) -> str:
@@ -249,7 +251,8 @@ def provenance(
     ]
     if reference:
         facts.append(f"reference {_images(reference)}")
-        network = network or (f"weights {str(reference['weights'])[:12]}" if reference.get("weights") else None)
+        weights = str(reference.get("weights") or "")[:12]
+        network = network or (f"InceptionV3, weights {weights}" if weights else None)
     if network:
         facts.append(f"feature network: {network}")
     return "; ".join(facts)
@@ -271,14 +274,14 @@ def _sampled(run: Mapping[str, Any]) -> str:
     labels = run.get("labels")
     facts.append("no labels" if labels in (None, "none") else f"labels {', '.join(flatten(labels).values())}")
     if stages := run.get("stages"):
-        facts += [f"{stage}: {_stage(values)}" for stage, values in stages.items()]
+        facts += [f"{stage}: {stage_text(values)}" for stage, values in stages.items()]
     else:
         settings = ", ".join(f"{name} {text}" for name, text in flatten(run.get("settings") or {}).items())
         facts.append("filter and guidance: " + (settings or "the model's own"))
     return ", ".join(facts)
 
 
-def _stage(values: Mapping[str, Any]) -> str:
+def stage_text(values: Mapping[str, Any]) -> str:
     """Temperature, filters and guidance of a stage in words."""
     facts = [
         f"{name.replace('_', '-')} {values[name]:g}"
@@ -319,6 +322,6 @@ def legend(axes: Sequence[Any]) -> None:
             columns = 1 if max(map(len, names)) > 22 else 2
             lines.append(-(-len(names) // columns))
             how = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5, "ncols": columns}
-            each.legend(fontsize=9, frameon=False, **how)
+            each.legend(fontsize="small", frameon=False, **how)
     figure = axes[0].figure
     figure.set_figheight(figure.get_figheight() + 0.2 * max(lines))

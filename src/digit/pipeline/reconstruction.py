@@ -15,7 +15,8 @@ from digit.pipeline.tokens import Tokens
 def reconstruction_sheet(
     pipe: DigitPipeline, images: Tensor, seed: int = 0, decoder: str | None = None
 ) -> tuple[Image.Image, list[Image.Image]]:
-    """Reconstruct images (B, 3, S, S) in 0..1: a sheet with one row an image, and the reconstructions alone.
+    """Reconstruct images (B, 3, S, S) in 0..1: a sheet with one row per image and a title above each
+    column, and the reconstructions alone.
 
     A model without a VQGAN has no column of that; a baseline in VQ space has no column of semantic tokens.
     """
@@ -25,11 +26,14 @@ def reconstruction_sheet(
     if pipe.vqgan is not None:
         columns.append(pipe.to_pixels(Tokens(vq=pipe.vqgan.encode(images))))
     drawn = [[to_pil(image) for image in column] for column in columns]
+    titles = ["image", "VQGAN\nalone"][: len(columns)]
     if pipe.encoder is not None and pipe.codebook is not None:
         tokenizer, size = pipe.tokenizer, images.shape[-1]
         tokens = tokenizer.encode(images)  # (B, N)
+        titles.insert(1, "semantic\ntokens")
         drawn.insert(1, [token_picture(row, tokenizer.grid, tokenizer.vocab_size, size) for row in tokens])
     if pipe.decoders:
+        titles.append(f"{pipe.pick_decoder(decoder)}\ndecoder")
         drawn.append([to_pil(image) for image in pipe.reconstruct(images, seed, decoder)])
     cells = [column[row] for row in range(len(images)) for column in drawn]
-    return picture_grid(cells, columns=len(drawn)), drawn[-1]
+    return picture_grid(cells, columns=len(drawn), column_titles=titles), drawn[-1]

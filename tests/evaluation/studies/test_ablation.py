@@ -51,7 +51,7 @@ def load(values, folder, *overrides):
 
 
 def test_there_is_an_ablation_of_everything_at_both_scales():
-    kinds = ("clusters", "decoder", "encoder", "layer", "prior-size")
+    kinds = ("additive", "clusters", "decoder", "encoder", "layer", "prior-size")
     assert preset_names("ablations") == sorted(
         f"{data}-{kind}" for data in ("cifar10", "imagenet256") for kind in kinds
     )
@@ -98,7 +98,7 @@ def test_two_codebooks_end_to_end_and_again(values, parts, cifar512, pooling, mo
     found = run_ablation(*arguments, weights=pooling, device="cpu").save(out)
     lines = found.values
     assert [row["Codes"] for row in found.rows()] == [4, 8]
-    assert found.rows()[1]["Paper: probe"] == 61.10
+    assert found.rows()[1]["Paper (ImageNet, no classes): probe"] == 61.10
     assert steps == [6, 4, 8, 8, 8]  # the prior goes on from step 4 of 8
     assert [(line["name"], line["vocabulary"], line["tokens"]) for line in lines] == [
         ("K = 4", 4, 16),

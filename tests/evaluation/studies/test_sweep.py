@@ -10,7 +10,8 @@ from digit.core.errors import DigitError
 from digit.evaluation.metrics.features import measure
 from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
 from digit.evaluation.model_source import SamplingRun, image_batches, open_images
-from digit.evaluation.studies.sweep import Reference, parse_axes, parse_settings, plan, sweep, table_csv
+from digit.evaluation.studies.points import Reference
+from digit.evaluation.studies.sweep import parse_axes, parse_settings, plan, sweep, table_csv
 
 OPTIONS = FidelityOptions(metrics=("fid", "isc", "prc"), isc_splits=2, batch_size=16)
 

@@ -244,10 +244,11 @@ def model_reconstruction(
             mean = sum(point["fid"] for point in points) / len(points)
             perturbed.append({"space": space, "codes": codes, "pfid": mean, "points": points})
     ceiling = {row.method: row.fid for row in paper.CEILING}
+    against = {"name": "the originals", "weights": extractor.weights.sha256} if extractor is not None else None
     return Reconstruction(
         title=f"Reconstruction of {total:,} images (last rows of tables 3 and 4)",
         values=tuple(values),
-        settings={"seed": seed, "batch_size": batch_size, "perturbation": perturbed},
+        settings={"seed": seed, "batch_size": batch_size, "perturbation": perturbed, "reference": against},
         model=describe_model(pipe),
         data=describe_data(dataset),
         paper={"source": f"{paper.SOURCE}, tables 3 and 4: FID, ImageNet validation images", **ceiling},

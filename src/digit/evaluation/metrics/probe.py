@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -371,7 +371,7 @@ def probe(
         settings={**to_dict(options), **how},
         model=model,
         data={"train": describe_data(data.train), "test": describe_data(data.test), "classes": data.classes},
-        paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [asdict(row) for row in paper.PROBE]},
+        paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [row._asdict() for row in paper.PROBE]},
         notes=_notes(options, data, crops(pipe)[1]),
         seconds=time.monotonic() - began,
     )

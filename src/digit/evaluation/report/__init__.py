@@ -1,29 +1,68 @@
-"""One page of everything found under run folders, in one file that asks the network for nothing."""
+"""One page of everything found under run folders, in one file that asks the network for nothing.
+
+Every result gives its rows and its figure; ``page.html.jinja`` lays them out, and nothing else is drawn or written here.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from PIL import Image
 
 from digit import __version__
-from digit.core.errors import DigitError
+from digit.core.errors import DigitError, MissingPackageError, require
 from digit.core.files import write_bytes
 from digit.evaluation.paper import SOURCE
-from digit.evaluation.report import measures, others, overview, runs, sweeps
-from digit.evaluation.report.collect import GENERATION, TRAINING, Found, Problem, collect
-from digit.evaluation.report.curves import known_curves
-from digit.evaluation.report.html import Html, join, tag
-from digit.evaluation.report.parts import Context
-from digit.evaluation.report.style import CSS
+from digit.evaluation.report import beside
+from digit.evaluation.report.collect import Collection, Found, Problem, collect
+from digit.evaluation.report.runs import Training, known_curves, save_curve
+from digit.evaluation.results import COLORS, Result, Rows, columns, flatten, is_numeric, shown
 
-KNOWN = {"fidelity", "stability", "probe", "sweep", "prefix", "reconstruction", "screen", "toy", GENERATION, TRAINING}
-_ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 2 2'%3E"
-    "%3Cpath fill='%231f6feb' d='M0 0h1v1H0zM1 1h1v1H1z'/%3E%3C/svg%3E"
-)
+_LARGEST_FILE, _LARGEST_SIDE = 1_500_000, 1600  # bytes and pixels that go into the page as they are
+_SECTIONS = (
+    ("samples", "Generated images", "", ("generation",)),
+    ("fidelity", "Fidelity", "", ("fidelity",)),
+    ("understanding", "Understanding and generation", "The area of a circle is the number of the prior's parameters.", ()),
+    (
+        "stability", "Stability of tokens",
+        "Share of an image's tokens that change, and cosine before and after; means over images with 95% intervals.",
+        ("stability",),
+    ),
+    ("probe", "Linear probes", "", ("probe",)),
+    ("sweeps", "Sweeps of sampling settings", "The paper's figure 6 shows curves without their values.", ("sweep",)),
+    (
+        "prefix", "Fidelity against the given prefix",
+        "Real tokens are given, the prior continues. The paper's figure 4b shows curves without their values.", ("prefix",),
+    ),
+    (
+        "robustness", "Robustness of decoders",
+        "The same prior and tokens through each decoder, while a share of the tokens is replaced.", ("robustness",),
+    ),
+    (
+        "reconstruction", "Reconstruction",
+        "The best that generation could reach with these tokens: real images, encoded and decoded.", ("reconstruction",),
+    ),
+    ("ablations", "Ablations", "One thing is varied, everything else is shared.", ("ablation",)),
+    (
+        "screen", "Which tokens to train on",
+        "Each candidate's tokens were learnt briefly by the same small prior, which was then probed. Best first.",
+        ("screen",),
+    ),
+    ("toy", "Toy figure: PCA and LDA", "", ("toy",)),
+    ("others", "Other measurements", "", ()),
+    ("training", "Training runs", "Dashed grey: the reference run of the same preset, where there is one.", ("training",)),
+    ("paper", "The paper's ablations", "", ()),
+)  # fmt: skip
+"""Anchor, title, introduction and kinds of results, in the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +80,25 @@ class Report:
     problems: list[Problem]
 
 
+@dataclass(frozen=True)
+class Item:
+    """A result as the template shows it: ``charts`` are SVG, ``images`` are (address, width, height, alt)."""
+
+    result: Result
+    place: str
+    rows: Rows
+    charts: list[Markup]
+    images: list[tuple[str, int, int, str]]
+    provenance: str
+
+
 def write_report(
     folders: Sequence[str | Path],
     out: str | Path = "report.html",
     title: str = "digit report",
     curves: Sequence[str | Path] = (),
 ) -> Report:
-    """Write one self-contained HTML page about runs: measurements beside the paper's figures, training curves,
-    pictures.
+    """Write one self-contained HTML page about runs: measurements beside the paper's, training curves, images.
 
     Args:
         folders: run folders; everything below them is looked at.
@@ -59,59 +109,143 @@ def write_report(
     Raises:
         DigitError: a folder does not exist, or there is nothing to report.
     """
-    context = Context(collect(folders), known_curves(curves))
-    if not context.collection.found and not context.collection.problems:
+    collection, references = collect(folders), known_curves(curves)
+    if not collection.found and not collection.problems:
         where = ", ".join(map(str, folders))
         raise DigitError(
-            f"Nothing to report under {where}; expected what digit generate, train, evaluate or toy write: generation.json, "
-            "metrics.jsonl or result.json."
+            f"Nothing to report under {where}; expected what digit generate, train, evaluate or toy write: "
+            "generation.json, metrics.jsonl or result.json."
         )
-    write_bytes(out, page(context, title).encode())
-    problems = list(dict.fromkeys(context.collection.problems))
-    return Report(Path(out), context.collection.found, problems)
-
-
-def page(context: Context, title: str) -> str:
-    """The whole document."""
-    body = [
-        overview.overview(context),
-        runs.samples(context),
-        measures.fidelity(context),
-        overview.bubbles(context),
-        measures.stability(context),
-        measures.probe(context),
-        sweeps.sweeps(context),
-        sweeps.prefixes(context),
-        others.reconstruction(context),
-        others.screens(context),
-        others.toy(context),
-        others.others(context, KNOWN),
-        runs.trainings(context),
-        overview.ablations(),
+    collection.found = [
+        replace(item, result=item.result.beside(references)) if isinstance(item.result, Training) else item
+        for item in collection.found
     ]
-    body.append(overview.problems(context.collection.problems))  # last, for the others find some
-    sections = [part for part in body if part]
-    menu = [tag("li", tag("a", Html(name), href=f"#{anchor}")) for anchor, name in map(_heading, sections)]
+    write_bytes(out, page(collection, title).encode())
+    return Report(Path(out), collection.found, collection.problems)
+
+
+def save_only_run(folders: Sequence[str | Path], path: str | Path) -> Path:
+    """Make the only training run under some folders a reference.
+
+    Raises:
+        DigitError: there is none, or more than one, or it is not finished.
+    """
+    runs = [(item.place, item.result) for item in collect(folders).of("training")]
+    return save_curve([(place, run) for place, run in runs if isinstance(run, Training)], path)
+
+
+def page(collection: Collection, title: str) -> str:
+    """The whole document."""
+    sections = list(_sections(collection))
+    template = Path(__file__).with_name("page.html.jinja").read_text("utf-8")
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
+    helpers = {"columns": columns, "is_numeric": is_numeric, "shown": shown, "flatten": flatten}
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    count = len({*context.collection.problems})
-    trouble = (
-        tag("p", tag("a", f"{count} file{'s' * (count > 1)} could not be read", href="#problems")) if count else None
-    )
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("link", rel="icon", href=_ICON),
-        tag("style", Html(CSS)),
-    )
     about = f"Made {made} with digit {__version__}. Grey and unmarked figures are those of {SOURCE}."
-    content = [tag("header", tag("h1", title), tag("p", about, class_="small"), trouble, tag("nav", tag("ul", menu)))]
-    return "<!doctype html>\n" + tag("html", head, tag("body", content, tag("main", join(sections))), lang="en") + "\n"
+    return page.render(
+        title=title, about=about, sections=sections, found=collection.found, problems=collection.problems,
+        here=beside.HERE, **helpers,
+    )  # fmt: skip
 
 
-def _heading(part: Html) -> tuple[str, str]:
-    """Anchor and title of a section."""
-    match = re.match(r'<section id="([^"]*)"><h2>(.*?)</h2>', part)
-    assert match is not None
-    return match[1], match[2]
+def _sections(collection: Collection) -> Iterable[tuple[str, str, str, list[Item]]]:
+    """Anchor, title, introduction and items of every section that has any."""
+    known = {kind for _, _, _, kinds in _SECTIONS for kind in kinds}
+    for anchor, title, intro, kinds in _SECTIONS:
+        found = [item for item in collection.found if item.result.kind in kinds]
+        more: list[Callable[[], Any]] = []  # comparisons with the paper, first
+        if anchor == "fidelity":
+            more = [lambda found=found: beside.fidelity(found)]  # type: ignore[misc]
+        elif anchor == "probe":
+            more = [lambda found=found: beside.probes(found)]  # type: ignore[misc]
+        elif anchor == "understanding":
+            more = [lambda: beside.understanding(collection), lambda: beside.conditional(collection)]
+        elif anchor == "paper":
+            more = [lambda n=n: beside.ablations()[n] for n in range(2)]  # type: ignore[misc]
+        elif anchor == "others":
+            found = [item for item in collection.found if item.result.kind not in known]
+        items = [_item(collection, place, make) for place, make in [("", m) for m in more]]
+        items += [_item(collection, each.place, lambda each=each: each.result, each) for each in found]  # type: ignore[misc]
+        shown_items = [item for item in items if item is not None]
+        if shown_items:
+            yield anchor, title, intro, shown_items
+
+
+def _item(
+    collection: Collection, place: str, make: Callable[[], Result | None], found: Found | None = None
+) -> Item | None:
+    """A result made ready; one that does not hold what it should becomes a problem."""
+    try:
+        result = make()
+        if result is None:
+            return None
+        rows, told = result.rows(), result.provenance()
+        drawn = charts(result)
+    except Exception as error:  # whatever a damaged file may hold
+        if found is not None:  # a comparison fails with the result that it is made of, which is named
+            reason = f"this {found.result.kind} result is not as expected: {type(error).__name__}, {error}."
+            collection.problem(place, str(error) if isinstance(error, MissingPackageError) else reason, found.folder)
+        return None
+    names = result.plots if found is not None and (not drawn or result.kind in ("generation", "training")) else ()
+    images = [image for name in names if (image := _image(collection, found, name))]  # type: ignore[arg-type]
+    return Item(result, place, rows, drawn, images, told)
+
+
+def charts(result: Result) -> list[Markup]:
+    """Each axes of a result's figure as an SVG of its own, so that they find room on narrow screens; the colours that all
+    figures share become those of the reader's scheme.
+
+    Raises:
+        MissingPackageError: matplotlib is not installed.
+    """
+    matplotlib = require("matplotlib", "eval", "Drawing figures")
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "text.parse_math": False, "svg.hashsalt": "digit", "font.size": 12}
+    ):
+        figure = result.figure()
+        if figure is None:
+            return []
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # what was laid out stays while others are hidden
+        return [_svg(figure, axes) for axes in figure.axes]
+
+
+def _svg(figure: Any, axes: Any) -> Markup:
+    for each in figure.axes:
+        each.set_visible(each is axes)
+    box = axes.get_tightbbox().transformed(figure.dpi_scale_trans.inverted()).padded(0.06)
+    file = io.BytesIO()
+    unnamed = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(file, format="svg", bbox_inches=box, transparent=True, metadata=unnamed)
+    text = file.getvalue().decode()
+    text = re.sub(r' id="[a-z0-9.]+_\d+"', "", text[text.index("<svg") :])  # many figures share the page
+    size = (
+        f'viewBox="0 0 {72 * box.width:.4g} {72 * box.height:.4g}" width="{76 * box.width:.0f}"'  # so text has one size
+    )
+    text = re.sub(r"<svg [^>]*>", f'<svg {size} role="img">', text, count=1)
+    for number, color in enumerate(COLORS):
+        text = text.replace(color, f"var(--c{number})")
+    return Markup(text.replace("#000000", "currentColor").replace("#b0b0b0", "var(--line)"))
+
+
+def _image(collection: Collection, found: Found, name: Any) -> tuple[str, int, int, str] | None:
+    """An image file beside a result, as a part of the page; None, and a problem, where that cannot be."""
+    try:
+        own = found.result.kind == "training"  # whose names are made here; others come from files
+        if not isinstance(name, str) or (not own and (name in ("", ".", "..") or "/" in name or "\\" in name)):
+            raise DigitError("an image's name is expected, without folders.")
+        data = (found.folder / name).read_bytes()
+        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as image:
+            image.load()
+            kind = str(image.format).lower()
+            if len(data) > _LARGEST_FILE or max(image.size) > _LARGEST_SIDE:
+                image.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE), Image.Resampling.LANCZOS)
+                smaller = io.BytesIO()
+                image.convert("RGB").save(smaller, "WEBP", quality=88)
+                data, kind = smaller.getvalue(), "webp"
+            url = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+            return url, *image.size, f"{found.result.title}: {name}"
+    except (DigitError, OSError, ValueError, Image.DecompressionBombError, SyntaxError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        collection.problem(f"{found.place}/{name}", f"the image cannot be shown: {reason}")
+        return None

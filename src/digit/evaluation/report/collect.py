@@ -1,12 +1,11 @@
-"""What lies under run folders: results of measurements, generation runs and training runs; and what could not be
-read.
-"""
+"""What lies under run folders, as results: measurements, generation runs and training runs; and what could not be read."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,17 @@ import yaml
 
 from digit.core.errors import DigitError
 from digit.core.files import read_json
+from digit.evaluation.report.runs import Generation, Training, points
+from digit.evaluation.results import RESULT, Result
 from digit.training.logs import read_metrics
 
-GENERATION, TRAINING = "generation", "training"
+for _kinds in (
+    "metrics.fidelity", "metrics.model_reconstruction", "metrics.probe", "metrics.stability", "metrics.toy",
+    "studies.ablation", "studies.prefix", "studies.ranking", "studies.robustness", "studies.sweep",
+):  # fmt: skip
+    import_module(f"digit.evaluation.{_kinds}")  # every kind of result must be known when a file of it is read
+
+GENERATION = "generation.json"
 _SKIPPED = {"checkpoints", "tensorboard"}
 _LARGEST = 64 * 1024 * 1024  # bytes of a JSON file; results are far smaller
 
@@ -26,18 +33,16 @@ class Found:
     """Something to report.
 
     Attributes:
-        kind: of the measurement, or "generation" or "training".
+        result: what was found.
         place: where, for people: from the given folder's name on.
         root: the given folder.
-        folder: that holds it and its pictures.
-        data: what was written; for a training run "config", "metrics" and "provenance".
+        folder: that holds it and its images.
     """
 
-    kind: str
+    result: Result
     place: str
     root: Path
     folder: Path
-    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,20 @@ class Collection:
     found: list[Found] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
-    def of(self, *kinds: str) -> list[Found]:
-        """What is of one of the kinds."""
-        return [item for item in self.found if item.kind in kinds]
+    def of(self, kind: str) -> list[Found]:
+        """What is of a kind."""
+        return [item for item in self.found if item.result.kind == kind]
+
+    def problem(self, place: str, error: BaseException | str, folder: Path | None = None) -> None:
+        """Note once what could not be used; ``folder`` is left out of the reason, for the page is for others too."""
+        reason = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            reason = f"{error.strerror}."
+        elif folder is not None:
+            reason = reason.replace(f"{folder}{os.sep}", "")
+        found = Problem(place, " ".join(reason.split()) or type(error).__name__)
+        if found not in self.problems:
+            self.problems.append(found)
 
 
 def collect(folders: Sequence[str | Path]) -> Collection:
@@ -66,18 +82,16 @@ def collect(folders: Sequence[str | Path]) -> Collection:
     Raises:
         DigitError: a folder does not exist.
     """
-    collection = Collection()
-    seen: set[Path] = set()
+    collection, seen = Collection(), set()
     for given in map(Path, folders):
         if not given.is_dir():
             raise DigitError(f"There is no folder {given} to report on; give run folders, such as runs/tour.")
         root = given.resolve()
         for folder, names in _walk(root):
-            if folder in seen:
-                continue
-            seen.add(folder)
-            place = "/".join((root.name, *folder.relative_to(root).parts))
-            _look(folder, names, place, root, collection)
+            if folder not in seen:
+                seen.add(folder)
+                place = "/".join((root.name, *folder.relative_to(root).parts))
+                _look(folder, names, place, root, collection)
     return collection
 
 
@@ -89,69 +103,67 @@ def _walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
 
 def _look(folder: Path, names: set[str], place: str, root: Path, collection: Collection) -> None:
     if "metrics.jsonl" in names:
-        data = _training(folder, place, collection.problems)
-        collection.found.append(Found(TRAINING, place, root, folder, data))
+        collection.found.append(Found(_training(folder, place, collection), place, root, folder))
     for name in sorted(names):
         if not name.endswith(".json") or name.startswith("."):
             continue
-        where = f"{place}/{name}"
+        where, known = f"{place}/{name}", name in (RESULT, GENERATION)
         try:
             if (folder / name).stat().st_size > _LARGEST:
                 raise DigitError("it is larger than 64 MB, and no result is.")
-            data = read_json(folder / name)
+            result = _result(name, read_json(folder / name))
         except (DigitError, OSError, RecursionError) as error:
-            collection.problems.append(Problem(where, _short(error, folder)))
+            collection.problem(where, error, folder)
             continue
-        kind = _kind(name, data)
-        if kind:
-            collection.found.append(
-                Found(kind, place if name in ("result.json", "generation.json") else where, root, folder, data)
-            )
-        elif name in ("result.json", "generation.json"):
-            collection.problems.append(Problem(where, "it is not a result: 'kind', 'title' and 'values' are expected."))
+        if result is not None:
+            collection.found.append(Found(result, place if known else where, root, folder))
+        elif known:
+            collection.problem(where, "it is not a result: 'kind', 'title' and 'values' are expected.")
 
 
-def _kind(name: str, data: Any) -> str | None:
-    """The kind of a result; None for the many other JSON files of a run."""
+def _result(name: str, data: Any) -> Result | None:
+    """The result in a file; None for the many other JSON files of a run."""
     if not isinstance(data, dict):
         return None
-    if name == "generation.json" and "model" in data and "num" in data:
-        return GENERATION
+    if name == GENERATION and {"model", "num"} <= data.keys():
+        return Generation.of(data)
     if isinstance(data.get("kind"), str) and {"title", "values"} <= data.keys():
-        return str(data["kind"])
+        return Result.from_dict(data)
     return None
 
 
-def _training(folder: Path, place: str, problems: list[Problem]) -> dict[str, Any]:
-    data: dict[str, Any] = {"config": {}, "metrics": [], "provenance": {}}
+def _training(folder: Path, place: str, collection: Collection) -> Training:
+    lines, settings, provenance = [], {}, {}
     try:
-        lines = read_metrics(folder)
+        found = read_metrics(folder)
         written = sum(1 for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.strip())
-        data["metrics"] = [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
-        if len(data["metrics"]) < written:
-            problems.append(
-                Problem(f"{place}/metrics.jsonl", f"only {len(data['metrics'])} of its {written} lines are readable.")
-            )
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
-        problems.append(Problem(f"{place}/metrics.jsonl", _short(error, folder)))
+        lines = [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
+        if len(lines) < written:
+            raise DigitError(f"only {len(lines)} of its {written} lines are readable.")
+    except (DigitError, OSError, UnicodeDecodeError, RecursionError) as error:
+        collection.problem(f"{place}/metrics.jsonl", error, folder)
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            settings = {}
             raise DigitError("it holds no settings.")
-        data["config"] = config
     except (OSError, UnicodeDecodeError, yaml.YAMLError, DigitError, RecursionError) as error:
-        problems.append(Problem(f"{place}/config.yaml", _short(error, folder)))
+        collection.problem(f"{place}/config.yaml", error, folder)
     exported = folder / "model" / "config.json"
     if exported.is_file():  # otherwise the run is not finished
         try:
-            data["provenance"] = dict(read_json(exported).get("provenance") or {})
+            provenance = dict(read_json(exported).get("provenance") or {})
         except (DigitError, AttributeError, TypeError, ValueError) as error:
-            problems.append(Problem(f"{place}/model/config.json", _short(error, folder)))
-    return data
-
-
-def _short(error: BaseException, folder: Path) -> str:
-    """One line, without the path of the machine."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}."
-    return " ".join(str(error).replace(f"{folder}{os.sep}", "").split()) or type(error).__name__
+            collection.problem(f"{place}/model/config.json", error, folder)
+    samples = sorted(folder.glob("samples/step-*.png"))
+    return Training(
+        title=f"Training of {settings.get('component', 'an unknown component')}",
+        values=points(lines),
+        last=lines[-1]["step"] if lines else 0,
+        finished=bool(provenance),
+        settings=settings,
+        plots=(f"samples/{samples[-1].name}",) if samples else (),
+        made=None,
+        hardware=provenance.get("hardware") or {},
+        versions=provenance.get("software") or {},
+    )

@@ -1,7 +1,8 @@
 """Ablations: one thing is varied, everything else is shared; every variant is trained and measured.
 
-The packaged ones are in ``digit/presets/ablations``. The paper's own: figure 3b (K), figure 4a (encoder), Table 3 (decoder),
-figure 3a (prior). Each variant goes through the stages encoder, VQGAN, codebook, tokens, prior, decoder, probe and FID.
+The packaged ones are in ``digit/presets/ablations``. The paper's own: figure 3b (K), figure 4a (encoder), Table 3
+(decoder), figure 3a (size of the prior, and the additive ladder). Each variant goes through the stages encoder, VQGAN,
+codebook, tokens, prior, decoder, probe and FID.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ from digit.evaluation.metrics.fidelity import FidelityOptions
 from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor
 from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
-from digit.evaluation.results import Result, Rows
-from digit.evaluation.studies.stages import Line, Stages, cells, comparison, predictability
-from digit.evaluation.studies.sweep import Reference
+from digit.evaluation.results import shown, stage_text
+from digit.evaluation.studies.ablation_result import AblationResult, result_notes
+from digit.evaluation.studies.points import Reference
+from digit.evaluation.studies.stages import Stages, predictability
 from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.card import describe_model
@@ -44,8 +46,9 @@ _FREE = {
     "layer": {"layer"},
     "decoder": {"decoder", "decoder_set", "sampling"},
     "prior-size": {"prior", "prior_set", "sampling"},
+    "additive": None,
 }
-"""The fields that the variants of an ablation may change."""
+"""The fields that the variants of an ablation may change; None: any."""
 _FROM_CACHE = ("vocab_size", "length", "prefix_vocab_size", "prefix_length", "num_classes")
 """Fields of a token model that follow from the tokens, which an ablation may change."""
 
@@ -81,7 +84,7 @@ class Ablation:
     the same, ``paper``: its row.
     """
 
-    what: Literal["clusters", "encoder", "layer", "decoder", "prior-size"]
+    what: Literal["clusters", "encoder", "layer", "decoder", "prior-size", "additive"]
     base: Recipe
     variants: Annotated[tuple[dict[str, Any], ...], Field(min_length=2)]
     probe: ProbeOptions = ProbeOptions()
@@ -174,14 +177,17 @@ def plan(ablation: Ablation) -> list[Variant]:
         name, row = str(changes.pop("name", "")), changes.pop("paper", None)
         if not name or name in found:
             raise DigitError(f"Variant {number} needs a 'name' of its own; {values.get('name')!r} was given.")
-        if extra := sorted(set(changes) - _FREE[ablation.what]):
+        free = _FREE[ablation.what] or set(changes)
+        if extra := sorted(set(changes) - free):
             raise DigitError(
                 f"The variant '{name}' changes {', '.join(extra)}, but this ablation varies {ablation.what}; its variants may "
-                f"change {', '.join(sorted(_FREE[ablation.what]))}. What all have in common belongs to 'base'."
+                f"change {', '.join(sorted(free))}. What all have in common belongs to 'base'."
             )
         if row is not None and row not in rows:
             raise DigitError(f"The variant '{name}' names the paper's row '{row}'; known are: {', '.join(rows)}.")
         added = {key: [*base[key], *changes[key]] for key in changes if key.endswith("_set")}
+        if "encoder" in changes and changes["encoder"] is None:  # VQ tokens, by the filters of everyone's prior
+            changes.setdefault("sampling", {k: v for k, v in base["sampling"].items() if not k.startswith("decoder_")})
         variant = Variant(name, from_dict(Recipe, {**base, **changes, **added}, f"variant '{name}'"), rows.get(row, {}))
         variant.check()
         found[name] = variant
@@ -207,27 +213,6 @@ def check_parts(variants: Sequence[Variant]) -> None:
 # ---- the whole measurement -------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class AblationResult(Result):
-    """``values``: a line for each variant in the order of the ablation."""
-
-    kind: str = "ablation"
-
-    def rows(self) -> Rows:
-        """A row for each variant, with the paper's values."""
-        rows = []
-        for line in self.values:
-            theirs = {f"Paper: {key}": line["paper"].get(key) for key in ("probe", "fid") if line["paper"].get(key)}
-            rows.append({"Variant": line["name"], **cells(line), **theirs})
-        return rows
-
-    def figure(self) -> Any:
-        """Bars of what was measured, and the probe by layer where priors differ."""
-        if self.settings["what"] == "decoder":
-            return comparison(self.values, ("decoder_nats", "fid"), layers=False)
-        return comparison(self.values, ("best", "saved", "fid"))
-
-
 def run_ablation(
     ablation: Ablation,
     data: str | Path,
@@ -245,10 +230,10 @@ def run_ablation(
         ablation: see :func:`load_ablation`.
         data: the dataset that encoder and VQGAN are trained on, where the ablation trains them.
         train_images: whose tokens prior and decoder learn; a part is held out for the loss, as their presets say.
-        test_images: which the probe is tested on.
+        test_images: which the probe is tested on, and FID is measured against.
         out: a folder.
         metrics: some of "nll", "probe" and "fid".
-        reference: images or their ``.npz`` for FID; None: the training images.
+        reference: images or their ``.npz`` for FID; None: ``test_images``.
         weights: of the FID network, see :func:`~digit.evaluation.metrics.inception.load_inception`, or the network
             itself. Without them FID is not measured, and the result says why.
         device: where everything runs.
@@ -275,26 +260,29 @@ def run_ablation(
     def measured_reference(size: int) -> Reference:
         """When it is first needed; images are brought to the models' size."""
         assert extractor is not None
-        batches = (b.images for b in image_batches(train_images, size, ablation.batch_size, torch.uint8))
+        batches = (b.images for b in image_batches(test_images, size, ablation.batch_size, torch.uint8))
         return Reference.of(reference or batches, extractor, FidelityOptions(batch_size=ablation.batch_size))
 
+    against = reference or f"{test_images.name} {test_images.split}"
     chosen = [metric for metric in metrics if metric not in reasons]
     lines = []
     for variant in variants:
         Console(stderr=True, highlight=False).print(variant.name, markup=False)
         line = _line(stages, ablation, variant, str(data), chosen, measured_reference)
+        line |= {"against": f"{against}, {shown(line['against'])} images"} if "fid" in line else {}
         lines.append({**line, "not_measured": {**reasons, **line["not_measured"]}})
     theirs = {
         "source": paper.SOURCE, "reference": paper.FID_REFERENCE, "rows": {v.name: dict(v.paper) for v in variants}
     }  # fmt: skip
     named = any(variant.paper for variant in variants)
+    weights_used = extractor.weights.sha256 if extractor else None
     return AblationResult(
         title=f"Ablation: {ablation.what}",
         values=lines,
-        settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": reference or "the training images"},
+        settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": against, "fid_weights": weights_used},
         data={"train": describe_data(train_images, data), "test": describe_data(test_images)},
         paper=theirs if named else None,
-        notes=(*reasons.values(), *_notes(ablation.what, lines, named)),
+        notes=(*reasons.values(), *result_notes(ablation.what, lines, named)),
         seconds=time.monotonic() - began,
     )
 
@@ -344,8 +332,17 @@ def _line(
             "model": describe_model(pipe)["parts"],
             "reference": real.describe(),
         }
-        found = stages.steps.run("fid", inputs, lambda _: real.measure(run, None, variant.name)["values"]["fid"])
-        line["fid"] = found.value
+        found = stages.steps.run(
+            "fid", inputs, lambda _: real.measure(run.batches(), run.num, variant.name)["values"]["fid"]
+        )
+        params = run.request.params
+        filters = {stage: stage_text(to_dict(params[stage])) for stage in params}
+        line |= {
+            "fid": found.value,
+            "against": real.features.statistics.n,
+            "classes": pipe.num_classes,
+            "sampling": filters,
+        }
     return {**line, "not_measured": reasons}
 
 
@@ -366,21 +363,3 @@ def _tokenizers(stages: Stages, recipe: Recipe, data: str) -> DigitPipeline:
     encoder: Any = load_encoder(part("encoder", recipe.encoder, recipe.encoder_set), layer=recipe.layer)
     codebook = stages.codebook(encoder, recipe.clusters, recipe.fit_images, recipe.random_crops)
     return DigitPipeline(encoder=encoder, codebook=codebook, vqgan=vqgan, name="ablation").to(stages.device)
-
-
-def _notes(what: str, lines: Sequence[Line], named: bool) -> list[str]:
-    decoders = {line.get("decoder") for line in lines if "decoder_nats" in line}
-    notes = {
-        "Nats a token of different vocabularies cannot be compared; bits an image and the saved part of log K can.": True,
-        "A masked decoder's loss is that of hidden tokens at random shares, an AR decoder's of all in order: not one scale.": (
-            len(decoders) > 1
-        ),
-        "The variants have different numbers of tokens an image, so they differ in more than the thing that is varied.": (
-            len({line["tokens"] for line in lines}) > 1
-        ),
-        f"The paper's values ({paper.SOURCE}) are of ImageNet 256 x 256, class-unconditional, at its scale.": named,
-        "The paper's step from 219M to 732M changes the encoder and K too; here the prior alone changes.": (
-            what == "prior-size"
-        ),
-    }
-    return [note for note, applies in notes.items() if applies]

@@ -21,14 +21,13 @@ from digit.core.progress import bar
 from digit.data.dataset import ImageDataset
 from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun, describe_data, encode_all
-from digit.evaluation.results import COLORS, Result, Rows, legend, panels
+from digit.evaluation.results import Result, Rows
 from digit.evaluation.steps import Steps
-from digit.evaluation.studies.sweep import Point, Reference, fidelity_notes, measured, point_cells
+from digit.evaluation.studies.points import SPACES, Point, Reference, lines_figure, measured, point_cells, point_notes
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 
 SHARES = (0.0, 0.125, 0.25, 0.5, 0.75, 1.0)
-_SPACE = {"semantic": "semantic tokens", "vq": "VQ tokens"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +46,14 @@ class Prefix(Result):
 
     def figure(self) -> Any:
         """A panel for each metric, a line for each model."""
-        metrics = measured([point for curve in self.values for point in curve["points"]])
-        if not metrics:
-            return None
-        figure, places = panels(len(metrics), (5.4, 4.0))
-        for place, metric in zip(places, metrics, strict=True):
-            for color, curve in zip(COLORS[1:], self.values, strict=False):
-                label = f"{curve['name']} ({_SPACE[curve['space']]})"
-                points = [(100 * p["share"], p["values"][metric]) for p in curve["points"]]
-                place.plot(*zip(*points, strict=True), "o-", color=color, label=label)
-            place.set(xlabel="given prefix, % of the tokens", ylabel=TITLES[metric])
-            place.margins(y=0.12)
-        legend(places)
-        return figure
+        shown = {
+            TITLES[metric]: {
+                f"{c['name']} ({SPACES[c['space']]})": [(100 * p["share"], p["values"][metric]) for p in c["points"]]
+                for c in self.values
+            }
+            for metric in measured([point for curve in self.values for point in curve["points"]])
+        }
+        return lines_figure(shown, "given prefix, % of the tokens")
 
 
 def prefix(
@@ -105,7 +99,7 @@ def prefix(
         },
         model={name: describe_model(run.pipe) for name, run in runs.items()},
         data=describe_data(dataset),
-        notes=fidelity_notes([point for curve in curves for point in curve["points"]]),
+        notes=point_notes([point for curve in curves for point in curve["points"]]),
         seconds=time.monotonic() - began,
     )
 
@@ -123,10 +117,10 @@ def _points(
 
     def measure(given: int) -> dict[str, Any]:
         whole = torch.cat([part.cpu() for part in run.prior(tokens()[:, :given])])
-        return reference.measure(run, whole, f"{given} tokens given")
+        return reference.measure(run.batches(whole), run.num, f"{given} tokens given")
 
     points: list[Point] = []
-    with bar(f"Prefixes of {_SPACE[run.pipe.space]}", len(shares), "lengths") as progress:
+    with bar(f"Prefixes of {SPACES[run.pipe.space]}", len(shares), "lengths") as progress:
         for share in shares:
             given = round(share * run.pipe.part("prior").config.length)
             step = steps.run("points", {"given": given}, lambda _, given=given: measure(given))  # type: ignore[misc]

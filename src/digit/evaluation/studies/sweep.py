@@ -14,26 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from digit.core.config import read_value, to_dict
+from digit.core.config import read_value
 from digit.core.errors import DigitError
 from digit.core.files import write_bytes
 from digit.core.progress import bar
-from digit.evaluation.metrics.features import Source, measure
-from digit.evaluation.metrics.fidelity import TITLES, FidelityOptions, compare
-from digit.evaluation.metrics.inception import FeatureExtractor
-from digit.evaluation.metrics.statistics import FeatureSet
+from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun
 from digit.evaluation.results import COLORS, Result, Rows, legend, panels
 from digit.evaluation.steps import Steps
+from digit.evaluation.studies.points import Point, Reference, measured, point_cells, point_notes, prior_step
 from digit.pipeline.card import describe_model
-from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
 
 Axes = Mapping[str, Sequence[Any]]
-Point = Mapping[str, Any]
-"""What was measured at one point: its settings, ``values``, ``not_measured``, ``notes`` and ``seconds``."""
-SHOWN = ("fid", "is_mean", "precision", "recall", "kid_mean")
 
 
 # ---- what the user asks for ------------------------------------------------------------------------------------------
@@ -96,47 +88,6 @@ def planned_runs(run: SamplingRun, axes: Axes, grid: bool = False) -> list[Sampl
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Reference:
-    """What generated images are compared with, measured once, and how."""
-
-    features: FeatureSet
-    extractor: FeatureExtractor
-    options: FidelityOptions
-
-    @classmethod
-    def of(
-        cls, source: Source, extractor: FeatureExtractor, options: FidelityOptions, split: str | None = None
-    ) -> Reference:
-        """Measure real images, or read their statistics."""
-        features = measure(source, extractor, options.metrics, batch_size=options.batch_size, split=split)
-        return cls(features, extractor, options)
-
-    def describe(self) -> dict[str, Any]:
-        """What decides whether two values may be compared."""
-        side = self.features
-        return {
-            "name": side.name,
-            "images": side.statistics.n,
-            "trace": f"{side.statistics.sigma.trace():.6g}",  # tells references of one name apart
-            "weights": self.extractor.weights.sha256,
-            "options": {k: v for k, v in to_dict(self.options).items() if k != "batch_size"},
-        }
-
-    def measure(self, run: SamplingRun, tokens: torch.Tensor | None, name: str) -> dict[str, Any]:
-        """Fidelity of a sampling run (or of the prior's ``tokens``, (num, N)) as the values of a :data:`Point`."""
-        began = time.monotonic()
-        batch_size = self.options.batch_size
-        images = measure(
-            run.batches(tokens), self.extractor, self.options.metrics, batch_size=batch_size, name=name, total=run.num
-        )
-        found = compare(images, self.features, self.options)
-        seconds = round(time.monotonic() - began, 2)
-        return {
-            "values": found.values, "not_measured": found.not_measured, "notes": list(found.notes), "seconds": seconds
-        }  # fmt: skip
-
-
 def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, grid: bool = False) -> Sweep:
     """Measure every point, going on where an earlier run into the folder ``out`` stopped.
 
@@ -154,9 +105,8 @@ def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, g
     steps = Steps(Path(out), {**run.identity(), "model": model["parts"]})
 
     def point(each: SamplingRun, name: str) -> dict[str, Any]:
-        prior = steps.run("tokens", {"prior": each.stages()["prior"]}, lambda folder: _sample_prior(each, folder))
-        tokens = getattr(load_tokens_file(prior.folder / "tokens.npz"), run.pipe.space)
-        return {**reference.measure(each, tokens, name), "prior_shared": prior.reused}
+        tokens, prior = prior_step(steps, each)
+        return {**reference.measure(each.batches(tokens), run.num, name), "prior_shared": prior.reused}
 
     points = []
     with bar("Sweep", len(runs), "points") as progress:
@@ -166,44 +116,18 @@ def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, g
             step = steps.run("points", inputs, lambda _, each=each, name=name: point(each, name))  # type: ignore[misc]
             points.append({"settings": settings, **step.value})
             values = step.value["values"]
-            progress.advance(1, "  ".join(f"{TITLES[m]} {values[m]:.2f}" for m in SHOWN[:2] if m in values))
+            progress.advance(1, "  ".join(f"{TITLES[m]} {values[m]:.2f}" for m in ("fid", "is_mean") if m in values))
     return Sweep(
         title="Fidelity over the settings of sampling (figure 6)",
         values={"axes": {name: list(values) for name, values in axes.items()}, "grid": grid, "points": points},
         settings={**run.describe(), "reference": against},
         model=model,
-        notes=fidelity_notes(points),
+        notes=point_notes(points),
         seconds=time.monotonic() - began,
     )
 
 
-def _sample_prior(run: SamplingRun, folder: Path) -> None:
-    """Write the prior's tokens (num, N)."""
-    parts = []
-    with bar("Sampling the prior", run.num) as progress:
-        for part in run.prior():
-            parts.append(part.cpu())
-            progress.advance(len(part))
-    tokens = torch.cat(parts)
-    save_tokens_file(folder / "tokens.npz", Tokens.of({run.pipe.space: tokens}))
-
-
 # ---- what is shown ---------------------------------------------------------------------------------------------------
-
-
-def fidelity_notes(points: Sequence[Point]) -> tuple[str, ...]:
-    """Notes and reasons of all points, each once."""
-    return tuple(dict.fromkeys(line for p in points for line in (*p["notes"], *p["not_measured"].values())))
-
-
-def measured(points: Sequence[Point]) -> list[str]:
-    """The metrics that every point has, in the order of :data:`SHOWN`."""
-    return [metric for metric in SHOWN if all(metric in point["values"] for point in points)]
-
-
-def point_cells(point: Point, metrics: Sequence[str] = SHOWN) -> dict[str, Any]:
-    """The cells of a point's row: its values, as far as it has them."""
-    return {TITLES[metric]: point["values"][metric] for metric in metrics if metric in point["values"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +164,8 @@ class Sweep(Result):
                 place.plot(range(len(values)), [at[v] for v in values], "o-", color=color, label=label, markersize=4)
             place.set_xticks(range(len(values)), [setting_text(name, v) for v in values])
             place.margins(y=0.12)
-            place.set(xlabel=name.replace("_", " "), ylabel=TITLES[metric])
+            words = name.replace("_", " ")
+            place.set(xlabel=words, ylabel=TITLES[metric], title=f"{TITLES[metric].rstrip(' ↓↑')} over {words}")
         legend(places)
         return figure
 

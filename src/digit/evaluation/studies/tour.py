@@ -1,7 +1,6 @@
-"""The tour: raw photographs through every stage at a small preset, in about ten minutes on two cores.
+"""The end-to-end example: images of CIFAR-10 through every stage at a small preset, in ten to thirty minutes on two cores.
 
-Each stage prints the command that does the same alone, and is skipped when an earlier, interrupted tour has finished
-it.
+Each stage prints the command that does the same alone, and is skipped when an earlier, interrupted run has finished it.
 """
 
 from __future__ import annotations
@@ -16,15 +15,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from digit.clustering.kmeans import fit_codebook
 from digit.core.config import load_preset
 from digit.core.devices import bf16_is_fast, pick_device
-from digit.core.errors import require
 from digit.core.files import write_file, write_json
 from digit.core.grids import picture_grid
 from digit.core.images import save_png, to_tensor
+from digit.data.cifar10 import build_cifar10
 from digit.data.dataset import ImageDataset, open_dataset, read_description
 from digit.data.token_cache import Views, build_token_cache
 from digit.encoders import load_encoder
+from digit.evaluation.results import OURS, panels
+from digit.evaluation.steps import Steps
 from digit.pipeline.assembly import assemble, part_folder
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.reconstruction import reconstruction_sheet
@@ -38,6 +40,38 @@ CODEBOOK_IMAGES = 1024  # 64 vectors each: as many as k-means of 256 clusters us
 CACHE_IMAGES = 10_000  # whose tokens prior and decoders learn
 ROWS, COLUMNS = 8, 8
 RUNS = ("encoder", "vqgan", "prior", "ar", "masked")
+SHARES = {
+    "images": 0.03, "encoder": 0.25, "codebook": 0.01, "vqgan": 0.24, "tokens": 0.04, "prior": 0.08, "ar": 0.2,
+    "masked": 0.12, "samples": 0.03,
+}  # fmt: skip
+"""The stages in order, and what share of the whole time each takes, as measured on two cores; from these, and the time
+that the finished ones took here, comes what is left.
+"""
+
+
+class _Stages:
+    """Runs the stages one after another, says which is next and how long the rest will take, and skips finished ones."""
+
+    def __init__(self, out: Path, shared: dict[str, Any]) -> None:
+        self.out, self.steps, self.seconds = out, Steps(out / "stages", shared), dict[str, float]()
+        self.done = 0.0  # share of the work that was done here, in `spent` seconds
+        self.spent = 0.0
+
+    def run(self, name: str, command: str, work: Callable[[], object], **inputs: Any) -> None:
+        """Do a stage unless it is finished; another input than that of an earlier run is another stage."""
+        number, left = list(SHARES).index(name) + 1, 1 - sum(list(SHARES.values())[: list(SHARES).index(name)])
+        rest = f", about {max(1, round(self.spent / self.done * left / 60))} min left" if self.done else ""
+        told = f"[bold]Stage {number} of {len(SHARES)}: {name}[/]{rest}  [dim]{command}[/]"
+        Console(stderr=True, highlight=False).print(told, soft_wrap=True)
+        began = time.perf_counter()
+
+        def logged(_: Path) -> None:
+            work()
+
+        step = self.steps.run(name, inputs, logged)
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+        if not step.reused:
+            self.done, self.spent = self.done + SHARES[name], self.spent + self.seconds[name]
 
 
 def run_tour(
@@ -46,7 +80,7 @@ def run_tour(
     """Go through every stage.
 
     Args:
-        out: the folder; runs, models and pictures go there.
+        out: the folder; runs, models and images go there.
         data: a dataset of 32-pixel images with classes; CIFAR-10 is built in ``out/cifar10`` if it is None.
         seed: of k-means and of the samples. The seeds of the trainings are in their presets.
         overrides: for every training preset, such as ``training.steps=50``; see :func:`digit.core.config.load_preset`.
@@ -55,60 +89,53 @@ def run_tour(
         What ``summary.json`` holds.
     """
     out, started = Path(out), time.perf_counter()
-    say = Console(stderr=True, highlight=False).print
-    seconds: dict[str, float] = {}
-
-    def stage(name: str, command: str, done: Path, work: Callable[[], object]) -> None:
-        say(f"[bold]{name}[/]  [dim]{command}[/]")
-        begun = time.perf_counter()
-        if not done.exists():
-            work()
-        seconds[name] = round(time.perf_counter() - begun, 1)
-
     if bf16_is_fast(pick_device(None)):
         overrides = ["training.precision=bf16", *overrides]
     given = "".join(f" --set {item}" for item in overrides)
     source = Path(data) if data is not None else out / "cifar10"
-    stage("photographs", f"digit data cifar10 --out {source}", source / "dataset.json", lambda: _build_cifar10(source))
+    stages = _Stages(out, {"data": str(source), "overrides": list(overrides)})
+
+    def download() -> None:
+        if not (source / "dataset.json").exists():
+            build_cifar10(source)
+
+    stages.run("images", f"digit data cifar10 --out {source}", download)
     images = open_dataset(source, "train")
 
     def train_part(run: str, component: str, where: str | Path) -> None:
-        preset = f"cifar10-tiny-{'prior-cond' if run == 'prior' else run}"
-        command = f"digit train {component} --preset {preset} --data {where} --out {out / run}{given}"
-        stage(
-            run,
-            command,
-            out / run / "model" / "config.json",
-            lambda: _train(component, load_preset(preset, overrides), preset, where, out / run),
-        )
+        name = f"cifar10-tiny-{'prior-cond' if run == 'prior' else run}"
+        preset = load_preset(name, overrides)
+
+        def work() -> None:
+            task, config = build_task(component, preset, where, name)
+            train(task, config, out / run, resume=True)
+
+        command = f"digit train {component} --preset {name} --data {where} --out {out / run}{given}"
+        stages.run(run, command, work, preset=preset)
 
     train_part("encoder", "encoder", source)
-    stage(
-        "codebook",
-        f"digit fit-codebook --encoder {out / 'encoder'} --data {source} --clusters {CLUSTERS} --out {out / 'codebook'}",
-        out / "codebook" / "config.json",
-        lambda: _fit(images, out, seed),
+    command = (
+        f"digit fit-codebook --encoder {out / 'encoder'} --data {source} --clusters {CLUSTERS} --out {out / 'codebook'}"
     )
+    stages.run("codebook", command, lambda: _fit(images, out, seed), clusters=CLUSTERS, seed=seed)
     train_part("vqgan", "vqgan", source)
-    stage(
-        "tokens",
-        f"digit cache-tokens --model {out / 'tokenizers'} --data {source} --out {out / 'tokens'}",
-        out / "tokens.done",
-        lambda: _cache(images, out),
-    )
+    command = f"digit cache-tokens --model {out / 'tokenizers'} --data {source} --out {out / 'tokens'}"
+    stages.run("tokens", command, lambda: _cache(images, out), images=CACHE_IMAGES, seed=seed)
     for run, component in (("prior", "prior"), ("ar", "decoder"), ("masked", "decoder")):
         train_part(run, component, out / "tokens")
 
-    begun = time.perf_counter()
-    pipe = _put_together(out)
-    _samples(pipe, out / "samples.png", seed)
-    _reconstructions(pipe, source, out / "reconstructions.png")
     losses = {run: _losses(out / run) for run in RUNS}
-    _plot(losses, out / "loss.png")
-    seconds["pictures"] = round(time.perf_counter() - begun, 1)
+
+    def show() -> None:
+        pipe = _put_together(out)
+        _samples(pipe, out / "samples.png", seed)
+        _reconstructions(pipe, source, out / "reconstructions.png")
+        _plot(losses, out / "loss.png")
+
+    stages.run("samples", f"digit generate {out / 'model'} --out {out / 'more'}", show, seed=seed)
     summary = {
         "seconds": round(time.perf_counter() - started, 1),
-        "seconds_by_stage": seconds,
+        "seconds_by_stage": stages.seconds,
         "images": len(images),
         "clusters": CLUSTERS,
         "codebook": json.loads((out / "codebook" / "config.json").read_text())["provenance"],
@@ -119,20 +146,7 @@ def run_tour(
     return summary
 
 
-def _build_cifar10(folder: Path) -> None:
-    from digit.data.cifar10 import build_cifar10
-
-    build_cifar10(folder)
-
-
-def _train(component: str, preset: dict[str, Any], name: str, data: str | Path, out: Path) -> None:
-    task, config = build_task(component, preset, data, name)
-    train(task, config, out, resume=True)
-
-
 def _fit(images: ImageDataset, out: Path, seed: int) -> None:
-    from digit.clustering.kmeans import fit_codebook
-
     some = images.subset(range(min(CODEBOOK_IMAGES, len(images))))
     pixels, _ = some.arrays()
     batches = (to_tensor(pixels[i : i + 128]) for i in range(0, len(some), 128))
@@ -146,7 +160,6 @@ def _cache(images: ImageDataset, out: Path) -> None:
     tokenizers.save_pretrained(out / "tokenizers")
     some = images.subset(range(min(CACHE_IMAGES, len(images))))
     build_token_cache(tokenizers, some, out / "tokens", Views(center=True, flip=False))
-    write_json(out / "tokens.done", {"images": len(some)})
 
 
 def _put_together(out: Path) -> DigitPipeline:
@@ -165,7 +178,7 @@ def _samples(pipe: DigitPipeline, path: Path, seed: int) -> None:
 
 
 def _reconstructions(pipe: DigitPipeline, source: Path, path: Path) -> None:
-    """Pictures that no part was trained on, where the dataset keeps some apart, beside what becomes of them."""
+    """Images that no part was trained on, where the dataset keeps some apart, beside what becomes of them."""
     splits = read_description(source)["splits"]
     test = open_dataset(source, "test" if "test" in splits else "train")
     pixels = torch.stack([to_tensor(test[i].image) for i in range(min(ROWS, len(test)))])
@@ -182,16 +195,8 @@ def _outcome(run: Path, losses: list[tuple[int, float]]) -> dict[str, Any]:
 
 
 def _plot(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:
-    require("matplotlib", "eval", "Plotting the losses")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(losses), 3), layout="constrained")
-    for axes, (run, points) in zip(figure.subplots(1, len(losses)), losses.items(), strict=True):
-        axes.plot(*zip(*points, strict=True), color="#2a6f97")
-        axes.set(title=run, xlabel="step", ylabel="training loss" if run == "encoder" else "")
-        axes.grid(alpha=0.3)
-
-    def write(aside: Path) -> None:
-        figure.savefig(aside, format="png", dpi=110)
-
-    write_file(path, write)
+    figure, places = panels(len(losses), (3.2, 3.0))
+    for axes, (run, points) in zip(places, losses.items(), strict=True):
+        axes.plot(*zip(*points, strict=True), color=OURS)
+        axes.set(title=run, xlabel="step", ylabel="training loss")
+    write_file(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
