@@ -23,7 +23,7 @@ def test_labels_are_balanced(pipe):
     assert SamplingRun(pipe, 4, labels=[7]).request.labels.tolist() == [7] * 4
     assert SamplingRun(pipe, 4).describe()["labels"] == "all in turns"
     assert SamplingRun(pipe, 4, labels=[3, 1]).describe()["labels"] == [3, 1]
-    assert SamplingRun(pipe, 200, labels=[3] * 200).describe()["labels"] == "200, one an image"
+    assert SamplingRun(pipe, 200, labels=[3] * 200).describe()["labels"] == "200, one per image"
 
 
 def test_batch_size_does_not_matter(pipe):
