@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,6 @@ from digit.models.feedforward import FeedForwardDecoder
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
-from digit.pipeline.fit import check_fit
 from digit.pipeline.hub import push_folder, resolve_model
 from digit.pipeline.index import FORMAT, INDEX, read_index
 from digit.pipeline.info import describe
@@ -83,7 +82,41 @@ class Model:
     exact_pixels: bool = False
 
     def __post_init__(self) -> None:
-        check_fit(self)
+        """Neighbouring components must agree, or the first user would find out in a stack trace."""
+        if self.encoder is not None and self.codebook is not None:
+            self.codebook.check_encoder(self.encoder)
+        if self.prior is not None and self.prior.config.prefix_length:
+            raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
+        said: dict[str, tuple[str, int]] = {}
+        for what, part, size in self._sizes():
+            before, other = said.get(what, (part, size))
+            if other != size:
+                raise DigitError(f"The parts do not fit: {what} is {other} in the {before} and {size} in the {part}.")
+            said[what] = part, size
+        names, classes = len(self.class_names), self.num_classes
+        if names and classes and names != classes:
+            raise DigitError(f"{names} class names were given for a prior of {classes} classes.")
+
+    def _sizes(self) -> Iterator[tuple[str, str, int]]:
+        """Vocabularies and lengths: what it is, the component, its size."""
+        semantic = ("the number of semantic tokens K", "semantic tokens an image N")
+        vq = ("the number of VQ codes V", "VQ tokens an image M")
+        if self.codebook is not None:
+            yield semantic[0], "codebook", self.codebook.config.clusters
+        if self.vqgan is not None:
+            yield vq[0], "vqgan", self.vqgan.config.codes
+            yield vq[1], "vqgan", self.vqgan.num_tokens
+        if self.prior is not None:
+            vocabulary, length = semantic if self.space == "semantic" else vq
+            yield vocabulary, "prior", self.prior.config.vocab_size
+            yield length, "prior", self.prior.config.length
+        for kind, decoder in self.decoders.items():
+            config, name = decoder.config, f"{kind} decoder"
+            if config.head == "vq":
+                yield vq[0], name, config.vocab_size
+                yield vq[1], name, config.length
+            yield semantic[0], name, config.prefix_vocab_size
+            yield semantic[1], name, config.prefix_length
 
     @property
     def components(self) -> dict[str, Any]:
