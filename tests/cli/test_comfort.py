@@ -13,7 +13,7 @@ from terminal import run
 def test_reprs_tell():
     pipe = tiny.pipeline()
     lines = repr(pipe).splitlines()
-    assert lines[0] == "DigitPipeline 'tiny' on cpu"
+    assert lines[0] == "DigitPipeline 'tiny' on cpu in float32"
     assert [line.split(":")[0].strip() for line in lines[1:]] == [
         "encoder", "codebook", "prior", "decoder/ar", "decoder/masked", "vqgan"
     ]  # fmt: skip

@@ -55,8 +55,8 @@ class Stage2:
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the cells in which editing keeps pixels or makes them anew."""
-        grid: tuple[int, int] = self.pipe.part("vqgan").config.grid
-        return grid
+        rows, columns = self.pipe.part("vqgan").config.grid
+        return rows, columns
 
     def check_parts(self) -> None:
         """Raise a DigitError if a part is missing that pixels need."""
@@ -115,8 +115,8 @@ class PixelDecoder(TokenDecoder):
     @property
     def grid(self) -> tuple[int, int]:
         """That of the semantic tokens: there are no others."""
-        grid: tuple[int, int] = self.config.grid
-        return grid
+        rows, columns = self.config.grid
+        return rows, columns
 
     def check_parts(self) -> None:
         """It needs nothing else."""
