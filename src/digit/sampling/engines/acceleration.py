@@ -42,13 +42,11 @@ class Acceleration(NamedTuple):
             size.
         quantize: "int8" stores the step's matrices in 8 bits, a scale a row; a step on a CPU reads a quarter of the
             bytes. Tokens change slightly.
-        cuda_graphs: on a CUDA device, record a step once and replay it without launching its kernels one by one.
         native: on a CPU, run the C++ step where it can: a few seconds of building once for all models and times.
     """
 
     compile: bool = False
     quantize: str | None = None
-    cuda_graphs: bool = True
     native: bool = True
 
 
@@ -76,9 +74,8 @@ class EngineCache:
         packed = self._pack(model) if options.native and suits(model) else None
         if packed is not None:
             return NativeEngine(model, batch, guided, packed, time.perf_counter() - began)
-        graphs = options.cuda_graphs and model.start.device.type == "cuda"
-        plain, compiled = (CudaGraphEngine, CompiledCudaGraphEngine) if graphs else (DecodeEngine, CompiledEngine)
-        return (compiled if options.compile else plain)(model, batch, guided, options.quantize)
+        kinds = (CompiledEngine, CompiledCudaGraphEngine) if options.compile else (DecodeEngine, CudaGraphEngine)
+        return kinds[model.start.device.type == "cuda"](model, batch, guided, options.quantize)
 
     def _pack(self, model: TokenModel) -> NativeStep | None:
         """The weights as the C++ step reads them, packed once for every batch size; None where it cannot be built."""
@@ -97,9 +94,7 @@ class EngineCache:
 _caches: WeakKeyDictionary[TokenModel, EngineCache] = WeakKeyDictionary()
 
 
-def accelerate(
-    model: TokenModel, compile: bool = False, quantize: str | None = None, cuda_graphs: bool = True, native: bool = True
-) -> None:
+def accelerate(model: TokenModel, compile: bool = False, quantize: str | None = None, native: bool = True) -> None:
     """Choose how ``model`` samples from now on; see :class:`Acceleration`.
 
     Raises:
@@ -111,7 +106,7 @@ def accelerate(
         raise DigitError(
             f"quantize = {quantize} was given for {model.start.device.type}; int8 is for the CPU. Use --dtype bf16."
         )
-    options = Acceleration(compile, quantize, cuda_graphs, native)
+    options = Acceleration(compile, quantize, native)
     if engine_cache(model).options != options:
         _caches[model] = EngineCache(options)
 
