@@ -217,10 +217,7 @@ def _make(
     speed_up(bool(compile) and (batch_size is not None or len(missing) <= PROBE))
     batcher = Batcher(pipe.device, batch_size, lambda: release(*models))
     began = time.perf_counter()
-    with (
-        ThreadPoolExecutor(WRITERS) as writers,
-        bar("Generating", len(missing), show=run.rank == 0) as progress,
-    ):
+    with ThreadPoolExecutor(WRITERS) as writers, bar("Generating", len(missing), show=run.rank == 0) as progress:
         for done in batcher.run(missing, work):
             if not made:  # after the first batch it is known how long the rest takes
                 left = (time.perf_counter() - began) / done * (len(missing) - done)

@@ -128,7 +128,7 @@ def _fetch(
     tried: str,
     newest: bool = True,
 ) -> Path:
-    """Files of a Hub repository on this machine, all of one commit: from the mirror, the Hub's own cache, or the network.
+    """Files of a Hub repository, all of one commit, here: from the mirror, the Hub's own cache, or the network.
 
     Args:
         repository, revision, token: where they are.

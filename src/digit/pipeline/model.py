@@ -29,7 +29,7 @@ from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
 from digit.pipeline.hub import push_folder, resolve_model
-from digit.pipeline.index import FORMAT, INDEX, read_index
+from digit.pipeline.index import FORMAT, INDEX, PLAIN, read_index
 from digit.pipeline.info import describe
 from digit.sampling.request import SamplingParams
 
@@ -87,6 +87,8 @@ class Model:
             self.codebook.check_encoder(self.encoder)
         if self.prior is not None and self.prior.config.prefix_length:
             raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
+        if alone := [kind for kind, decoder in self.decoders.items() if not decoder.config.prefix_length]:
+            raise DigitError(f"The decoder '{alone[0]}' is none: it reads no semantic tokens, as a prior does.")
         said: dict[str, tuple[str, int]] = {}
         for what, part, size in self._sizes():
             before, other = said.get(what, (part, size))
@@ -222,37 +224,24 @@ class Model:
         index = {
             "format": FORMAT,
             "digit_version": __version__,
-            "name": self.name,
-            "space": self.space,
+            **{name: getattr(self, name) for name in PLAIN},
             "parts": [place for place in self.components if "/" not in place],
             "decoders": list(self.decoders),
-            "default_decoder": self.default_decoder,
-            "class_names": self.class_names,
             "settings": {stage: to_dict(params) for stage, params in self.settings.items()},
-            "provenance": self.provenance,
             "card": to_dict(self.card),
         }
         write_json(Path(folder) / INDEX, index)
         write_bytes(Path(folder) / "README.md", model_card(self).encode())
 
-    def push_to_hub(
-        self,
-        repository: str,
-        private: bool = False,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> str:
+    def push_to_hub(self, repository: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
         """Publish the model on the Hub, with its card; the address of the commit.
 
         Args:
-            repository, private, token, revision, options: see :func:`digit.pipeline.hub.push_folder`.
+            repository, options: see :func:`digit.pipeline.hub.push_folder`.
             dtype: as for :meth:`save_pretrained`.
         """
         with tempfile.TemporaryDirectory() as aside:
-            folder = self.save_pretrained(Path(aside) / "model", dtype)
-            return push_folder(folder, repository, private, token, revision, **options)
+            return push_folder(self.save_pretrained(Path(aside) / "model", dtype), repository, **options)
 
     @classmethod
     def from_pretrained(
@@ -282,15 +271,12 @@ class Model:
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
         """Load a model folder."""
-        folder = Path(folder)
-        index = read_index(folder)
-        where = str(folder / INDEX)
+        folder, index = Path(folder), read_index(folder)
+        where, settings = str(folder / INDEX), index["settings"].items()
         return cls(
             **{name: load_part(folder / name, name) for name in index["parts"]},
             decoders={kind: load_part(folder / "decoder" / kind, "decoder") for kind in index["decoders"]},
-            settings={
-                k: from_dict(SamplingParams, v, f"{where}, settings of {k}") for k, v in index["settings"].items()
-            },
+            settings={stage: from_dict(SamplingParams, v, f"{where}, settings of {stage}") for stage, v in settings},
             card=from_dict(CardFacts, index["card"], f"{where}, card"),
-            **{name: index[name] for name in ("space", "class_names", "default_decoder", "provenance", "name")},
+            **{name: index[name] for name in PLAIN},
         )

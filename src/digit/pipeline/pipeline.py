@@ -129,12 +129,11 @@ class DigitPipeline(Model):
         Raises:
             DigitError: neither.
         """
-        if isinstance(name, (int, np.integer)) and not isinstance(name, bool):
+        number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
+        if number or (isinstance(name, str) and name.isdecimal()):
             return int(name)
         if not isinstance(name, str):
             raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
-        if name.isdecimal():
-            return int(name)
         if name in self.class_names:
             return self.class_names.index(name)
         if name == "none":
@@ -251,10 +250,7 @@ class DigitPipeline(Model):
         if self.space == "vq":
             return Stage2(self)
         kind = self.pick_decoder(kind)
-        config = self.decoders[kind].config
-        if (config.role, config.head) not in STAGES:
-            raise DigitError(f"The decoder '{kind}' of the model '{self.name}' has the role of a {config.role}.")
-        return STAGES[config.role, config.head](self, kind)
+        return STAGES[self.decoders[kind].config.head](self, kind)
 
     def pick_decoder(self, kind: str | None) -> str:
         """The kind of decoder to use: the asked one, else the default, else the first."""

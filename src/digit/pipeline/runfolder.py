@@ -75,12 +75,9 @@ class RunFolder:
             if (name == "weights" and isinstance(there.get(name), str)) or (name == "stages" and name not in there):
                 continue  # a record of the first edition, with another kind of checksum and without these settings
             if there.get(name) != value:
-                old, new = (
-                    text if len(text) <= 60 else text[:57] + "..." for text in (str(there.get(name)), str(value))
-                )
                 raise DigitError(
-                    f"The folder {self.path} holds a run with {name} = {old}; now {new} was given. "
-                    "Choose another --out, or --overwrite."
+                    f"The folder {self.path} holds a run with {name} = {there.get(name)!s:.60}; now {value!s:.60} was "
+                    "given. Choose another --out, or --overwrite."
                 )
 
     @property
