@@ -35,6 +35,21 @@ def token_model(role: str = "prior", seed: int = 0, **changes) -> TokenModel:
     return model
 
 
+def loud(
+    role="prior", prefix=0, classes=4, vocab=24, length=12, scale=1.0, dtype=torch.float32, **transformer
+) -> TokenModel:
+    """A token model of large random weights, biases and norms too: predictions are far from uniform."""
+    values = {"role": role, "vocab_size": vocab, "length": length, "num_classes": classes, "embedding_scale": scale}
+    if prefix:
+        values |= {"prefix_vocab_size": 9, "prefix_length": prefix}
+    values["transformer"] = {"dim": 32, "depth": 2, "heads": 4, "causal": role != "masked", **transformer}
+    torch.manual_seed(0)
+    model = TokenModel(from_dict(TokenModelConfig, values, "loud")).eval().requires_grad_(False)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model.to(dtype)
+
+
 def onepass(head: str = "pixels", seed: int = 3, **changes) -> FeedForwardDecoder:
     """A one-pass decoder of 4 x 4 semantic tokens, to 32 px or to VQ tokens."""
     values = {"prefix_vocab_size": CLUSTERS, "grid": (4, 4), "head": head, "noise_dim": 6}

@@ -5,9 +5,8 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.models.component import load_component, save_component
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
-from digit.sampling import SamplingParams
+from digit.sampling import SamplingParams, sample
 from digit.sampling.rng import pixel_latents
-from digit.sampling.sampler import sample_feedforward
 
 SHAPE = {
     "prefix_vocab_size": 12,
@@ -111,15 +110,14 @@ def test_saved_and_loaded_it_is_the_same(tokens: torch.Tensor, tmp_path) -> None
 def test_vq_tokens_of_a_place_depend_on_its_number_alone(tokens: torch.Tensor) -> None:
     model = decoder(head="vq")
     torch.nn.init.normal_(model.head.weight)
-    uniform, z = torch.rand(3, 16), pixel_latents(model.config, range(3))
-    drawn = sample_feedforward(model, uniform, z, SamplingParams(), tokens)
-    assert torch.equal(drawn[1:2], sample_feedforward(model, uniform[1:2], z[1:2], SamplingParams(), tokens[1:2]))
-    greedy = sample_feedforward(model, uniform, z, SamplingParams(temperature=0), tokens)
-    assert torch.equal(greedy, model(tokens, z).argmax(-1))
+    drawn = sample(model, range(3), prefix=tokens)
+    assert torch.equal(drawn[1:2], sample(model, [1], prefix=tokens[1:2]))
+    greedy = sample(model, range(3), params=SamplingParams(temperature=0), prefix=tokens)
+    assert torch.equal(greedy, model(tokens, pixel_latents(model.config, range(3))).argmax(-1))
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[:, 3] = True
     given = torch.full((3, 16), 7)
-    kept = sample_feedforward(model, uniform, z, SamplingParams(), tokens, given=given, mask=mask)
+    kept = sample(model, range(3), prefix=tokens, given=given, mask=mask)
     assert torch.equal(kept[~mask], given[~mask])
     assert torch.equal(kept[mask], drawn[mask])
 

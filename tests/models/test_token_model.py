@@ -1,5 +1,7 @@
 """The token model: what each role predicts, cached equals uncached, labels, masks, errors."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,24 +10,10 @@ from digit.core.errors import DigitError
 from digit.models.component import load_component, save_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
+from tiny import loud
 
-
-def build(role="prior", norm="pre", prefix=0, classes=0, scale=1.0) -> TokenModel:
-    torch.manual_seed(0)
-    config = TokenModelConfig(
-        role=role,
-        vocab_size=11,
-        length=8,
-        prefix_vocab_size=7 if prefix else 0,
-        prefix_length=prefix,
-        num_classes=classes,
-        embedding_scale=scale,
-        transformer=TransformerConfig(dim=16, depth=2, heads=2, norm=norm, causal=role != "masked"),
-    )
-    model = TokenModel(config).eval()
-    for p in model.parameters():  # biases and norms too, so that nothing cancels
-        torch.nn.init.normal_(p, std=0.3)
-    return model
+IDS = torch.zeros(1, 8, dtype=torch.long)
+build = partial(loud, vocab=11, length=8, classes=0, dim=16, heads=2)
 
 
 def inputs(model: TokenModel, batch=3):
@@ -40,7 +28,7 @@ def inputs(model: TokenModel, batch=3):
 @pytest.mark.parametrize(("role", "prefix", "classes"), [("prior", 0, 0), ("prior", 0, 4), ("ar", 5, 0), ("ar", 5, 4)])
 @pytest.mark.parametrize("known", [0, 1, 3])
 def test_prefill_and_steps_equal_the_forward_pass(role, prefix, classes, norm, known):
-    model = build(role, norm, prefix, classes, scale=4.0)
+    model = build(role, prefix, classes=classes, scale=4.0, norm=norm)
     tokens, labels, given_prefix = inputs(model)
     whole = model(tokens, labels, given_prefix)  # (B, n + 1, V)
     cache = model.new_cache(3)
@@ -73,7 +61,7 @@ def test_masked_tokens_are_hidden_and_the_others_seen():
 def test_the_prefix_matters():
     model = build("ar", prefix=5)
     tokens, _, prefix = inputs(model)
-    assert not torch.allclose(model(tokens, None, prefix), model(tokens, None, (prefix + 1) % 7))
+    assert not torch.allclose(model(tokens, None, prefix), model(tokens, None, (prefix + 1) % 9))
 
 
 def test_loss_is_the_mean_negative_log_likelihood():
@@ -106,28 +94,18 @@ def test_label_dropout_replaces_the_asked_share():
 
 
 @pytest.mark.parametrize(
-    ("role", "prefix", "call", "message"),
+    ("kind", "given", "message"),
     [
-        (
-            "prior",
-            0,
-            lambda m: m(torch.zeros(1, 9, dtype=torch.long)),
-            "9 tokens an image were given; this model was built for 8",
-        ),
-        ("prior", 0, lambda m: m(torch.zeros(1, 8, dtype=torch.long), torch.tensor([1])), "unconditional model"),
-        ("prior", 0, lambda m: m(torch.zeros(1, 8, dtype=torch.long), None, torch.zeros(1, 5).long()), "expects none"),
-        ("ar", 5, lambda m: m(torch.zeros(1, 8, dtype=torch.long)), "has none tokens; this model expects 5"),
-        (
-            "prior",
-            0,
-            lambda m: m(torch.zeros(1, 8, dtype=torch.long), mask=torch.ones(1, 8, dtype=torch.bool)),
-            "only role 'masked'",
-        ),
+        ({}, (torch.zeros(1, 9).long(),), "9 tokens an image were given; this model was built for 8"),
+        ({}, (IDS, torch.tensor([1])), "unconditional model"),
+        ({}, (IDS, None, IDS[:, :5]), "expects none"),
+        ({}, (IDS, None, None, IDS == 0), "only role 'masked'"),
+        ({"role": "ar", "prefix": 5}, (IDS,), "has none tokens; this model expects 5"),
     ],
 )
-def test_wrong_inputs_are_explained(role, prefix, call, message):
+def test_wrong_inputs_are_explained(kind, given, message):
     with pytest.raises(DigitError, match=message):
-        call(build(role, prefix=prefix))
+        build(**kind)(*given)
 
 
 def test_configs_refuse_what_cannot_be():
@@ -177,14 +155,8 @@ def test_init_authors_has_the_distributions_of_fairseq():
                 assert drawn[name].std().item() == pytest.approx(bound / 3**0.5, rel=0.03), name
         assert not drawn["attention.out.bias"].any()
         assert (block.attention_norm.weight == 1).all()
-    tables = (
-        "token_embedding",
-        "position_embedding",
-        "class_embedding",
-        "prefix_embedding",
-        "prefix_position_embedding",
-    )
-    for name in (*tables, "head"):
+    kinds = ("token", "position", "class", "prefix", "prefix_position")
+    for name in (*(f"{kind}_embedding" for kind in kinds), "head"):
         weight = getattr(model, name).weight
         assert weight.std().item() == pytest.approx(dim**-0.5, rel=0.03), name
         assert weight.abs().max() > 3 * dim**-0.5, name  # normal, not uniform
@@ -193,11 +165,8 @@ def test_init_authors_has_the_distributions_of_fairseq():
 
 def test_init_normal_is_what_packaged_models_began_with():
     torch.manual_seed(0)
-    model = TokenModel(
-        TokenModelConfig(
-            role="prior", vocab_size=300, length=256, transformer=TransformerConfig(dim=64, depth=2, heads=4)
-        )
-    )
+    shape = TransformerConfig(dim=64, depth=2, heads=4)
+    model = TokenModel(TokenModelConfig(role="prior", vocab_size=300, length=256, transformer=shape))
     assert model.config.init == "normal"
     for name, weight in model.named_parameters():
         if "norm" not in name and weight.ndim == 2:

@@ -92,7 +92,7 @@ def test_heads_must_divide_the_width():
         TransformerConfig(dim=32, depth=1, heads=5)
 
 
-def test_cache_size_is_reported():
+def test_a_cache_is_allocated_once_for_every_block():
     cache = KVCache(build().config, 2, 12, "cpu", torch.bfloat16)
     assert cache.length == 12
-    assert cache.bytes == 2 * 3 * 2 * 12 * 32 * 2
+    assert sum(t.nbytes for t in (*cache.keys, *cache.values)) == 2 * 3 * 2 * 12 * 32 * 2

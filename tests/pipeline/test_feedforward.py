@@ -108,24 +108,17 @@ def test_kept_pixels_are_kept_and_the_noise_suits_them(lean: DigitPipeline) -> N
     pixels = lean.to_pixels(tokens)
     assert torch.equal(pixels[:, :, ~region], given[:, :, ~region])
     assert (pixels != given)[:, :, region].any()
-    tried = torch.stack(
-        [lean.to_pixels(Tokens(lean.tokenizer.encode(given), None, p)) for p in _tries(lean, tokens, 3)]
-    )
-    errors = (tried - given).square()[:, :, :, ~region].mean((2, 3))  # (16, 3)
-    chosen = lean.to_pixels(Tokens(lean.tokenizer.encode(given), None, _bare(tokens, tokens.latents.noise)))
+
+    def rebuilt(noise):
+        return lean.to_pixels(Tokens(lean.tokenizer.encode(given), None, PixelLatents("onepass", noise)))
+
+    tries = [pixel_latents(painter.config, range(3), 1, stage=f"onepass-{i}") for i in range(FITTED)]
+    errors = (torch.stack([*map(rebuilt, tries)]) - given).square()[:, :, :, ~region].mean((2, 3))  # (16, 3)
+    chosen = rebuilt(tokens.latents.noise)
     torch.testing.assert_close((chosen - given).square()[:, :, ~region].mean((1, 2)), errors.min(0).values)
     alone = lean.to_pixels(edit_region(lean, given[1:2], region, tiny.request([1], seed=1)))
     torch.testing.assert_close(alone, pixels[1:2])
     assert painter.config.noise_dim == tokens.latents.noise.shape[1]
-
-
-def _bare(tokens, noise):
-    return PixelLatents("onepass", noise)
-
-
-def _tries(pipe, tokens, count):
-    config = pipe.decoders["onepass"].config
-    return [_bare(tokens, pixel_latents(config, range(count), 1, stage=f"onepass-{i}")) for i in range(FITTED)]
 
 
 def test_other_ways_to_edit(lean: DigitPipeline, images: torch.Tensor) -> None:
@@ -133,15 +126,10 @@ def test_other_ways_to_edit(lean: DigitPipeline, images: torch.Tensor) -> None:
     assert continue_rows(lean, images, 2, tiny.request(range(3))).latents.kept is None
     kept = continue_rows(lean, images, 2, tiny.request(range(3)), keep_pixels=True)
     assert torch.equal(lean.to_pixels(kept)[:, :, :16], images[:, :, :16])
-    large = lean.with_parts(
-        decoders={"onepass": tiny.onepass(pixels={"resolution": 64, "widths": (16, 8), "patch": 8})}
-    )
-    assert large.to_pixels(continue_rows(large, images, 2, tiny.request(range(3)), keep_pixels=True)).shape == (
-        3,
-        3,
-        64,
-        64,
-    )
+    decoder = tiny.onepass(pixels={"resolution": 64, "widths": (16, 8), "patch": 8})
+    large = lean.with_parts(decoders={"onepass": decoder})
+    kept = continue_rows(large, images, 2, tiny.request(range(3)), keep_pixels=True)
+    assert large.to_pixels(kept).shape == (3, 3, 64, 64)
 
 
 def test_vq_tokens_in_one_pass_are_tokens_like_others(pipe: DigitPipeline, images: torch.Tensor) -> None:

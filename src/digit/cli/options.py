@@ -147,12 +147,12 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
         own = [parameter for parameter in parameters if parameter.name != "settings"]
         options = [
             inspect.Parameter(
-                setting.name,
+                name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=None,
-                annotation=Annotated[setting.type | None, typer.Option(help=setting.help)],
+                annotation=Annotated[kind | None, typer.Option(help=help)],
             )
-            for setting in sampling_settings(*names).values()
+            for name, kind, help in sampling_settings(*names)
         ]
         command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in (*own, *options)}

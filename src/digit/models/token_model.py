@@ -122,26 +122,27 @@ class TokenModel(Component):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        tokens = (self.token_embedding, self.class_embedding, self.prefix_embedding)
-        vectors = (self.start, self.mask_vector)
+        std = self.config.transformer.dim**-0.5
+        tables: list[nn.Embedding | nn.Linear | None] = [
+            self.token_embedding,
+            self.class_embedding,
+            self.prefix_embedding,
+        ]
         if self.config.init == "authors":
             init_as_fairseq(self.transformer)
-            positions = (self.position_embedding, self.prefix_position_embedding)
-            std = self.config.transformer.dim**-0.5
-            drawn = [*vectors, *(table.weight for table in (*tokens, *positions, self.head) if table is not None)]
+            tables += [self.position_embedding, self.prefix_position_embedding, self.head]
         else:
             init_weights(self)
-            std, drawn = 0.02, [*vectors]
-        for weight in drawn:
-            if weight is not None:
-                nn.init.normal_(weight, std=std)
-        # With embedding_scale sqrt(dim) a token's vector enters with std 1 and its position, which is not multiplied,
-        # with std 0.02 (fairseq: 1 / sqrt(dim)): tokens outweigh positions until training says otherwise. With
-        # embedding_scale 1 both have 0.02.
-        if self.config.init == "normal" and self.config.embedding_scale != 1.0:
-            for table in tokens:
-                if table is not None:
-                    nn.init.normal_(table.weight, std=self.config.transformer.dim**-0.5)
+            # With embedding_scale sqrt(dim) a token's vector enters with std 1 and its position, which is not
+            # multiplied, with std 0.02 (fairseq: 1 / sqrt(dim)): tokens outweigh positions until training says
+            # otherwise. With embedding_scale 1 both have 0.02.
+            tables = tables if self.config.embedding_scale != 1.0 else []
+        for vector in (self.start, self.mask_vector):
+            if vector is not None:
+                nn.init.normal_(vector, std=std if self.config.init == "authors" else 0.02)
+        for table in tables:
+            if table is not None:
+                nn.init.normal_(table.weight, std=std)
 
     def embed_start(self, labels: Labels, batch: int) -> Float[Tensor, "B 1 D"]:
         """The vectors at the start position, without their position: the class, or the start vector."""

@@ -74,11 +74,6 @@ class KVCache:
         """How many positions fit, T."""
         return self.keys[0].shape[2]
 
-    @property
-    def bytes(self) -> int:
-        """Memory it occupies."""
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
-
     def rows(self, start: int, stop: int) -> KVCache:
         """The cache of sequences ``start`` to ``stop``: a view, what is written there is written here."""
         view = object.__new__(KVCache)

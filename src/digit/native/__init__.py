@@ -22,6 +22,15 @@ SOURCES = tuple(FOLDER / name for name in ("step.cpp", "draw.cpp", "norm.cpp"))
 HEADERS = tuple(FOLDER / name for name in ("vectors.h", "threads.h"))
 FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 
+_SIGNATURES = {
+    "digit_strip": "",
+    "digit_room": "plll",
+    "digit_step": "ppiilppp",
+    "digit_draw": "ppflllipflfp",
+    "digit_norm": "ppllllppppfii",
+}
+"""Arguments: p is a pointer, i int, l int64, f float."""
+
 
 class NoCompiler(Exception):
     """Why the C++ step could not be built here, in one line."""
@@ -52,27 +61,10 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(built))
     except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
         raise NoCompiler(f"{error} (DIGIT_CACHE names another folder)") from error
-    integer, number, pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    loaded.digit_room.restype = loaded.digit_strip.restype = integer
-    for name, arguments in {
-        "digit_strip": [],
-        "digit_room": [pointer, integer, integer, integer],
-        "digit_step": [pointer, pointer, ctypes.c_int, ctypes.c_int, integer, pointer, pointer, pointer],
-        "digit_draw": [
-            pointer,
-            pointer,
-            number,
-            *(integer,) * 3,
-            ctypes.c_int,
-            pointer,
-            number,
-            integer,
-            number,
-            pointer,
-        ],
-        "digit_norm": [pointer, pointer, *(integer,) * 4, *(pointer,) * 4, number, ctypes.c_int, ctypes.c_int],
-    }.items():
-        getattr(loaded, name).argtypes = arguments
+    loaded.digit_room.restype = loaded.digit_strip.restype = ctypes.c_int64
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
+    for name, arguments in _SIGNATURES.items():
+        getattr(loaded, name).argtypes = [kinds[letter] for letter in arguments]
     return loaded
 
 

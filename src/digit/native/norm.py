@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.native import available
+from digit.native import available, library
 
 LANES = 16  # as in the source
 
@@ -62,22 +62,10 @@ def _suits(norm: nn.GroupNorm, x: Tensor) -> bool:
 def _fast(norm: nn.GroupNorm, x: Tensor, gain: Tensor | None, offset: Tensor | None) -> Tensor:
     images, channels, height, width = x.shape
     y = torch.empty_like(x)  # channels last, too
-    # float32, side by side; a name for each, or their memory would be free before it is read
-    weight, bias, gain, offset = (
-        None if t is None else t.detach().float().contiguous() for t in (norm.weight, norm.bias, gain, offset)
-    )
-    library = available()
-    assert library is not None
-    library.digit_norm(
-        x.data_ptr(),
-        y.data_ptr(),
-        images,
-        height * width,
-        channels,
-        norm.num_groups,
-        *(None if t is None else t.data_ptr() for t in (weight, bias, gain, offset)),
-        norm.eps,
-        x.dtype == torch.bfloat16,
-        max(1, min(torch.get_num_threads(), images)),
-    )
+    # float32, side by side; kept by a name, or their memory would be free before it is read
+    numbers = [None if t is None else t.detach().float().contiguous() for t in (norm.weight, norm.bias, gain, offset)]
+    pointers = (None if t is None else t.data_ptr() for t in numbers)
+    size, threads = (images, height * width, channels, norm.num_groups), max(1, min(torch.get_num_threads(), images))
+    half = x.dtype == torch.bfloat16
+    library().digit_norm(x.data_ptr(), y.data_ptr(), *size, *pointers, norm.eps, half, threads)
     return y

@@ -47,14 +47,11 @@ def assemble(
     if prior is not None:
         facts = parts["prior"].provenance
         parts |= {"class_names": list(facts.get("class_names", [])), "space": facts.get("space", "semantic")}
-    models = [load_part(part_folder(path), "decoder") for path in decoders]
-    if models:
-        parts["decoders"] = {model.config.role: model for model in models}
     parts |= {key: value for key, value in {"class_names": class_names, "name": name}.items() if value is not None}
-    if base is None:
-        return DigitPipeline(**parts)
-    start = DigitPipeline.from_pretrained(base)
-    return start.with_parts(**{**parts, "decoders": {**start.decoders, **parts.get("decoders", {})}})
+    models = [load_part(part_folder(path), "decoder") for path in decoders]
+    start = DigitPipeline() if base is None else DigitPipeline.from_pretrained(base)
+    parts["decoders"] = {**start.decoders, **{model.config.role: model for model in models}}
+    return start.with_parts(**parts)
 
 
 def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str | None = None) -> DigitPipeline:
@@ -68,7 +65,7 @@ def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str |
     Raises:
         DigitError: not of that form, a stage that the model lacks, or an unknown setting.
     """
-    settings = {stage: to_dict(chosen) for stage, chosen in pipe.settings.items()}
+    settings = {stage: to_dict(params) for stage, params in pipe.settings.items()}
     stages = ["prior", *pipe.decoders]
     for item in items:
         place, separator, value = item.partition("=")
@@ -79,9 +76,6 @@ def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str |
                 f"this model are: {', '.join(stages)}."
             )
         settings.setdefault(stage, {})[name] = read_value(value)
-    chosen = {
-        stage: from_dict(SamplingParams, values, f"The defaults of {stage}") for stage, values in settings.items()
-    }
-    return pipe.with_parts(
-        settings=chosen, default_decoder=pipe.pick_decoder(decoder) if decoder else pipe.default_decoder
-    )
+    chosen = {stage: from_dict(SamplingParams, v, f"The defaults of {stage}") for stage, v in settings.items()}
+    default = pipe.pick_decoder(decoder) if decoder else pipe.default_decoder
+    return pipe.with_parts(settings=chosen, default_decoder=default)

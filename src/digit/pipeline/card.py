@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from digit.core.config import config
@@ -65,20 +65,16 @@ def model_card(pipe: Model) -> str:
     """The README of a saved model, by the template beside this file; the head is the Hub's metadata, with the results
     as a model index.
     """
-    images = "labels=[0]" if pipe.num_classes else "num=4"
-    tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"
-    call = f"tokens = pipe.{tokens}" if pipe.prior is None else f"images = pipe({images}, seed=0)"
-    facts: dict[str, Any] = {
-        "what": _what(pipe),
-        "call": call,
-        "parts": model_parts(pipe),
-        "training": _training(pipe),
-    }
-    card = ModelCard.from_template(_metadata(pipe), template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
-    return f"{str(card).rstrip()}\n"
-
-
-def _metadata(pipe: Model) -> ModelCardData:
+    if pipe.prior is None:
+        what = "the tokenizers alone, without a prior."
+        tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"
+        call = f"tokens = pipe.{tokens}"
+    else:
+        size = f" of {pipe.image_size} x {pipe.image_size}" if pipe.vqgan is not None else ""
+        classes = f" of {pipe.num_classes:,} classes" if pipe.num_classes else ""
+        tokens = "semantic tokens" if pipe.space == "semantic" else "VQ tokens"
+        what = f"images{size}{classes} from a GPT over {tokens}."
+        call = f"images = pipe({'labels=[0]' if pipe.num_classes else 'num=4'}, seed=0)"
     results = [
         EvalResult(
             task_type=one.task, dataset_type=one.data, dataset_name=one.data, dataset_split=one.split,
@@ -86,7 +82,7 @@ def _metadata(pipe: Model) -> ModelCardData:
         )
         for one in pipe.card.results
     ]  # fmt: skip
-    return ModelCardData(
+    head = ModelCardData(
         model_name=pipe.name,
         library_name="digit",
         license=pipe.card.license,
@@ -95,25 +91,18 @@ def _metadata(pipe: Model) -> ModelCardData:
         pipeline_tag="unconditional-image-generation" if pipe.prior is not None else None,
         eval_results=results or None,
     )
-
-
-def _what(pipe: Model) -> str:
-    if pipe.prior is None:
-        return "the tokenizers alone, without a prior."
-    tokens = "semantic tokens" if pipe.space == "semantic" else "VQ tokens"
-    classes = f" of {pipe.num_classes:,} classes" if pipe.num_classes else ""
-    size = f" of {pipe.image_size} x {pipe.image_size}" if pipe.vqgan is not None else ""
-    return f"images{size}{classes} from a GPT over {tokens}."
+    facts: dict[str, Any] = {"what": what, "call": call, "parts": model_parts(pipe), "training": _training(pipe)}
+    card = ModelCard.from_template(head, template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
+    return f"{str(card).rstrip()}\n"
 
 
 def _training(pipe: Model) -> list[str]:
     """What it learnt from, as far as the parts say, and the rest of the provenance."""
     lines = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
     for part in model_parts(pipe):
-        made, facts = part.provenance, []
-        for given in (made.get("data"), made.get("source")):
-            if isinstance(given, Mapping) and "name" in given:
-                facts.append(f"on {given['name']}, split {given.get('split')}")
+        made = part.provenance
+        given = [made[key] for key in ("data", "source") if isinstance(made.get(key), Mapping)]
+        facts = [f"on {data['name']}, split {data.get('split')}" for data in given if "name" in data]
         facts += [f"{made[key]:,} {key}" for key in ("steps", "updates") if isinstance(made.get(key), int)]
         facts += [f"from {made['source']}"] if isinstance(made.get("source"), str) else []
         if facts:
@@ -146,10 +135,9 @@ def with_facts(
 
 def describe_model(pipe: Model) -> dict[str, Any]:
     """A pipeline's name, and parameters and checksum of each of its parts, as results keep them."""
-    modules = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     parts = {
-        name: {"parameters": sum(p.numel() for p in module.parameters()), "sha256": weights_checksum(module)}
-        for name, module in modules.items()
+        place: {"parameters": sum(p.numel() for p in part.parameters()), "sha256": weights_checksum(part)}
+        for place, part in pipe.components.items()
     }
     return {"name": pipe.name, "space": pipe.space, "parts": parts}
 
@@ -189,7 +177,10 @@ def read_results(paths: Sequence[str | Path], pipe: DigitPipeline) -> tuple[Meas
     mine = {name: part["sha256"] for name, part in describe_model(pipe)["parts"].items()}
     found: list[Measured] = []
     for path in map(Path, paths):
-        results = [_readable(file) for file in sorted(path.rglob("*.json"))] if path.is_dir() else [read_json(path)]
+        results = [] if path.is_dir() else [read_json(path)]
+        for file in sorted(path.rglob("*.json")):
+            with suppress(DigitError, OSError):  # the other files need not suffer for a broken one
+                results.append(read_json(file))
         numbers = [one for data in results if _is_of(data, mine) for one in _numbers(data)]
         if not numbers:
             raise DigitError(
@@ -198,14 +189,6 @@ def read_results(paths: Sequence[str | Path], pipe: DigitPipeline) -> tuple[Meas
             )
         found += numbers
     return tuple(dict.fromkeys(found))
-
-
-def _readable(file: Path) -> Any:
-    """What a JSON file of a run folder holds; None for a broken one, which other files need not suffer for."""
-    try:
-        return read_json(file)
-    except (DigitError, OSError):
-        return None
 
 
 def _is_of(data: Any, mine: Mapping[str, str]) -> bool:
@@ -223,7 +206,6 @@ def _is_of(data: Any, mine: Mapping[str, str]) -> bool:
 def _numbers(data: Mapping[str, Any]) -> list[Measured]:
     """What a card shows of a result."""
     kind, values, images = data["kind"], data["values"], data.get("data") or {}
-    found: list[tuple[str, str, float]] = []
     if kind == "fidelity":
         task, images = "unconditional-image-generation", data.get("reference") or {"name": "none"}
         decoder = (data.get("sampling") or {}).get("decoder")
@@ -232,9 +214,9 @@ def _numbers(data: Mapping[str, Any]) -> list[Measured]:
     elif kind == "probe":
         task, images = "image-classification", images["test"]
         best = max(values["layers"], key=lambda layer: layer["accuracy"])
-        where = f"state {best['state']} of {values['depth']}"
-        found = [("accuracy", f"top-1 accuracy of a linear probe of the prior, {where}", best["accuracy"])]
-    elif kind == "stability":  # at the noise level nearest to 20 dB
+        name = f"top-1 accuracy of a linear probe of the prior, state {best['state']} of {values['depth']}"
+        found = [("accuracy", name, best["accuracy"])]
+    elif kind == "stability":
         task, names = "image-feature-extraction", {"semantic": "semantic", "vq": "VQ"}
         noise = [row for row in values if row["kind"] == "noise"]
         level = min((row["level"] for row in noise), key=lambda db: abs(db - 20), default=None)

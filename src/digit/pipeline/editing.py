@@ -66,8 +66,8 @@ def continue_rows(
         free = torch.arange(shape[0] * shape[1], device=pipe.device) >= kept * shape[1]
         return free.expand(len(images), -1)
 
-    kept = rows * fine[0] // grid[0] if keep_pixels else 0
-    return edit_tokens(pipe, images, after(rows, grid), after(kept, fine), request, callback)
+    cells_after = after(rows * fine[0] // grid[0], fine) if keep_pixels else None
+    return edit_tokens(pipe, images, after(rows, grid), cells_after, request, callback)
 
 
 def vary(
@@ -81,9 +81,7 @@ def vary(
     count = pipe.prior_tokenizer.num_tokens
     rank = uniforms(request.seed, request.images, "vary", (count,)).argsort(1).argsort(1)  # (B, N)
     free = (rank < max(1, round(fraction * count))).to(pipe.device)
-    rows, columns = pipe.stage2(request.decoder).grid
-    everything = torch.ones(len(images), rows * columns, dtype=torch.bool, device=pipe.device)
-    return edit_tokens(pipe, images, free, everything, request, callback)
+    return edit_tokens(pipe, images, free, None, request, callback)
 
 
 @torch.inference_mode()
@@ -91,7 +89,7 @@ def edit_tokens(
     pipe: DigitPipeline,
     images: Tensor,
     free: Tensor,
-    free_cells: Tensor,
+    free_cells: Tensor | None,
     request: SampleRequest,
     callback: Callback | None = None,
 ) -> Tokens:
@@ -101,7 +99,7 @@ def edit_tokens(
         pipe: a model with its tokenizer.
         images: (B, 3, S, S) in 0..1.
         free: (B, N) bool of the prior's tokens, True where to sample.
-        free_cells: (B, M) bool of the cells of stage 2.
+        free_cells: (B, M) bool of the cells of stage 2; None for all.
         request: for these images.
         callback: see :data:`digit.pipeline.stage2.Callback`.
     """
@@ -109,7 +107,8 @@ def edit_tokens(
         request = request.validate(pipe)
     images = images.to(pipe.device)
     first = pipe.sample_prior(request, pipe.prior_tokenizer.encode(images), free, callback)  # (B, N)
-    return pipe.stage2(request.decoder).sample(first, request, callback, (images, free_cells))
+    kept = None if free_cells is None else (images, free_cells)
+    return pipe.stage2(request.decoder).sample(first, request, callback, kept)
 
 
 def cells(region: Tensor, grid: tuple[int, int]) -> Tensor:

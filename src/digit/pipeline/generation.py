@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -110,12 +112,11 @@ def generate_folder(
         _pack(run, npz)
         return {**run.record(), "made": 0}
     started = time.perf_counter()
-    work = _Work(pipe, run, request, compile, quantize)
-    with ThreadPoolExecutor(WRITERS) as writers:
-        size = work.make(batch_size, writers)
+    size, made = _make(pipe, run, request, batch_size, compile, quantize)
     seconds = time.perf_counter() - started
+    (program, *words), models = sys.argv, _token_models(pipe)
     results = {
-        "command": _command(),
+        "command": shlex.join(["digit" if Path(program).name == "__main__.py" else Path(program).name, *words]),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "labelling": labelling,
@@ -124,11 +125,11 @@ def generate_folder(
         "threads": torch.get_num_threads(),
         "hardware": hardware(),
         "processes": run.processes,
-        "made": work.made,
+        "made": made,
         "seconds": round(seconds, 3),
-        "engine": ", ".join(dict.fromkeys(filter(None, map(engine_name, work.models)))),
-        "compile_seconds": round(sum(compile_seconds(m) for m in work.models), 3),
-        "images_per_second": round(work.made / seconds, 3),
+        "engine": ", ".join(dict.fromkeys(filter(None, map(engine_name, models)))),
+        "compile_seconds": round(sum(map(compile_seconds, models)), 3),
+        "images_per_second": round(made / seconds, 3),
     }
     if not run.claim():
         return {**run.identity, **results, "finished": False}
@@ -190,55 +191,50 @@ def _pack(run: RunFolder, npz: str | Path | None) -> None:
     write_image_array(npz, (np.asarray(Image.open(file).convert("RGB")) for file in files), record["num"], about)
 
 
-def _command() -> str:
-    """What was typed."""
-    program, *words = sys.argv
-    return shlex.join(["digit" if Path(program).name == "__main__.py" else Path(program).name, *words])
+def _make(
+    pipe: DigitPipeline,
+    run: RunFolder,
+    request: SampleRequest,
+    batch_size: int | None,
+    compile: bool | None,
+    quantize: str | None,
+) -> tuple[int, int]:
+    """Make the images of this process's share that are missing: how many at a time, and how many in all."""
+    missing, made, models = run.missing(), 0, _token_models(pipe)
+    writing: list[Future[Path]] = []
+
+    def speed_up(compile_now: bool) -> None:
+        for model in models:
+            accelerate(model, compile_now, quantize, native=compile is not False)
+
+    def work(images: Sequence[int]) -> None:
+        tokens = pipe.sample_tokens(request.take(images))
+        pixels = _pixels(pipe, tokens).cpu()
+        run.keep(images, tokens)
+        writing.extend(writers.submit(_write, image, run.image(i)) for i, image in zip(images, pixels, strict=True))
+
+    # the batch that is measured has a size of its own, which is not worth compiling for
+    speed_up(bool(compile) and (batch_size is not None or len(missing) <= PROBE))
+    batcher = Batcher(pipe.device, batch_size, lambda: release(*models))
+    began = time.perf_counter()
+    with ThreadPoolExecutor(WRITERS) as writers, bar("Generating", len(missing), show=run.rank == 0) as progress:
+        for done in batcher.run(missing, work):
+            if not made:  # after the first batch it is known how long the rest takes
+                left = (time.perf_counter() - began) / done * (len(missing) - done)
+                speed_up(left > WORTH_COMPILING if compile is None else compile)
+            made += done
+            progress.advance(done)
+        for job in writing:
+            job.result()
+    return batcher.size or len(missing), made
 
 
-class _Work:
-    """The images that this process still has to make."""
+def _write(image: torch.Tensor, file: Path) -> Path:
+    return save_png(to_pil(image), file)
 
-    def __init__(
-        self, pipe: DigitPipeline, run: RunFolder, request: SampleRequest, compile: bool | None, quantize: str | None
-    ) -> None:
-        self.pipe, self.run, self.request = pipe, run, request
-        self.compile, self.quantize, self.made = compile, quantize, 0
-        self.models = [m for m in (pipe.prior, *pipe.decoders.values()) if isinstance(m, TokenModel)]
 
-    def make(self, batch_size: int | None, writers: ThreadPoolExecutor) -> int:
-        """Make them; the batch size that was used."""
-        missing = self.run.missing()
-        batcher = Batcher(self.pipe.device, batch_size, self._release)
-        # the batch that is measured has a size of its own, which is not worth compiling for
-        self._accelerate(bool(self.compile) and (batch_size is not None or len(missing) <= PROBE))
-        writing: list[Future[Path]] = []
-
-        def work(images: Sequence[int]) -> None:
-            tokens = self.pipe.sample_tokens(self.request.take(images))
-            pixels = _to_host(_pixels(self.pipe, tokens))
-            self.run.keep(images, tokens)
-            writing.extend(writers.submit(_write, pixels, n, self.run.image(i)) for n, i in enumerate(images))
-
-        began = time.perf_counter()
-        with bar("Generating", len(missing), show=self.run.rank == 0) as progress:
-            for done in batcher.run(missing, work):
-                if not self.made:  # after the first batch it is known how long the rest takes
-                    left = (time.perf_counter() - began) / done * (len(missing) - done)
-                    self._accelerate(left > WORTH_COMPILING if self.compile is None else self.compile)
-                self.made += done
-                progress.advance(done)
-            for job in writing:
-                job.result()
-        return batcher.size or len(missing)
-
-    def _release(self) -> None:
-        for model in self.models:
-            release(model)
-
-    def _accelerate(self, compile: bool) -> None:
-        for model in self.models:
-            accelerate(model, compile, self.quantize, native=self.compile is not False)
+def _token_models(pipe: DigitPipeline) -> list[TokenModel]:
+    return [part for part in pipe.components.values() if isinstance(part, TokenModel)]
 
 
 def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
@@ -255,32 +251,14 @@ def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _to_host(pixels: torch.Tensor) -> tuple[torch.Tensor, Any]:
-    """Begin copying images off the device; the copy, and an event to wait for before it is read."""
-    if pixels.device.type != "cuda":
-        return pixels.cpu(), None
-    host = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-    host.copy_(pixels, non_blocking=True)
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return host, event
-
-
-def _write(pixels: tuple[torch.Tensor, Any], place: int, path: Path) -> Path:
-    images, event = pixels
-    if event is not None:
-        event.synchronize()
-    return save_png(to_pil(images[place]), path)
-
-
 def _grid(run: RunFolder, labels: Sequence[int] | None, names: Sequence[str]) -> Image.Image:
     """The first images; where they are of a few classes with names, a row of each class."""
     first = [Image.open(run.image(i)) for i in range(min(GRID_IMAGES, run.identity["num"]))]
     if not names or not labels or len(set(labels)) > GRID_CLASSES:
         return picture_grid(first)
-    rows: dict[int, list[Image.Image]] = {}
-    for index, image in enumerate(first):
-        rows.setdefault(labels[index % len(labels)], []).append(image)
+    rows = defaultdict(list)
+    for image, label in zip(first, itertools.cycle(labels), strict=False):
+        rows[label].append(image)
     columns = max(map(len, rows.values()))
     blank = Image.new("RGB", first[0].size, "white")
     cells = [image for row in rows.values() for image in (*row, *[blank] * (columns - len(row)))]

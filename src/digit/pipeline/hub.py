@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -28,8 +27,7 @@ PARTS = ("encoder", "codebook", "prior", "decoder", "vqgan")
 _LOGIN = "A private model, and publishing, need a token: hf auth login, or the variable HF_TOKEN."
 
 
-@dataclass(frozen=True)
-class Published:
+class Published(NamedTuple):
     """The files of the authors that make a model."""
 
     stage1: str
@@ -54,7 +52,6 @@ def resolve_model(
     variant: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
-    cache: str | Path | None = None,
 ) -> Path:
     """The folder of a model.
 
@@ -65,7 +62,6 @@ def resolve_model(
             folder in it.
         revision: branch, tag or commit on the Hub.
         token: for private repositories; see huggingface_hub.
-        cache: where converted models are kept; None: ``$DIGIT_CACHE``, else ``~/.cache/digit``.
 
     Raises:
         DigitError: it is in none of these places; the message says what was tried.
@@ -87,23 +83,27 @@ def resolve_model(
         return packaged[text]
     known = f" (packaged: {', '.join(packaged)})" if packaged else ""
     repository_id(text, "model", f"no such folder, no packaged model of this name{known}")
-    store = Path(cache) if cache is not None else cache_folder()
     if text == AUTHORS:
-        return _authors_model(variant, revision, token, store)
-    return _published_model(text, variant, revision, token)
+        return _authors_model(variant, revision, token)
+    inside = f"{variant}/" if variant else ""
+    wanted = [f"{inside}{place}" for place in (INDEX, "README.md", *(f"{part}/*" for part in PARTS))]
+    tried = f"'{text}' is neither a local folder nor a packaged model"
+    return _fetch(text, wanted[:1], wanted, revision, token, tried) / inside
 
 
-def _authors_model(variant: str | None, revision: str | None, token: str | bool | None, store: Path) -> Path:
+def _authors_model(variant: str | None, revision: str | None, token: str | bool | None) -> Path:
     """One of the authors' models, converted; from the cache if it was converted before."""
     if variant not in VARIANTS:
         given = f"variant '{variant}' was given" if variant else "no variant was given"
         raise DigitError(f"{AUTHORS} holds several models and {given}; choose one of: {', '.join(VARIANTS)}.")
+    store = cache_folder()
     folder = store / "models" / AUTHORS.replace("/", "--") / (variant if revision is None else f"{variant}@{revision}")
     if (folder / INDEX).is_file():
         return folder
     files = VARIANTS[variant]
     tried = f"'{AUTHORS}' ({variant}) is neither a local folder nor converted in the cache ({folder})"
-    stage1, stage2 = (_file(AUTHORS, name, revision, token, tried) for name in (files.stage1, files.stage2))
+    root = _fetch(AUTHORS, [*files], [*files], revision, token, tried, newest=False)
+    stage1, stage2 = (root / name for name in files)
     from digit.convert.fairseq import read_checkpoint
     from digit.convert.upstream import convert_upstream
 
@@ -119,76 +119,69 @@ def _authors_model(variant: str | None, revision: str | None, token: str | bool 
     return convert_upstream(folder, stage1, stage2, vqgan=vqgan, name=f"{AUTHORS} {variant}")
 
 
-def _published_model(name: str, variant: str | None, revision: str | None, token: str | bool | None) -> Path:
-    """A model in our format on the Hub, all of one commit; a variant is a folder of the repository.
-
-    A branch is asked for its newest commit; where the Hub cannot be asked, the one in the cache serves.
-    """
-    inside = f"{variant}/" if variant else ""
-    tried = f"'{name}' is neither a local folder nor a packaged model"
-
-    def download(local: bool) -> Path:
-        wanted = [f"{inside}{place}" for place in (INDEX, "README.md", *(f"{part}/*" for part in PARTS))]
-        root = Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, token=token, endpoint=endpoint(), allow_patterns=wanted, local_files_only=local
-            )
-        )
-        if not (root / inside / INDEX).is_file():
-            raise errors.EntryNotFoundError(f"{inside}{INDEX}")
-        return root / inside
-
-    return _fetch(name, f"{inside}{INDEX}", tried, download, newest=True)
-
-
-def _file(repository: str, name: str, revision: str | None, token: str | bool | None, tried: str) -> Path:
-    """A file of a Hub repository on this machine: from the mirror, the Hub's own cache, or the network."""
-
-    def download(local: bool) -> Path:
-        return Path(
-            huggingface_hub.hf_hub_download(
-                repository, name, revision=revision, token=token, endpoint=endpoint(), local_files_only=local
-            )
-        )
-
-    return _fetch(repository, name, tried, download, newest=False)
-
-
-def _fetch(repository: str, name: str, tried: str, download: Callable[[bool], Path], newest: bool) -> Path:
-    """Run a download of the Hub's client.
+def _fetch(
+    repository: str,
+    needed: list[str],
+    wanted: list[str],
+    revision: str | None,
+    token: str | bool | None,
+    tried: str,
+    newest: bool = True,
+) -> Path:
+    """Files of a Hub repository, all of one commit, here: from the mirror, the Hub's own cache, or the network.
 
     Args:
-        repository, name: what is fetched, for the messages and the mirror.
-        tried: how the message begins.
-        download: told whether to look into the client's cache alone.
-        newest: ask the Hub first; else the cache.
+        repository, revision, token: where they are.
+        needed: these must be there.
+        wanted: patterns of all files to fetch.
+        tried: how messages begin.
+        newest: a branch is asked for its newest commit, and the cache serves where the Hub cannot be asked; else the
+            cache comes first.
+
+    Returns:
+        The folder that stands for the repository.
     """
-    mirror = os.environ.get("DIGIT_HUB_DIR")
-    if mirror:
-        path = Path(mirror) / repository / name
-        if not path.is_file():
-            raise DigitError(f"{tried}, and the mirror in DIGIT_HUB_DIR has no {path}.")
-        return path.parent if newest else path
-    where = f"{name} is not in the Hub's cache ({constants.HF_HUB_CACHE})"
+
+    def download(local: bool) -> Path:
+        root = Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision, token=token, endpoint=endpoint(), allow_patterns=wanted,
+                local_files_only=local,
+            )
+        )  # fmt: skip
+        if missing := [name for name in needed if not (root / name).is_file()]:
+            raise errors.EntryNotFoundError(missing[0])
+        return root
+
+    if mirror := os.environ.get("DIGIT_HUB_DIR"):
+        root = Path(mirror) / repository
+        if missing := [root / name for name in needed if not (root / name).is_file()]:
+            raise DigitError(f"{tried}, and the mirror in DIGIT_HUB_DIR has no {missing[0]}.")
+        return root
     barrier = out_of_reach() if newest else ""
     if not newest or barrier:
         with contextlib.suppress(errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
             return download(True)
-        barrier = barrier or out_of_reach()
-        if barrier:
+        if barrier := barrier or out_of_reach():
+            where = f"{needed[0]} is not in the Hub's cache ({constants.HF_HUB_CACHE})"
             raise DigitError(f"{tried}; {where}, and {barrier}. Give a local folder instead.")
     try:
         return download(False)
-    except errors.LocalEntryNotFoundError as error:
-        raise DigitError(f"{tried}; the download of {name} failed: {error.__cause__ or error}") from error
-    except errors.EntryNotFoundError as error:
-        raise DigitError(f"{tried}; the Hub's {repository} has no file {name}.") from error
-    except errors.RevisionNotFoundError as error:
-        raise DigitError(f"{tried}; the Hub's {repository} has no branch, tag or commit of that name.") from error
-    except errors.RepositoryNotFoundError as error:
-        raise DigitError(f"{tried}; the Hub has no repository {repository} that may be read. {_LOGIN}") from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise DigitError(f"{tried}; the download of {name} failed: {str(error).strip().splitlines()[0]}") from error
+    except (errors.EntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
+        failed = f"the download of {needed[0]} failed"
+        reasons: dict[type[BaseException], str] = {
+            errors.LocalEntryNotFoundError: f"{failed}: {error.__cause__ or error}",
+            errors.EntryNotFoundError: f"the Hub's {repository} has no file {error}.",
+            errors.RevisionNotFoundError: f"the Hub's {repository} has no branch, tag or commit of that name.",
+            errors.RepositoryNotFoundError: f"the Hub has no repository {repository} that may be read. {_LOGIN}",
+            Exception: f"{failed}: {_first_line(error)}",
+        }
+        reason = next(text for kind, text in reasons.items() if isinstance(error, kind))
+        raise DigitError(f"{tried}; {reason}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 # -- publishing --------------------------------------------------------------------------------------------------------
@@ -244,10 +237,7 @@ def push_folder(
     except errors.HfHubHTTPError as error:
         code = error.response.status_code if error.response is not None else None
         login = f" {_LOGIN}" if code in (401, 403, 404) else ""
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise DigitError(f"The Hub did not take the model for {repository}: {reason}.{login}") from error
+        raise DigitError(f"The Hub did not take the model for {repository}: {_first_line(error)}.{login}") from error
     except (errors.LocalTokenNotFoundError, OSError) as error:
-        raise DigitError(
-            f"The model was not published: {str(error).strip().splitlines()[0].rstrip('.')}. {_LOGIN}"
-        ) from error
+        raise DigitError(f"The model was not published: {_first_line(error)}. {_LOGIN}") from error
     return str(commit.pr_url or commit.commit_url)

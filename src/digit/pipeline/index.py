@@ -10,9 +10,8 @@ from digit.core.files import read_json
 from digit.core.hub import INDEX as INDEX
 
 FORMAT = 1
-_FIELDS = (
-    "format", "space", "parts", "decoders", "default_decoder", "class_names", "settings", "provenance", "name",
-)  # fmt: skip
+PLAIN = ("name", "space", "default_decoder", "class_names", "provenance")
+"""Attributes of a model that the index holds as they are."""
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
@@ -27,7 +26,7 @@ def read_index(folder: str | Path) -> dict[str, Any]:
             f"{folder} is not a model: it has no {INDEX}. Models are made by: digit assemble, digit convert."
         )
     index = read_json(path)
-    missing = set(_FIELDS) - set(index if isinstance(index, dict) else ())
+    missing = {"format", "parts", "decoders", "settings", *PLAIN}.difference(index if isinstance(index, dict) else ())
     if missing:
         raise DigitError(f"{path} is not the index of a model: it lacks {', '.join(sorted(missing))}.")
     if index["format"] != FORMAT:

@@ -19,7 +19,7 @@ from digit.encoders.conv import ConvEncoder
 from digit.encoders.transformers_encoder import EncoderConfig
 from digit.models.codebook import Codebook
 from digit.models.component import millions, read_component
-from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
+from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder, PixelHeadConfig
 from digit.models.probe import LinearProbe
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN, VQGANConfig
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 COMPONENTS = (ConvEncoder, Codebook, TokenModel, FeedForwardDecoder, VQGAN, LinearProbe)
-CONFIGS: dict[str, type[Any]] = {kind.saved_as: kind.config_class for kind in COMPONENTS}
-CONFIGS["TransformersEncoder"] = EncoderConfig
+_SAMPLED = (TokenModel.saved_as, FeedForwardDecoder.saved_as)
+CONFIGS = {"TransformersEncoder": EncoderConfig, **{kind.saved_as: kind.config_class for kind in COMPONENTS}}
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,7 @@ class Part:
 
     def summary(self) -> str:
         """Its shape in a line."""
-        text: str = self.typed_config().describe()
-        return text
+        return str(self.typed_config().describe())
 
 
 def folder_parts(folder: str | Path) -> list[Part]:
@@ -97,27 +96,21 @@ def folder_part(folder: Path, place: str) -> Part:
 
 def model_parts(model: Model) -> list[Part]:
     """The components of a loaded model."""
-    return [module_part(place, module) for place, module in model.components.items()]
-
-
-def module_part(place: str, module: Any) -> Part:
-    """A loaded component."""
-    tensors: list[Any] = list(module.state_dict().values())
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
-    kind = getattr(module, "saved_as", type(module).__name__)
-    count = sum(t.numel() for t in tensors)
-    return Part(place, kind, to_dict(module.config), count, size, dtypes, module.provenance)
+    parts = []
+    for place, module in model.components.items():
+        tensors = list(module.state_dict().values())
+        count, size = sum(t.numel() for t in tensors), sum(t.nbytes for t in tensors)
+        dtypes = tuple(sorted({str(t.dtype).removeprefix("torch.") for t in tensors}))
+        kind = getattr(module, "saved_as", type(module).__name__)
+        parts.append(Part(place, kind, to_dict(module.config), count, size, dtypes, module.provenance))
+    return parts
 
 
 def describe(model: Model) -> str:
     """A model in a few lines of text."""
     dtype = str(model.dtype).removeprefix("torch.")
-    lines = [f"DigitPipeline '{model.name}' on {model.device} in {dtype}"]
-    lines += [
-        f"  {part.place}: {part.summary()}; {millions(part.parameters)} parameters" for part in model_parts(model)
-    ]
-    return "\n".join(lines)
+    parts = [f"{part.place}: {part.summary()}; {millions(part.parameters)} parameters" for part in model_parts(model)]
+    return "\n  ".join([f"DigitPipeline '{model.name}' on {model.device} in {dtype}", *parts])
 
 
 @dataclass(frozen=True)
@@ -153,23 +146,21 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
     for part in parts:
         if part.type == "LinearProbe":
             continue
-        config = part.typed_config()
-        narrow = isinstance(config, TokenModelConfig | FeedForwardConfig)
-        weights += part.parameters * (item if narrow else 4)
-        if isinstance(config, TokenModelConfig):
-            caches = max(caches, cache_bytes(config, item))
-        elif isinstance(config, VQGANConfig):
-            pixels = max(pixels, config.activation_bytes())
-        elif isinstance(config, FeedForwardConfig) and config.pixels is not None:
-            pixels = max(pixels, item * config.pixels.activation_numbers())
+        match config := part.typed_config():
+            case TokenModelConfig():
+                caches = max(caches, cache_bytes(config, item))
+            case FeedForwardConfig(pixels=PixelHeadConfig() as head):
+                pixels = max(pixels, item * head.activation_numbers())
+            case VQGANConfig():
+                pixels = max(pixels, config.activation_bytes())
+        weights += part.parameters * (item if hasattr(config, "transformer") else 4)
     return Memory(weights, caches * batch, pixels * batch)
 
 
 def cache_bytes(model: TokenModelConfig, item: int) -> int:
     """Keys and values of every block for one image, in bytes; 0 for masked models, which keep none."""
-    if model.role == "masked":
-        return 0
-    return 2 * model.transformer.depth * (model.prefix_length + model.length) * model.transformer.dim * item
+    numbers = 2 * model.transformer.depth * (model.prefix_length + model.length) * model.transformer.dim
+    return 0 if model.role == "masked" else numbers * item
 
 
 def model_tree(folder: str | Path, batch: int = 1) -> Tree:
@@ -196,7 +187,7 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
     tree = Tree(f"{title}  [dim]{escape(str(folder))}[/]")
     for part in parts:
         _add_part(tree, part)
-    if any(part.place == "prior" or part.place.startswith("decoder/") for part in parts):
+    if any(part.type in _SAMPLED for part in parts):
         _add_memory(tree, parts, batch)
     if names := index["class_names"]:
         tree.add(escape(f"classes: {', '.join(names[:20])}{f' and {len(names) - 20} more' * (len(names) > 20)}"))
@@ -211,22 +202,18 @@ def _add_part(tree: Tree, part: Part) -> None:
     label = "" if part.place == "." else f"[bold]{part.place}[/]  "
     branch = tree.add(f"{label}{millions(part.parameters)} parameters, {_size(part.bytes)} ({', '.join(part.dtypes)})")
     branch.add(escape(part.summary()))
-    preset = matching_preset(part)
-    if preset:
+    if preset := matching_preset(part):
         branch.add(f"preset: {preset}")
     facts = {key: value for key, value in part.provenance.items() if value is not None}
     for key in ("source", "updates", "steps", "data"):
-        if key in facts and (text := _origin(facts[key])):
+        value = facts.get(key, "")
+        if isinstance(value, Mapping):  # a dataset
+            value = " ".join(str(value[name]) for name in ("name", "split") if name in value)
+        elif len(str(value)) == 64 and str(value).isalnum():  # a checksum
+            value = f"{value[:12]}…"
+        if value != "":
             checksum = f" (sha256 {facts['sha256'][:12]}…)" if key == "source" and "sha256" in facts else ""
-            branch.add(_fact(key, f"{text}{checksum}"))
-
-
-def _origin(value: object) -> str:
-    """A fact of the provenance in a few words: a dataset by name, a long checksum by its beginning."""
-    if isinstance(value, Mapping):
-        return " ".join(str(value[key]) for key in ("name", "split") if key in value)
-    text = str(value)
-    return f"{text[:12]}…" if len(text) == 64 and text.isalnum() else text
+            branch.add(_fact(key, f"{value}{checksum}"))
 
 
 def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
@@ -244,7 +231,7 @@ def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
 
 def matching_preset(part: Part) -> str | None:
     """The packaged preset that describes the same network, training aside."""
-    if part.type not in ("TokenModel", "OnePassDecoder"):
+    if part.type not in _SAMPLED:
         return None
     model = part.typed_config()
     for name in preset_names():
@@ -263,10 +250,9 @@ def matching_preset(part: Part) -> str | None:
 def _network(model: TokenModelConfig | FeedForwardConfig) -> Any:
     """The config with the fields of training, which are no part of the network, set to a standard."""
     t = model.transformer
-    values: dict[str, Any] = {"transformer": dataclasses.replace(t, dropout=0.0, ffn_dim=t.hidden_dim)}
-    if isinstance(model, TokenModelConfig):
-        values["label_smoothing"] = 0.0
-    return dataclasses.replace(model, class_dropout=0.0, **values)
+    shape = dataclasses.replace(t, dropout=0.0, ffn_dim=t.hidden_dim)
+    smoothing: dict[str, Any] = {"label_smoothing": 0.0} if isinstance(model, TokenModelConfig) else {}
+    return dataclasses.replace(model, class_dropout=0.0, transformer=shape, **smoothing)
 
 
 def _fact(key: str, value: object) -> str:
@@ -275,7 +261,7 @@ def _fact(key: str, value: object) -> str:
 
 
 def _size(count: int) -> str:
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if count >= unit:
-            return f"{count / unit:.2f} {name}" if unit == 2**30 else f"{count / unit:.1f} {name}"
+    for bits, form in ((30, "{:.2f} GiB"), (20, "{:.1f} MiB"), (10, "{:.1f} KiB")):
+        if count >> bits:
+            return form.format(count / 2**bits)
     return f"{count} B"

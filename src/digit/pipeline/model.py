@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,9 +28,8 @@ from digit.models.feedforward import FeedForwardDecoder
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
-from digit.pipeline.fit import check_fit
 from digit.pipeline.hub import push_folder, resolve_model
-from digit.pipeline.index import FORMAT, INDEX, read_index
+from digit.pipeline.index import FORMAT, INDEX, PLAIN, read_index
 from digit.pipeline.info import describe
 from digit.sampling.request import SamplingParams
 
@@ -83,7 +82,43 @@ class Model:
     exact_pixels: bool = False
 
     def __post_init__(self) -> None:
-        check_fit(self)
+        """Neighbouring components must agree, or the first user would find out in a stack trace."""
+        if self.encoder is not None and self.codebook is not None:
+            self.codebook.check_encoder(self.encoder)
+        if self.prior is not None and self.prior.config.prefix_length:
+            raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
+        if alone := [kind for kind, decoder in self.decoders.items() if not decoder.config.prefix_length]:
+            raise DigitError(f"The decoder '{alone[0]}' is none: it reads no semantic tokens, as a prior does.")
+        said: dict[str, tuple[str, int]] = {}
+        for what, part, size in self._sizes():
+            before, other = said.get(what, (part, size))
+            if other != size:
+                raise DigitError(f"The parts do not fit: {what} is {other} in the {before} and {size} in the {part}.")
+            said[what] = part, size
+        names, classes = len(self.class_names), self.num_classes
+        if names and classes and names != classes:
+            raise DigitError(f"{names} class names were given for a prior of {classes} classes.")
+
+    def _sizes(self) -> Iterator[tuple[str, str, int]]:
+        """Vocabularies and lengths: what it is, the component, its size."""
+        semantic = ("the number of semantic tokens K", "semantic tokens an image N")
+        vq = ("the number of VQ codes V", "VQ tokens an image M")
+        if self.codebook is not None:
+            yield semantic[0], "codebook", self.codebook.config.clusters
+        if self.vqgan is not None:
+            yield vq[0], "vqgan", self.vqgan.config.codes
+            yield vq[1], "vqgan", self.vqgan.num_tokens
+        if self.prior is not None:
+            vocabulary, length = semantic if self.space == "semantic" else vq
+            yield vocabulary, "prior", self.prior.config.vocab_size
+            yield length, "prior", self.prior.config.length
+        for kind, decoder in self.decoders.items():
+            config, name = decoder.config, f"{kind} decoder"
+            if config.head == "vq":
+                yield vq[0], name, config.vocab_size
+                yield vq[1], name, config.length
+            yield semantic[0], name, config.prefix_vocab_size
+            yield semantic[1], name, config.prefix_length
 
     @property
     def components(self) -> dict[str, Any]:
@@ -189,37 +224,24 @@ class Model:
         index = {
             "format": FORMAT,
             "digit_version": __version__,
-            "name": self.name,
-            "space": self.space,
+            **{name: getattr(self, name) for name in PLAIN},
             "parts": [place for place in self.components if "/" not in place],
             "decoders": list(self.decoders),
-            "default_decoder": self.default_decoder,
-            "class_names": self.class_names,
             "settings": {stage: to_dict(params) for stage, params in self.settings.items()},
-            "provenance": self.provenance,
             "card": to_dict(self.card),
         }
         write_json(Path(folder) / INDEX, index)
         write_bytes(Path(folder) / "README.md", model_card(self).encode())
 
-    def push_to_hub(
-        self,
-        repository: str,
-        private: bool = False,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        dtype: torch.dtype | None = None,
-        **options: Any,
-    ) -> str:
+    def push_to_hub(self, repository: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
         """Publish the model on the Hub, with its card; the address of the commit.
 
         Args:
-            repository, private, token, revision, options: see :func:`digit.pipeline.hub.push_folder`.
+            repository, options: see :func:`digit.pipeline.hub.push_folder`.
             dtype: as for :meth:`save_pretrained`.
         """
         with tempfile.TemporaryDirectory() as aside:
-            folder = self.save_pretrained(Path(aside) / "model", dtype)
-            return push_folder(folder, repository, private, token, revision, **options)
+            return push_folder(self.save_pretrained(Path(aside) / "model", dtype), repository, **options)
 
     @classmethod
     def from_pretrained(
@@ -249,15 +271,12 @@ class Model:
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:
         """Load a model folder."""
-        folder = Path(folder)
-        index = read_index(folder)
-        where = str(folder / INDEX)
+        folder, index = Path(folder), read_index(folder)
+        where, settings = str(folder / INDEX), index["settings"].items()
         return cls(
             **{name: load_part(folder / name, name) for name in index["parts"]},
             decoders={kind: load_part(folder / "decoder" / kind, "decoder") for kind in index["decoders"]},
-            settings={
-                k: from_dict(SamplingParams, v, f"{where}, settings of {k}") for k, v in index["settings"].items()
-            },
+            settings={stage: from_dict(SamplingParams, v, f"{where}, settings of {stage}") for stage, v in settings},
             card=from_dict(CardFacts, index["card"], f"{where}, card"),
-            **{name: index[name] for name in ("space", "class_names", "default_decoder", "provenance", "name")},
+            **{name: index[name] for name in PLAIN},
         )

@@ -11,6 +11,7 @@ baseline predicts VQ tokens: its ``space`` is "vq", and it has no decoder.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal
@@ -94,7 +95,13 @@ class DigitPipeline(Model):
         seeds = seed if generator is None else _seeds(generator)
         numbers = None if labels is None else self.class_numbers(labels)
         request = SampleRequest.of_run(num, numbers, seeds, decoder, given).validate(self)
-        tell = None if callback_on_step_end is None else _Steps(self, callback_on_step_end)
+        steps_done = itertools.count()
+
+        def told(stage: str, done: int, tokens: Tensor) -> None:
+            assert callback_on_step_end is not None
+            callback_on_step_end(self, next(steps_done), done, {"stage": stage, "tokens": tokens})
+
+        tell = None if callback_on_step_end is None else told
         made = []
         for part in request.batches(batch_size or min(len(request), 64)):
             tokens = self.sample_tokens(part, tell)
@@ -122,12 +129,11 @@ class DigitPipeline(Model):
         Raises:
             DigitError: neither.
         """
-        if isinstance(name, (int, np.integer)) and not isinstance(name, bool):
+        number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
+        if number or (isinstance(name, str) and name.isdecimal()):
             return int(name)
         if not isinstance(name, str):
             raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
-        if name.isdecimal():
-            return int(name)
         if name in self.class_names:
             return self.class_names.index(name)
         if name == "none":
@@ -183,7 +189,8 @@ class DigitPipeline(Model):
             settings: of the decoder, without ``decoder_`` in front.
         """
         first = torch.as_tensor(first)
-        request = self.decode_request(first, seed, decoder, labels, images, **settings)
+        asked = {f"decoder_{name}": value for name, value in settings.items()}
+        request = SampleRequest(range(len(first)) if images is None else images, seed, labels, decoder, asked)
         return self.to_pixels(self.complete(first, request))
 
     def decode_tokens(
@@ -194,27 +201,14 @@ class DigitPipeline(Model):
         Raises:
             DigitError: the decoder makes pixels itself.
         """
-        vq = self.complete(first, self.decode_request(first, seed, decoder, **settings)).vq
+        asked = {f"decoder_{name}": value for name, value in settings.items()}
+        vq = self.complete(first, SampleRequest(range(len(first)), seed, None, decoder, asked)).vq
         if vq is None:
             raise DigitError(
                 f"The {self.pick_decoder(decoder)} decoder of '{self.name}' goes from semantic tokens straight to "
                 "pixels; there are no VQ tokens in between. Decode to pixels, or choose another decoder."
             )
         return vq
-
-    def decode_request(
-        self,
-        first: Tensor,
-        seed: int = 0,
-        decoder: str | None = None,
-        labels: Tensor | None = None,
-        images: Sequence[int] | None = None,
-        **settings: Any,
-    ) -> SampleRequest:
-        """The request of :meth:`decode`, checked."""
-        asked = {f"decoder_{name}": value for name, value in settings.items()}
-        request = SampleRequest(range(len(first)) if images is None else images, seed, labels, decoder, asked)
-        return request.validate(self, prior=False, pixels=False)
 
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
@@ -256,10 +250,7 @@ class DigitPipeline(Model):
         if self.space == "vq":
             return Stage2(self)
         kind = self.pick_decoder(kind)
-        config = self.decoders[kind].config
-        if (config.role, config.head) not in STAGES:
-            raise DigitError(f"The decoder '{kind}' of the model '{self.name}' has the role of a {config.role}.")
-        return STAGES[config.role, config.head](self, kind)
+        return STAGES[self.decoders[kind].config.head](self, kind)
 
     def pick_decoder(self, kind: str | None) -> str:
         """The kind of decoder to use: the asked one, else the default, else the first."""
@@ -282,17 +273,6 @@ class DigitPipeline(Model):
 
 
 _SETTINGS = {*to_dict(SamplingParams()), "guidance_scale"}
-
-
-class _Steps:
-    """A callback for both stages that tells a :data:`StepCallback`."""
-
-    def __init__(self, pipe: DigitPipeline, callback: StepCallback) -> None:
-        self.pipe, self.callback, self.step = pipe, callback, 0
-
-    def __call__(self, stage: str, done: int, tokens: Tensor) -> None:
-        self.callback(self.pipe, self.step, done, {"stage": stage, "tokens": tokens})
-        self.step += 1
 
 
 def _seeds(generator: torch.Generator | Sequence[torch.Generator]) -> int | list[int]:

@@ -27,11 +27,6 @@ from digit.pipeline.tokens import PixelLatents, Tokens, write_arrays
 RECORD = "generation.json"
 
 
-def share() -> tuple[int, int]:
-    """The number of this process and the count of processes, as torchrun and accelerate launch set them."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 class RunFolder:
     """A folder being filled.
 
@@ -47,7 +42,8 @@ class RunFolder:
     def __init__(self, path: str | Path, identity: dict[str, Any], overwrite: bool = False) -> None:
         self.path = Path(path)
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))  # as it reads when it comes back from the file
-        self.rank, self.processes = share()
+        # as torchrun and accelerate launch set them
+        self.rank, self.processes = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if self.path.exists() and not self.path.is_dir():
             raise DigitError(f"--out {path} is a file; expected a folder.")
         if overwrite and self.processes > 1:
@@ -55,7 +51,9 @@ class RunFolder:
                 f"--overwrite and several processes do not go together; empty the folder {path} beforehand."
             )
         if overwrite:
-            self._clear()
+            for file in (*self.path.glob("[0-9]*.png"), *(self.path / n for n in ("grid.png", "tokens.npz", RECORD))):
+                file.unlink(missing_ok=True)
+            shutil.rmtree(self.path / ".run", ignore_errors=True)
         record = self.path / RECORD
         if record.is_file():
             self._compare(read_json(record))
@@ -70,11 +68,6 @@ class RunFolder:
             with suppress(OSError):
                 (self.path / ".run" / "claimed").rmdir()
 
-    def _clear(self) -> None:
-        for file in (*self.path.glob("[0-9]*.png"), *(self.path / n for n in ("grid.png", "tokens.npz", RECORD))):
-            file.unlink(missing_ok=True)
-        shutil.rmtree(self.path / ".run", ignore_errors=True)
-
     def _compare(self, there: Any) -> None:
         if not isinstance(there, dict):
             raise DigitError(f"{self.path / RECORD} is damaged; choose another --out, or --overwrite.")
@@ -83,8 +76,8 @@ class RunFolder:
                 continue  # a record of the first edition, with another kind of checksum and without these settings
             if there.get(name) != value:
                 raise DigitError(
-                    f"The folder {self.path} holds a run with {name} = {_short(there.get(name))}; now {_short(value)} was given. "
-                    "Choose another --out, or --overwrite."
+                    f"The folder {self.path} holds a run with {name} = {there.get(name)!s:.60}; now {value!s:.60} was "
+                    "given. Choose another --out, or --overwrite."
                 )
 
     @property
@@ -102,18 +95,14 @@ class RunFolder:
 
     def missing(self, mine: bool = True) -> list[int]:
         """Images not made yet, of this process's share or of all."""
-        done = set(self._done())
+        done = self._done()
         images = range(self.rank, self.identity["num"], self.processes) if mine else range(self.identity["num"])
         return [i for i in images if i not in done or not self.image(i).is_file()]
 
     def keep(self, images: Sequence[int], tokens: Tokens) -> None:
         """Store the tokens of a batch: before its images, so that an image always has its tokens."""
-        arrays: dict[str, torch.Tensor | None] = {
-            "semantic": tokens.semantic,
-            "vq": tokens.vq,
-            "images": torch.as_tensor(list(images)),
-        }
-        arrays["noise"] = None if tokens.latents is None else tokens.latents.noise
+        noise = None if tokens.latents is None else tokens.latents.noise
+        arrays = {"semantic": tokens.semantic, "vq": tokens.vq, "images": torch.as_tensor(list(images)), "noise": noise}
         tag = zlib.crc32(repr(list(images)).encode())
         write_arrays(self.path / ".run" / f"{images[0]:09d}-{tag:08x}.npz", arrays)
 
@@ -154,8 +143,3 @@ class RunFolder:
         write_json(self.path / RECORD, record)
         shutil.rmtree(self.path / ".run", ignore_errors=True)
         return record
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -55,19 +55,15 @@ class Stage2:
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the cells in which editing keeps pixels or makes them anew."""
-        grid: tuple[int, int] = self.pipe.part("vqgan").config.grid
-        return grid
+        rows, columns = self.pipe.part("vqgan").config.grid
+        return rows, columns
 
     def check_parts(self) -> None:
         """Raise a DigitError if a part is missing that pixels need."""
         self.pipe.part("vqgan")
 
     def sample(
-        self,
-        first: Tensor,
-        request: SampleRequest,
-        callback: Callback | None = None,  # noqa: ARG002
-        kept: Kept | None = None,  # noqa: ARG002
+        self, first: Tensor, request: SampleRequest, _callback: Callback | None = None, _kept: Kept | None = None
     ) -> Tokens:
         """The prior's tokens (B, N) to all that pixels are made of; what is kept stays as it is."""
         return Tokens(vq=first, labels=request.labels)  # the prior has kept what stays
@@ -115,18 +111,14 @@ class PixelDecoder(TokenDecoder):
     @property
     def grid(self) -> tuple[int, int]:
         """That of the semantic tokens: there are no others."""
-        grid: tuple[int, int] = self.config.grid
-        return grid
+        rows, columns = self.config.grid
+        return rows, columns
 
     def check_parts(self) -> None:
         """It needs nothing else."""
 
     def sample(
-        self,
-        first: Tensor,
-        request: SampleRequest,
-        callback: Callback | None = None,  # noqa: ARG002
-        kept: Kept | None = None,
+        self, first: Tensor, request: SampleRequest, _callback: Callback | None = None, kept: Kept | None = None
     ) -> Tokens:
         """The noise of each image; its standard deviation is the decoder's temperature.
 
@@ -143,10 +135,8 @@ class PixelDecoder(TokenDecoder):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         cells = free.view(-1, 1, *self.grid).float()  # (B, 1, rows, columns)
         anew = F.interpolate(cells, images.shape[-2:], mode="nearest") > 0  # (B, 1, S, S)
-        tries = [
-            pixel_latents(self.config, request.images, request.seed, stage=f"onepass-{i}").to(self.model.start)
-            for i in range(FITTED)
-        ]
+        stages = [f"onepass-{i}" for i in range(FITTED)]
+        tries = [pixel_latents(self.config, request.images, request.seed, stage=s).to(self.model.start) for s in stages]
         errors = []
         for noise in tries:
             rebuilt = self.pipe.to_pixels(Tokens(given, None, PixelLatents(self.kind, noise), tokens.labels))
@@ -168,13 +158,8 @@ class PixelDecoder(TokenDecoder):
         return torch.where(latents.anew.to(made.device), made, latents.kept.to(made.device))
 
 
-STAGES: dict[tuple[str, str], type[TokenDecoder]] = {
-    ("ar", "vq"): TokenDecoder,
-    ("masked", "vq"): TokenDecoder,
-    ("onepass", "vq"): TokenDecoder,
-    ("onepass", "pixels"): PixelDecoder,
-}
-"""By the decoder's role and what its head gives."""
+STAGES: dict[str, type[TokenDecoder]] = {"vq": TokenDecoder, "pixels": PixelDecoder}
+"""By what the decoder's head gives."""
 
 
 def checked(tokens: Tensor, length: int, vocab: int, kind: str) -> Int[Tensor, "B length"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ Images = Any
 """One image or a batch of them, see :func:`prepare`."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer:
     """Images to tokens (B, N), row by row.
 
     Attributes:
@@ -34,56 +34,42 @@ class Tokenizer(Protocol):
         vocab_size: ids are 0..vocab_size-1.
     """
 
-    @property
-    def image_size(self) -> int: ...  # noqa: D102
-    @property
-    def grid(self) -> tuple[int, int]: ...  # noqa: D102
-    @property
-    def num_tokens(self) -> int: ...  # noqa: D102
-    @property
-    def vocab_size(self) -> int: ...  # noqa: D102
-    def encode(self, images: Images) -> Int[Tensor, "B N"]: ...  # noqa: D102
-
-
-class SemanticTokenizer:
-    """The semantic tokenizer: a frozen encoder, and a codebook that was fitted on its features."""
-
-    def __init__(self, encoder: Encoder, codebook: Codebook) -> None:
-        codebook.check_encoder(encoder)
-        self.encoder, self.codebook = encoder, codebook
-
-    @property
-    def image_size(self) -> int:
-        """Side of the square images it takes."""
-        return self.encoder.preprocessing.image_size
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the tokens of an image."""
-        return self.encoder.grid
+    def __init__(self, image_size: int, grid: tuple[int, int], vocab_size: int) -> None:
+        self.image_size, self.grid, self.vocab_size = image_size, grid, vocab_size
 
     @property
     def num_tokens(self) -> int:
         """Tokens an image, N."""
         return self.grid[0] * self.grid[1]
 
-    @property
-    def vocab_size(self) -> int:
-        """Clusters, K."""
-        return self.codebook.config.clusters
+    @torch.inference_mode()
+    def encode(self, images: Images) -> Int[Tensor, "B N"]:
+        """Tokens of images; for what counts as images, and errors, see :func:`prepare`."""
+        return self._assign(prepare(images, self.image_size))
+
+    def _assign(self, ready: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        return f"{type(self).__name__}({self.image_size} px -> {rows} x {columns} of {self.vocab_size} tokens)"
+
+
+class SemanticTokenizer(Tokenizer):
+    """The semantic tokenizer: a frozen encoder, and a codebook of K clusters that was fitted on its features."""
+
+    def __init__(self, encoder: Encoder, codebook: Codebook) -> None:
+        codebook.check_encoder(encoder)
+        super().__init__(encoder.preprocessing.image_size, encoder.grid, codebook.config.clusters)
+        self.encoder, self.codebook = encoder, codebook
 
     @torch.inference_mode()
     def features(self, images: Images) -> Float[Tensor, "B N D"]:
         """The encoder's features of images; floats may leave 0..1, as noisy images do."""
-        return self._features(prepare(images, self.image_size, bounded=False))
+        return self.encoder(prepare(images, self.image_size, bounded=False).to(self.codebook.centroids.device))
 
-    def _features(self, ready: Tensor) -> Tensor:
-        return self.encoder(ready.to(self.codebook.centroids.device))
-
-    @torch.inference_mode()
-    def encode(self, images: Images) -> Int[Tensor, "B N"]:
-        """Semantic tokens of images; for what counts as images, and errors, see :func:`prepare`."""
-        return self.codebook.assign(self._features(prepare(images, self.image_size)))
+    def _assign(self, ready: Tensor) -> Tensor:
+        return self.codebook.assign(self.features(ready))
 
     def to(self, device: torch.device | str) -> SemanticTokenizer:
         """Move to a device."""
@@ -91,22 +77,16 @@ class SemanticTokenizer:
         self.codebook.to(device)
         return self
 
-    def __repr__(self) -> str:
-        rows, columns = self.grid
-        return f"SemanticTokenizer({self.image_size} px -> {rows} x {columns} of {self.vocab_size} tokens)"
 
-
-class VQTokenizer:
+class VQTokenizer(Tokenizer):
     """A VQGAN's encoder and codebook."""
 
     def __init__(self, vqgan: VQGAN) -> None:
-        self.vqgan, self.image_size, self.grid = vqgan, vqgan.config.resolution, vqgan.config.grid
-        self.num_tokens, self.vocab_size = vqgan.num_tokens, vqgan.config.codes
+        super().__init__(vqgan.config.resolution, vqgan.config.grid, vqgan.config.codes)
+        self.vqgan = vqgan
 
-    @torch.inference_mode()
-    def encode(self, images: Images) -> Int[Tensor, "B M"]:
-        """VQ tokens of images; for what counts as images, and errors, see :func:`prepare`."""
-        return self.vqgan.encode(prepare(images, self.image_size).to(self.vqgan.codebook.device))
+    def _assign(self, ready: Tensor) -> Tensor:
+        return self.vqgan.encode(ready.to(self.vqgan.codebook.device))
 
 
 def prepare(images: Images, size: int, bounded: bool = True) -> Float[Tensor, "B 3 size size"]:

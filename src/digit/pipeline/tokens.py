@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,13 +62,12 @@ class Tokens:
     def take(self, rows: Tensor) -> Tokens:
         """Some of the images, by row (n,) int64."""
 
-        def of(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part[rows.to(part.device)]
+        def of(holder: Any) -> Any:
+            parts = {name: part for name, part in vars(holder).items() if isinstance(part, Tensor)}
+            return replace(holder, **{name: part[rows.to(part.device)] for name, part in parts.items()})
 
-        old, latents = self.latents, None
-        if old is not None:
-            latents = replace(old, noise=old.noise[rows.to(old.noise.device)], kept=of(old.kept), anew=of(old.anew))
-        return Tokens(of(self.semantic), of(self.vq), latents, of(self.labels))
+        some: Tokens = replace(of(self), latents=self.latents and of(self.latents))
+        return some
 
     def sha256(self) -> str:
         """A checksum of what decides the pixels: both grids, and where a decoder makes pixels itself its noise and the
@@ -84,8 +84,8 @@ class Tokens:
 
 def write_arrays(path: Path, tensors: Mapping[str, Tensor | None]) -> Path:
     """Write tensors as a compressed ``.npz``, integers as int32, whole or not at all."""
-    arrays = {name: part.cpu().numpy() for name, part in tensors.items() if part is not None}
-    arrays = {name: part if part.dtype.kind == "f" else part.astype(np.int32) for name, part in arrays.items()}
+    plain = {name: part.cpu() for name, part in tensors.items() if part is not None}
+    arrays = {name: (part if part.is_floating_point() else part.int()).numpy() for name, part in plain.items()}
 
     def write(aside: Path) -> None:
         with open(aside, "wb") as handle:

@@ -86,16 +86,14 @@ class Batcher:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a device or on the host."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or any(words in str(error) for words in ("not enough memory", "allocate memory"))
+    return known or "not enough memory" in str(error) or "allocate memory" in str(error)
 
 
 def allocated(device: torch.device) -> int:
     """Bytes in use now."""
-    return (
-        torch.cuda.memory_allocated(device)
-        if device.type == "cuda"
-        else _kernel("self/status", "VmRSS") or peak(device)
-    )
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _kernel("self/status", "VmRSS") or peak(device)
 
 
 def reset_peak(device: torch.device) -> None:

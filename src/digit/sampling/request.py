@@ -1,13 +1,13 @@
 """What is asked of a model: :class:`SampleRequest`, with the :class:`SamplingParams` of each stage.
 
-Options of the command line and fields of the JSON API are made from :func:`sampling_settings`. Nothing here needs torch.
+Options of the command line are made from :func:`sampling_settings`. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import Field
 
@@ -64,48 +64,15 @@ class SamplingParams:
 SamplingSettings = SamplingParams  # its name in the first edition
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A sampling setting as users give it: an option of the command line, a field of the JSON API.
-
-    Attributes:
-        name: such as "top_k", or "decoder_top_k" for the decoder's.
-        type: int, float or str; what is allowed in detail is in ``annotation``.
-        annotation: the type with its limits, for pydantic.
-        help: one sentence.
+def sampling_settings(*names: str) -> Iterator[tuple[str, type, str]]:
+    """Settings as options of the command line: their name, such as "top_k", or "decoder_top_k" for the decoder's; int,
+    float or str; and what they are for, in one sentence.
     """
-
-    name: str
-    type: type
-    annotation: Any
-    help: str
-
-
-def sampling_settings(*names: str) -> dict[str, Setting]:
-    """Settings by name, in the order asked."""
-    hints, found = get_type_hints(SamplingParams, include_extras=True), {}
+    hints = get_type_hints(SamplingParams, include_extras=True)
     for name in names:
-        annotation = hints[name.removeprefix(_DECODER)]
-        plain, info = get_args(annotation)
-        kind = str if get_origin(plain) is Literal else plain
+        plain, info = get_args(hints[name.removeprefix(_DECODER)])
         stage = " Of the decoder." if name.startswith(_DECODER) else ""
-        found[name] = Setting(name, kind, annotation, f"{info.description}{stage}")
-    return found
-
-
-class Model(Protocol):
-    """What a request needs to know of a pipeline."""
-
-    name: str
-    settings: dict[str, SamplingParams]
-
-    def part(self, name: str) -> Any:
-        """A component, or an error that says it is missing."""
-        ...
-
-    def stage2(self, kind: str | None = None) -> Any:
-        """The second stage; see :mod:`digit.pipeline.stage2`."""
-        ...
+        yield name, str if get_origin(plain) is Literal else plain, f"{info.description}{stage}"
 
 
 @dataclass(frozen=True)
@@ -172,11 +139,11 @@ class SampleRequest:
         """The request in pieces of at most ``size`` images."""
         return [self.take(range(start, min(start + size, len(self)))) for start in range(0, len(self), size)]
 
-    def validate(self, model: Model, prior: bool = True, pixels: bool = True) -> SampleRequest:
+    def validate(self, model: Any, prior: bool = True, pixels: bool = True) -> SampleRequest:
         """The request with the decoder named and every setting filled in, after all checks. Nothing is sampled.
 
         Args:
-            model: the pipeline.
+            model: the :class:`~digit.pipeline.pipeline.DigitPipeline`.
             prior: False where the prior's tokens are given, so that only the decoder runs.
             pixels: whether images are wanted, or only their tokens.
 
@@ -200,11 +167,12 @@ class SampleRequest:
             raise DigitError(
                 f"The model '{model.name}' predicts VQ tokens itself; it has no decoder to choose or to set."
             )
-        params = {}
-        if first is not None:
-            params["prior"] = self._params("prior", first.config, model.settings, asked)
-        if second.config is not None:
-            params[second.kind] = self._params(second.kind, second.config, model.settings, later)
+        stages = [("prior", first and first.config, asked), (second.kind, second.config, later)]
+        params = {
+            stage: self._params(stage, config, model.settings.get(stage, SamplingParams()), given)
+            for stage, config, given in stages
+            if config is not None
+        }
         return replace(self, decoder=second.kind, params=params)
 
     def _divided(self, decoder: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -221,17 +189,13 @@ class SampleRequest:
             later |= {name: asked.pop(name) for name in _OF_STEPS if name in asked}
         return asked, later
 
-    def _params(
-        self, stage: str, config: Any, defaults: Mapping[str, SamplingParams], asked: Mapping[str, Any]
-    ) -> SamplingParams:
+    def _params(self, stage: str, config: Any, default: SamplingParams, asked: Mapping[str, Any]) -> SamplingParams:
         """All settings of a stage. A *default* of guidance is for images with a class alone."""
         labels = self.labels if config.num_classes or stage == "prior" else None
-        values = to_dict(defaults.get(stage, SamplingParams()))
         if labels is not None and bool((labels == -1).all()):
             labels = None
-        if labels is None:
-            values["cfg_scale"] = 1.0
-        params = from_dict(SamplingParams, {**values, **asked}, "Sampling settings")
+        unguided = {"cfg_scale": 1.0} if labels is None else {}
+        params = from_dict(SamplingParams, {**to_dict(default), **unguided, **asked}, "Sampling settings")
         check_model(config, params, labels)
         if config.role != "masked" and (unread := [name for name in _OF_STEPS if name in asked]):
             what = "the prior" if stage == "prior" else f"the {stage} decoder"

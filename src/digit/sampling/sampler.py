@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from digit.models.feedforward import FeedForwardDecoder
 from digit.models.token_model import Ids, Labels, Mask, Prefix, TokenModel
@@ -32,7 +30,7 @@ def sample(
     """Sample the tokens of some images of a run.
 
     Args:
-        model: its role decides how.
+        model: its role decides how; a feed-forward decoder has the head "vq".
         images: (B,) numbers of the images within the run; with ``seed`` they determine the random numbers.
         seed: of the run, or one for each image.
         params: how to sample.
@@ -51,10 +49,11 @@ def sample(
     config, device = model.config, model.start.device
     check_model(config, params, labels)
     labels, prefix, given, mask = (None if t is None else t.to(device) for t in (labels, prefix, given, mask))
-    if isinstance(model, FeedForwardDecoder):
-        noise = pixel_latents(model.config, images, seed)
+    if isinstance(model, FeedForwardDecoder):  # all tokens in one pass, each drawn from its own logits
+        noise = pixel_latents(model.config, images, seed).to(model.start)
         uniform = uniforms(seed, images, "onepass-tokens", (config.length,)).to(device)
-        tokens = sample_feedforward(model, uniform, noise, params, prefix, labels, given, mask)
+        tokens = draw(model(prefix, noise, labels), uniform, params)  # (B, M)
+        tokens = tokens if mask is None or given is None else torch.where(mask, tokens, given)
         if callback is not None:
             callback(config.length, tokens)
         return tokens
@@ -63,18 +62,3 @@ def sample(
         return sample_masked(model, uniform, params, labels, prefix, given, mask, callback)
     uniform = uniforms(seed, images, config.role, (config.length,)).to(device)
     return sample_autoregressive(model, uniform, params, labels, prefix, given, mask, callback)
-
-
-def sample_feedforward(
-    model: FeedForwardDecoder,
-    uniform: Float[Tensor, "B n"],
-    noise: Float[Tensor, "B noise_dim"],
-    params: SamplingParams,
-    prefix: Prefix,
-    labels: Labels = None,
-    given: Ids | None = None,
-    mask: Mask = None,
-) -> Ids:
-    """All VQ tokens in one pass of a decoder with the head "vq", each drawn from its own logits; see :func:`sample`."""
-    tokens = draw(model(prefix, noise.to(model.start), labels), uniform, params)  # (B, M)
-    return tokens if mask is None or given is None else torch.where(mask, tokens, given)

@@ -6,24 +6,25 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 
-from digit.models.token_model import TokenModel, TokenModelConfig
-from digit.models.transformer import TransformerConfig
 from digit.sampling import SamplingParams, sample
 from digit.sampling.engines import native
-from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
+from digit.sampling.engines.acceleration import accelerate, engine_name, release
 from digit.sampling.engines.native import NativeStep, pack, suits
 from digit.sampling.engines.quantize import quantized
+from tiny import loud
 
 pytestmark = pytest.mark.usefixtures("compiler")
 
 SHAPES = {
     "pre": {},
     "post": {"norm": "post"},
-    "a decoder": {"prefix": 6, "norm": "post"},
+    "a decoder": {"role": "ar", "prefix": 6, "norm": "post"},
     "narrow": {"dim": 32, "heads": 2, "ffn_dim": 48, "vocab": 9},
     "wide heads": {"dim": 160, "heads": 2, "depth": 1},
     "long": {"length": 70},
@@ -33,22 +34,7 @@ ROWS = [1, 2, 6, 7, 8, 13]
 GUIDED = SamplingParams(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
 
 
-def build(dtype=torch.float32, prefix=0, vocab=24, length=12, depth=2, **transformer) -> TokenModel:
-    """A model of large random weights, so that predictions are far from uniform."""
-    torch.manual_seed(0)
-    config = TokenModelConfig(
-        role="ar" if prefix else "prior",
-        vocab_size=vocab,
-        length=length,
-        prefix_vocab_size=9 if prefix else 0,
-        prefix_length=prefix,
-        num_classes=4,
-        transformer=TransformerConfig(**{"dim": 64, "heads": 2, "depth": depth, **transformer}),
-    )
-    model = TokenModel(config).eval().requires_grad_(False)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
-    return model.to(dtype)
+build = partial(loud, dim=64, heads=2)
 
 
 @torch.inference_mode()
@@ -73,7 +59,7 @@ def distance(model, plain, step, rows):
 def test_logits_are_those_of_the_plain_step(shape, rows):
     """In float32 up to the order of the sums; in bfloat16 nearer to float32 than the plain step's; int8 differs by its
     rounding."""
-    full, half = build(**shape), build(torch.bfloat16, **shape)
+    full, half = build(**shape), build(dtype=torch.bfloat16, **shape)
     assert suits(full)
     assert suits(half)
     assert distance(full, full, NativeStep(full), rows) < 3e-6
@@ -82,8 +68,8 @@ def test_logits_are_those_of_the_plain_step(shape, rows):
 
 
 def test_bfloat16_is_no_further_from_the_truth_than_the_plain_step():
-    half = build(torch.bfloat16)
-    exact = build(torch.bfloat16).float()  # the same rounded weights
+    half = build(dtype=torch.bfloat16)
+    exact = build(dtype=torch.bfloat16).float()  # the same rounded weights
     step = NativeStep(half)
     caches = [m.new_cache(4) for m in (exact, half, half)]
     errors = torch.zeros(2)
@@ -116,7 +102,7 @@ def test_float32_tokens_are_those_of_the_plain_step(shape):
 @pytest.mark.parametrize("kind", [{}, {"dtype": torch.bfloat16}, {"quantize": "int8"}], ids=["fp32", "bf16", "int8"])
 def test_a_picture_is_the_same_in_any_batch_and_on_any_number_of_threads(kind):
     """To the last bit: a sum's order depends on neither."""
-    model = build(kind.get("dtype", torch.float32), depth=3)
+    model = build(dtype=kind.get("dtype", torch.float32), depth=3)
     step = NativeStep(model, kind.get("quantize"))
     token = torch.arange(37) % 24
 
@@ -164,7 +150,7 @@ def test_weights_are_packed_once_for_all_batch_sizes(monkeypatch):
     [
         (build(heads=8), "heads of 8"),
         (build(ffn_dim=100), "a hidden width of 100"),
-        (build(torch.float16), "float16"),
+        (build(dtype=torch.float16), "float16"),
         (build().train(), "training"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -186,19 +172,19 @@ def test_training_mode_is_noticed_between_calls():
 
 
 SCRIPT = """
-import sys, torch
+import sys
 sys.path.insert(0, {folder!r})
-from test_native import build
+from tiny import loud
 from digit.sampling import sample
 from digit.sampling.engines.acceleration import compile_seconds, engine_name
-model = build()
+model = loud(dim=64, heads=2)
 tokens = sample(model, range(3))
 print(engine_name(model), compile_seconds(model), tokens.flatten().tolist(), sep="|")
 """
 
 
 def in_another_process(cache, **environment):
-    script = SCRIPT.format(folder=os.path.dirname(__file__))  # noqa: PTH120
+    script = SCRIPT.format(folder=str(Path(__file__).parents[2]))
     done = subprocess.run(
         [sys.executable, "-c", script], env={**os.environ, "DIGIT_CACHE": str(cache), **environment},
         capture_output=True, text=True, check=True,
@@ -242,12 +228,6 @@ def test_the_compiler_may_be_given_with_arguments(tmp_path):
 def test_a_cache_folder_that_cannot_be_used_is_no_error(tmp_path):
     (tmp_path / "cache").write_text("a file, not a folder")
     assert in_another_process(tmp_path / "cache")[0] == "plain"
-
-
-def test_build_time_is_reported(monkeypatch):
-    model = build()
-    sample(model, range(2))
-    assert 0 <= compile_seconds(model) < 60
 
 
 def test_panels_hold_the_matrix_in_reading_order():

@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass, replace
-from typing import Literal
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from digit.core.errors import DigitError
@@ -35,22 +34,19 @@ from digit.sampling.engines.native import NativeEngine, NativeStep, suits
 log = logging.getLogger("digit")
 
 
-@dataclass(frozen=True)
-class Acceleration:
-    """Speed options of a model.
+class Acceleration(NamedTuple):
+    """How a model samples.
 
     Attributes:
         compile: build one fused step with torch.compile where C++ does not run: half a minute or so for every batch
             size.
         quantize: "int8" stores the step's matrices in 8 bits, a scale a row; a step on a CPU reads a quarter of the
             bytes. Tokens change slightly.
-        cuda_graphs: on a CUDA device, record a step once and replay it without launching its kernels one by one.
         native: on a CPU, run the C++ step where it can: a few seconds of building once for all models and times.
     """
 
     compile: bool = False
-    quantize: Literal["int8"] | None = None
-    cuda_graphs: bool = True
+    quantize: str | None = None
     native: bool = True
 
 
@@ -61,13 +57,13 @@ class EngineCache:
         self.options = options
         self.lock = threading.RLock()  # one batch at a time: the engine is shared between calls
         self.engine: DecodeEngine | None = None
-        self._packed: tuple[object, NativeStep] | None = None  # the version of the weights, and those
+        self.packed: tuple[object, NativeStep] | None = None  # the version of the weights, and those
 
     def engine_for(self, model: TokenModel, batch: int, guided: bool) -> DecodeEngine:
         """An engine with room for the batch: the one at hand if it fits, else a new one in its place."""
         if self.engine is None or not self.engine.fits(model, batch, guided):
             if isinstance(self.engine, CompiledEngine) and self.engine.failed:  # do not try again
-                self.options = replace(self.options, compile=False)
+                self.options = self.options._replace(compile=False)
             self.engine = None  # the memory of the old one first
             self.engine = self._choose(model, batch, guided)
         return self.engine
@@ -78,39 +74,27 @@ class EngineCache:
         packed = self._pack(model) if options.native and suits(model) else None
         if packed is not None:
             return NativeEngine(model, batch, guided, packed, time.perf_counter() - began)
-        graphs = options.cuda_graphs and model.start.device.type == "cuda"
-        kinds: dict[tuple[bool, bool], type[DecodeEngine]] = {
-            (False, False): DecodeEngine,
-            (True, False): CompiledEngine,
-            (False, True): CudaGraphEngine,
-            (True, True): CompiledCudaGraphEngine,
-        }
-        return kinds[options.compile, graphs](model, batch, guided, options.quantize)
+        kinds = (CompiledEngine, CompiledCudaGraphEngine) if options.compile else (DecodeEngine, CudaGraphEngine)
+        return kinds[model.start.device.type == "cuda"](model, batch, guided, options.quantize)
 
     def _pack(self, model: TokenModel) -> NativeStep | None:
         """The weights as the C++ step reads them, packed once for every batch size; None where it cannot be built."""
-        if self._packed is None or self._packed[0] != version(model):
-            self._packed = None
+        if self.packed is None or self.packed[0] != version(model):
+            self.packed = None
             try:
                 library()
             except NoCompiler as reason:
                 log.info("The C++ step could not be built, so a slower one runs: %s.", reason)
-                self.options = replace(self.options, native=False)
+                self.options = self.options._replace(native=False)
                 return None
-            self._packed = version(model), NativeStep(model, self.options.quantize)
-        return self._packed[1]
-
-    def release(self) -> None:
-        """Free all but the options."""
-        self.engine = self._packed = None
+            self.packed = version(model), NativeStep(model, self.options.quantize)
+        return self.packed[1]
 
 
 _caches: WeakKeyDictionary[TokenModel, EngineCache] = WeakKeyDictionary()
 
 
-def accelerate(
-    model: TokenModel, compile: bool = False, quantize: str | None = None, cuda_graphs: bool = True, native: bool = True
-) -> None:
+def accelerate(model: TokenModel, compile: bool = False, quantize: str | None = None, native: bool = True) -> None:
     """Choose how ``model`` samples from now on; see :class:`Acceleration`.
 
     Raises:
@@ -122,7 +106,7 @@ def accelerate(
         raise DigitError(
             f"quantize = {quantize} was given for {model.start.device.type}; int8 is for the CPU. Use --dtype bf16."
         )
-    options = Acceleration(compile, "int8" if quantize else None, cuda_graphs, native)
+    options = Acceleration(compile, quantize, native)
     if engine_cache(model).options != options:
         _caches[model] = EngineCache(options)
 
@@ -132,9 +116,11 @@ def engine_cache(model: TokenModel) -> EngineCache:
     return _caches.setdefault(model, EngineCache(Acceleration()))
 
 
-def release(model: TokenModel) -> None:
-    """Free the caches, packed weights and compiled steps kept for a model; its options stay."""
-    engine_cache(model).release()
+def release(*models: TokenModel) -> None:
+    """Free the caches, packed weights and compiled steps kept for models; their options stay."""
+    for model in models:
+        cache = engine_cache(model)
+        cache.engine = cache.packed = None
 
 
 def compile_seconds(model: TokenModel) -> float:

@@ -18,13 +18,12 @@ import logging
 import time
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from digit.models.token_model import NO_LABEL, TokenModel
+from digit.models.token_model import NO_LABEL, Labels, Prefix, TokenModel
 from digit.models.transformer import KVCache
 from digit.sampling.batching import is_out_of_memory
 from digit.sampling.engines.quantize import quantized
@@ -143,20 +142,11 @@ class DecodeEngine:
         state.scale.copy_(torch.tensor(scale))
         state.temperature.fill_(params.temperature)
         state.top_p.fill_(params.top_p)
-        return DrawParams(
-            0.0 if params.temperature == 0 else state.temperature,
-            params.top_k,
-            1.0 if params.top_p == 1 else state.top_p,
-        )
+        temperature = 0.0 if params.temperature == 0 else state.temperature
+        return DrawParams(temperature, params.top_k, 1.0 if params.top_p == 1 else state.top_p)
 
     def prefill(
-        self,
-        model: TokenModel,
-        known: int,
-        labels: Tensor | None,
-        prefix: Tensor | None,
-        params: DrawParams,
-        guided: bool,
+        self, model: TokenModel, known: int, labels: Labels, prefix: Prefix, params: DrawParams, guided: bool
     ) -> None:
         """Run what is known through the network and draw token ``known``."""
         self.state.place.fill_(known)
@@ -166,7 +156,7 @@ class DecodeEngine:
         self._write(logits, known, guided, params)
         self.state.place.add_(1)
 
-    def catch_up(self, model: TokenModel, known: int, prefix: Tensor | None) -> Tensor:
+    def catch_up(self, model: TokenModel, known: int, prefix: Prefix) -> Tensor:
         """Fill the unguided half of the cache with ``known`` tokens in one pass; its logits (B, V) of the next token.
 
         A prefix stands before the label and cannot see it, so both halves share its keys and values: they are copied.
@@ -205,7 +195,9 @@ class CompiledEngine(DecodeEngine):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._step = _compiled()
+        # a function of its own: the compiler limits how many variants one function may have
+        own = types.FunctionType(decode_one_token.__code__.replace(), decode_one_token.__globals__, "decode_one_token")
+        self._step = torch.compile(own, fullgraph=True)
         self._ready: set[tuple[Any, ...]] = set()
 
     def _run(self, variant: tuple[Any, ...], arguments: tuple[Any, ...]) -> None:
@@ -214,8 +206,11 @@ class CompiledEngine(DecodeEngine):
             return
         began = time.perf_counter()
         torch._dynamo.maybe_mark_dynamic(arguments[3], 0)  # one compilation for every length
+        # on a CPU the weights become constants, packed as its products like them; changed weights get another engine
+        wanted = {"freezing": self.state.place.device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
+        known = {name: value for name, value in wanted.items() if hasattr(torch._inductor.config, name)}
         try:
-            with _compiler_options(self.state.place.device):
+            with torch._inductor.config.patch(known):
                 self._step(*arguments)
         except Exception as error:
             if self.failed or is_out_of_memory(error):
@@ -275,23 +270,6 @@ class CompiledCudaGraphEngine(CudaGraphEngine, CompiledEngine):
 @functools.cache
 def _say_once(reason: str) -> None:
     log.warning("Sampling runs uncompiled, slower and with the same results: no compiler could be used (%s).", reason)
-
-
-def _compiled() -> Callable[..., None]:
-    """A compiled :func:`decode_one_token` of its own: the compiler limits how many variants one function may have."""
-    own = types.FunctionType(decode_one_token.__code__.replace(), decode_one_token.__globals__, "decode_one_token")
-    step: Callable[..., None] = torch.compile(own, fullgraph=True)
-    return step
-
-
-def _compiler_options(device: torch.device) -> AbstractContextManager[Any]:
-    """On a CPU the weights become constants, packed as its matrix products like them; changed weights get another
-    engine.
-    """
-    wanted = {"freezing": device.type == "cpu", "size_asserts": False, "alignment_asserts": False}
-    known = {name: value for name, value in wanted.items() if hasattr(torch._inductor.config, name)}
-    context: AbstractContextManager[Any] = torch._inductor.config.patch(known)
-    return context
 
 
 def version(model: TokenModel) -> tuple[Any, ...]:

@@ -30,13 +30,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = (
-        ("weight", c_void_p),
-        ("scale", c_void_p),
-        ("bias", c_void_p),
-        ("inputs", c_int64),
-        ("outputs", c_int64),
-    )
+    _fields_ = (*((n, c_void_p) for n in ("weight", "scale", "bias")), ("inputs", c_int64), ("outputs", c_int64))
 
 
 class _Norm(ctypes.Structure):
@@ -68,14 +62,9 @@ def suits(model: TokenModel) -> bool:
     feed-forward layers are multiples of 16, and not in training mode, for it knows no dropout.
     """
     config = model.config.transformer
-    widths = (config.head_dim, config.hidden_dim)
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
-    return (
-        config.causal
-        and not model.training
-        and not any(width % LANES for width in widths)
-        and kinds in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)})
-    )
+    known = kinds in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)})
+    return known and config.causal and not model.training and not (config.head_dim % LANES or config.hidden_dim % LANES)
 
 
 class NativeStep:
@@ -131,18 +120,9 @@ class NativeStep:
             self._room = torch.empty(needed, dtype=torch.uint8)
         pointers = c_void_p * len(cache.keys)
         keys, values = (pointers(*(t.data_ptr() for t in part)) for part in (cache.keys, cache.values))
-        where = _Cache(keys, values, *cache.keys[0].stride()[:2])
-        last = model.config.prefix_length + place
-        self._library.digit_step(
-            self._pointer,
-            ctypes.byref(where),
-            threads,
-            rows,
-            last,
-            x.data_ptr(),
-            self._room.data_ptr(),
-            logits.data_ptr(),
-        )
+        where = ctypes.byref(_Cache(keys, values, *cache.keys[0].stride()[:2]))
+        buffers = (tensor.data_ptr() for tensor in (x, self._room, logits))
+        self._library.digit_step(self._pointer, where, threads, rows, model.config.prefix_length + place, *buffers)
         return logits[:, : model.config.vocab_size]
 
     def _keep(self, tensor: Tensor) -> int:
@@ -201,20 +181,9 @@ def fast_draw(
         logits, unguided = logits.contiguous(), unguided.contiguous()
     uniform, tokens = uniform.contiguous(), torch.empty(rows, dtype=torch.long)
     threads = max(1, min(torch.get_num_threads(), rows * vocab // _DRAWS_A_THREAD))
-    library().digit_draw(
-        logits.data_ptr(),
-        None if unguided is None else unguided.data_ptr(),
-        scale,
-        rows,
-        vocab,
-        logits.stride(0),
-        threads,
-        uniform.data_ptr(),
-        float(params.temperature),
-        params.top_k,
-        float(params.top_p),
-        tokens.data_ptr(),
-    )
+    without = None if unguided is None else unguided.data_ptr()
+    size, how = (rows, vocab, logits.stride(0)), (float(params.temperature), params.top_k, float(params.top_p))
+    library().digit_draw(logits.data_ptr(), without, scale, *size, threads, uniform.data_ptr(), *how, tokens.data_ptr())
     return tokens
 
 
