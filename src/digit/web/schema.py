@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, Field
 
 from digit.core.config import PositiveInt, config
-from digit.sampling.request import sampling_settings
+from digit.sampling.request import SamplingParams
 
 T = TypeVar("T")
 Image = Annotated[str, Field(description="Base64 of a PNG, JPEG, WebP, GIF or BMP file, or a data URL of it.")]
@@ -16,7 +16,7 @@ Decoder = Annotated[str | None, Field(description="Kind of decoder; by default t
 Png = Annotated[str, Field(description="Base64 of a PNG file.")]
 Grids = list[list[int]] | None
 
-SETTINGS = sampling_settings(
+SETTINGS = (
     "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p", "steps",
     "decoder_temperature", "decoder_top_k", "decoder_top_p",
 )  # fmt: skip
@@ -54,9 +54,12 @@ class Limits:
 
 def with_settings(cls: type[T]) -> type[T]:
     """Class decorator: a config with a field for each sampling setting; None takes the model's default."""
-    for name, setting in SETTINGS.items():
-        limits = {"le": MAX_STEPS} if name == "steps" else {"allow_inf_nan": False} if setting.type is float else {}
-        cls.__annotations__[name] = Annotated[setting.annotation, Field(**limits)] | None
+    hints = get_type_hints(SamplingParams, include_extras=True)
+    for name in SETTINGS:
+        given = hints[name.removeprefix("decoder_")]
+        number = get_args(given)[0] is float
+        limits = {"le": MAX_STEPS} if name == "steps" else {"allow_inf_nan": False} if number else {}
+        cls.__annotations__[name] = Annotated[given, Field(**limits)] | None
         setattr(cls, name, None)
     return config(cls)
 
