@@ -164,8 +164,8 @@ def _sections(collection: Collection) -> Iterable[tuple[str, str, str, list[Item
             more = [lambda n=n: beside.ablations()[n] for n in range(2)]  # type: ignore[misc]
         elif anchor == "others":
             found = [item for item in collection.found if item.result.kind not in known]
-        items = [_item(collection, place, make) for place, make in [("", m) for m in more]]
-        items += [_item(collection, each.place, lambda each=each: each.result, each) for each in found]  # type: ignore[misc]
+        items = [_item(collection, each.place, lambda each=each: each.result, each) for each in found]  # type: ignore[misc]
+        items = [_item(collection, "", make) for make in more] + items
         shown_items = [item for item in items if item is not None]
         if shown_items:
             yield anchor, title, intro, shown_items
@@ -182,6 +182,8 @@ def _item(
         rows, told = result.rows(), result.provenance()
         drawn = charts(result)
     except Exception as error:  # whatever a damaged file may hold
+        if found is None and not collection.problems:
+            raise
         if found is not None:  # a comparison fails with the result that it is made of, which is named
             reason = f"this {found.result.kind} result is not as expected: {type(error).__name__}, {error}."
             collection.problem(place, str(error) if isinstance(error, MissingPackageError) else reason, found.folder)
