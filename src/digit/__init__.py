@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 from digit._moved import MovedModules
 
 __version__ = "0.1.0"
-__all__ = ["VQGAN", "DigitPipeline", "SemanticTokenizer", "__version__", "load_images"]
+__all__ = ["VQGAN", "DigitError", "DigitPipeline", "SemanticTokenizer", "__version__", "load_images"]
 
 if TYPE_CHECKING:
+    from digit.core.errors import DigitError
     from digit.core.images import load_images
     from digit.models.vqgan import VQGAN
     from digit.pipeline.pipeline import DigitPipeline
     from digit.pipeline.tokenizer import SemanticTokenizer
 
 _PLACES = {
+    "DigitError": "digit.core.errors",
     "DigitPipeline": "digit.pipeline.pipeline",
     "SemanticTokenizer": "digit.pipeline.tokenizer",
     "VQGAN": "digit.models.vqgan",

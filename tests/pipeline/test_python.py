@@ -219,7 +219,7 @@ def test_decode_takes_what_numpy_loads(pipe):
 
 
 def test_the_package_offers_its_public_names():
-    assert {"DigitPipeline", "SemanticTokenizer", "VQGAN", "load_images"} <= set(dir(digit))
+    assert {"DigitError", "DigitPipeline", "SemanticTokenizer", "VQGAN", "load_images"} <= set(dir(digit))
     assert not [name for name in dir(digit) if name in ("Any", "TYPE_CHECKING", "annotations", "importlib", "sys")]
 
 
