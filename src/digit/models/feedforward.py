@@ -137,7 +137,7 @@ class FeedForwardConfig:
             made = f"{p.resolution} px through widths {list(p.widths)}{patches}"
         classes = f"; {self.num_classes:,} classes" if self.num_classes else ""
         return (
-            f"in one pass, {t.depth} blocks of width {t.dim}, {t.heads} heads; {made} from {self.prefix_length} of "
+            f"in one pass, {t.describe()}; {made} from {self.prefix_length} of "
             f"{self.prefix_vocab_size:,}, noise of {self.noise_dim}{classes}"
         )
 

@@ -95,10 +95,7 @@ class TokenModelConfig:
         classes = f"; {self.num_classes:,} classes" if self.num_classes else ""
         guidance = "" if not self.num_classes else " with guidance" if self.can_guide else ", no guidance"
         prefix = f" from {self.prefix_length} of {self.prefix_vocab_size:,}" if self.prefix_length else ""
-        return (
-            f"{t.depth} blocks of width {t.dim}, {t.heads} heads, {t.norm}-norm; "
-            f"{self.length} tokens of {self.vocab_size:,}{prefix}{classes}{guidance}"
-        )
+        return f"{t.describe()}, {t.norm}-norm; {self.length} tokens of {self.vocab_size:,}{prefix}{classes}{guidance}"
 
 
 class TokenModel(Component):

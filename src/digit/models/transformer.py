@@ -58,6 +58,11 @@ class TransformerConfig:
         """Hidden width of the feed-forward layers."""
         return self.ffn_dim or 4 * self.dim
 
+    def describe(self) -> str:
+        """Depth, width and heads in a few words."""
+        blocks, heads = ("" if n == 1 else "s" for n in (self.depth, self.heads))
+        return f"{self.depth} block{blocks} of width {self.dim}, {self.heads} head{heads}"
+
 
 class KVCache:
     """Keys and values (B, H, T, d) of every block for at most T positions, allocated once and filled in place."""
