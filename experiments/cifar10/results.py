@@ -25,15 +25,15 @@ Json = dict[str, Any]
 FIDELITIES = {
     "vq-s{}": "VQ prior (baseline)",
     "semantic-s{}-ar": "semantic prior + AR decoder",
-    "semantic-s{}-onepass": "semantic prior + one-pass decoder",
+    "semantic-s{}-onepass": "semantic prior + feed-forward decoder",
     "vq-masked": "VQ tokens alone, masked (MaskGIT, baseline)",
     "semantic-s{}-masked": "semantic prior + masked decoder",
     "vq-cond": "VQ prior, with a class",
     "cond-ar": "semantic prior + AR decoder, with a class",
     "cond-masked": "semantic prior + masked decoder, with a class",
-    "cond-onepass": "semantic prior + one-pass decoder, with a class",
+    "cond-onepass": "semantic prior + feed-forward decoder, with a class",
     "cond-quarter-ar": "the packaged model, its prior of one block, with a class, AR decoder",
-    "cond-quarter-onepass": "the packaged model with its default, the one-pass decoder",
+    "cond-quarter-onepass": "the packaged model with its default, the feed-forward decoder",
     "plain": "semantic prior + AR decoder with a class, over the plain encoder's tokens",
 }
 SIZES = {
@@ -50,7 +50,7 @@ SIZES = {
     "9 blocks of 128": ("vq-whole", "", "", "", "prior-vq-whole", ""),
 }
 """Four fidelities and two trainings of priors of each size; those of the first row are the study's own."""
-DECODERS = {"ar": "AR", "masked": "masked", "onepass": "one-pass"}
+DECODERS = {"ar": "AR", "masked": "masked", "onepass": "feed-forward"}
 
 
 # -- collecting
@@ -211,11 +211,11 @@ class Results:
             if any(value is not None for value in fids):
                 perplexities = [self.metric(name, "validation/perplexity") for name in names[4:]]
                 rows.append([title, *map(_number, fids), *map(_number, perplexities)])
-        ways = ["VQ", "semantic, AR decoder", "with a class, AR decoder", "with a class, one pass"]
+        ways = ["VQ", "semantic, AR decoder", "with a class, AR decoder", "with a class, feed-forward decoder"]
         return table(["prior", *ways, "perplexity, VQ", "perplexity, semantic"], rows)
 
-    def pictures(self) -> str:
-        """FID of the same models over twice as many pictures."""
+    def images(self) -> str:
+        """FID of the same models over twice as many images."""
         rows = []
         for name, title in MANY.items():
             few, many = self.fid(name), self.fid(f"{name}-many")
@@ -223,7 +223,7 @@ class Results:
                 rows.append(
                     [title, f"{self._images(name):,}: {few:.2f}", f"{self._images(f'{name}-many'):,}: {many:.2f}"]
                 )
-        return table(["model", "pictures: FID", "twice as many: FID"], rows) if rows else MISSING
+        return table(["model", "images: FID", "twice as many: FID"], rows) if rows else MISSING
 
     def vocabularies(self) -> str:
         """FID and perplexities over the number of clusters."""
@@ -258,7 +258,7 @@ class Results:
         return table(["setting", "FID"], rows)
 
     def prefixes(self) -> str:
-        """FID where a share of a real picture's tokens is given."""
+        """FID where a share of a real image's tokens is given."""
         step = self.steps.get("evaluate-prefix")
         if step is None:
             return MISSING
@@ -292,7 +292,7 @@ VOCABULARIES = {
 MANY = {"vq-quarter": "VQ prior of 1 block", "semantic-quarter": "semantic prior of 1 block + AR decoder"}
 SIMILARITIES = MANY | {
     "cond-quarter-ar": "the same with a class, the packaged model's settings",
-    "cond-quarter-onepass": "the packaged model: 1 block, a class, one-pass decoder",
+    "cond-quarter-onepass": "the packaged model: 1 block, a class, feed-forward decoder",
 }
 MISSING = "Not measured yet.\n"
 ENCODERS = {
@@ -377,16 +377,16 @@ FID, and the perplexity of held-out tokens; data, epochs and decoders are the sa
 two columns.
 
 {results.sizes()}
-## Numbers of pictures
-FID falls with their number; it is why only figures of as many pictures are compared here.
+## Numbers of images
+FID falls with their number; it is why only figures of as many images are compared here.
 
-{results.pictures()}
+{results.images()}
 ## Numbers of clusters
-Unconditional, a prior of one block and the AR decoder of four, no filter, 5,000 pictures.
+Unconditional, a prior of one block and the AR decoder of four, no filter, 5,000 images.
 
 {results.vocabularies()}
 ## KID, precision and recall
-5,000 pictures against 5,000 training images; KID over 100 subsets of 1,000, precision and recall over the nearest 3
+5,000 images against 5,000 training images; KID over 100 subsets of 1,000, precision and recall over the nearest 3
 neighbours.
 
 {results.similarity()}
@@ -395,11 +395,11 @@ Top-1 on 10 classes from the mean state of each layer of the prior with classes 
 
 {results.layers()}
 ## Settings of sampling
-The model with classes and the AR decoder, 2,000 pictures a point: compare with each other only.
+The model with classes and the AR decoder, 2,000 images a point: compare with each other only.
 
 {results.settings()}
 ## Prefixes
-The unconditional pair, 2,000 pictures a point. With all tokens given nothing is left to the prior: what remains is the
+The unconditional pair, 2,000 images a point. With all tokens given nothing is left to the prior: what remains is the
     decoder's, or the
 VQGAN's.
 

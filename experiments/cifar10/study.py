@@ -188,7 +188,7 @@ class Study:
         return "objective.perceptual=encoder", f"objective.perceptual_encoder={encoder}"
 
     def _onepass(self, group: str) -> Step:
-        """The one-pass decoder reads images, and their tokens from the cache."""
+        """The feed-forward decoder reads images, and their tokens from the cache."""
         changes = (
             f"data.tokens={self.out / f'tokens-{K}'}",
             *self._perceptual(),

@@ -283,7 +283,7 @@ def _close(out: Path, request: Request) -> None:
     import yaml
 
     from digit.core.errors import MissingPackageError
-    from digit.evaluation.report.curves import differences, known_curves, matching, points
+    from digit.evaluation.report.runs import differences, known_curves, matching, points
     from digit.evaluation.results import Result, shown
     from digit.training.logs import read_metrics
 
