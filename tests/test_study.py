@@ -98,7 +98,7 @@ def test_spread_and_ratio():
     text = kept.headline()
     assert "| VQ prior (baseline) | 42.00 ± 2.83 | 2 | 100 |" in text
     assert (
-        "**2.00 (2.00, 2.00 seed by seed) with the AR decoder, 1.33 with the masked decoder, 1.43 with the one-pass decoder**"
+        "**2.00 (2.00, 2.00 seed by seed) with the AR decoder, 1.33 with the masked decoder, 1.43 with the feed-forward decoder**"
         in text
     )
     assert "| semantic prior + AR decoder, with a class | 12.50 | 1 | 100 |" in text
