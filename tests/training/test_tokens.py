@@ -192,6 +192,7 @@ def test_validation_is_the_mean_over_all_held_out_tokens(token_cache: TokenCache
 CASES = [
     ("cifar10-tiny-prior", "prior", 0.25),
     ("cifar10-tiny-prior-cond", "prior", 0.25),
+    ("cifar10-tiny-prior-masked", "prior", 0.2),
     ("cifar10-tiny-vq-prior", "prior", 0.25),
     ("cifar10-tiny-ar", "decoder", 0.25),
     ("cifar10-tiny-masked", "decoder", 0.2),

@@ -7,7 +7,7 @@ position holds the class, or a learned start vector where there is no class; the
 |---|---|---|---|
 | prior (stage 1), VQ prior | - | causal | the next token |
 | AR decoder (stage 2) | semantic | causal | the next VQ token |
-| masked decoder (stage 2), MaskGIT | semantic or - | both ways | the token that a mask hides there |
+| masked prior (stage 1), decoder (stage 2) or MaskGIT | - or semantic | both ways | the token that a mask hides there |
 
 Ids are plain: 0..vocab_size-1. Start, class and mask are embeddings of their own. The null class of classifier-free
 guidance *is* the start vector: dropping a label in training (``class_dropout``) and generating without one are the same.

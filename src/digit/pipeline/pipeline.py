@@ -162,7 +162,9 @@ class DigitPipeline(Model):
         if "prior" not in request.params:
             request = request.validate(self, pixels=False)
         params, told = request.params["prior"], for_stage("prior", callback)
-        return sample(self.part("prior"), request.images, request.seed, params, request.labels, None, given, free, told)
+        stage = "prior" if self.space == "semantic" else None  # a masked decoder's random numbers are others
+        inputs = (request.labels, None, given, free)
+        return sample(self.part("prior"), request.images, request.seed, params, *inputs, told, stage)
 
     @torch.inference_mode()
     def complete(self, first: Tensor, request: SampleRequest, callback: Callback | None = None) -> Tokens:

@@ -62,7 +62,7 @@ def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
 
     Args:
         source: see :class:`FineTune`.
-        role: "encoder", "vqgan", "prior", or a decoder's kind.
+        role: "encoder", "vqgan", "prior" (of any role), or a decoder's kind.
 
     Raises:
         DigitError: nothing there, or a model without such a part.
@@ -138,7 +138,7 @@ def start_model(
         DigitError: it has another vocabulary or length than the cache, another role, or nothing would move.
     """
     role = str(values.get("role", "prior"))
-    folder, names = start_folder(start.source, role)
+    folder, names = start_folder(start.source, role if data.prefix else "prior")
     source = TokenModel.from_pretrained(folder)
     if source.config.role != role:
         raise DigitError(

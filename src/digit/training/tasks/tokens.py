@@ -7,6 +7,7 @@ What is trained follows from the model's role and from which tokens it predicts:
 | prior | semantic | none | the prior, stage 1 |
 | ar | vq | semantic | the AR decoder, stage 2 |
 | masked | vq | semantic | the masked decoder, stage 2 (MaskGIT, Chang et al. 2022, arXiv 2202.04200) |
+| masked | semantic | none | a masked prior: stage 1 in a few steps |
 | prior, masked | vq | none | the baselines over VQ tokens alone |
 """
 
