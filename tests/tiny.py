@@ -22,11 +22,11 @@ def token_model(role: str = "prior", seed: int = 0, **changes) -> TokenModel:
     """A token model of 16 tokens; decoders take 16 semantic tokens in front."""
     values = {
         "role": role,
-        "vocab_size": CLUSTERS if role == "prior" else CODES,
+        "vocab_size": CLUSTERS if role in ("prior", "random") else CODES,
         "length": TOKENS,
         "transformer": {**TRANSFORMER, "causal": role != "masked"},
     }
-    if role != "prior":
+    if role in ("ar", "masked"):
         values |= {"prefix_vocab_size": CLUSTERS, "prefix_length": TOKENS}
     torch.manual_seed(seed)
     model = TokenModel(from_dict(TokenModelConfig, {**values, **changes}, "tiny")).eval()

@@ -41,7 +41,7 @@ def test_steps_are_refused_where_nothing_has_steps(pipe):
     assert SampleRequest.of_run(1, decoder="masked", settings={"steps": 4}).validate(pipe).params["masked"].steps == 4
 
 
-@pytest.mark.parametrize("role", ["masked"])
+@pytest.mark.parametrize("role", ["masked", "random"])
 def test_steps_are_those_of_a_prior_that_takes_steps(pipe, role):
     stepped = pipe.with_parts(prior=tiny.prior(role))
     asked = SampleRequest.of_run(1, decoder="masked", settings={"steps": 4, "decoder_steps": 3})
@@ -52,6 +52,9 @@ def test_steps_are_those_of_a_prior_that_takes_steps(pipe, role):
     assert alone.params["prior"].steps == 4
     with pytest.raises(DigitError, match="the ar decoder has no steps"):
         SampleRequest.of_run(1, settings={"decoder_steps": 4}).validate(stepped)
+    unread = "order" if role == "masked" else "choice_temperature"
+    with pytest.raises(DigitError, match=f"{unread} = .* was given, but the prior does not read it"):
+        SampleRequest.of_run(1, settings={unread: "raster" if role == "masked" else 2.0}).validate(stepped)
 
 
 def test_a_masked_prior_and_a_masked_decoder_have_random_numbers_of_their_own(pipe):

@@ -8,7 +8,7 @@ from digit.models.token_model import NO_LABEL
 from digit.sampling import SamplingParams, sample
 from digit.sampling.logits import guide, kept_probabilities
 
-ROLES = ["prior", "masked"]
+ROLES = ["prior", "masked", "random"]
 SETTINGS = [SamplingParams(top_k=10, steps=4), SamplingParams(top_k=10, steps=4, cfg_scale=3.0)]
 LABELS = torch.arange(40) % 4
 

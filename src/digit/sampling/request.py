@@ -17,8 +17,8 @@ from digit.core.errors import DigitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OF_STEPS = ("steps", "mask_schedule", "choice_temperature", "mask_scaling")
-_READ = {"masked": _OF_STEPS}  # by the role of the model
+_OF_STEPS = ("steps", "mask_schedule", "mask_scaling", "choice_temperature", "order")
+_READ = {"masked": _OF_STEPS[:4], "random": (*_OF_STEPS[:3], "order")}  # by the role of the model
 _DECODER = "decoder_"
 _OTHER_NAMES = {"guidance_scale": "cfg_scale"}
 
@@ -45,7 +45,7 @@ class SamplingParams:
         tuple[float, float], Field(description="Fractions of the sequence between which guidance is on.")
     ] = (0.0, 1.0)
     steps: Annotated[
-        int, Field(gt=0, description="Iterations of a masked model: the prior if it is one, else the decoder.")
+        int, Field(gt=0, description="Steps of a masked or random-order prior, or else of a masked decoder.")
     ] = 8
     mask_schedule: Annotated[
         Literal["cosine", "linear", "sqrt"], Field(description="How many tokens stay masked after each iteration.")
@@ -57,6 +57,9 @@ class SamplingParams:
         Literal["none", "tokens"],
         Field(description="tokens: steps and choice temperature are for 256 tokens and scale with their number."),
     ] = "none"
+    order: Annotated[
+        Literal["random", "raster"], Field(description="Order of a random-order prior's tokens; raster: row by row.")
+    ] = "random"
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval
@@ -204,8 +207,9 @@ class SampleRequest:
         check_model(config, params, labels)
         if unread := [name for name in _OF_STEPS if name in asked and name not in _READ.get(config.role, ())]:
             what = "the prior" if stage == "prior" else f"the {stage} decoder"
+            lacks = "does not read it" if takes_steps(config) else "has no steps"
             raise DigitError(
-                f"{unread[0]} = {asked[unread[0]]} was given, but {what} has no steps; leave it out, or choose a masked "
+                f"{unread[0]} = {asked[unread[0]]} was given, but {what} {lacks}; leave it out, or choose a masked "
                 "decoder."
             )
         return params

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from digit.models.token_model import Ids, Labels, Mask, Prefix, TokenModel
 from digit.sampling.autoregressive import sample_autoregressive
 from digit.sampling.logits import draw
 from digit.sampling.masked import rounds, sample_masked
+from digit.sampling.random_order import counts, sample_random_order
 from digit.sampling.request import Sampled, SamplingParams, check_model, takes_steps
 from digit.sampling.rng import Seeds, pixel_latents, uniforms
 
@@ -60,12 +62,22 @@ def sample(
         if callback is not None:
             callback(config.length, tokens)
         return tokens
-    stage = stage or config.role
+    stage, n = stage or config.role, config.length
     if takes_steps(config) and given is not None and mask is None:
-        mask = (torch.arange(config.length, device=device) >= given.shape[1]).expand(len(given), -1)
-        given = F.pad(given, (0, config.length - given.shape[1]))
+        mask = (torch.arange(n, device=device) >= given.shape[1]).expand(len(given), -1)
+        given = F.pad(given, (0, n - given.shape[1]))
     if config.role == "masked":
-        uniform = uniforms(seed, images, stage, (rounds(params, config.length), 2, config.length)).to(device)
+        uniform = uniforms(seed, images, stage, (rounds(params, n), 2, n)).to(device)
         return sample_masked(model, uniform, params, labels, prefix, given, mask, callback)
-    uniform = uniforms(seed, images, stage, (config.length,)).to(device)
+    if config.role == "random":
+        uniform = uniforms(seed, images, stage, (2, n)).to(device)
+        return sample_random_order(model, uniform, params, labels, given, mask, callback)
+    uniform = uniforms(seed, images, stage, (n,)).to(device)
     return sample_autoregressive(model, uniform, params, labels, prefix, given, mask, callback)
+
+
+def calls(config: Any, params: SamplingParams) -> int:
+    """The number that the last call of a callback tells: tokens an image, or steps for whole images."""
+    if config.role == "random":
+        return len(counts(params, config.length, config.length))
+    return rounds(params, config.length) if config.role == "masked" else int(config.length)

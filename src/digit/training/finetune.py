@@ -34,7 +34,9 @@ from digit.training.tasks.tokens import TokenData, token_model_config
 
 M = TypeVar("M", bound=nn.Module)
 _TRAINING_FIELDS = ("class_dropout", "label_smoothing")
-_EMBEDDINGS = ("token_embedding", "position_embedding", "mask_vector", "prefix_embedding", "prefix_position_embedding")
+_EMBEDDINGS = (
+    "token_embedding", "position_embedding", "mask_vector", "instruction", "prefix_embedding", "prefix_position_embedding"
+)  # fmt: skip
 _CLASSES = ("class_embedding", "start")
 _HEAD = ("transformer.norm", "head")
 

@@ -26,6 +26,7 @@ from digit.evaluation.model_source import pipe_size
 from digit.pipeline.editing import continue_rows, edit_region
 from digit.pipeline.pipeline import DigitPipeline, Tokens
 from digit.sampling.request import SampleRequest, SamplingParams, takes_steps
+from digit.sampling.sampler import calls
 from digit.web import schema
 from digit.web.jobs import Job, Refused
 
@@ -230,8 +231,8 @@ class Service:
         def watch(stage: str, done: int, tokens: Tensor) -> None:
             job.check()
             space: Literal["semantic", "vq"] = "vq" if stage != "prior" or pipe.space == "vq" else "semantic"
-            stepped = takes_steps((pipe.part("prior") if stage == "prior" else pipe.decoders[stage]).config)
-            total = request.params[stage].steps if stepped else tokens.shape[1]
+            config = (pipe.part("prior") if stage == "prior" else pipe.decoders[stage]).config
+            stepped, total = takes_steps(config), calls(config, request.params[stage])
             if not stepped and done % max(1, total // FRAMES) and done != total:
                 return
             known = tokens.cpu().clone()
