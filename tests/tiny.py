@@ -22,11 +22,11 @@ def token_model(role: str = "prior", seed: int = 0, **changes) -> TokenModel:
     """A token model of 16 tokens; decoders take 16 semantic tokens in front."""
     values = {
         "role": role,
-        "vocab_size": CLUSTERS if role == "prior" else CODES,
+        "vocab_size": CLUSTERS if role in ("prior", "random") else CODES,
         "length": TOKENS,
         "transformer": {**TRANSFORMER, "causal": role != "masked"},
     }
-    if role != "prior":
+    if role in ("ar", "masked"):
         values |= {"prefix_vocab_size": CLUSTERS, "prefix_length": TOKENS}
     torch.manual_seed(seed)
     model = TokenModel(from_dict(TokenModelConfig, {**values, **changes}, "tiny")).eval()
@@ -87,13 +87,19 @@ def codebook(dim: int, seed: int = 0) -> Codebook:
     return Codebook.from_centroids(torch.randn(CLUSTERS, dim))
 
 
-def pipeline(conditional: bool = True) -> DigitPipeline:
-    """A whole model, class-conditional or not, with both decoders."""
+def prior(role: str = "prior", **changes) -> TokenModel:
+    """A prior over semantic tokens, of any role."""
+    values = {"vocab_size": CLUSTERS, "prefix_vocab_size": 0, "prefix_length": 0, "num_classes": CLASSES}
+    return token_model(role, **{**values, **changes})
+
+
+def pipeline(conditional: bool = True, role: str = "prior") -> DigitPipeline:
+    """A whole model, class-conditional or not, with a prior of this role and both decoders."""
     eyes = encoder()
     return DigitPipeline(
         encoder=eyes,
         codebook=codebook(eyes.dim),
-        prior=token_model("prior", num_classes=CLASSES if conditional else 0),
+        prior=prior(role, num_classes=CLASSES if conditional else 0),
         decoders={"ar": token_model("ar", 1), "masked": token_model("masked", 2)},
         vqgan=vqgan(),
         class_names=["cat", "dog", "ship"] if conditional else [],

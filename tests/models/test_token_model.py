@@ -84,6 +84,67 @@ def test_masked_loss_counts_masked_places_only():
         model.loss(tokens)
 
 
+def explicitly(model: TokenModel, tokens, order, labels):
+    """Log-probabilities (n,) of a row's tokens in an order: each from a sequence of its own, put together by hand."""
+    c, at, found = model.config, model.position_embedding.weight, []
+    class_vector = model.start if labels == NO_LABEL else model.class_embedding.weight[labels]
+    for i, place in enumerate(order):
+        sequence = [class_vector * c.embedding_scale + at[0]]
+        for known in order[:i]:
+            token = model.token_embedding.weight[tokens[known]] * c.embedding_scale
+            sequence += [model.instruction + at[1 + known], token + at[1 + known]]
+        sequence.append(model.instruction + at[1 + place])
+        logits = model.head(model.transformer(torch.stack(sequence)[None])[0, -1])
+        found.append(logits.log_softmax(-1)[tokens[place]])
+    return torch.stack(found)
+
+
+def some_orders(batch=3, length=8):
+    return torch.rand(batch, length, generator=torch.Generator().manual_seed(4)).argsort(1)
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("raster", [False, True])
+def test_the_likelihood_of_a_random_order_is_that_of_a_loop_without_a_cache(norm, raster):
+    model = build("random", classes=4, scale=4.0, norm=norm)
+    tokens, labels, _ = inputs(model)
+    order = torch.arange(8).expand(3, -1) if raster else some_orders()
+    by_hand = torch.stack([explicitly(model, *row) for row in zip(tokens, order, labels, strict=True)])  # (3, n)
+    logits = model(tokens, labels, order=None if raster else order)
+    found = logits.log_softmax(-1).gather(-1, tokens.gather(1, order)[..., None])
+    torch.testing.assert_close(found.squeeze(-1), by_hand, rtol=1e-4, atol=1e-5)
+    loss, parts = model.loss(tokens, labels, order=order)
+    torch.testing.assert_close(loss, -by_hand.mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(parts["nll"], loss)
+
+
+@pytest.mark.parametrize("amounts", [[1] * 8, [8], [1, 3, 4], [3, 1, 2, 2]], ids=str)
+def test_several_places_asked_at_once_are_each_asked_alone(amounts):
+    """Whatever was asked for together before: the cache is that of one token a step."""
+    model = build("random", classes=4, scale=4.0)
+    tokens, labels, _ = inputs(model)
+    order, cache, known, cached = some_orders(), model.new_cache(3), 0, None
+    for amount in amounts:
+        part = order[:, : known + amount]
+        unknown = torch.ones(3, 8, dtype=torch.bool).scatter(1, order[:, :known], False)
+        logits = model.query(cache, tokens.masked_fill(unknown, 0), part, known, cached, labels)
+        for i in range(amount):
+            alone = torch.cat([order[:, :known], part[:, known + i : known + i + 1]], 1)
+            expected = model(tokens, labels, order=alone)[:, -1]
+            torch.testing.assert_close(logits[:, i], expected, rtol=1e-4, atol=1e-5)
+        cached, known = known, known + amount
+
+
+def test_tokens_that_come_later_in_the_order_are_not_seen():
+    model = build("random")
+    tokens, _, _ = inputs(model)
+    order = some_orders()
+    other = tokens.scatter(1, order[:, 5:], (tokens.gather(1, order[:, 5:]) + 1) % 11)
+    a, b = model(tokens, order=order), model(other, order=order)
+    torch.testing.assert_close(a[:, :6], b[:, :6])
+    assert not torch.allclose(a[:, 6], b[:, 6])
+
+
 def test_label_dropout_replaces_the_asked_share():
     model = build(classes=4)
     labels = torch.randint(4, (20000,))
@@ -101,6 +162,8 @@ def test_label_dropout_replaces_the_asked_share():
         ({}, (IDS, None, IDS[:, :5]), "expects none"),
         ({}, (IDS, None, None, IDS == 0), "only role 'masked'"),
         ({"role": "ar", "prefix": 5}, (IDS,), "has none tokens; this model expects 5"),
+        ({}, (IDS, None, None, None, IDS), "only role 'random' takes one"),
+        ({"role": "random"}, (IDS, None, None, IDS == 0), "only role 'masked'"),
     ],
 )
 def test_wrong_inputs_are_explained(kind, given, message):
@@ -113,6 +176,7 @@ def test_configs_refuse_what_cannot_be():
     for change, message in [
         ({"role": "masked"}, "needs transformer.causal = False"),
         ({"prefix_length": 4}, "go together"),
+        ({"role": "random", "prefix_length": 4, "prefix_vocab_size": 9}, "role 'random' is for priors"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"rolle": "ar"}, "did you mean 'role'"),
     ]:
@@ -120,7 +184,7 @@ def test_configs_refuse_what_cannot_be():
             from_dict(TokenModelConfig, {**good, **change}, "test")
 
 
-@pytest.mark.parametrize("role", ["prior", "masked"])
+@pytest.mark.parametrize("role", ["prior", "masked", "random"])
 def test_saved_and_loaded_gives_the_same_logits(tmp_path, role):
     model = build(role, classes=4)
     tokens, labels, _ = inputs(model)

@@ -74,6 +74,30 @@ def test_variations_change_the_asked_share_of_places(pipe, images, fraction):
     assert torch.equal(vary(pipe, images[3:4], fraction, tiny.request([3], seed=5)).semantic, tokens.semantic[3:4])
 
 
+@pytest.mark.parametrize("role", ["masked", "random"])
+def test_other_priors_keep_what_stands_anywhere(images, role):
+    pipe = tiny.pipeline(role=role)
+    region = torch.zeros(tiny.SIZE, tiny.SIZE, dtype=torch.bool)
+    region[:12, 4:30] = True
+    asked = tiny.request(range(6), seed=1, decoder="masked", steps=3)
+    tokens = edit_region(pipe, images, region, asked)
+    semantic, vq = grids(pipe, images)
+    free = cells(region[None], (4, 4)).expand(6, -1)
+    assert torch.equal(tokens.semantic[~free], semantic[~free])
+    assert torch.equal(tokens.vq[~free], vq[~free])
+    assert (tokens.semantic[free] != semantic[free]).any()
+    again = edit_region(pipe, images[2:3], region, tiny.request([2], seed=1, decoder="masked", steps=3))
+    assert torch.equal(again.vq, tokens.vq[2:3])
+    below = images.clone()
+    below[:, :, 24:] = images[[1, 2, 3, 4, 5, 0], :, 24:]
+    other = edit_region(pipe, below, region, asked).semantic
+    assert (other[free] != tokens.semantic[free]).any()  # what is kept below is seen above
+    rows = continue_rows(pipe, images, 2, asked, True)
+    assert torch.equal(rows.semantic[:, :8], semantic[:, :8])
+    varied = vary(pipe, images, 0.25, asked).semantic
+    assert ((varied != semantic).sum(1) <= 4).all()
+
+
 def test_a_baseline_in_vq_space_is_edited_too(images):
     baseline = tiny.pipeline().with_parts(
         space="vq",

@@ -8,6 +8,7 @@ from digit.core.errors import DigitError
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
 from digit.sampling.request import SampleRequest
+from digit.sampling.sampler import sample
 from terminal import run
 
 
@@ -38,6 +39,30 @@ def test_steps_are_refused_where_nothing_has_steps(pipe):
     with pytest.raises(DigitError, match="the ar decoder has no steps"):
         request.validate(pipe)
     assert SampleRequest.of_run(1, decoder="masked", settings={"steps": 4}).validate(pipe).params["masked"].steps == 4
+
+
+@pytest.mark.parametrize("role", ["masked", "random"])
+def test_steps_are_those_of_a_prior_that_takes_steps(pipe, role):
+    stepped = pipe.with_parts(prior=tiny.prior(role))
+    asked = SampleRequest.of_run(1, decoder="masked", settings={"steps": 4, "decoder_steps": 3})
+    params = asked.validate(stepped).params
+    assert (params["prior"].steps, params["masked"].steps) == (4, 3)
+    assert asked.validate(stepped, prior=False).params["masked"].steps == 3
+    alone = SampleRequest.of_run(1, settings={"steps": 4}).validate(stepped)  # the ar decoder takes none
+    assert alone.params["prior"].steps == 4
+    with pytest.raises(DigitError, match="the ar decoder has no steps"):
+        SampleRequest.of_run(1, settings={"decoder_steps": 4}).validate(stepped)
+    unread = "order" if role == "masked" else "choice_temperature"
+    with pytest.raises(DigitError, match=f"{unread} = .* was given, but the prior does not read it"):
+        SampleRequest.of_run(1, settings={unread: "raster" if role == "masked" else 2.0}).validate(stepped)
+
+
+def test_a_masked_prior_and_a_masked_decoder_have_random_numbers_of_their_own(pipe):
+    decoder = tiny.prior("masked")
+    both = pipe.with_parts(prior=tiny.prior("masked"))
+    first = both.sample_prior(SampleRequest.of_run(8))
+    assert not torch.equal(first, sample(decoder, range(8)))
+    assert torch.equal(first, sample(decoder, range(8), stage="prior"))
 
 
 def test_decode_of_a_token_file_gives_the_labels_to_the_decoder(model, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ EVERYTHING = {
     "prior": {"token_noise": 1.0, "centroid_embeddings": True},
     "masked": {"token_noise": 1.0, "prefix_noise": 0.3, "centroid_embeddings": True},
     "ar": {"prefix_noise": 0.3, "prefix_neighbours": 4},
+    "prior-random": {"token_noise": 0.5, "order_annealing": [0.25, 0.75]},
 }
 
 
@@ -65,14 +66,15 @@ def test_off_by_default_a_run_is_what_it_was(token_cache: TokenCache) -> None:
 
 
 def test_with_nothing_drawn_the_loss_is_the_models(token_cache: TokenCache) -> None:
-    for role in ("prior", "masked"):
+    for role in ("prior", "masked", "random"):
         model = tiny.token_model(role, num_classes=3)
         vocab = model.config.vocab_size
         tokens, labels = some_tokens(vocab=vocab), torch.tensor([0, 2, -1, 1])
-        prefix = None if role == "prior" else some_tokens()
-        mask = None if role == "prior" else tokens % 3 == 0
-        expected, metrics = model.loss(tokens, labels, prefix, mask, 0.01)
-        found, same = TokenLoss(model, 0.01).train()(tokens, labels, prefix, mask, inputs=tokens)
+        prefix = some_tokens() if role == "masked" else None
+        mask = tokens % 3 == 0 if role == "masked" else None
+        order = torch.rand(tokens.shape).argsort(1) if role == "random" else None
+        expected, metrics = model.loss(tokens, labels, prefix, mask, 0.01, order=order)
+        found, same = TokenLoss(model, 0.01).train()(tokens, labels, prefix, mask, inputs=tokens, order=order)
         assert torch.allclose(found, expected, rtol=1e-5)
         assert torch.allclose(same["nll"], metrics["nll"], rtol=1e-5)
 
@@ -140,6 +142,8 @@ def test_centroids_as_embeddings_keep_their_geometry() -> None:
     [
         ("cifar10-tiny-prior", {"alignment": 1}, "has alignment = 1; this loss was removed"),
         ("cifar10-tiny-prior", {"prefix_noise": 0.1}, "no semantic prefix to disturb"),
+        ("cifar10-tiny-prior", {"order_annealing": [0.5, 0.75]}, "is for role 'random'; this model's is 'prior'"),
+        ("cifar10-tiny-prior-random", {"order_annealing": [0.5, 0.5]}, "expected two parts of the run, low < high"),
         (
             "cifar10-tiny-prior",
             {"centroid_embeddings": True, "codebook": "null"},
@@ -169,11 +173,24 @@ def test_centroids_of_the_wrong_model(token_cache: TokenCache, model_folder: Pat
         load_centroids(str(tmp_path), {"semantic"}, token_cache)
 
 
+@pytest.mark.parametrize(("progress", "share"), [(0.0, 1.0), (0.5, 1.0), (0.6, 0.6), (0.75, 0.0), (1.0, 0.0)])
+def test_orders_are_annealed_to_row_by_row(progress: float, share: float) -> None:
+    """RAR's schedule: all random up to half of the run, none from three quarters on, evenly in between."""
+    generator, tokens = torch.Generator().manual_seed(0), some_tokens(4000)
+    order = torch.rand(tokens.shape, generator=generator).argsort(1)
+    auxiliary = Auxiliary(order_annealing=(0.5, 0.75))
+    batch = {"tokens": tokens, "order": order, **auxiliary.draw({"tokens": tokens}, tiny.CLUSTERS, generator)}
+    shown = auxiliary.disturb(batch, progress, None)["order"]
+    raster = (shown == torch.arange(tiny.TOKENS)).all(1)
+    assert float(raster.float().mean()) == pytest.approx(1 - share, abs=0.03 * (0 < share < 1))
+    assert torch.equal(shown[~raster], order[~raster])
+
+
 # -- whole runs
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["prior", "masked", "ar"])
+@pytest.mark.parametrize("role", EVERYTHING)
 def test_batches_do_not_depend_on_the_number_of_processes(
     token_cache: TokenCache, model_folder: Path, role: str
 ) -> None:
@@ -187,7 +204,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(
     assert all(p.grad is not None for p in task.modules.parameters())
 
 
-@pytest.mark.parametrize("role", ["prior", "masked"])
+@pytest.mark.parametrize("role", ["prior", "masked", "prior-random"])
 def test_a_run_with_all_of_it_learns_resumes_and_exports_a_plain_model(
     token_cache: TokenCache, model_folder: Path, tmp_path: Path, role: str
 ) -> None:
@@ -218,7 +235,7 @@ def test_a_run_with_all_of_it_learns_resumes_and_exports_a_plain_model(
         run(tmp_path / "parts", stop_after=23)
     parts = run(tmp_path / "parts", resume=True)
     expected, found = (read_tensors(folder / "model.safetensors") for folder in (whole, parts))
-    assert expected.keys() == tiny.token_model(role).state_dict().keys()
+    assert expected.keys() == tiny.token_model(role.removeprefix("prior-")).state_dict().keys()
     assert all(expected[name].equal(found[name]) for name in expected)
     model = load_component(whole, TokenModel, TokenModelConfig)
     assert set(model.provenance["objective"]) == set(EVERYTHING[role])

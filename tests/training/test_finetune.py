@@ -183,3 +183,14 @@ def test_refusals(token_cache: TokenCache, run_folder: Path, tmp_path: Path) -> 
     tiny.pipeline().with_parts(prior=None).save_pretrained(tmp_path / "model")
     with pytest.raises(DigitError, match="has no prior to start from"):
         build(token_cache, "cifar10-tiny-prior-cond", start(source=str(tmp_path / "model")))
+
+
+@pytest.mark.parametrize("role", ["masked", "random"])
+def test_priors_of_other_roles_are_found_in_a_whole_model(token_cache: TokenCache, tmp_path: Path, role: str) -> None:
+    pipe = tiny.pipeline(role=role)
+    pipe.save_pretrained(tmp_path / "model")
+    task, _ = build(token_cache, f"cifar10-tiny-prior-{role}", FineTune(source=str(tmp_path / "model")))
+    expected, found = pipe.prior.state_dict(), task.model.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in found)
+    with pytest.raises(DigitError, match=f"is a model of role '{role}'; the preset trains one of role 'prior'"):
+        build(token_cache, "cifar10-tiny-prior", FineTune(source=str(tmp_path / "model")))

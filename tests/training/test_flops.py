@@ -7,16 +7,16 @@ import tiny
 from digit.training.speed import forward_flops, measured_flops, peak_flops, token_model_in
 
 
-@pytest.mark.parametrize("role", ["prior", "ar", "masked"])
+@pytest.mark.parametrize("role", ["prior", "ar", "masked", "random"])
 def test_flops_are_what_torch_counts(role: str) -> None:
     model = tiny.token_model(role)
     config = model.config
     tokens = torch.zeros(3, config.length, dtype=torch.long)
-    prefix = None if role == "prior" else torch.zeros(3, config.prefix_length, dtype=torch.long)
+    prefix = None if role in ("prior", "random") else torch.zeros(3, config.prefix_length, dtype=torch.long)
     mask = torch.ones(3, config.length, dtype=torch.bool) if role == "masked" else None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(tokens, None, prefix, mask)
-    positions = config.prefix_length + config.length + (role == "masked")
+    positions = config.prefix_length + config.length * (1 + (role == "random")) + (role == "masked")
     shape = config.transformer
     # torch computes, and counts, the half of causal attention that is thrown away
     thrown_away = positions * shape.depth * 2 * positions * shape.dim if shape.causal else 0

@@ -136,7 +136,7 @@ def test_masks_are_maskgits() -> None:
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("role", ["prior", "masked"])
+@pytest.mark.parametrize("role", ["prior", "masked", "random"])
 def test_parts_of_a_batch_have_the_gradient_of_the_whole(token_cache: TokenCache, role: str) -> None:
     task = build(token_cache, role, target="vq")
     task.modules.eval()
@@ -154,6 +154,17 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(token_cache: TokenCache
     assert float(whole.norm()) > 0.01
     torch.testing.assert_close(halves, whole, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(eighths, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_random_orders_are_of_all_kinds_and_fixed_in_validation(token_cache: TokenCache) -> None:
+    task = build(token_cache, "random", held_out=51)
+    order = first_batch(task, batch_size=200)["order"]
+    assert torch.equal(order.sort(1).values, torch.arange(tiny.TOKENS).expand(200, -1))
+    first = torch.bincount(order[:, 0], minlength=tiny.TOKENS)
+    assert first.min() > 0
+    assert len({tuple(row.tolist()) for row in order}) == 200
+    task.modules.eval()
+    assert task.validate() == task.validate()
 
 
 def test_z_loss_is_added_in_training_only(token_cache: TokenCache) -> None:
@@ -192,6 +203,8 @@ def test_validation_is_the_mean_over_all_held_out_tokens(token_cache: TokenCache
 CASES = [
     ("cifar10-tiny-prior", "prior", 0.25),
     ("cifar10-tiny-prior-cond", "prior", 0.25),
+    ("cifar10-tiny-prior-masked", "prior", 0.2),
+    ("cifar10-tiny-prior-random", "prior", 0.2),
     ("cifar10-tiny-vq-prior", "prior", 0.25),
     ("cifar10-tiny-ar", "decoder", 0.25),
     ("cifar10-tiny-masked", "decoder", 0.2),
@@ -226,14 +239,14 @@ def test_every_preset_learns(
     assert read_json(folder / "config.json")["config"]["transformer"]["dim"] == 64
 
 
-@pytest.mark.parametrize("role", ["prior", "ar", "masked"])
+@pytest.mark.parametrize("role", ["prior", "ar", "masked", "random"])
 def test_overfits_eight_images_to_exact_tokens(cifar512: Path, tmp_path: Path, role: str) -> None:
     """A tiny model learns eight images, one of each class, by heart; sampling without chance then gives their exact
     tokens."""
     images = open_dataset(cifar512)
     eight = images.subset([int(np.flatnonzero(images.labels == label)[0]) for label in range(8)])
     cache = build_token_cache(tiny.pipeline(), eight, tmp_path / "cache", Views(flip=False))
-    target, prefix = ("semantic", None) if role == "prior" else ("vq", "semantic")
+    target, prefix = ("semantic", None) if role in ("prior", "random") else ("vq", "semantic")
     data = TokenData(target=target, prefix=prefix, labels=True)
     values = {"role": role, "class_dropout": 0.0, "transformer": {**TRANSFORMER, "causal": role != "masked"}}
     torch.manual_seed(0)

@@ -97,6 +97,17 @@ def test_progress_tells_what_is_known_so_far(service, decoder, steps):
     assert all(a in (-1, b) for a, b in zip(first[0].tokens[0], made.semantic[0], strict=True))
 
 
+@pytest.mark.parametrize("role", ["masked", "random"])
+def test_a_prior_that_takes_steps_is_said_and_reports_them(role):
+    service, told = Service(tiny.pipeline(role=role)), []
+    assert service.about().stepped == ["prior", "masked"]
+    made = answer(service.generate, Generate(labels=[1], num=2, decoder="ar", steps=5), told)
+    first = [progress for progress in told if progress.stage == "prior"]
+    assert [(progress.done, progress.total) for progress in first] == [(i, 5) for i in range(1, 6)]
+    assert first[-1].tokens == made.semantic
+    assert any(-1 in row for row in first[0].tokens)
+
+
 def test_a_client_that_leaves_stops_the_sampling(service):
     async def scene():
         queue = JobQueue(0, 60)

@@ -39,7 +39,7 @@ def add_to(app: typer.Typer) -> None:
 
 @with_settings(
     "steps", "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p",
-    "decoder_temperature", "decoder_top_k", "decoder_top_p",
+    "decoder_temperature", "decoder_top_k", "decoder_top_p", "decoder_steps",
 )  # fmt: skip
 def generate(
     model: Model = None,

@@ -7,13 +7,19 @@ position holds the class, or a learned start vector where there is no class; the
 |---|---|---|---|
 | prior (stage 1), VQ prior | - | causal | the next token |
 | AR decoder (stage 2) | semantic | causal | the next VQ token |
-| masked decoder (stage 2), MaskGIT | semantic or - | both ways | the token that a mask hides there |
+| masked prior (stage 1), decoder (stage 2) or MaskGIT | - or semantic | both ways | the token that a mask hides there |
+
+| random-order prior (stage 1) | - | causal, in any order | the token at the place that is asked for |
+
+Of role "random" the sequence is ``[start | where, token, where, token, ...]``: an instruction before each token says at
+which place it stands, so tokens may come in any order, and a cache may be asked for several places at once.
 
 Ids are plain: 0..vocab_size-1. Start, class and mask are embeddings of their own. The null class of classifier-free
 guidance *is* the start vector: dropping a label in training (``class_dropout``) and generating without one are the same.
 
 Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; Chang et al. 2022, arXiv
-2202.04200 (MaskGIT); Ho & Salimans 2022, arXiv 2207.12598 (label dropout).
+2202.04200 (MaskGIT); Ho & Salimans 2022, arXiv 2207.12598 (label dropout); Pang et al. 2024, arXiv 2412.01827 (RandAR:
+position instructions; here with learned absolute positions, where theirs are rotary).
 """
 
 from __future__ import annotations
@@ -40,6 +46,8 @@ Prefix = Int[Tensor, "B P"] | None
 """Semantic ids in front, for decoders."""
 Mask = Bool[Tensor, "B n"] | None
 """True where a token is hidden, or is to be sampled."""
+Order = Int[Tensor, "B m"] | None
+"""Places in the order of their tokens, for role "random"; None is row by row."""
 
 
 @config
@@ -61,7 +69,7 @@ class TokenModelConfig:
             std 1 / sqrt(dim) for every table and the head, see :func:`~digit.models.transformer.init_as_fairseq`.
     """
 
-    role: Literal["prior", "ar", "masked"]
+    role: Literal["prior", "ar", "masked", "random"]
     vocab_size: PositiveInt
     length: PositiveInt
     prefix_vocab_size: NonNegativeInt = 0
@@ -78,6 +86,8 @@ class TokenModelConfig:
             raise ValueError("prefix_vocab_size and prefix_length go together: both 0, or both positive")
         if self.transformer.causal == (self.role == "masked"):
             raise ValueError(f"role '{self.role}' needs transformer.causal = {self.role != 'masked'}")
+        if self.role == "random" and self.prefix_length:
+            raise ValueError("role 'random' is for priors; expected prefix_length = 0")
 
     @property
     def head(self) -> str:
@@ -112,6 +122,7 @@ class TokenModel(Component):
         self.start = nn.Parameter(torch.empty(dim))
         self.class_embedding = nn.Embedding(config.num_classes, dim) if config.num_classes else None
         self.mask_vector = nn.Parameter(torch.empty(dim)) if config.role == "masked" else None
+        self.instruction = nn.Parameter(torch.empty(dim)) if config.role == "random" else None
         self.prefix_embedding = nn.Embedding(config.prefix_vocab_size, dim) if config.prefix_length else None
         self.prefix_position_embedding = nn.Embedding(config.prefix_length, dim) if config.prefix_length else None
         self.transformer = Transformer(config.transformer)
@@ -134,7 +145,7 @@ class TokenModel(Component):
             # multiplied, with std 0.02 (fairseq: 1 / sqrt(dim)): tokens outweigh positions until training says
             # otherwise. With embedding_scale 1 both have 0.02.
             tables = tables if self.config.embedding_scale != 1.0 else []
-        for vector in (self.start, self.mask_vector):
+        for vector in (self.start, self.mask_vector, self.instruction):
             if vector is not None:
                 nn.init.normal_(vector, std=std if self.config.init == "authors" else 0.02)
         for table in tables:
@@ -168,10 +179,17 @@ class TokenModel(Component):
         return x * self.config.embedding_scale
 
     def embed(
-        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None
+        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None, order: Order = None
     ) -> Float[Tensor, "B T D"]:
-        """The transformer's input, T = P + 1 + n, for n <= length tokens."""
-        self._check(tokens, labels, prefix)
+        """The transformer's input, T = P + 1 + n, for n <= length tokens; of role "random" T = 2 m."""
+        self._check(tokens, labels, prefix, order)
+        if self.instruction is not None:
+            order = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) if order is None else order
+            at = self.position_embedding(1 + order)  # (B, m, D)
+            given = self.embed_tokens(tokens.gather(1, order), mask) + at  # (B, m, D)
+            pairs = torch.stack([self.instruction + at, given], dim=2).flatten(1, 2)  # (B, 2 m, D)
+            start = self.embed_start(labels, len(tokens)) + self.position_embedding.weight[:1]
+            return torch.cat([start, pairs[:, :-1]], dim=1)  # nothing is asked for after the last token
         x = self._embed_tail(tokens, labels, mask)
         return x if prefix is None else torch.cat([self.embed_prefix(prefix), x], dim=1)
 
@@ -180,8 +198,10 @@ class TokenModel(Component):
         x = torch.cat([self.embed_start(labels, len(tokens)), self.embed_tokens(tokens, mask)], dim=1)
         return x + self.position_embedding.weight[: x.shape[1]]
 
-    def _check(self, tokens: Tensor, labels: Tensor | None, prefix: Tensor | None) -> None:
+    def _check(self, tokens: Tensor, labels: Tensor | None, prefix: Tensor | None, order: Tensor | None) -> None:
         c = self.config
+        if order is not None and c.role != "random":
+            raise DigitError(f"An order was given to a model of role '{c.role}'; only role 'random' takes one.")
         if tokens.shape[1] > c.length:
             raise DigitError(f"{tokens.shape[1]} tokens an image were given; this model was built for {c.length}.")
         if (prefix is not None) != bool(c.prefix_length) or (prefix is not None and prefix.shape[1] != c.prefix_length):
@@ -191,14 +211,18 @@ class TokenModel(Component):
             raise DigitError("Class labels were given to an unconditional model; leave them out.")
 
     def forward(
-        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None
+        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None, order: Order = None
     ) -> Float[Tensor, "B m V"]:
         """Logits for tokens that are all known (teacher forcing), or for masked ones.
 
-        Of role "masked", which alone takes a mask, m = n and place i predicts token i. Else m = n + 1, place i predicts
-        token i from the tokens before it, and the last place stands after all that were given.
+        Of role "masked", which alone takes a mask, m = n and place i predicts token i. Of role "random", which alone
+        takes an order, logits i are those of token ``order[i]`` from the tokens at ``order[:i]``. Else m = n + 1, place
+        i predicts token i from the tokens before it, and the last place stands after all that were given.
         """
-        x = self.transformer(self.embed(tokens, labels, prefix, mask))
+        x = self.transformer(self.embed(tokens, labels, prefix, mask, order))
+        if self.instruction is not None:
+            asked: Tensor = self.head(x[:, 1::2])
+            return asked
         skip = self.config.prefix_length + (1 if self.config.role == "masked" else 0)
         logits: Tensor = self.head(x[:, skip:])
         return logits
@@ -208,22 +232,34 @@ class TokenModel(Component):
         return self.transformer.states(self.embed(tokens, labels, prefix))
 
     def loss(
-        self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None, z_loss: float = 0.0
+        self,
+        tokens: Ids,
+        labels: Labels = None,
+        prefix: Prefix = None,
+        mask: Mask = None,
+        z_loss: float = 0.0,
+        inputs: Ids | None = None,
+        order: Order = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross entropy in nats and its parts.
 
         For role "masked" the mean runs over the masked places of the whole batch, else over all tokens. ``z_loss``
         weighs mean(log Z ^ 2), with Z the sum that the softmax divides by (PaLM, arXiv 2204.02311, section 5).
+        ``inputs`` are shown as earlier or visible tokens instead of the true ones.
 
         Returns:
             The loss with label smoothing, and ``{"nll", "accuracy"}`` without.
         """
+        shown = tokens if inputs is None else inputs
         if self.config.role == "masked":
             if mask is None:
-                raise DigitError("The loss of a masked decoder needs the mask that hides the tokens to predict.")
-            logits, targets = self(tokens, labels, prefix, mask)[mask], tokens[mask]  # (m, vocab), (m,)
+                raise DigitError("The loss of a masked model needs the mask that hides the tokens to predict.")
+            logits, targets = self(shown, labels, prefix, mask)[mask], tokens[mask]  # (m, vocab), (m,)
+        elif self.config.role == "random":
+            logits = self(shown, labels, prefix, mask, order).flatten(0, 1)  # (B * m, vocab)
+            targets = (tokens if order is None else tokens.gather(1, order)).flatten()
         else:
-            logits = self(tokens[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
+            logits = self(shown[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
             targets = tokens.flatten()
         return self.score(logits, targets, z_loss)
 
@@ -247,8 +283,8 @@ class TokenModel(Component):
 
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache for ``batch`` sequences of full length, on the model's device and in its dtype."""
-        # the last token is never an input
-        length = self.config.prefix_length + self.config.length
+        # the last token is never an input; of role "random" each has its instruction in front
+        length = self.config.prefix_length + (1 if self.instruction is None else 2) * self.config.length
         return KVCache(self.config.transformer, batch, length, self.start.device, self.start.dtype)
 
     def prefill(
@@ -284,4 +320,35 @@ class TokenModel(Component):
         x = self.embed_tokens(token[:, None]) + self.position_embedding(index + 1)  # (B, 1, D)
         x = self.transformer(x, cache, index + 1 + self.config.prefix_length, kv_len)
         logits: Tensor = self.head(x[:, -1])
+        return logits
+
+    def query(
+        self,
+        cache: KVCache,
+        tokens: Ids,
+        order: Int[Tensor, "B m"],
+        known: int,
+        cached: int | None = None,
+        labels: Labels = None,
+    ) -> Float[Tensor, "B q V"]:
+        """Ask for several tokens at once: of each the logits as :meth:`forward` gives them where it alone comes next.
+
+        Of role "random". Instructions see the known tokens and themselves, not one another. Their keys and values are
+        replaced in the next call, when their tokens are known, so that the cache is always that of one token a step.
+
+        Args:
+            cache: of :meth:`new_cache`.
+            tokens: by place, all of them; what stands at unknown places is not read.
+            order: places; the first ``known`` have their tokens, the other q = m - known are asked for.
+            known: how many.
+            cached: ``known`` of the call before; None for the first.
+            labels: of the first call.
+        """
+        x = self.embed(tokens, labels, order=order)  # (B, 2 m, D)
+        first, slots = 1 + 2 * known, torch.arange(x.shape[1], device=x.device)  # where the first instruction stands
+        start = 0 if cached is None else 2 + 2 * cached
+        position = torch.cat([slots[start:first], slots[first::2]])  # (t,)
+        earlier, own = slots <= position[:, None], slots == position[:, None]  # (t, 2 m)
+        x = self.transformer(x[:, position], cache, position, x.shape[1], earlier & ((slots < first) | own))
+        logits: Tensor = self.head(x[:, known - order.shape[1] :])
         return logits

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -176,6 +176,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         position: Int[Tensor, "*T"] | None = None,
         kv_len: int | None = None,
+        visible: Bool[Tensor, "T S"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Map embeddings to the last, normed states.
 
@@ -184,12 +185,14 @@ class Transformer(nn.Module):
             cache: is filled at ``position``, and everything in it up to each input is attended to.
             position: () or (T,), where the inputs stand in the cache.
             kv_len: how many positions of the cache are read: more than the last position; all by default.
+            visible: which of these each input attends to, instead of all up to it.
         """
         x = self.dropout(x)
         slots: list[KVSlot | None] = [None] * len(self.blocks)
         if cache is not None and position is not None:
             position = position.view(-1)  # (T,)
-            visible = torch.arange(kv_len or cache.length, device=x.device) <= position[:, None]  # (T, S)
+            if visible is None:
+                visible = torch.arange(kv_len or cache.length, device=x.device) <= position[:, None]  # (T, S)
             slots = [KVSlot(k, v, position, visible) for k, v in zip(cache.keys, cache.values, strict=True)]
         for block, slot in zip(self.blocks, slots, strict=True):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x, slot)

@@ -1,11 +1,12 @@
 """Changing given images through their tokens: keep a region and sample the rest, continue from the first rows, vary.
 
 Which tokens are sampled anew is one boolean grid for the prior's tokens and one for the cells of stage 2; the others
-stay as they are. A masked decoder sees the kept VQ tokens on all sides. Models that sample from left to right are
-forced to take a kept token when its turn comes, so what stands before it was drawn without having seen it: borders
-below and to the right of a region fit less well than those above and to the left. A feed-forward decoder that makes
-pixels has no VQ tokens: it makes the whole image with the noise that suits the given one best, and the pixels of kept
-cells are then taken from the given image.
+stay as they are. A masked model sees the kept tokens on all sides, and so does a random-order prior, which takes them
+first: what it samples is conditioned on all that is kept, exactly. Models that sample from left to right are forced to
+take a kept token when its turn comes, so what stands before it was drawn without having seen it: borders below and to
+the right of a region fit less well than those above and to the left. A feed-forward decoder that makes pixels has no VQ
+tokens: it makes the whole image with the noise that suits the given one best, and the pixels of kept cells are then
+taken from the given image.
 
 Functions take the images (B, 3, S, S) in 0..1 and a request for them, and give tokens, whose images are
 ``pipe.to_pixels(tokens)``; :func:`edit_images` does all of it for files.

@@ -159,7 +159,8 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
 
 def cache_bytes(model: TokenModelConfig, item: int) -> int:
     """Keys and values of every block for one image, in bytes; 0 for masked models, which keep none."""
-    numbers = 2 * model.transformer.depth * (model.prefix_length + model.length) * model.transformer.dim
+    tokens = model.prefix_length + model.length * (2 if model.role == "random" else 1)
+    numbers = 2 * model.transformer.depth * tokens * model.transformer.dim
     return 0 if model.role == "masked" else numbers * item
 
 

@@ -65,6 +65,7 @@ class DigitPipeline(Model):
         mask_schedule: str | None = None,
         choice_temperature: float | None = None,
         mask_scaling: str | None = None,
+        order: str | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",
         callback_on_step_end: StepCallback | None = None,
@@ -79,7 +80,7 @@ class DigitPipeline(Model):
             seed: of the run, or one for each image, which is then the first image of that seed's run.
             decoder: its kind; None: the model's default.
             batch_size: how many at a time; has no influence on the images.
-            temperature, ..., mask_scaling, decoder_settings: see :class:`~digit.sampling.request.SamplingParams`, and
+            temperature, ..., order, decoder_settings: see :class:`~digit.sampling.request.SamplingParams`, and
                 :class:`~digit.sampling.request.SampleRequest` for which stage reads them; ``guidance_scale`` is
                 ``cfg_scale``.
             generator: draws the seed, instead of ``seed``; or one for each image.
@@ -162,7 +163,9 @@ class DigitPipeline(Model):
         if "prior" not in request.params:
             request = request.validate(self, pixels=False)
         params, told = request.params["prior"], for_stage("prior", callback)
-        return sample(self.part("prior"), request.images, request.seed, params, request.labels, None, given, free, told)
+        stage = "prior" if self.space == "semantic" else None  # a masked decoder's random numbers are others
+        inputs = (request.labels, None, given, free)
+        return sample(self.part("prior"), request.images, request.seed, params, *inputs, told, stage)
 
     @torch.inference_mode()
     def complete(self, first: Tensor, request: SampleRequest, callback: Callback | None = None) -> Tokens:

@@ -18,7 +18,7 @@ from digit.models.token_model import NO_LABEL, Ids, Labels, Mask, Prefix, TokenM
 from digit.sampling.logits import draw, guide, scales
 from digit.sampling.request import Sampled, SamplingParams
 
-_SCHEDULES: dict[str, Callable[[float], float]] = {
+SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda r: math.cos(math.pi * r / 2),
     "linear": lambda r: 1 - r,
     "sqrt": lambda r: 1 - math.sqrt(r),
@@ -64,7 +64,7 @@ def masked_after(
     """
     if step + 1 == steps:
         return torch.zeros_like(masked)
-    wanted = (total.double() * _SCHEDULES[schedule]((step + 1) / steps)).floor().long()
+    wanted = (total.double() * SCHEDULES[schedule]((step + 1) / steps)).floor().long()
     return torch.minimum(wanted, masked - 1).clamp(min=1).minimum(masked)
 
 

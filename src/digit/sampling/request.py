@@ -17,12 +17,13 @@ from digit.core.errors import DigitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OF_STEPS = ("steps", "mask_schedule", "choice_temperature", "mask_scaling")
+_OF_STEPS = ("steps", "mask_schedule", "mask_scaling", "choice_temperature", "order")
+_READ = {"masked": _OF_STEPS[:4], "random": (*_OF_STEPS[:3], "order")}  # by the role of the model
 _DECODER = "decoder_"
 _OTHER_NAMES = {"guidance_scale": "cfg_scale"}
 
 Sampled = Callable[..., Any]
-"""Told (tokens known or steps done, tokens (B, length)), and by a masked decoder which of them are open (B, length)."""
+"""Told (tokens known or steps done, tokens (B, length)), and by a model that takes steps which of them are open (B, length)."""
 
 
 @config
@@ -43,17 +44,22 @@ class SamplingParams:
     cfg_interval: Annotated[
         tuple[float, float], Field(description="Fractions of the sequence between which guidance is on.")
     ] = (0.0, 1.0)
-    steps: Annotated[int, Field(gt=0, description="Iterations of the masked decoder.")] = 8
+    steps: Annotated[
+        int, Field(gt=0, description="Steps of a masked or random-order prior, or else of a masked decoder.")
+    ] = 8
     mask_schedule: Annotated[
         Literal["cosine", "linear", "sqrt"], Field(description="How many tokens stay masked after each iteration.")
     ] = "cosine"
     choice_temperature: Annotated[
-        float, Field(ge=0, description="Noise in the masked decoder's choice of tokens to keep; it falls to 0.")
+        float, Field(ge=0, description="Noise in a masked model's choice of tokens to keep; it falls to 0.")
     ] = 4.5
     mask_scaling: Annotated[
         Literal["none", "tokens"],
         Field(description="tokens: steps and choice temperature are for 256 tokens and scale with their number."),
     ] = "none"
+    order: Annotated[
+        Literal["random", "raster"], Field(description="Order of a random-order prior's tokens; raster: row by row.")
+    ] = "random"
 
     def __post_init__(self) -> None:
         low, high = self.cfg_interval
@@ -85,8 +91,8 @@ class SampleRequest:
         labels: (B,) int64 classes, -1 for none; None: no image has a class.
         decoder: its kind: "ar", "masked" or "onepass"; None: the model's default.
         settings: what was asked for, by the names of :class:`SamplingParams` (``guidance_scale`` is ``cfg_scale``); it
-            goes before the model's defaults. Names that begin with ``decoder_``, and ``steps`` and its like, are the
-            decoder's, the others the prior's.
+            goes before the model's defaults. Names that begin with ``decoder_`` are the decoder's, the others the
+            prior's; ``steps`` and its like are the decoder's too where the prior takes no steps.
         params: all settings of "prior" and of the decoder's kind; filled in by :meth:`validate`.
     """
 
@@ -162,7 +168,9 @@ class SampleRequest:
         second = model.stage2(self.decoder)
         if pixels:
             second.check_parts()
-        asked, later = self._divided(second.config is not None)
+        asked, later = self._divided(
+            second.config is not None and not (model.prior and takes_steps(model.prior.config))
+        )
         if second.config is None and (later or self.decoder is not None):
             raise DigitError(
                 f"The model '{model.name}' predicts VQ tokens itself; it has no decoder to choose or to set."
@@ -175,8 +183,8 @@ class SampleRequest:
         }
         return replace(self, decoder=second.kind, params=params)
 
-    def _divided(self, decoder: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What was asked of the prior, and of the decoder where there is one."""
+    def _divided(self, decoder_steps: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What was asked of the prior, and of the decoder; whose ``steps`` and its like are is said."""
         asked = {name: value for name, value in self.settings.items() if value is not None}
         for prefix in ("", _DECODER):
             for other, name in _OTHER_NAMES.items():
@@ -185,7 +193,7 @@ class SampleRequest:
                         raise DigitError(f"{prefix}{other} and {prefix}{name} are the same setting; give one of them.")
                     asked[prefix + name] = asked.pop(prefix + other)
         later = {name.removeprefix(_DECODER): asked.pop(name) for name in list(asked) if name.startswith(_DECODER)}
-        if decoder:
+        if decoder_steps:
             later |= {name: asked.pop(name) for name in _OF_STEPS if name in asked}
         return asked, later
 
@@ -197,13 +205,19 @@ class SampleRequest:
         unguided = {"cfg_scale": 1.0} if labels is None else {}
         params = from_dict(SamplingParams, {**to_dict(default), **unguided, **asked}, "Sampling settings")
         check_model(config, params, labels)
-        if config.role != "masked" and (unread := [name for name in _OF_STEPS if name in asked]):
+        if unread := [name for name in _OF_STEPS if name in asked and name not in _READ.get(config.role, ())]:
             what = "the prior" if stage == "prior" else f"the {stage} decoder"
+            lacks = "does not read it" if takes_steps(config) else "has no steps"
             raise DigitError(
-                f"{unread[0]} = {asked[unread[0]]} was given, but {what} has no steps; leave it out, or choose a masked "
+                f"{unread[0]} = {asked[unread[0]]} was given, but {what} {lacks}; leave it out, or choose a masked "
                 "decoder."
             )
         return params
+
+
+def takes_steps(config: Any) -> bool:
+    """Whether a token model or decoder samples several tokens a step, so that ``steps`` and its like count."""
+    return config.role in _READ
 
 
 def check_model(config: Any, params: SamplingParams, labels: Tensor | None) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from digit.models.feedforward import FeedForwardDecoder
 from digit.models.token_model import Ids, Labels, Mask, Prefix, TokenModel
 from digit.sampling.autoregressive import sample_autoregressive
 from digit.sampling.logits import draw
 from digit.sampling.masked import rounds, sample_masked
-from digit.sampling.request import Sampled, SamplingParams, check_model
+from digit.sampling.random_order import counts, sample_random_order
+from digit.sampling.request import Sampled, SamplingParams, check_model, takes_steps
 from digit.sampling.rng import Seeds, pixel_latents, uniforms
 
 
@@ -26,6 +29,7 @@ def sample(
     given: Ids | None = None,
     mask: Mask = None,
     callback: Sampled | None = None,
+    stage: str | None = None,
 ) -> Ids:
     """Sample the tokens of some images of a run.
 
@@ -35,9 +39,10 @@ def sample(
         seed: of the run, or one for each image.
         params: how to sample.
         labels, prefix: see :mod:`digit.models.token_model`.
-        given: tokens to keep: (B, length) with ``mask``; or, for an autoregressive model, (B, n) first tokens.
+        given: tokens to keep: (B, length) with ``mask``; or (B, n) first tokens.
         mask: True where to sample.
         callback: told after every token or step.
+        stage: whose random numbers are used, see :func:`digit.sampling.rng.uniforms`; by default the model's role.
 
     Returns:
         (B, length) int64 ids on the model's device.
@@ -57,8 +62,22 @@ def sample(
         if callback is not None:
             callback(config.length, tokens)
         return tokens
+    stage, n = stage or config.role, config.length
+    if takes_steps(config) and given is not None and mask is None:
+        mask = (torch.arange(n, device=device) >= given.shape[1]).expand(len(given), -1)
+        given = F.pad(given, (0, n - given.shape[1]))
     if config.role == "masked":
-        uniform = uniforms(seed, images, config.role, (rounds(params, config.length), 2, config.length)).to(device)
+        uniform = uniforms(seed, images, stage, (rounds(params, n), 2, n)).to(device)
         return sample_masked(model, uniform, params, labels, prefix, given, mask, callback)
-    uniform = uniforms(seed, images, config.role, (config.length,)).to(device)
+    if config.role == "random":
+        uniform = uniforms(seed, images, stage, (2, n)).to(device)
+        return sample_random_order(model, uniform, params, labels, given, mask, callback)
+    uniform = uniforms(seed, images, stage, (n,)).to(device)
     return sample_autoregressive(model, uniform, params, labels, prefix, given, mask, callback)
+
+
+def calls(config: Any, params: SamplingParams) -> int:
+    """The number that the last call of a callback tells: tokens an image, or steps for whole images."""
+    if config.role == "random":
+        return len(counts(params, config.length, config.length))
+    return rounds(params, config.length) if config.role == "masked" else int(config.length)

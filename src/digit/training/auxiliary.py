@@ -4,9 +4,11 @@
 |---|---|---|
 | ``token_noise`` | random tokens among the inputs, fewer and fewer | reAR [0] |
 | ``prefix_noise`` | a decoder's semantic prefix is swapped for neighbours, as a prior would err | RobusTok [1] |
+| ``order_annealing`` | a random-order prior ends row by row | RAR [2] |
 | ``centroid_embeddings`` | token vectors begin as the centroids, turned into the model's width | [0], this project |
 
-Sources: [0] He et al. 2025, arXiv 2510.04450, and QY-H00/reAR at 93ac0f0, modeling/rear.py; [1] arXiv 2509.12474.
+Sources: [0] He et al. 2025, arXiv 2510.04450, and QY-H00/reAR at 93ac0f0, modeling/rear.py; [1] arXiv 2509.12474; [2] Yu et al.
+2024, arXiv 2411.00776.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Auxiliary:
         prefix_noise: share of the images whose prefix is disturbed. RobusTok: 0.1. Decoders only.
         prefix_tokens: share of such an image's tokens that are replaced.
         prefix_neighbours: by one of how many nearest centroids; the number falls to its half in the course of the run.
+        order_annealing: parts of the run between which the share of random orders falls evenly from 1 to 0; the others
+            are row by row. RAR: (0.5, 0.75). Role "random" only; it is then validated row by row.
         centroid_embeddings: begin with the centroids as token vectors: centred, turned and scaled like the usual random
             ones.
         codebook: whose centroids: a model folder (see ``digit assemble``), or a codebook or a VQGAN by itself.
@@ -52,10 +56,13 @@ class Auxiliary:
     prefix_noise: Share = 0.0
     prefix_tokens: Share = 1.0
     prefix_neighbours: PositiveInt = 100
+    order_annealing: tuple[Share, Share] | None = None
     centroid_embeddings: bool = False
     codebook: str | None = None
 
     def __post_init__(self) -> None:
+        if self.order_annealing and self.order_annealing[0] >= self.order_annealing[1]:
+            raise ValueError(f"order_annealing={self.order_annealing}: expected two parts of the run, low < high")
         needing = [name for name in ("prefix_noise", "centroid_embeddings") if getattr(self, name)]
         if needing and self.codebook is None:
             raise ValueError(
@@ -82,11 +89,13 @@ class Auxiliary:
             prefix = batch["prefix"]
             drawn["prefix_row"] = uniform(tokens[:, 0])
             drawn |= {"prefix_rank": uniform(prefix), "prefix_choice": uniform(prefix)}
+        if self.order_annealing:
+            drawn["order_draw"] = uniform(tokens[:, 0])
         return drawn
 
     def disturb(self, batch: Mapping[str, Tensor], progress: float, near: Tensor | None) -> Batch:
-        """What the network is shown instead of the truth: those of "inputs" (B, n) and "prefix" (B, P) that are
-        disturbed.
+        """What the network is shown instead of the truth: those of "inputs" (B, n), "prefix" (B, P) and "order"
+        (B, n) that are disturbed.
 
         Args:
             batch: with what :meth:`draw` gave.
@@ -103,6 +112,11 @@ class Auxiliary:
             other = near[batch["prefix"], (batch["prefix_choice"] * count).long().clamp(max=count - 1)]  # (B, P)
             swap = (batch["prefix_row"] < self.prefix_noise)[:, None] & (batch["prefix_rank"] < self.prefix_tokens)
             shown["prefix"] = torch.where(swap, other, batch["prefix"])
+        if self.order_annealing:
+            low, high = self.order_annealing
+            raster = torch.arange(batch["order"].shape[1], device=batch["order"].device)
+            random = batch["order_draw"] < (high - progress) / (high - low)  # (B,)
+            shown["order"] = torch.where(random[:, None], batch["order"], raster)
         return shown
 
 

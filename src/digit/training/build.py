@@ -187,6 +187,8 @@ def _token_task(
         model, origin = start_model(start, preset["model"], cache, data, f"{where}, model")
     if auxiliary.prefix_noise and not model.config.prefix_length:
         raise DigitError("objective.prefix_noise is for decoders; this model has no semantic prefix to disturb.")
+    if auxiliary.order_annealing and model.config.role != "random":
+        raise DigitError(f"objective.order_annealing is for role 'random'; this model's is '{model.config.role}'.")
     if auxiliary.centroid_embeddings and start is not None:
         raise DigitError(
             "objective.centroid_embeddings is for new models; one that starts from another has its own vectors."

@@ -34,7 +34,9 @@ from digit.training.tasks.tokens import TokenData, token_model_config
 
 M = TypeVar("M", bound=nn.Module)
 _TRAINING_FIELDS = ("class_dropout", "label_smoothing")
-_EMBEDDINGS = ("token_embedding", "position_embedding", "mask_vector", "prefix_embedding", "prefix_position_embedding")
+_EMBEDDINGS = (
+    "token_embedding", "position_embedding", "mask_vector", "instruction", "prefix_embedding", "prefix_position_embedding"
+)  # fmt: skip
 _CLASSES = ("class_embedding", "start")
 _HEAD = ("transformer.norm", "head")
 
@@ -62,7 +64,7 @@ def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
 
     Args:
         source: see :class:`FineTune`.
-        role: "encoder", "vqgan", "prior", or a decoder's kind.
+        role: "encoder", "vqgan", "prior" (of any role), or a decoder's kind.
 
     Raises:
         DigitError: nothing there, or a model without such a part.
@@ -138,7 +140,7 @@ def start_model(
         DigitError: it has another vocabulary or length than the cache, another role, or nothing would move.
     """
     role = str(values.get("role", "prior"))
-    folder, names = start_folder(start.source, role)
+    folder, names = start_folder(start.source, role if data.prefix else "prior")
     source = TokenModel.from_pretrained(folder)
     if source.config.role != role:
         raise DigitError(

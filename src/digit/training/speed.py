@@ -63,8 +63,11 @@ def forward_flops(config: TokenModelConfig) -> int:
     """FLOPs of the matrix products of one image's forward pass in training; causal attention counts half."""
     shape = config.transformer
     dim, ffn = shape.dim, shape.ffn_dim or 4 * shape.dim
-    # a causal model is not shown the last token, a masked one sees the start position too
-    positions = config.prefix_length + config.length + (0 if shape.causal else 1)
+    # a causal model is not shown the last token, a masked one sees the start position too, a random-order one is told
+    # the place of each token
+    positions = (
+        config.prefix_length + config.length * (2 if config.role == "random" else 1) + (0 if shape.causal else 1)
+    )
     attention = 4 * positions * dim // (2 if shape.causal else 1)
     block = 8 * dim * dim + 4 * dim * ffn + attention
     return positions * shape.depth * block + config.length * 2 * dim * config.vocab_size

@@ -18,7 +18,7 @@ Grids = list[list[int]] | None
 
 SETTINGS = (
     "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p", "steps",
-    "decoder_temperature", "decoder_top_k", "decoder_top_p",
+    "decoder_temperature", "decoder_top_k", "decoder_top_p", "decoder_steps",
 )  # fmt: skip
 MAX_STEPS = 256
 
@@ -58,7 +58,7 @@ def with_settings(cls: type[T]) -> type[T]:
     for name in SETTINGS:
         given = hints[name.removeprefix("decoder_")]
         number = get_args(given)[0] is float
-        limits = {"le": MAX_STEPS} if name == "steps" else {"allow_inf_nan": False} if number else {}
+        limits = {"le": MAX_STEPS} if name.endswith("steps") else {"allow_inf_nan": False} if number else {}
         cls.__annotations__[name] = Annotated[given, Field(**limits)] | None
         setattr(cls, name, None)
     return config(cls)
@@ -137,7 +137,7 @@ class About(BaseModel):
     classes: Annotated[list[str] | int, Field(description="Names of the classes, or their number.")]
     decoders: list[str]
     default_decoder: str | None
-    stepped: Annotated[list[str], Field(description="Decoders that take a number of steps.")]
+    stepped: Annotated[list[str], Field(description="Stages that take a number of steps: prior, or a decoder.")]
     can: dict[str, bool]
     clusters_from: Annotated[str | None, Field(description="Where the patches of the clusters come from.")]
     settings: Annotated[dict[str, dict[str, Any]], Field(description="Default settings of the prior and decoders.")]
@@ -199,5 +199,5 @@ class Progress(BaseModel):
     stage: Annotated[str, Field(description='"prior" or the kind of decoder.')]
     space: Literal["semantic", "vq"]
     done: int
-    total: Annotated[int, Field(description="Tokens, or steps of a masked decoder.")]
+    total: Annotated[int, Field(description="Tokens, or steps of a stage that takes some.")]
     tokens: Annotated[list[list[int]], Field(description="Per image; -1 where still open.")]

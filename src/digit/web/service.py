@@ -25,7 +25,8 @@ from digit.evaluation.metrics.stability import token_spaces
 from digit.evaluation.model_source import pipe_size
 from digit.pipeline.editing import continue_rows, edit_region
 from digit.pipeline.pipeline import DigitPipeline, Tokens
-from digit.sampling.request import SampleRequest, SamplingParams
+from digit.sampling.request import SampleRequest, SamplingParams, takes_steps
+from digit.sampling.sampler import calls
 from digit.web import schema
 from digit.web.jobs import Job, Refused
 
@@ -61,6 +62,7 @@ class Service:
     def about(self) -> schema.About:
         """What a client needs to know to ask well."""
         pipe, atlas, decoders = self.pipe, self.atlas, list(self.pipe.decoders)
+        parts = {"prior": pipe.prior, **pipe.decoders}
         return schema.About(
             name=pipe.name,
             space=pipe.space,
@@ -70,7 +72,7 @@ class Service:
             classes=pipe.class_names or pipe.num_classes,
             decoders=decoders,
             default_decoder=pipe.stage2().kind if decoders else None,
-            stepped=[kind for kind in decoders if pipe.decoders[kind].config.role == "masked"],
+            stepped=[stage for stage, part in parts.items() if part is not None and takes_steps(part.config)],
             can={
                 "generate": pipe.can_generate,
                 "edit": pipe.can_generate and (pipe.encoder is not None or pipe.space == "vq"),
@@ -229,12 +231,12 @@ class Service:
         def watch(stage: str, done: int, tokens: Tensor) -> None:
             job.check()
             space: Literal["semantic", "vq"] = "vq" if stage != "prior" or pipe.space == "vq" else "semantic"
-            masked = stage != "prior" and pipe.decoders[stage].config.role == "masked"
-            total = request.params[stage].steps if masked else tokens.shape[1]
-            if not masked and done % max(1, total // FRAMES) and done != total:
+            config = (pipe.part("prior") if stage == "prior" else pipe.decoders[stage]).config
+            stepped, total = takes_steps(config), calls(config, request.params[stage])
+            if not stepped and done % max(1, total // FRAMES) and done != total:
                 return
             known = tokens.cpu().clone()
-            if not masked:
+            if not stepped:
                 known[:, done:] = -1
             job.report(schema.Progress(stage=stage, space=space, done=done, total=total, tokens=known.tolist()))
 

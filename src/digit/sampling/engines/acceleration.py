@@ -7,6 +7,9 @@
 | CUDA | the same, recorded as CUDA graphs |
 | others | compiled if asked for, else plain |
 
+Masked and random-order models take few and large steps: they run in plain PyTorch whatever is chosen, without an engine
+(:mod:`digit.sampling.masked`, :mod:`digit.sampling.random_order`).
+
 Speed belongs to a loaded model, not to a call: :func:`accelerate` it once, and every later
 :func:`digit.sampling.sample` uses it.
 """

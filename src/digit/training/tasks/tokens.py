@@ -7,6 +7,7 @@ What is trained follows from the model's role and from which tokens it predicts:
 | prior | semantic | none | the prior, stage 1 |
 | ar | vq | semantic | the AR decoder, stage 2 |
 | masked | vq | semantic | the masked decoder, stage 2 (MaskGIT, Chang et al. 2022, arXiv 2202.04200) |
+| masked, random | semantic | none | a masked or a random-order prior: stage 1 in a few steps |
 | prior, masked | vq | none | the baselines over VQ tokens alone |
 """
 
@@ -34,6 +35,7 @@ from digit.data.token_cache import TokenCache
 from digit.models.component import save_component
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN
+from digit.sampling.request import SamplingParams
 from digit.sampling.sampler import sample
 from digit.training.auxiliary import Auxiliary
 from digit.training.health import Counts
@@ -46,7 +48,7 @@ _MASK_SEED = 7  # of the masks that validation hides tokens with
 _VALIDATION_BATCH = 64
 _COUNTED = 50_000  # images whose tokens are counted for the baselines of validation
 _SAMPLES = 16
-_INPUTS = ("tokens", "labels", "prefix", "mask")  # of a batch, for the network
+_INPUTS = ("tokens", "labels", "prefix", "mask", "order")  # of a batch, for the network
 
 
 @config
@@ -127,14 +129,10 @@ class TokenLoss(nn.Module):
         prefix: Tensor | None = None,
         mask: Tensor | None = None,
         inputs: Tensor | None = None,
+        order: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`TokenModel.loss`; ``inputs`` (B, n) are shown as earlier or visible tokens instead of the true."""
-        model, z_loss = self.model, self.z_loss if self.training else 0.0
-        if inputs is None:
-            return model.loss(tokens, labels, prefix, mask, z_loss)
-        if mask is None:
-            return model.score(model(inputs[:, :-1], labels, prefix).flatten(0, 1), tokens.flatten(), z_loss)
-        return model.score(model(inputs, labels, prefix, mask)[mask], tokens[mask], z_loss)
+        """See :meth:`TokenModel.loss`."""
+        return self.model.loss(tokens, labels, prefix, mask, self.z_loss if self.training else 0.0, inputs, order)
 
 
 def merged(model: TokenModel) -> TokenModel:
@@ -229,7 +227,8 @@ class TokenTask(Task):
         """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of counting tokens and
         pairs of them.
 
-        Held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens.
+        Held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens, a
+        random-order one in fixed random orders.
         """
         if not len(self._held_out):
             return {}
@@ -261,7 +260,8 @@ class TokenTask(Task):
         if self.data.prefix:
             source = self._held_out if len(self._held_out) else self._train
             prefix = self.cache.tokens(self.data.prefix, np.resize(source, _SAMPLES), int(self._views[0]))
-        tokens = sample(self.model, numbers, labels=labels, prefix=prefix)  # (16, n)
+        params = SamplingParams(order="raster" if self.auxiliary.order_annealing else "random")
+        tokens = sample(self.model, numbers, 0, params, labels, prefix)  # (16, n)
         if self.data.target == "vq" and self.vqgan is not None:
             return picture_grid([to_pil(image) for image in self.vqgan.decode(tokens).clamp(0, 1)])
         grid = self.cache.space(self.data.target).grid
@@ -288,6 +288,8 @@ class TokenTask(Task):
         if self.model.config.role == "masked":
             batch["mask"] = random_masks(len(images), self.model.config.length, generator)
             batch["expected"] = batch["mask"].sum(1).float().mean().expand(len(images))  # (B,) masked places an image
+        if self.model.config.role == "random" and (training or not self.auxiliary.order_annealing):
+            batch["order"] = torch.rand(batch["tokens"].shape, generator=generator).argsort(1)
         if training:
             batch |= self.auxiliary.draw(batch, self.model.config.vocab_size, generator)
         return batch

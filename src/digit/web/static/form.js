@@ -14,11 +14,11 @@ export function fillForm(form, model) {
   const prior = model.settings.prior, most = model.limits.pictures;
   const needs = { classes: classCount(model) > 0, guide: model.can.guide, decoders: model.decoders.length > 1 };
   for (const part of form.querySelectorAll("[data-needs]")) part.hidden = !needs[part.dataset.needs];
-  const words = model.vocabulary[model.space], masked = model.stepped[0];
+  const words = model.vocabulary[model.space], stepped = model.stepped[0];
   const ranges = {
     num: [most, Math.min(4, most)],
     cfg_scale: [10, prior.cfg_scale],
-    steps: [32, masked ? model.settings[masked].steps : 8],
+    steps: [32, stepped ? model.settings[stepped].steps : 8],
     top_k: [words, Math.min(prior.top_k, words)],
     top_p: [1, prior.top_p],
     temperature: [2, prior.temperature],
@@ -35,7 +35,7 @@ export function fillForm(form, model) {
     box.append(make("label", {}, input, make("span", {}, make("b", { textContent: kind }), " ", about)));
   }
   const adapt = () => {
-    form.querySelector("[data-range=steps]").hidden = !model.stepped.includes(chosenDecoder(form));
+    form.querySelector("[data-range=steps]").hidden = !stepsOf(model, chosenDecoder(form));
     form.querySelector("[data-range=num]").classList.toggle("unused", form.elements.label.value === "all");
     form.querySelector("[data-range=cfg_scale]").classList.toggle("unused", form.elements.label.value === "none");
   };
@@ -67,6 +67,9 @@ function fillClasses(select, model) {
   }
 }
 
+/** The stage that `steps` sets: the prior if it takes steps, else the decoder. */
+export const stepsOf = (model, decoder) => ["prior", decoder].find((stage) => model.stepped.includes(stage));
+
 const chosenDecoder = (form) => form.elements.decoder?.value || null;
 
 /** What the form asks for: the fields that both kinds of requests have, and `label` as chosen. */
@@ -75,7 +78,7 @@ export function readForm(form, model) {
   const label = form.elements.label.value;
   const body = { seed: number("seed"), num: number("num"), decoder: chosenDecoder(form) };
   for (const name of SETTINGS) if (form.elements[name]) body[name] = number(name);
-  if (!model.stepped.includes(body.decoder)) delete body.steps;
+  if (!stepsOf(model, body.decoder)) delete body.steps;
   if (label === "none" || !model.can.guide) delete body.cfg_scale;
   return { body, label };
 }

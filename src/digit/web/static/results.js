@@ -2,7 +2,7 @@
 
 import { postWithProgress, get } from "./api.js";
 import { make, notice } from "./dom.js";
-import { className, writeForm } from "./form.js";
+import { className, stepsOf, writeForm } from "./form.js";
 import { dataUrl, enlarge, saveAll, saveGrid, tokenCanvas } from "./images.js";
 
 const HISTORY = 48; // images that are kept until the page is closed
@@ -62,7 +62,7 @@ export function results(panel, model, send, title = null) {
   }
 
   function finished(made, body, label) {
-    const how = describe(made);
+    const how = describe(made, model);
     const items = made.pictures.map((png, number) => {
       const name = title ?? className(model, made.labels[number]), which = `seed ${body.seed}, no. ${number}`;
       const file = `${name} ${which}`.replace(/[^\p{L}\p{N}]+/gu, "-");
@@ -96,14 +96,14 @@ export function results(panel, model, send, title = null) {
   return { run, say, fail: (text) => stage.replaceChildren(notice(text, true)) };
 }
 
-/** Guidance and decoder, as a caption names them. */
-function describe(made) {
+/** Guidance, decoder and steps, as a caption names them. */
+function describe(made, model) {
   const guidance = made.settings.prior?.cfg_scale ?? 1;
-  const steps = made.settings[made.decoder];
+  const stage = stepsOf(model, made.decoder);
   return [
     guidance === 1 ? "no guidance" : `guidance ${guidance}`,
     made.decoder,
-    made.decoder === "masked" && steps && `${steps.steps} steps`,
+    stage && `${stage === "prior" ? "prior " : ""}${made.settings[stage].steps} steps`,
   ].filter(Boolean).join(", ");
 }
 
