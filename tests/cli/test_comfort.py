@@ -9,6 +9,8 @@ import tiny
 from digit.core.config import load_preset, preset_names
 from terminal import run
 
+PRIORS = [f"cifar10-tiny-prior{kind}" for kind in ("", "-cond", "-masked", "-random")]
+
 
 def test_reprs_tell():
     pipe = tiny.pipeline()
@@ -32,8 +34,8 @@ def test_types_are_part_of_the_package():
     [
         ("digit gen", ["generate"]),
         ("digit generate --cfg-sch", ["--cfg-schedule"]),
-        ("digit train prior --preset cifar10-tiny-prior", ["cifar10-tiny-prior", "cifar10-tiny-prior-cond"]),
-        ("digit presets cifar10-tiny-prior cifar10-tiny-prior", ["cifar10-tiny-prior", "cifar10-tiny-prior-cond"]),
+        ("digit train prior --preset cifar10-tiny-prior", PRIORS),
+        ("digit presets cifar10-tiny-prior cifar10-tiny-prior", PRIORS),
         ("digit generate ci", ["cifar10"]),
         ("digit generate runs/", ["runs/deep/model", "runs/model"]),
         ("digit generate cifar10 --decoder ", ["ar", "onepass"]),

@@ -31,7 +31,7 @@ def without_cache(model, params, given=None, mask=None):
         tokens = torch.zeros(1, length, dtype=torch.long) if given is None else given[row : row + 1].clone()
         places = list(range(length)) if params.order == "raster" else u[row, 0].argsort().tolist()
         known, later = ([p for p in places if free[p] == value] for value in (False, True))
-        amounts = counts(params, length, len(later))
+        amounts = counts(params.of("random", length), len(later))
         for amount, scale in zip(amounts, scales(params, len(amounts)), strict=True):
             asked, later = later[:amount], later[amount:]
             drawn = []
@@ -86,15 +86,15 @@ def test_kept_tokens_are_conditioned_on_exactly(tiny, order):
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["cosine", "linear", "sqrt"]), st.integers(1, 300), st.integers(0, 300))
 def test_every_step_draws_and_all_are_drawn(schedule, steps, total):
-    found = counts(SamplingParams(steps=steps, mask_schedule=schedule), 300, total)
+    found = counts(SamplingParams(steps=steps, mask_schedule=schedule), total)
     assert len(found) == min(steps, total)
     assert sum(found) == total
     assert all(amount > 0 for amount in found)
 
 
 def test_as_many_steps_as_tokens_are_one_each_and_the_cosine_starts_slowly():
-    assert counts(SamplingParams(steps=64), 64, 64) == [1] * 64
-    few = counts(SamplingParams(steps=8), 64, 64)
+    assert counts(SamplingParams(steps=64), 64) == [1] * 64
+    few = counts(SamplingParams(steps=8), 64)
     assert few == sorted(few)
     assert few == [2, 3, 6, 8, 10, 11, 12, 12]  # 62 59 53 45 35 24 12 0 stay: floor(64 cos(pi t / 16))
 

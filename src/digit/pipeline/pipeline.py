@@ -64,7 +64,6 @@ class DigitPipeline(Model):
         steps: int | None = None,
         mask_schedule: str | None = None,
         choice_temperature: float | None = None,
-        mask_scaling: str | None = None,
         order: str | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: Literal["pil", "np", "pt"] = "pil",

@@ -23,31 +23,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda r: 1 - r,
     "sqrt": lambda r: 1 - math.sqrt(r),
 }
-TUNED_FOR = 256
-"""Tokens an image for which the literature has tuned iterations and choice temperature."""
-
-
-def rounds(params: SamplingParams, tokens: int) -> int:
-    """Iterations for images of so many tokens; with ``mask_scaling`` "tokens" as the side of their grid.
-
-    A token is told by its neighbours, and each iteration carries what is known a few tokens further, so the iterations
-    go with the side, sqrt(n). The published pair agrees: 8 iterations for 16 x 16 tokens, 15 for 32 x 32 (Besnier &
-    Chen 2023, arXiv 2310.14400). It gives 4 for 8 x 8.
-    """
-    if params.mask_scaling == "none":
-        return params.steps
-    return max(1, round(params.steps * math.sqrt(tokens / TUNED_FOR)))
-
-
-def choice_temperature(params: SamplingParams, tokens: int) -> float:
-    """The choice temperature for images of so many tokens; with ``mask_scaling`` "tokens" as n^(1/3).
-
-    The exponent is that of the same published pair, 4.5 for 16 x 16 tokens and 7 for 32 x 32: log(7 / 4.5) / log(4) =
-    0.32. It gives 2.8 for 8 x 8.
-    """
-    if params.mask_scaling == "none":
-        return params.choice_temperature
-    return params.choice_temperature * math.pow(tokens / TUNED_FOR, 1 / 3)
 
 
 def masked_after(
@@ -79,7 +54,10 @@ def sample_masked(
     on_step: Sampled | None = None,
 ) -> Ids:
     """Fill masked tokens in as many iterations as there are numbers in [0, 1) for: for the tokens, and for the choice
-    of which to keep. For the arguments see :func:`digit.sampling.sampler.sample`.
+    of which to keep.
+
+    ``params`` have their choice temperature, as :meth:`~digit.sampling.request.SamplingParams.of` fills it in. For the
+    other arguments see :func:`digit.sampling.sampler.sample`.
     """
     batch, steps, _, length = uniform.shape
     if mask is None or given is None:
@@ -92,7 +70,7 @@ def sample_masked(
         tokens = torch.where(mask, drawn, tokens)
         stay = masked_after(params.mask_schedule, steps, step, total, mask.sum(1))  # (B,)
         log_p = logits.float().log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)  # (B, length)
-        noise = choice_temperature(params, length) * (1 - (step + 1) / steps)
+        noise = (params.choice_temperature or 0.0) * (1 - (step + 1) / steps)
         gumbel = -torch.log(-torch.log(uniform[:, step, 1].clamp(min=1e-20, max=1 - 1e-7)))  # (B, length)
         # a kept token is never masked again
         confidence = (log_p + noise * gumbel).masked_fill(~mask, math.inf)

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from digit.models.token_model import NO_LABEL, Ids, Labels, Mask, TokenModel
 from digit.sampling.logits import draw, guide, scales
-from digit.sampling.masked import SCHEDULES, rounds
+from digit.sampling.masked import SCHEDULES
 from digit.sampling.request import Sampled, SamplingParams
 
 
-def counts(params: SamplingParams, length: int, total: int) -> list[int]:
-    """How many tokens each step draws, at least one: ``total`` in all, of images of ``length`` tokens."""
-    steps, left, found = min(rounds(params, length), total), total, []
+def counts(params: SamplingParams, total: int) -> list[int]:
+    """How many tokens each step draws, at least one: ``total`` in all."""
+    steps, left, found = min(params.steps or total, total), total, []
     for step in range(steps):
         wanted = int(total * SCHEDULES[params.mask_schedule]((step + 1) / steps))  # that stay open
         stay = max(min(wanted, left - 1), steps - step - 1)
@@ -79,7 +79,7 @@ def _steps(
 
     With guidance both halves run in every step, whatever its scale: each step is what the next is conditioned on.
     """
-    amounts = counts(params, order.shape[1], total)
+    amounts = counts(params, total)
     scale, halves, known, cached = scales(params, len(amounts)), 1, order.shape[1] - total, None
     if labels is not None and any(s != 1 for s in scale):
         labels, halves = torch.cat([labels, torch.full_like(labels, NO_LABEL)]), 2

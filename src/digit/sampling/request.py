@@ -17,8 +17,8 @@ from digit.core.errors import DigitError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_OF_STEPS = ("steps", "mask_schedule", "mask_scaling", "choice_temperature", "order")
-_READ = {"masked": _OF_STEPS[:4], "random": (*_OF_STEPS[:3], "order")}  # by the role of the model
+_OF_STEPS = ("steps", "mask_schedule", "choice_temperature", "order")
+_READ = {"masked": _OF_STEPS[:3], "random": (*_OF_STEPS[:2], "order")}  # by the role of the model
 _DECODER = "decoder_"
 _OTHER_NAMES = {"guidance_scale": "cfg_scale"}
 
@@ -45,18 +45,14 @@ class SamplingParams:
         tuple[float, float], Field(description="Fractions of the sequence between which guidance is on.")
     ] = (0.0, 1.0)
     steps: Annotated[
-        int, Field(gt=0, description="Steps of a masked or random-order prior, or else of a masked decoder.")
-    ] = 8
+        int | None, Field(gt=0, description="Steps of a masked or random-order prior, or else of a masked decoder.")
+    ] = None
     mask_schedule: Annotated[
         Literal["cosine", "linear", "sqrt"], Field(description="How many tokens stay masked after each iteration.")
     ] = "cosine"
     choice_temperature: Annotated[
-        float, Field(ge=0, description="Noise in a masked model's choice of tokens to keep; it falls to 0.")
-    ] = 4.5
-    mask_scaling: Annotated[
-        Literal["none", "tokens"],
-        Field(description="tokens: steps and choice temperature are for 256 tokens and scale with their number."),
-    ] = "none"
+        float | None, Field(ge=0, description="Noise in a masked model's choice of tokens to keep; it falls to 0.")
+    ] = None
     order: Annotated[
         Literal["random", "raster"], Field(description="Order of a random-order prior's tokens; raster: row by row.")
     ] = "random"
@@ -65,6 +61,22 @@ class SamplingParams:
         low, high = self.cfg_interval
         if not 0 <= low < high <= 1:
             raise ValueError(f"cfg_interval={self.cfg_interval}: expected two fractions 0 <= low < high <= 1")
+
+    def of(self, role: str, tokens: int) -> SamplingParams:
+        """With steps and choice temperature filled in, where a model of this role reads them, for images of so many tokens.
+
+        A masked model takes 8 steps at temperature 4.5 for 16 x 16 tokens, as MaskGIT does. A token is told by its
+        neighbours, and each step carries what is known a few tokens further, so the steps go with the side of the grid,
+        and the temperature with the cube root of the tokens: the published pair for 32 x 32 is 15 and 7 (Besnier & Chen
+        2023, arXiv 2310.14400). It gives 4 and 2.8 for 8 x 8, which a sweep found no worse than 8 and 4.5
+        (experiments/LOG.md). A random-order model draws four tokens a step (RandAR: 256 in 88 steps).
+        """
+        if role not in _READ:
+            return self
+        share = tokens / 256
+        steps = max(1, round(8 * share**0.5) if role == "masked" else tokens // 4)
+        noise = 4.5 * share ** (1 / 3) if self.choice_temperature is None else self.choice_temperature
+        return replace(self, steps=self.steps or steps, choice_temperature=noise)
 
 
 SamplingSettings = SamplingParams  # its name in the first edition
@@ -78,7 +90,8 @@ def sampling_settings(*names: str) -> Iterator[tuple[str, type, str]]:
     for name in names:
         plain, info = get_args(hints[name.removeprefix(_DECODER)])
         stage = " Of the decoder." if name.startswith(_DECODER) else ""
-        yield name, str if get_origin(plain) is Literal else plain, f"{info.description}{stage}"
+        kind = str if get_origin(plain) is Literal else next(iter(get_args(plain)), plain)  # int of int | None
+        yield name, kind, f"{info.description}{stage}"
 
 
 @dataclass(frozen=True)
@@ -212,7 +225,7 @@ class SampleRequest:
                 f"{unread[0]} = {asked[unread[0]]} was given, but {what} {lacks}; leave it out, or choose a masked "
                 "decoder."
             )
-        return params
+        return params.of(config.role, config.length)
 
 
 def takes_steps(config: Any) -> bool:

@@ -12,7 +12,7 @@ from digit.models.feedforward import FeedForwardDecoder
 from digit.models.token_model import Ids, Labels, Mask, Prefix, TokenModel
 from digit.sampling.autoregressive import sample_autoregressive
 from digit.sampling.logits import draw
-from digit.sampling.masked import rounds, sample_masked
+from digit.sampling.masked import sample_masked
 from digit.sampling.random_order import counts, sample_random_order
 from digit.sampling.request import Sampled, SamplingParams, check_model, takes_steps
 from digit.sampling.rng import Seeds, pixel_latents, uniforms
@@ -50,8 +50,8 @@ def sample(
     Raises:
         DigitError: labels out of range, guidance that the model was not trained for.
     """
-    params = params or SamplingParams()
     config, device = model.config, model.start.device
+    params = (params or SamplingParams()).of(config.role, config.length)
     check_model(config, params, labels)
     labels, prefix, given, mask = (None if t is None else t.to(device) for t in (labels, prefix, given, mask))
     if isinstance(model, FeedForwardDecoder):  # all tokens in one pass, each drawn from its own logits
@@ -67,7 +67,7 @@ def sample(
         mask = (torch.arange(n, device=device) >= given.shape[1]).expand(len(given), -1)
         given = F.pad(given, (0, n - given.shape[1]))
     if config.role == "masked":
-        uniform = uniforms(seed, images, stage, (rounds(params, n), 2, n)).to(device)
+        uniform = uniforms(seed, images, stage, (params.steps or n, 2, n)).to(device)
         return sample_masked(model, uniform, params, labels, prefix, given, mask, callback)
     if config.role == "random":
         uniform = uniforms(seed, images, stage, (2, n)).to(device)
@@ -78,6 +78,7 @@ def sample(
 
 def calls(config: Any, params: SamplingParams) -> int:
     """The number that the last call of a callback tells: tokens an image, or steps for whole images."""
+    params = params.of(config.role, config.length)
     if config.role == "random":
-        return len(counts(params, config.length, config.length))
-    return rounds(params, config.length) if config.role == "masked" else int(config.length)
+        return len(counts(params, config.length))
+    return int(params.steps or config.length) if config.role == "masked" else int(config.length)

@@ -62,7 +62,7 @@ class Service:
     def about(self) -> schema.About:
         """What a client needs to know to ask well."""
         pipe, atlas, decoders = self.pipe, self.atlas, list(self.pipe.decoders)
-        parts = {"prior": pipe.prior, **pipe.decoders}
+        parts = {stage: part for stage, part in {"prior": pipe.prior, **pipe.decoders}.items() if part is not None}
         return schema.About(
             name=pipe.name,
             space=pipe.space,
@@ -72,7 +72,7 @@ class Service:
             classes=pipe.class_names or pipe.num_classes,
             decoders=decoders,
             default_decoder=pipe.stage2().kind if decoders else None,
-            stepped=[stage for stage, part in parts.items() if part is not None and takes_steps(part.config)],
+            stepped=[stage for stage, part in parts.items() if takes_steps(part.config)],
             can={
                 "generate": pipe.can_generate,
                 "edit": pipe.can_generate and (pipe.encoder is not None or pipe.space == "vq"),
@@ -80,7 +80,10 @@ class Service:
                 "clusters": atlas is not None,
             },
             clusters_from=atlas and f"{atlas.images:,} images{atlas.source and f' of {atlas.source}'}",
-            settings={stage: to_dict(pipe.settings.get(stage, SamplingParams())) for stage in ("prior", *decoders)},
+            settings={
+                stage: to_dict(pipe.settings.get(stage, SamplingParams()).of(part.config.role, part.config.length))
+                for stage, part in parts.items()
+            },
             limits=to_dict(self.limits),
         )
 
