@@ -25,7 +25,10 @@ def assemble(
     codebook: Annotated[Part, typer.Option(help="Codebook: a folder made by digit fit-codebook.")] = None,
     vqgan: Annotated[Part, typer.Option(help="VQGAN: a folder made by digit train vqgan (or convert).")] = None,
     prior: Annotated[Part, typer.Option(help="Prior: a folder made by digit train prior.")] = None,
-    decoder: Annotated[list[Path] | None, typer.Option(help="Decoder; may be given for several kinds.")] = None,
+    decoder: Annotated[
+        list[str] | None,
+        typer.Option(help="Decoder; may be given for several kinds. rae:SOURCE is an AutoencoderRAE of diffusers."),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="A model whose other parts are taken over.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; by default the folder's.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,

@@ -44,7 +44,7 @@ def _index() -> dict[str, Any]:
 
 
 def _decoders(incomplete: str) -> list[str]:
-    return _starting(incomplete, _index().get("decoders") or ("ar", "masked", "onepass"))
+    return _starting(incomplete, _index().get("decoders") or ("ar", "masked", "onepass", "rae"))
 
 
 def _labels(incomplete: str) -> list[str]:
@@ -118,7 +118,7 @@ LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="So many images 
 Seed = Annotated[int, typer.Option(min=0, help="Image i of a seed is always the same image.")]
 Decoder = Annotated[
     str | None,
-    typer.Option(help="Kind of decoder: ar, masked, onepass. Default: the model's.", autocompletion=_decoders),
+    typer.Option(help="Kind of decoder: ar, masked, onepass, rae. Default: the model's.", autocompletion=_decoders),
 ]
 Device = Annotated[
     str | None,

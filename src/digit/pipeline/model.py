@@ -25,6 +25,7 @@ from digit.encoders.loading import load_encoder
 from digit.models.codebook import Codebook
 from digit.models.component import load_component
 from digit.models.feedforward import FeedForwardDecoder
+from digit.models.rae import RAEDecoder
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
@@ -33,12 +34,12 @@ from digit.pipeline.index import FORMAT, INDEX, PLAIN, read_index
 from digit.pipeline.info import describe
 from digit.sampling.request import SamplingParams
 
-Decoder = TokenModel | FeedForwardDecoder
+Decoder = TokenModel | FeedForwardDecoder | RAEDecoder
 CLASSES: Mapping[str, tuple[Any, ...]] = {
     "encoder": (),
     "codebook": (Codebook,),
     "prior": (TokenModel,),
-    "decoder": (TokenModel, FeedForwardDecoder),
+    "decoder": (TokenModel, FeedForwardDecoder, RAEDecoder),
     "vqgan": (VQGAN,),
 }
 """Of each component, in the order in which images are made; an encoder is what :func:`load_encoder` loads."""
@@ -56,7 +57,7 @@ class Model:
     Attributes:
         encoder, codebook: the semantic tokenizer; the codebook was fitted on features of the encoder.
         prior: stage 1.
-        decoders: of stage 2 by kind: "ar", "masked", "onepass".
+        decoders: of stage 2 by kind: "ar", "masked", "onepass", "rae".
         vqgan: VQ tokens to images and back.
         space: what the prior predicts, "semantic" or (baseline) "vq".
         class_names: of the labels 0..C-1; may be empty.

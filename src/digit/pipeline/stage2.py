@@ -5,6 +5,7 @@
 | none: the prior predicts VQ tokens | :class:`Stage2` | VQ tokens, VQGAN |
 | ar, masked, onepass with the head "vq" | :class:`TokenDecoder` | semantic tokens, VQ tokens, VQGAN |
 | onepass, head "pixels" | :class:`PixelDecoder` | semantic tokens and noise, pixels |
+| rae | :class:`PixelDecoder` | semantic tokens, their centroids, pixels; see :mod:`digit.models.rae` |
 """
 
 from __future__ import annotations
@@ -114,6 +115,12 @@ class PixelDecoder(TokenDecoder):
         rows, columns = self.config.grid
         return rows, columns
 
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the device and number format in which the model computes."""
+        found: Tensor = next(self.model.parameters())
+        return found
+
     def check_parts(self) -> None:
         """It needs nothing else."""
 
@@ -130,13 +137,13 @@ class PixelDecoder(TokenDecoder):
             return tokens
         images, free = kept
         given = self.pipe.tokenizer.encode(images)
-        side = self.config.pixels.resolution
+        side = self.config.resolution
         if images.shape[-1] != side:  # the decoder enlarges
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         cells = free.view(-1, 1, *self.grid).float()  # (B, 1, rows, columns)
         anew = F.interpolate(cells, images.shape[-2:], mode="nearest") > 0  # (B, 1, S, S)
-        stages = [f"onepass-{i}" for i in range(FITTED)]
-        tries = [pixel_latents(self.config, request.images, request.seed, stage=s).to(self.model.start) for s in stages]
+        stages = [f"onepass-{i}" for i in range(FITTED if self.config.noise_dim else 1)]
+        tries = [pixel_latents(self.config, request.images, request.seed, stage=s).to(self._like) for s in stages]
         errors = []
         for noise in tries:
             rebuilt = self.pipe.to_pixels(Tokens(given, None, PixelLatents(self.kind, noise), tokens.labels))
@@ -151,15 +158,15 @@ class PixelDecoder(TokenDecoder):
         assert tokens.semantic is not None
         assert latents is not None
         labels = None if labels is None else labels.to(self.pipe.device)
-        made: Tensor = self.model(self.semantic(tokens.semantic), latents.noise.to(self.model.start), labels)
+        made: Tensor = self.model(self.semantic(tokens.semantic), latents.noise.to(self._like), labels)
         made = made.float().clamp(0, 1)
         if latents.kept is None or latents.anew is None:
             return made
         return torch.where(latents.anew.to(made.device), made, latents.kept.to(made.device))
 
 
-STAGES: dict[str, type[TokenDecoder]] = {"vq": TokenDecoder, "pixels": PixelDecoder}
-"""By what the decoder's head gives."""
+STAGES: dict[str, type[TokenDecoder]] = {"vq": TokenDecoder, "pixels": PixelDecoder, "features": PixelDecoder}
+"""By what the decoder's head gives, or reads."""
 
 
 def checked(tokens: Tensor, length: int, vocab: int, kind: str) -> Int[Tensor, "B length"]:
