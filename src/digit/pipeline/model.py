@@ -30,7 +30,7 @@ from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
 from digit.pipeline.hub import push_folder, resolve_model
-from digit.pipeline.index import FORMAT, INDEX, PLAIN, read_index
+from digit.pipeline.index import CLASS_NAME, CODE, FORMAT, INDEX, PLAIN, read_index
 from digit.pipeline.info import describe
 from digit.sampling.request import SamplingParams
 
@@ -221,18 +221,22 @@ class Model:
         return Path(folder)
 
     def write_index(self, folder: str | Path) -> None:
-        """Write the index and the card of a model whose components are in the folder already."""
+        """Write the index, the card and the code for diffusers of a model whose components are in the folder already."""
+        kinds = {place: getattr(part, "saved_as", type(part).__name__) for place, part in self.components.items()}
         index = {
+            "_class_name": CLASS_NAME,
             "format": FORMAT,
             "digit_version": __version__,
             **{name: getattr(self, name) for name in PLAIN},
-            "parts": [place for place in self.components if "/" not in place],
-            "decoders": list(self.decoders),
+            "class_names": {str(number): name for number, name in enumerate(self.class_names)},
+            "parts": {place: kind for place, kind in kinds.items() if "/" not in place},
+            "decoders": {kind: kinds[f"decoder/{kind}"] for kind in self.decoders},
             "settings": {stage: to_dict(params) for stage, params in self.settings.items()},
             "card": to_dict(self.card),
         }
         write_json(Path(folder) / INDEX, index)
         write_bytes(Path(folder) / "README.md", model_card(self).encode())
+        write_bytes(Path(folder) / f"{CLASS_NAME[0]}.py", CODE.encode())
 
     def push_to_hub(self, repository: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
         """Publish the model on the Hub, with its card; the address of the commit.
