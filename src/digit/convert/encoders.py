@@ -38,7 +38,6 @@ from digit.core.files import read_tensors
 from digit.encoders.transformers_encoder import EncoderConfig
 
 FAMILY_NAMES = ("dinov2", "dino", "ibot", "mae", "mocov3")
-WEIGHTS = "model.safetensors"
 _ANCHOR = "patch_embed.proj.weight"
 _WRAPPERS = ("teacher", "state_dict", "model", "student")
 # heads of the self-supervised task, MAE's pixel decoder, mask tokens of plain ViTs: not part of the encoder
@@ -94,7 +93,10 @@ def read_backbone(source: str | Path | Mapping[str, Any]) -> tuple[Keys, str]:
 
 def read_timm(folder: Path) -> tuple[Keys, str]:
     """As :func:`read_backbone`, of a vision transformer in a folder that timm saved; another network's keys do not fit."""
-    state = {name.replace("reg_token", "register_tokens"): t for name, t in read_tensors(folder / WEIGHTS).items()}
+    state = {
+        name.replace("reg_token", "register_tokens"): t
+        for name, t in read_tensors(folder / "model.safetensors").items()
+    }
     positions = state.get("pos_embed", torch.empty(1, 2, 0))
     if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # none of the class token
         state["pos_embed"] = F.pad(positions, (0, 0, 1, 0))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from digit.core.errors import DigitError, require
 from digit.core.hub import repository_id
@@ -16,21 +16,18 @@ from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.codebook import Codebook
 from digit.models.rae import RAEConfig, RAEDecoder
 
-TOLERANCE = 0.05
-"""How far features may be from those of the autoencoder's own encoder, relative to their norm: half precision is."""
 _FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size", "num_register_tokens")
 
 
 def convert_rae(source: str | Path, encoder: Any, codebook: Codebook) -> RAEDecoder:
     """The decoder, with the codebook's centroids in the form in which it was trained to read features.
 
-    An RAE leaves the gain and offset of the encoder's final norm out; both are taken off the centroids here, which is
-    exact, for the mean of features without them is the mean of features less the offset, over the gain.
+    An RAE leaves the gain and offset of the encoder's final norm out. Both are taken off the centroids here, which is
+    exact: a mean of features, less the offset and over the gain, is the mean of features without them.
 
     Args:
         source: a folder that diffusers saved, or a Hub id such as ``nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08``.
-        encoder: of the codebook.
-        codebook: fitted on features of the encoder.
+        encoder, codebook: of the tokens; the codebook was fitted on features of the encoder.
 
     Raises:
         DigitError: nothing there, or it was trained on other features: another network, layer, number of registers,
@@ -47,8 +44,10 @@ def convert_rae(source: str | Path, encoder: Any, codebook: Codebook) -> RAEDeco
         raise DigitError(
             f"diffusers {diffusers.__version__} cannot read {name} as an AutoencoderRAE: {reason}"
         ) from error
-    _check_features(name, model, encoder, codebook)
+    _check_facts(name, model, encoder, codebook)
     norm: Any = encoder.network.get_submodule(final_norm_name(encoder.network))
+    gain, offset = norm.weight.cpu(), norm.bias.cpu()
+    _check_features(name, model, encoder, gain, offset)
     theirs = model.decoder
     block = theirs.decoder_layers[0]
     config = RAEConfig(
@@ -63,20 +62,16 @@ def convert_rae(source: str | Path, encoder: Any, codebook: Codebook) -> RAEDeco
     )
     with torch.device("meta"):
         decoder = RAEDecoder(config)
-    decoder.network = theirs
-    decoder.features = nn.Parameter((codebook.centroids - norm.bias) / norm.weight)
-    decoder.mean, decoder.std = (nn.Parameter(value.flatten()) for value in (model.encoder_mean, model.encoder_std))
-    decoder.provenance = {"source": name}
+    decoder.network, decoder.provenance = theirs, {"source": name}
+    values = (codebook.centroids.cpu() - offset) / gain, model.encoder_mean.flatten(), model.encoder_std.flatten()
+    decoder.features, decoder.mean, decoder.std = map(nn.Parameter, values)
     return decoder.eval().requires_grad_(False)
 
 
-def _check_features(name: str, model: Any, encoder: Any, codebook: Codebook) -> None:
-    """Raise a DigitError unless the codebook's features are those that the autoencoder's decoder was trained on."""
+def _check_facts(name: str, model: Any, encoder: Any, codebook: Codebook) -> None:
     codebook.check_encoder(encoder)
     if not isinstance(encoder, TransformersEncoder):
-        raise DigitError(
-            f"{name} reads features of a network of transformers; this encoder is a {type(encoder).__name__}."
-        )
+        raise DigitError(f"{name} reads features of a network of transformers; this is a {type(encoder).__name__}.")
     theirs, mine, fitted = (
         model.encoder.config,
         encoder.config.network_config(),
@@ -92,15 +87,17 @@ def _check_features(name: str, model: Any, encoder: Any, codebook: Codebook) -> 
             f"{name} was trained on other features than those of this encoder and codebook: {'; '.join(differing)}. Make "
             "the encoder with: digit convert encoder --layer -1 --positions hub; and fit a codebook on it."
         )
+
+
+def _check_features(name: str, model: Any, encoder: TransformersEncoder, gain: Tensor, offset: Tensor) -> None:
+    """On the same images, both encoders must say the same; ``gain`` and ``offset`` (D,) are those of the final norm."""
     size = encoder.preprocessing.image_size
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    norm: Any = encoder.network.get_submodule(final_norm_name(encoder.network))
     with torch.inference_mode():
-        given = (encoder(images.to(norm.weight)).cpu() - norm.bias.cpu()) / norm.weight.cpu()  # (2, N, D)
-        wanted = model.encode(images, return_dict=False)[0] / model.config.scaling_factor
-        wanted = model._denormalize_latents(wanted)
-        wanted = wanted.flatten(2).transpose(1, 2) if model.reshape_to_2d else wanted  # (2, N, D)
-    if not (given - wanted).norm() <= TOLERANCE * wanted.norm():
+        given = (encoder(images.to(next(encoder.parameters()).device)).cpu() - offset) / gain  # (2, N, D)
+        wanted = model._denormalize_latents(model.encode(images, return_dict=False)[0] / model.config.scaling_factor)
+    wanted = wanted.flatten(2).transpose(1, 2) if model.reshape_to_2d else wanted  # (2, N, D)
+    if not (given - wanted).norm() <= 0.05 * wanted.norm():  # an encoder kept in half precision is within
         raise DigitError(
             f"{name} was trained on the features of an encoder with other weights or other preprocessing than this one: "
             f"on the same images they differ by {float((given - wanted).norm() / wanted.norm()):.0%}."

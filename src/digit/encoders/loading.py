@@ -55,14 +55,14 @@ def load_encoder(
     described = path / "config.json"
     timm = read_json(described) if described.is_file() else {}
     if path.is_file() or "architecture" in timm:
-        from digit.convert.encoders import WEIGHTS, convert_backbone, read_backbone, read_timm
+        from digit.convert.encoders import convert_backbone, read_backbone, read_timm
 
         keys, guess = read_backbone(path) if path.is_file() else read_timm(path)
         hf_config, parts, facts = convert_backbone(keys, family or guess, heads)
         keys.check()
         config = _foreign_config(hf_config, timm.get("pretrained_cfg") or {}, image_size, resize, options)
         tensors = {name: pieces[0] for name, pieces in parts.items()}
-        name, file = (path.name, path) if path.is_file() else (str(source), path / WEIGHTS)
+        name, file = (path.name, path) if path.is_file() else (str(source), path / "model.safetensors")
         provenance = {"source": name, **facts, "sha256": sha256_of(file)}
         return TransformersEncoder.from_weights(config, tensors, str(path), provenance)
     return _load_folder(path, str(source), options, image_size, resize)

@@ -1,10 +1,8 @@
 """The decoder of a representation autoencoder (stage 2): centroids of semantic tokens to pixels, in a single pass.
 
-RAE trains a ViT to turn an encoder's features back into images. A centroid is such a feature, averaged, so a decoder that
-was trained on the codebook's encoder makes images of tokens without any training here. The network is diffusers' own;
-:mod:`digit.convert.rae` reads it out of an ``AutoencoderRAE`` and checks that it fits.
-
-Source: Zheng et al. 2025, arXiv 2510.11690 (Diffusion Transformers with Representation Autoencoders).
+RAE (Zheng et al. 2025, arXiv 2510.11690) trains a ViT to turn an encoder's features back into images. A centroid is such
+a feature, averaged, so a decoder that was trained on the codebook's encoder makes images of tokens without any training
+here. The network is diffusers' own; :mod:`digit.convert.rae` reads it out of an ``AutoencoderRAE``.
 """
 
 from __future__ import annotations
@@ -44,8 +42,7 @@ class RAEConfig:
     heads: PositiveInt
     hidden_dim: PositiveInt
 
-    # as FeedForwardConfig has them: there are no VQ tokens, no noise and no classes
-    vocab_size = noise_dim = num_classes = 0
+    vocab_size = num_classes = 0  # there are neither VQ tokens nor classes
     can_guide = False
 
     @property
@@ -64,10 +61,6 @@ class RAEConfig:
     def resolution(self) -> int:
         """Side of the images."""
         return self.side * self.patch
-
-    def activation_numbers(self) -> int:
-        """Activations for one image, in the MLP of a block; see :meth:`VQGANConfig.activation_bytes`."""
-        return (self.prefix_length + 1) * (2 * self.dim + 2 * self.hidden_dim)
 
     def describe(self) -> str:
         """Its shape in a line."""

@@ -52,15 +52,13 @@ def assemble(
     parts |= {key: value for key, value in {"class_names": class_names, "name": name}.items() if value is not None}
     start = DigitPipeline() if base is None else DigitPipeline.from_pretrained(base)
     whole = start.with_parts(**parts, decoders={})
-    models = [_decoder(str(path), whole) for path in decoders]
+    models = []
+    for path in map(str, decoders):
+        if path.startswith("rae:"):
+            models.append(convert_rae(path.removeprefix("rae:"), whole.part("encoder"), whole.part("codebook")))
+        else:
+            models.append(load_part(part_folder(path), "decoder"))
     return whole.with_parts(decoders={**start.decoders, **{model.config.role: model for model in models}})
-
-
-def _decoder(path: str, pipe: DigitPipeline) -> Any:
-    """A decoder from its folder, or of an RAE for the tokens of a pipeline."""
-    if path.startswith("rae:"):
-        return convert_rae(path.removeprefix("rae:"), pipe.part("encoder"), pipe.part("codebook"))
-    return load_part(part_folder(path), "decoder")
 
 
 def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str | None = None) -> DigitPipeline:

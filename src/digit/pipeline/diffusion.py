@@ -19,8 +19,8 @@ diffusers: Any = require("diffusers", "diffusers", "A pipeline of diffusers")
 class DigitDiffusionPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
     """``DiffusionPipeline.from_pretrained(ID, custom_pipeline=ID, trust_remote_code=True)``.
 
-    diffusers tells a pipeline where it is from only after it was made, so components are loaded when they are first needed:
-    for a repository on the Hub, those of its main branch.
+    diffusers tells a pipeline where it is from after it was made, so components are loaded at their first use; of a Hub
+    repository, those of its main branch.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class DigitDiffusionPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def dtype(self) -> torch.dtype:
-        """See :attr:`digit.pipeline.model.Model.dtype`."""
+        """Number format of prior and decoders."""
         return self.model.dtype
 
     def to(self, *args: Any, device: Any = None, dtype: Any = None, **_options: Any) -> Self:
@@ -68,14 +68,9 @@ class DigitDiffusionPipeline(diffusers.DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         **settings: Any,
     ) -> Any:
-        """Generate images.
+        """Generate images: :meth:`digit.pipeline.pipeline.DigitPipeline.__call__` by the names that diffusers has.
 
-        Args:
-            class_labels: see ``labels`` of :meth:`digit.pipeline.pipeline.DigitPipeline.__call__`.
-            guidance_scale: of the prior; None: the model's default.
-            num_inference_steps: of a masked decoder; None: the model's default.
-            generator, output_type, settings: see there.
-            return_dict: False gives a tuple instead of diffusers' ``ImagePipelineOutput``.
+        ``num_inference_steps`` are those of a masked decoder. Without ``return_dict`` the answer is a tuple (images,).
         """
         images = self.model(
             class_labels, guidance_scale=guidance_scale, steps=num_inference_steps, generator=generator,

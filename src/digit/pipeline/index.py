@@ -11,10 +11,8 @@ from digit.core.hub import INDEX as INDEX
 
 FORMAT = 2
 """Of 1, which is read too, parts, decoders and class names are lists; diffusers takes a list for a component of its own."""
-CLASS_NAME = ("pipeline", "DigitDiffusionPipeline")
-"""File and class in which diffusers finds a pipeline."""
-CODE = """# diffusers finds the pipeline of this model here:
-# DiffusionPipeline.from_pretrained(ID, custom_pipeline=ID, trust_remote_code=True)
+CLASS_NAME = ("pipeline", "DigitDiffusionPipeline")  # the file and the class that diffusers looks for
+CODE = """# for diffusers: DiffusionPipeline.from_pretrained(ID, custom_pipeline=ID, trust_remote_code=True)
 try:
     from digit.pipeline.diffusion import DigitDiffusionPipeline  # noqa: F401
 except ImportError as error:

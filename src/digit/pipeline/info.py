@@ -21,7 +21,7 @@ from digit.models.codebook import Codebook
 from digit.models.component import millions, read_component
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder, PixelHeadConfig
 from digit.models.probe import LinearProbe
-from digit.models.rae import RAEConfig, RAEDecoder
+from digit.models.rae import RAEDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.index import INDEX, read_index
@@ -152,8 +152,6 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
                 caches = max(caches, cache_bytes(config, item))
             case FeedForwardConfig(pixels=PixelHeadConfig() as head):
                 pixels = max(pixels, item * head.activation_numbers())
-            case RAEConfig():
-                pixels = max(pixels, item * config.activation_numbers())
             case VQGANConfig():
                 pixels = max(pixels, config.activation_bytes())
         weights += part.parameters * (item if hasattr(config, "role") else 4)

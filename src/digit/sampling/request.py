@@ -83,7 +83,7 @@ class SampleRequest:
         images: numbers (B,) of the images within the run.
         seed: of the run; or (B,) one of each image.
         labels: (B,) int64 classes, -1 for none; None: no image has a class.
-        decoder: its kind: "ar", "masked", "onepass" or "rae"; None: the model's default.
+        decoder: its kind: "ar", "masked" or "onepass"; None: the model's default.
         settings: what was asked for, by the names of :class:`SamplingParams` (``guidance_scale`` is ``cfg_scale``); it
             goes before the model's defaults. Names that begin with ``decoder_``, and ``steps`` and its like, are the
             decoder's, the others the prior's.

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from digit.core.errors import DigitError
 from digit.models.feedforward import FeedForwardConfig
-from digit.models.rae import RAEConfig
 
 Seeds = int | Sequence[int]
 """Of a run, from 0 up; or of each image by itself."""
@@ -44,11 +43,7 @@ def uniforms(seed: Seeds, images: Sequence[int], stage: str, shape: tuple[int, .
 
 
 def pixel_latents(
-    config: FeedForwardConfig | RAEConfig,
-    images: Sequence[int],
-    seed: Seeds = 0,
-    temperature: float = 1.0,
-    stage: str = "onepass",
+    config: FeedForwardConfig, images: Sequence[int], seed: Seeds = 0, temperature: float = 1.0, stage: str = "onepass"
 ) -> Float[Tensor, "B noise_dim"]:
     """Normal noise, in float32 on the CPU, that decides what a feed-forward decoder's tokens leave open.
 
