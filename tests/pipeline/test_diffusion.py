@@ -85,6 +85,7 @@ def test_moved_and_saved(pipe, folder, tmp_path):
     assert torch.equal(again([1], output_type="pt"), pipe([1], generator=None, output_type="pt").images)
 
 
+@pytest.mark.slow  # diffusers is imported in a process of its own
 def test_from_a_hub(folder, tmp_path):
     with serve() as hub:
         hub.add("somebody/tiny", folder)

@@ -39,8 +39,8 @@ def assemble(
     """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for
     caching tokens.
 
-    A training run's folder may be given for a part: its model/ is taken. The SOURCE of an RAE's decoder is a folder or a
-    Hub id of an AutoencoderRAE of diffusers.
+    A training run's folder may be given for a part: its model/ is taken. The SOURCE of rae:SOURCE is a folder or
+    a Hub id of an AutoencoderRAE of diffusers.
 
     Example:  digit assemble --encoder runs/encoder --codebook runs/codebook --vqgan runs/vqgan --out runs/tokenizers
     Example:  digit assemble --base runs/model --default prior.cfg_scale=1.5 --dtype fp16 --out small

@@ -92,7 +92,7 @@ def read_backbone(source: str | Path | Mapping[str, Any]) -> tuple[Keys, str]:
 
 
 def read_timm(folder: Path) -> tuple[Keys, str]:
-    """As :func:`read_backbone`, of a vision transformer in a folder that timm saved; another network's keys do not fit."""
+    """As :func:`read_backbone`, of a ViT in a folder that timm saved; the keys of other networks do not fit."""
     state = {
         name.replace("reg_token", "register_tokens"): t
         for name, t in read_tensors(folder / "model.safetensors").items()

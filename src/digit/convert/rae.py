@@ -84,7 +84,7 @@ def _check_facts(name: str, model: Any, encoder: Any, codebook: Codebook) -> Non
         facts[fact] = (value, own if own != value else fitted.get(fact, own))
     if differing := [f"{fact} is {one} there and {other} here" for fact, (one, other) in facts.items() if one != other]:
         raise DigitError(
-            f"{name} was trained on other features than those of this encoder and codebook: {'; '.join(differing)}. Make "
+            f"{name} was trained on other features than this encoder and codebook have: {'; '.join(differing)}. Make "
             "the encoder with: digit convert encoder --layer -1 --positions hub; and fit a codebook on it."
         )
 
@@ -99,6 +99,6 @@ def _check_features(name: str, model: Any, encoder: TransformersEncoder, gain: T
     wanted = wanted.flatten(2).transpose(1, 2) if model.reshape_to_2d else wanted  # (2, N, D)
     if not (given - wanted).norm() <= 0.05 * wanted.norm():  # an encoder kept in half precision is within
         raise DigitError(
-            f"{name} was trained on the features of an encoder with other weights or other preprocessing than this one: "
+            f"{name} was trained on features of an encoder of other weights or other preprocessing than this one: "
             f"on the same images they differ by {float((given - wanted).norm() / wanted.norm()):.0%}."
         )

@@ -37,8 +37,8 @@ def load_encoder(
 
     Args:
         source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
-            MAE, MoCo v3), a folder of one of timm's plain ViTs, or a Hub id such as ``facebook/dinov2-with-registers-base``
-            or ``timm/vit_base_patch14_dinov2.lvd142m``.
+            MAE, MoCo v3), a folder of one of timm's plain ViTs, or a Hub id: ``facebook/dinov2-with-registers-base``,
+            ``timm/vit_base_patch14_dinov2.lvd142m``.
         layer, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
         image_size, resize: see :class:`~digit.encoders.base.Preprocessing`.
         family: of an original checkpoint file, where its tensors do not tell; see :mod:`digit.convert.encoders`.
