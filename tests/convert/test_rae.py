@@ -1,4 +1,4 @@
-"""The decoder of an RAE behind our tokens: the same images as diffusers' own class, and refusals of what does not fit."""
+"""The decoder of an RAE behind our tokens: the images of diffusers' own class, and refusals of what does not fit."""
 
 import dataclasses
 

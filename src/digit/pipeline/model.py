@@ -221,7 +221,7 @@ class Model:
         return Path(folder)
 
     def write_index(self, folder: str | Path) -> None:
-        """Write the index, the card and the code for diffusers of a model whose components are in the folder already."""
+        """Write index, card and the code for diffusers of a model whose components are in the folder already."""
         kinds = {place: getattr(part, "saved_as", type(part).__name__) for place, part in self.components.items()}
         index = {
             "_class_name": CLASS_NAME,
