@@ -38,7 +38,7 @@ def test_a_saved_model_is_the_same_model(pipe, tmp_path):
     assert again.settings == pipe.settings
     assert again.fingerprint() == pipe.fingerprint()
     assert {p.name for p in folder.iterdir()} == {
-        "model_index.json", "README.md", "encoder", "codebook", "prior", "decoder", "vqgan"
+        "model_index.json", "README.md", "pipeline.py", "encoder", "codebook", "prior", "decoder", "vqgan"
     }  # fmt: skip
 
 

@@ -91,6 +91,7 @@ def test_a_model_goes_to_the_hub_whole(hub, found):
     assert set(files) >= {
         "model_index.json",
         "README.md",
+        "pipeline.py",
         "prior/model.safetensors",
         "decoder/masked/model.safetensors",
     }

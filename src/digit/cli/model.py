@@ -25,7 +25,7 @@ def assemble(
     codebook: Annotated[Part, typer.Option(help="Codebook: a folder made by digit fit-codebook.")] = None,
     vqgan: Annotated[Part, typer.Option(help="VQGAN: a folder made by digit train vqgan (or convert).")] = None,
     prior: Annotated[Part, typer.Option(help="Prior: a folder made by digit train prior.")] = None,
-    decoder: Annotated[list[Path] | None, typer.Option(help="Decoder; may be given for several kinds.")] = None,
+    decoder: Annotated[list[str] | None, typer.Option(help="Decoder, or rae:SOURCE; for several kinds.")] = None,
     base: Annotated[str | None, typer.Option(help="A model whose other parts are taken over.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the model; by default the folder's.")] = None,
     class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,
@@ -39,7 +39,8 @@ def assemble(
     """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for
     caching tokens.
 
-    A training run's folder may be given for a part: its model/ is taken.
+    A training run's folder may be given for a part: its model/ is taken. The SOURCE of rae:SOURCE is a folder or
+    a Hub id of an AutoencoderRAE of diffusers.
 
     Example:  digit assemble --encoder runs/encoder --codebook runs/codebook --vqgan runs/vqgan --out runs/tokenizers
     Example:  digit assemble --base runs/model --default prior.cfg_scale=1.5 --dtype fp16 --out small

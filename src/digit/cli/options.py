@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from digit.core.config import preset_names
-from digit.core.files import read_json
 from digit.core.hub import INDEX, packaged_models
+from digit.pipeline.index import read_index
 from digit.sampling.request import sampling_settings
 
 if TYPE_CHECKING:
@@ -39,12 +39,12 @@ def _index() -> dict[str, Any]:
     packaged = packaged_models()
     words = (os.environ.get("COMP_WORDS") or os.environ.get("_TYPER_COMPLETE_ARGS", "")).split()
     named = (packaged.get(word, Path(word)) / INDEX for word in [*words, *packaged])
-    index: dict[str, Any] = next((read_json(file) for file in named if file.is_file()), {})
+    index: dict[str, Any] = next((read_index(file.parent) for file in named if file.is_file()), {})
     return index
 
 
 def _decoders(incomplete: str) -> list[str]:
-    return _starting(incomplete, _index().get("decoders") or ("ar", "masked", "onepass"))
+    return _starting(incomplete, _index().get("decoders") or ("ar", "masked", "onepass", "rae"))
 
 
 def _labels(incomplete: str) -> list[str]:
@@ -118,7 +118,7 @@ LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="So many images 
 Seed = Annotated[int, typer.Option(min=0, help="Image i of a seed is always the same image.")]
 Decoder = Annotated[
     str | None,
-    typer.Option(help="Kind of decoder: ar, masked, onepass. Default: the model's.", autocompletion=_decoders),
+    typer.Option(help="Kind of decoder: ar, masked, onepass, rae. Default: the model's.", autocompletion=_decoders),
 ]
 Device = Annotated[
     str | None,

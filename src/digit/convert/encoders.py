@@ -13,23 +13,28 @@ mae      facebookresearch/mae                               "model"
 mocov3   facebookresearch/moco-v3                           "state_dict", ``module.base_encoder.``
 ======== ================================================== =========================================
 
+timm's plain ViTs have it too, up to what :func:`read_timm` puts right.
+
 Sizes are read from the tensors. The number of heads cannot be: see :func:`default_heads`.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from digit.convert.keys import Keys, Parts
 from digit.convert.stream import Component
 from digit.convert.torchfile import read_torch_file
 from digit.core.errors import DigitError
+from digit.core.files import read_tensors
 from digit.encoders.transformers_encoder import EncoderConfig
 
 FAMILY_NAMES = ("dinov2", "dino", "ibot", "mae", "mocov3")
@@ -84,6 +89,23 @@ def read_backbone(source: str | Path | Mapping[str, Any]) -> tuple[Keys, str]:
         if name.startswith(prefix)
     }
     return Keys(tensors, where), _guess_family(tensors, wrapper, prefix)
+
+
+def read_timm(folder: Path) -> tuple[Keys, str]:
+    """As :func:`read_backbone`, of a ViT in a folder that timm saved; the keys of other networks do not fit."""
+    state = {
+        name.replace("reg_token", "register_tokens"): t
+        for name, t in read_tensors(folder / "model.safetensors").items()
+    }
+    positions = state.get("pos_embed", torch.empty(1, 2, 0))
+    if math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:  # none of the class token
+        state["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
+    first, second = (state.get(f"blocks.0.mlp.fc{number}.weight", torch.empty(0, 0)) for number in (1, 2))
+    if len(first) == 2 * second.shape[1]:  # a gated MLP
+        state = {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): t for name, t in state.items()}
+    keys, family = read_backbone(state)
+    keys.where = str(folder)
+    return keys, family
 
 
 def _guess_family(tensors: Mapping[str, Any], wrapper: str, prefix: str) -> str:
@@ -177,14 +199,15 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
 
 
 def default_heads(family: str, dim: int, where: str) -> int:
-    """Heads of the published network of this width: width / 64, but for MAE-Huge and MoCo v3's ViT-S.
+    """Heads of the published network of this width: width / 64, but for MoCo v3's ViT-S and for So400m, H, g and G.
 
     Raises:
         DigitError: the width is not a multiple of 64; heads must then be given.
     """
-    published = {("mae", 1280): 16, ("mocov3", 384): 12}
-    if (family, dim) in published:
-        return published[family, dim]
+    if dim in (1152, 1280, 1408, 1664):
+        return 16
+    if (family, dim) == ("mocov3", 384):
+        return 12
     if dim % 64:
         raise DigitError(
             f"The number of heads of the encoder in {where}, of width {dim}, is not known and not in its tensors; "

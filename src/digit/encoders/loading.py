@@ -37,7 +37,8 @@ def load_encoder(
 
     Args:
         source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
-            MAE, MoCo v3), or a Hub id such as ``facebook/dinov2-with-registers-base``; looked for in this order.
+            MAE, MoCo v3), a folder of one of timm's plain ViTs, or a Hub id: ``facebook/dinov2-with-registers-base``,
+            ``timm/vit_base_patch14_dinov2.lvd142m``.
         layer, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
         image_size, resize: see :class:`~digit.encoders.base.Preprocessing`.
         family: of an original checkpoint file, where its tensors do not tell; see :mod:`digit.convert.encoders`.
@@ -49,18 +50,21 @@ def load_encoder(
     options: dict[str, Any] = {"layer": layer, "final_norm": final_norm, "positions": positions}
     options = {name: value for name, value in options.items() if value is not None}
     path = Path(source)
-    if path.is_file():
-        from digit.convert.encoders import convert_backbone, read_backbone
+    if not path.exists():
+        path = repository_folder(repository_id(str(source), "encoder"))
+    described = path / "config.json"
+    timm = read_json(described) if described.is_file() else {}
+    if path.is_file() or "architecture" in timm:
+        from digit.convert.encoders import convert_backbone, read_backbone, read_timm
 
-        keys, guess = read_backbone(path)
+        keys, guess = read_backbone(path) if path.is_file() else read_timm(path)
         hf_config, parts, facts = convert_backbone(keys, family or guess, heads)
         keys.check()
-        config = _foreign_config(hf_config, None, image_size, resize, options)
+        config = _foreign_config(hf_config, timm.get("pretrained_cfg") or {}, image_size, resize, options)
         tensors = {name: pieces[0] for name, pieces in parts.items()}
-        provenance = {"source": path.name, **facts, "sha256": sha256_of(path)}
+        name, file = (path.name, path) if path.is_file() else (str(source), path / "model.safetensors")
+        provenance = {"source": name, **facts, "sha256": sha256_of(file)}
         return TransformersEncoder.from_weights(config, tensors, str(path), provenance)
-    if not path.is_dir():
-        path = repository_folder(repository_id(str(source), "encoder"))
     return _load_folder(path, str(source), options, image_size, resize)
 
 
@@ -85,7 +89,10 @@ def _load_folder(
         raise DigitError(
             f"{folder / 'config.json'} describes no encoder: it has neither our 'type' nor a 'model_type'."
         )
-    config = _foreign_config(plain_config(values, name), folder, image_size, resize, options)
+    pixels = folder / "preprocessor_config.json"
+    saved = read_json(pixels) if pixels.is_file() else {}
+    given = {"mean": saved.get("image_mean"), "std": saved.get("image_std")}
+    config = _foreign_config(plain_config(values, name), given, image_size, resize, options)
     return TransformersEncoder.from_weights(config, folder, name, {"source": name})
 
 
@@ -98,13 +105,14 @@ def _resized(saved: dict[str, Any], image_size: int | None, resize: int | None) 
 
 
 def _foreign_config(
-    hf_config: dict[str, Any], folder: Path | None, image_size: int | None, resize: int | None, options: dict[str, Any]
+    hf_config: dict[str, Any],
+    pixels: dict[str, Any],
+    image_size: int | None,
+    resize: int | None,
+    options: dict[str, Any],
 ) -> EncoderConfig:
     family = FAMILIES[hf_config["model_type"]]
-    mean, std = family.mean, family.std
-    if folder is not None and (folder / "preprocessor_config.json").is_file():
-        saved = read_json(folder / "preprocessor_config.json")
-        mean, std = tuple(saved.get("image_mean") or mean), tuple(saved.get("image_std") or std)
+    mean, std = tuple(pixels.get("mean") or family.mean), tuple(pixels.get("std") or family.std)
     if resize is None:
         resize = _tiled(image_size, hf_config) if image_size else 224
     if hf_config["model_type"].startswith("dinov2"):

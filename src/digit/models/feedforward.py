@@ -124,6 +124,11 @@ class FeedForwardConfig:
         return self.prefix_length
 
     @property
+    def resolution(self) -> int:
+        """Side of the images, for the head "pixels"; 0 otherwise."""
+        return self.pixels.resolution if self.pixels is not None else 0
+
+    @property
     def can_guide(self) -> bool:
         """False: there is no unconditional half to push away from in one pass."""
         return False

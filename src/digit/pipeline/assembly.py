@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from digit.convert.rae import convert_rae
 from digit.core.config import from_dict, read_value, to_dict
 from digit.core.errors import DigitError
 from digit.pipeline.model import load_part
@@ -38,7 +39,8 @@ def assemble(
 ) -> DigitPipeline:
     """Load parts and put them into one pipeline; what ``base`` has and is not given is taken over.
 
-    A prior that was trained on VQ tokens makes a baseline in VQ space.
+    A prior that was trained on VQ tokens makes a baseline in VQ space. A decoder ``rae:SOURCE`` is that of an RAE of
+    diffusers, which needs encoder and codebook; see :func:`~digit.convert.rae.convert_rae`.
     """
     given = {"encoder": encoder, "codebook": codebook, "vqgan": vqgan, "prior": prior}
     parts: dict[str, Any] = {
@@ -48,10 +50,15 @@ def assemble(
         facts = parts["prior"].provenance
         parts |= {"class_names": list(facts.get("class_names", [])), "space": facts.get("space", "semantic")}
     parts |= {key: value for key, value in {"class_names": class_names, "name": name}.items() if value is not None}
-    models = [load_part(part_folder(path), "decoder") for path in decoders]
     start = DigitPipeline() if base is None else DigitPipeline.from_pretrained(base)
-    parts["decoders"] = {**start.decoders, **{model.config.role: model for model in models}}
-    return start.with_parts(**parts)
+    whole = start.with_parts(**parts, decoders={})
+    models = []
+    for path in map(str, decoders):
+        if path.startswith("rae:"):
+            models.append(convert_rae(path.removeprefix("rae:"), whole.part("encoder"), whole.part("codebook")))
+        else:
+            models.append(load_part(part_folder(path), "decoder"))
+    return whole.with_parts(decoders={**start.decoders, **{model.config.role: model for model in models}})
 
 
 def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str | None = None) -> DigitPipeline:

@@ -21,6 +21,7 @@ from digit.models.codebook import Codebook
 from digit.models.component import millions, read_component
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder, PixelHeadConfig
 from digit.models.probe import LinearProbe
+from digit.models.rae import RAEDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.index import INDEX, read_index
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from digit.pipeline.model import Model
 
 
-COMPONENTS = (ConvEncoder, Codebook, TokenModel, FeedForwardDecoder, VQGAN, LinearProbe)
+COMPONENTS = (ConvEncoder, Codebook, TokenModel, FeedForwardDecoder, RAEDecoder, VQGAN, LinearProbe)
 _SAMPLED = (TokenModel.saved_as, FeedForwardDecoder.saved_as)
 CONFIGS = {"TransformersEncoder": EncoderConfig, **{kind.saved_as: kind.config_class for kind in COMPONENTS}}
 
@@ -153,7 +154,7 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
                 pixels = max(pixels, item * head.activation_numbers())
             case VQGANConfig():
                 pixels = max(pixels, config.activation_bytes())
-        weights += part.parameters * (item if hasattr(config, "transformer") else 4)
+        weights += part.parameters * (item if hasattr(config, "role") else 4)
     return Memory(weights, caches * batch, pixels * batch)
 
 

@@ -25,20 +25,21 @@ from digit.encoders.loading import load_encoder
 from digit.models.codebook import Codebook
 from digit.models.component import load_component
 from digit.models.feedforward import FeedForwardDecoder
+from digit.models.rae import RAEDecoder
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
 from digit.pipeline.hub import push_folder, resolve_model
-from digit.pipeline.index import FORMAT, INDEX, PLAIN, read_index
+from digit.pipeline.index import CLASS_NAME, CODE, FORMAT, INDEX, PLAIN, read_index
 from digit.pipeline.info import describe
 from digit.sampling.request import SamplingParams
 
-Decoder = TokenModel | FeedForwardDecoder
+Decoder = TokenModel | FeedForwardDecoder | RAEDecoder
 CLASSES: Mapping[str, tuple[Any, ...]] = {
     "encoder": (),
     "codebook": (Codebook,),
     "prior": (TokenModel,),
-    "decoder": (TokenModel, FeedForwardDecoder),
+    "decoder": (TokenModel, FeedForwardDecoder, RAEDecoder),
     "vqgan": (VQGAN,),
 }
 """Of each component, in the order in which images are made; an encoder is what :func:`load_encoder` loads."""
@@ -56,7 +57,7 @@ class Model:
     Attributes:
         encoder, codebook: the semantic tokenizer; the codebook was fitted on features of the encoder.
         prior: stage 1.
-        decoders: of stage 2 by kind: "ar", "masked", "onepass".
+        decoders: of stage 2 by kind: "ar", "masked", "onepass", "rae".
         vqgan: VQ tokens to images and back.
         space: what the prior predicts, "semantic" or (baseline) "vq".
         class_names: of the labels 0..C-1; may be empty.
@@ -220,18 +221,22 @@ class Model:
         return Path(folder)
 
     def write_index(self, folder: str | Path) -> None:
-        """Write the index and the card of a model whose components are in the folder already."""
+        """Write index, card and the code for diffusers of a model whose components are in the folder already."""
+        kinds = {place: getattr(part, "saved_as", type(part).__name__) for place, part in self.components.items()}
         index = {
+            "_class_name": CLASS_NAME,
             "format": FORMAT,
             "digit_version": __version__,
             **{name: getattr(self, name) for name in PLAIN},
-            "parts": [place for place in self.components if "/" not in place],
-            "decoders": list(self.decoders),
+            "class_names": {str(number): name for number, name in enumerate(self.class_names)},
+            "parts": {place: kind for place, kind in kinds.items() if "/" not in place},
+            "decoders": {kind: kinds[f"decoder/{kind}"] for kind in self.decoders},
             "settings": {stage: to_dict(params) for stage, params in self.settings.items()},
             "card": to_dict(self.card),
         }
         write_json(Path(folder) / INDEX, index)
         write_bytes(Path(folder) / "README.md", model_card(self).encode())
+        write_bytes(Path(folder) / f"{CLASS_NAME[0]}.py", CODE.encode())
 
     def push_to_hub(self, repository: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
         """Publish the model on the Hub, with its card; the address of the commit.

@@ -4,9 +4,9 @@
     stage 2    semantic tokens     -> images (B, 3, S, S)           a decoder and the VQGAN; see digit.pipeline.stage2
     tokenizer  images              -> semantic tokens               encoder and codebook
 
-A model is a folder: ``model_index.json``, ``README.md`` and a folder for each component: ``encoder/``, ``codebook/``,
-``prior/``, ``decoder/<kind>/``, ``vqgan/``. Components may be missing; what needs a missing one says so. The prior of a
-baseline predicts VQ tokens: its ``space`` is "vq", and it has no decoder.
+A model is a folder: ``model_index.json``, ``README.md``, ``pipeline.py`` (for diffusers) and one for each component:
+``encoder/``, ``codebook/``, ``prior/``, ``decoder/<kind>/``, ``vqgan/``. Components may be missing; what needs a
+missing one says so. The prior of a baseline predicts VQ tokens: its ``space`` is "vq", and it has no decoder.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@
 | none: the prior predicts VQ tokens | :class:`Stage2` | VQ tokens, VQGAN |
 | ar, masked, onepass with the head "vq" | :class:`TokenDecoder` | semantic tokens, VQ tokens, VQGAN |
 | onepass, head "pixels" | :class:`PixelDecoder` | semantic tokens and noise, pixels |
+| rae | :class:`CentroidDecoder` | semantic tokens, their centroids, pixels |
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ class TokenDecoder(Stage2):
         super().__init__(pipe, kind)
         self.model: Any = pipe.decoders[kind]
         self.config = self.model.config
+        self.like: Tensor = next(self.model.parameters())  # of the device and number format in which it computes
 
     def sample(
         self, first: Tensor, request: SampleRequest, callback: Callback | None = None, kept: Kept | None = None
@@ -108,6 +110,8 @@ class TokenDecoder(Stage2):
 class PixelDecoder(TokenDecoder):
     """Semantic tokens and the noise of each image to pixels, in one pass and without a VQGAN."""
 
+    fitted = FITTED
+
     @property
     def grid(self) -> tuple[int, int]:
         """That of the semantic tokens: there are no others."""
@@ -124,19 +128,18 @@ class PixelDecoder(TokenDecoder):
 
         Of an edited image the pixels outside of free cells stay, and the noise is the one that suits them best.
         """
-        noise = pixel_latents(self.config, request.images, request.seed, request.params[self.kind].temperature)
+        noise = self.noise(request, request.params[self.kind].temperature)
         tokens = Tokens(self.semantic(first), None, PixelLatents(self.kind, noise), request.labels)
         if kept is None or bool(kept[1].all()):
             return tokens
         images, free = kept
         given = self.pipe.tokenizer.encode(images)
-        side = self.config.pixels.resolution
+        side = self.config.resolution
         if images.shape[-1] != side:  # the decoder enlarges
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
         cells = free.view(-1, 1, *self.grid).float()  # (B, 1, rows, columns)
         anew = F.interpolate(cells, images.shape[-2:], mode="nearest") > 0  # (B, 1, S, S)
-        stages = [f"onepass-{i}" for i in range(FITTED)]
-        tries = [pixel_latents(self.config, request.images, request.seed, stage=s).to(self.model.start) for s in stages]
+        tries = [self.noise(request, stage=f"onepass-{i}").to(self.like) for i in range(self.fitted)]
         errors = []
         for noise in tries:
             rebuilt = self.pipe.to_pixels(Tokens(given, None, PixelLatents(self.kind, noise), tokens.labels))
@@ -145,21 +148,35 @@ class PixelDecoder(TokenDecoder):
         noise = torch.stack(tries)[best, torch.arange(len(images), device=best.device)]  # (B, noise_dim)
         return replace(tokens, latents=PixelLatents(self.kind, noise, images, anew))
 
+    def noise(self, request: SampleRequest, temperature: float = 1.0, stage: str = "onepass") -> Tensor:
+        """That of each image (B, noise_dim)."""
+        return pixel_latents(self.config, request.images, request.seed, temperature, stage)
+
     def pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
         """One pass."""
         latents, labels = tokens.latents, self.known(tokens.labels)
         assert tokens.semantic is not None
         assert latents is not None
         labels = None if labels is None else labels.to(self.pipe.device)
-        made: Tensor = self.model(self.semantic(tokens.semantic), latents.noise.to(self.model.start), labels)
+        made: Tensor = self.model(self.semantic(tokens.semantic), latents.noise.to(self.like), labels)
         made = made.float().clamp(0, 1)
         if latents.kept is None or latents.anew is None:
             return made
         return torch.where(latents.anew.to(made.device), made, latents.kept.to(made.device))
 
 
-STAGES: dict[str, type[TokenDecoder]] = {"vq": TokenDecoder, "pixels": PixelDecoder}
-"""By what the decoder's head gives."""
+class CentroidDecoder(PixelDecoder):
+    """Semantic tokens to pixels through their centroids, without noise; see :mod:`digit.models.rae`."""
+
+    fitted = 1
+
+    def noise(self, request: SampleRequest, _temperature: float = 1.0, stage: str = "") -> Tensor:  # noqa: ARG002
+        """None: (B, 0)."""
+        return torch.zeros(len(request), 0)
+
+
+STAGES: dict[str, type[TokenDecoder]] = {"vq": TokenDecoder, "pixels": PixelDecoder, "features": CentroidDecoder}
+"""By what the decoder's head gives, or reads."""
 
 
 def checked(tokens: Tensor, length: int, vocab: int, kind: str) -> Int[Tensor, "B length"]:

@@ -6,6 +6,7 @@ const DECODERS = {
   ar: "draws the VQ tokens one after another. The slowest.",
   masked: "fills in all VQ tokens in a few steps, the surest first.",
   onepass: "feed-forward: makes the whole image at once. The fastest.",
+  rae: "makes the whole image at once of the tokens' centroids.",
 };
 const SETTINGS = ["cfg_scale", "steps", "top_k", "top_p", "temperature"];
 
