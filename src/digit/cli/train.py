@@ -137,8 +137,8 @@ def fit_codebook(
             return Batches(dataset, sampler, transform, seed=seed, workers=workers)
 
         codebook = fit(
-            network, passes, clusters, discretiser=Discretisation(kind=kind, pca=pca, depth=depth), mode=mode, start=start, seed=seed, iterations=iterations, device=place,
-            total=len(dataset), provenance=facts, show=rank == 0,
+            network, passes, clusters, discretiser=Discretisation(kind=kind, pca=pca, depth=depth), mode=mode, start=start,
+            seed=seed, iterations=iterations, device=place, total=len(dataset), provenance=facts, show=rank == 0,
         )  # fmt: skip
     if rank:
         return

@@ -47,6 +47,12 @@ class Discretisation:
         if self.kind == "fsq" and self.pca is not None:
             raise DigitError("FSQ takes a principal component for each of its levels; leave pca out.")
 
+    def __str__(self) -> str:
+        width = f"PCA of {self.pca}" if self.pca else ""
+        names = {"kmeans": width or "k-means", "pca": width or "PCA", "residual": f"residual, depth {self.depth}"}
+        name = names.get(self.kind, self.kind)
+        return f"{name}, {width}" if width and name != width else name
+
     def __call__(self, kmeans: KMeans) -> Discretiser:
         """The discretiser, with the settings of ``kmeans``."""
         if self.kind == "fsq":
@@ -83,11 +89,12 @@ class Residual:
 
     def fit(self, features: Vectors) -> Codebook:
         """See :class:`~digit.clustering.kmeans.Discretiser`."""
-        tables, device = [self.kmeans.fit(features).centroids], features.first.device
-        for depth in range(1, self.depth):
-            before = Codebook.from_centroids(torch.cat(tables), depth=depth).to(device)
-            rest = features.map(lambda x, book=before: x - book.lookup(book.assign(x)))  # type: ignore[misc]
-            tables.append(self.kmeans.fit(rest).centroids)
+        tables: list[Tensor] = []
+        rest = features
+        for _ in range(self.depth):
+            book = self.kmeans.fit(rest).to(features.first.device)
+            tables.append(book.centroids)
+            rest = rest.map(lambda x, book=book: x - book.lookup(book.assign(x)))  # type: ignore[misc]
         return _described(Codebook.from_centroids(torch.cat(tables), depth=self.depth), features, {"kind": "residual"})
 
 

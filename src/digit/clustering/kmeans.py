@@ -178,7 +178,7 @@ def fit_codebook(
     if mode != "sample":
         sample.forget()
     plain = KMeans(clusters, start, seed, iterations, mode == "mini-batch", show)
-    vectors = Vectors(sample.stream(device) if mode == "sample" else stream, candidates, 1)
+    vectors = Vectors(sample.stream(device) if mode == "sample" else stream, candidates, 1, mode == "sample")
     book = (discretiser(plain) if discretiser else plain).fit(vectors)
     described = describe_encoder(encoder)
     facts: dict[str, Any] = {
@@ -192,8 +192,8 @@ def fit_codebook(
         "vectors_used": sample.total if mode == "sample" else sample.seen,
         **book.provenance,
     }
-    fields = {"depth": book.config.depth, "positions": described.get("positions")}
-    return Codebook.from_centroids(book.centroids, {**facts, **(provenance or {})}, **fields)
+    facts |= provenance or {}
+    return Codebook.from_centroids(book.centroids, facts, depth=book.config.depth, positions=described.get("positions"))
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:

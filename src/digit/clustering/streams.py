@@ -41,6 +41,8 @@ class Vectors(NamedTuple):
     """(m, D) some of all vectors in random order, the same in every process: first centroids come from them."""
     passes: int = 0
     """The number of the first pass."""
+    held: bool = False
+    """They lie in memory, so what is made of them may, too."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Vectors:
         """The vectors (n, D) as ``change`` makes them, (n, E)."""
@@ -48,7 +50,8 @@ class Vectors(NamedTuple):
         def changed(number: int) -> Iterator[Points]:
             return (Points(points.numbers, change(points.features)) for points in self.stream(number))
 
-        return Vectors(changed, change(self.first), self.passes)
+        parts = list(changed(self.passes)) if self.held else []
+        return self._replace(stream=(lambda _: parts) if self.held else changed, first=change(self.first))
 
 
 class PassSampler(OrderedSampler):

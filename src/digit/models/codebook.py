@@ -127,9 +127,9 @@ class Codebook(Component):
     @property
     def tables(self) -> Float[Tensor, "d K D"]:
         """The centroids of each depth."""
-        return self.centroids.unflatten(0, (self.config.depth, -1))
+        return self.centroids.view(self.config.depth, -1, self.config.dim)
 
-    def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "..."]:
+    def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "*A"]:
         """The nearest centroid's id, in [0, K): (*B,), or (*B, d) where the depth d is more than 1."""
         if self.config.depth == 1:
             return nearest(features, self.centroids, self.config.half_precision)
@@ -139,7 +139,7 @@ class Codebook(Component):
             rest = rest - table[ids[-1]]
         return torch.stack(ids, -1)
 
-    def lookup(self, tokens: Int[Tensor, "..."]) -> Float[Tensor, "... D"]:
+    def lookup(self, tokens: Int[Tensor, "*A"]) -> Float[Tensor, "*B D"]:
         """What ids stand for, (*B, D): their centroids, or the sums of theirs over the depth."""
         if self.config.depth == 1:
             return self.centroids[tokens]

@@ -57,6 +57,11 @@ _SECTIONS = (
         "Each candidate's tokens were learnt briefly by the same small prior, which was then probed. Best first.",
         ("screen",),
     ),
+    (
+        "tokens", "What tokens keep, and what they cost",
+        "No network is trained: ridge regression decodes, neighbours classify. Most bits saved per bit spent first.",
+        ("tokens",),
+    ),
     ("toy", "Toy figure: PCA and LDA", "", ("toy",)),
     ("others", "Other measurements", "", ()),
     ("training", "Training runs", "Dashed grey: the reference run of the same preset, where there is one.", ("training",)),
