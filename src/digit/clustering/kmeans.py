@@ -202,7 +202,8 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     if isinstance(encoder, nn.Module):
         facts["checksum"] = weights_checksum(encoder)
     config = getattr(encoder, "config", None)
-    names = ("layer", "final_norm", "positions")
+    layers = ("layers", "combine") if getattr(config, "layers", ()) else ("layer",)
+    names = (*layers, "final_norm", "positions")
     return facts | {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
