@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -90,7 +90,7 @@ def encoder(
     layers: Annotated[
         str | None, typer.Option(help="Several blocks instead of one, such as -4,-3,-2,-1; see --combine.")
     ] = None,
-    combine: Annotated[str, typer.Option(help="Their outputs become one feature by: sum, mean or concat.")] = "sum",
+    combine: Annotated[Literal["sum", "mean", "concat"], typer.Option(help="How they become one feature.")] = "sum",
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images that come in.")] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="Side that the network sees.")] = None,
     family: Annotated[
@@ -109,9 +109,7 @@ def encoder(
     from digit.core.errors import DigitError
     from digit.encoders import load_encoder
 
-    if combine not in ("sum", "mean", "concat"):
-        raise DigitError(f"--combine {combine} was given; expected sum, mean or concat.")
-    several = {"layers": tuple(int(n) for n in numbers(layers, "--layers")), "combine": combine} if layers else {}
+    several = {"layers": tuple(map(int, numbers(layers, "--layers"))), "combine": combine} if layers else {}
     if positions not in (None, "hub", "dinov2-offset"):
         raise DigitError(f"--positions {positions} was given; expected hub or dinov2-offset.")
     loaded = load_encoder(

@@ -209,16 +209,12 @@ def tokens(
     kinds: Annotated[
         str, typer.Option(help="Ways to fit them, some of kmeans,spherical,pca,residual,fsq; with --clusters.")
     ] = "kmeans",
-    pca: Annotated[
-        int | None, typer.Option(min=1, help="Principal components of kind pca; a quarter of the width if left out.")
-    ] = None,
     depth: Annotated[int, typer.Option(min=1, help="Tokens a place of kind residual.")] = 4,
     split: Split = "train",
     test_split: TestSplit = "test",
     holdout: Holdout = 0.0,
     num: Num = None,
     test_num: Annotated[int | None, typer.Option(min=2, help="How many images to measure on; all if left out.")] = None,
-    batch_size: BatchSize = 64,
     seed: Seed = 0,
     out: Out = Path("tokens"),
     device: Device = None,
@@ -237,16 +233,13 @@ def tokens(
     from digit.evaluation.studies.tokens import rank_tokens
 
     train, test = train_and_test(open_images(data, split, num), data, test_split, holdout, test_num)
-    stages = Stages(out, train, test, batch_size=batch_size, seed=seed, given_device=device)
+    stages = Stages(out, train, test, seed=seed, given_device=device)
     sizes = [int(number) for number in numbers(clusters, "--clusters")] if clusters else []
     if kinds != "kmeans" and not sizes:
         raise DigitError(
             "--kinds fits codebooks, and their sizes are not said; give --clusters, such as --clusters 256."
         )
-    ways = [
-        from_dict(Discretisation, {"kind": kind, "pca": pca if kind == "pca" else None, "depth": depth}, "--kinds")
-        for kind in kinds.split(",")
-    ]
+    ways = [from_dict(Discretisation, {"kind": kind, "depth": depth}, "--kinds") for kind in kinds.split(",")]
     pipes = {_short(name, models): load(name, device) for name in models}
     save_and_show(rank_tokens(candidates(pipes, sizes, stages, ways), stages), out)
 

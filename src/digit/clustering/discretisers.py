@@ -48,10 +48,8 @@ class Discretisation:
             raise DigitError("FSQ takes a principal component for each of its levels; leave pca out.")
 
     def __str__(self) -> str:
-        width = f"PCA of {self.pca}" if self.pca else ""
-        names = {"kmeans": width or "k-means", "pca": width or "PCA", "residual": f"residual, depth {self.depth}"}
-        name = names.get(self.kind, self.kind)
-        return f"{name}, {width}" if width and name != width else name
+        parts = f"depth {self.depth}" if self.kind == "residual" else "", f"{self.pca} components" if self.pca else ""
+        return ", ".join(filter(None, (self.kind, *parts)))
 
     def __call__(self, kmeans: KMeans) -> Discretiser:
         """The discretiser, with the settings of ``kmeans``."""

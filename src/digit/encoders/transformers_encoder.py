@@ -144,23 +144,16 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: images of another shape.
         """
-        if self.config.layers:
-            return self._combined(images)
-        features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
-        return features
-
-    def _combined(self, images: Tensor) -> Tensor:
-        found, last, norm = self._run(images, output_hidden_states=True), self.config.last, self._norm
-        parts = [
-            found.last_hidden_state
-            if layer == last
-            else self.network.get_submodule(norm)(found.hidden_states[layer - last - 1])
-            for layer in self.config.layers
-        ]
+        if not self.config.layers:
+            features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
+            return features
+        found, norm = self._run(images, output_hidden_states=True), self.network.get_submodule(self._norm)
+        normed = [*map(norm, found.hidden_states[1:-1]), found.last_hidden_state]  # of each block that is kept
+        parts = torch.stack([normed[layer - self.config.last - 1] for layer in self.config.layers])
+        parts = parts[:, :, self.prefix :]  # (layers, B, N, D)
         if self.config.combine == "concat":
-            return torch.cat(parts, -1)[:, self.prefix :]
-        total = torch.stack(parts).sum(0)[:, self.prefix :]
-        return total / len(parts) if self.config.combine == "mean" else total
+            return parts.movedim(0, 2).flatten(2)  # (B, N, layers D)
+        return parts.mean(0) if self.config.combine == "mean" else parts.sum(0)
 
     def states(self, images: Tensor) -> list[Tensor]:
         """The features (B, N, D) after each block up to the chosen one, the last normed as :meth:`forward` gives it."""

@@ -178,11 +178,6 @@ class TokenSpace:
     features: Callable[[Tensor], Tensor]  # images (B, 3, H, W) in 0..1 to (B, N, D)
     codebook: Codebook
 
-    @property
-    def codes(self) -> Tensor:
-        """The centroids (K, D)."""
-        return self.codebook.centroids
-
     @cached_property
     def middle(self) -> Tensor:
         """The mean code (D,)."""
@@ -251,7 +246,7 @@ def stability(
                 for name, space in spaces.items():
                     values[name, change].append(space.measure(clean[name], changed))
             progress.advance(len(images))
-    sizes = {name: len(space.codes) for name, space in spaces.items()}
+    sizes = {name: len(space.codebook.centroids) for name, space in spaces.items()}
     return Stability(
         title="Stability of tokens under small changes of the pixels (Table 1)",
         values=tuple(_row(*key, torch.cat(found), torch.cat(real[key[1]])) for key, found in values.items()),

@@ -54,13 +54,8 @@ _SECTIONS = (
     ("ablations", "Ablations", "One thing is varied, everything else is shared.", ("ablation",)),
     (
         "screen", "Which tokens to train on",
-        "Each candidate's tokens were learnt briefly by the same small prior, which was then probed. Best first.",
+        "Each candidate's tokens were learnt briefly by the same small prior and probed, or ridge regression decoded them.",
         ("screen",),
-    ),
-    (
-        "tokens", "What tokens keep, and what they cost",
-        "No network is trained: ridge regression decodes, neighbours classify. Most bits saved per bit spent first.",
-        ("tokens",),
     ),
     ("toy", "Toy figure: PCA and LDA", "", ("toy",)),
     ("others", "Other measurements", "", ()),

@@ -19,7 +19,7 @@ from digit.training.logs import read_metrics
 
 for _kinds in (
     "metrics.fidelity", "metrics.model_reconstruction", "metrics.probe", "metrics.stability", "metrics.toy",
-    "studies.ablation", "studies.prefix", "studies.ranking", "studies.robustness", "studies.sweep", "studies.tokens",
+    "studies.ablation", "studies.prefix", "studies.ranking", "studies.robustness", "studies.sweep",
 ):  # fmt: skip
     import_module(f"digit.evaluation.{_kinds}")  # every kind of result must be known when a file of it is read
 

@@ -60,7 +60,7 @@ class RankingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking(Result):
-    """``values``: a line for each candidate, the best middle layer first."""
+    """``values``: a line for each candidate, the best first."""
 
     kind: str = "screen"
 
@@ -69,8 +69,8 @@ class Ranking(Result):
         return [{"Rank": rank, "Candidate": line["name"], **cells(line)} for rank, line in enumerate(self.values, 1)]
 
     def figure(self) -> Any:
-        """The middle layer's probe, how predictable the tokens are, and the probe by layer."""
-        return comparison(self.values, ("middle", "saved"))
+        """The middle layer's probe, how predictable the tokens are, and the probe by layer; or what the bits buy."""
+        return comparison(self.values, ("middle", "saved", "worth", "psnr"))
 
 
 def candidates(

@@ -87,13 +87,9 @@ class Stages:
         return TokenModel.from_pretrained(part_folder(step.folder)).to(self.device), step
 
     def codebook(
-        self,
-        encoder: Any,
-        clusters: int,
-        images: int | None = None,
-        crops: bool = False,
-        kind: Discretisation = Discretisation(),  # noqa: B008
-    ) -> Codebook:
+        self, encoder: Any, clusters: int, images: int | None = None, crops: bool = False,
+        kind: Discretisation | None = None,
+    ) -> Codebook:  # fmt: skip
         """Fit a codebook to some of the training images (all of them if None); ``crops`` cuts and mirrors at random."""
         dataset = self.train_images
         if images is not None and images < len(dataset):
@@ -101,7 +97,7 @@ class Stages:
         inputs = {
             "encoder": describe_encoder(encoder), "preprocessing": to_dict(encoder.preprocessing), "clusters": clusters,
             "crops": crops, "seed": self.seed, "data": dataset.fingerprint,
-            **({} if kind == Discretisation() else {"kind": to_dict(kind)}),
+            **({"kind": to_dict(kind)} if kind and kind != Discretisation() else {}),
         }  # fmt: skip
 
         def fit(folder: Path) -> None:
@@ -162,6 +158,12 @@ COLUMNS = {
     "saved": ("Saved of log K, %", 100),
     "decoder_nats": ("Decoder, nats/token", 1),
     "fid": ("FID ↓", 1),
+    "usage": ("Used, %", 100),
+    "entropy": ("Entropy, bits/token", 1),
+    "changed": ("Changed, % ↓", 100),
+    "knn": ("k-NN, % ↑", 100),
+    "psnr": ("Ridge PSNR, dB ↑", 1),
+    "worth": ("Bits saved/spent ↑", 1),
 }
 """Headings and scales of the measured values."""
 
@@ -171,6 +173,8 @@ _PANELS = {
     "saved": ("saved of log K, % (higher: easier to predict)", "How predictable the tokens are"),
     "decoder_nats": ("held-out nats a token (lower is better)", "The decoder"),
     "fid": ("FID (lower is better)", "The images"),
+    "psnr": ("PSNR, dB", "What ridge regression decodes"),
+    "worth": ("bits saved per bit spent", "What the bits buy"),
 }
 _PAPER = {"best": "probe", "fid": "fid"}
 
