@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.encoders import Encoder, EncoderConfig, Preprocessing, TransformersEncoder, load_encoder, weights_checksum
 from digit.encoders.families import FAMILIES
@@ -192,3 +193,35 @@ def test_the_network_is_the_one_of_transformers():
         made = encoder(family).network
         assert type(made) is getattr(transformers, type(made).__name__)
         assert made.config.model_type == family
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("combine", ["sum", "mean", "concat"])
+def test_several_layers_are_those_hidden_states_of_transformers(family, combine, images, tmp_path):
+    mean, std = FAMILIES[family].mean, FAMILIES[family].std
+    whole = encoder(family, layer=-1, preprocessing=Preprocessing(image_size=24, mean=mean, std=std))
+    states, norm = reference(whole, images)
+    prefix = FAMILIES[family].prefix + CONFIGS[family].get("num_register_tokens", 0)
+    whole.save_pretrained(tmp_path / "whole")
+    for final_norm in (True, False):
+        made = load_encoder(tmp_path / "whole", layers=(-4, -2, -3), combine=combine, final_norm=final_norm)
+        parts = [(norm(states[n]) if final_norm else states[n])[:, prefix:] for n in (-4, -2, -3)]
+        expected = {"sum": sum(parts), "mean": sum(parts) / 3, "concat": torch.cat(parts, -1)}[combine]
+        assert made(images).shape == (3, 36, made.dim) == (3, 36, 96 if combine == "concat" else 32)
+        torch.testing.assert_close(made(images), expected, atol=5e-5, rtol=1e-4)
+    made.save_pretrained(tmp_path / "several")
+    again = load_encoder(tmp_path / "several")
+    assert again.config == made.config
+    assert torch.equal(again(images), made(images))
+    assert sum(p.numel() for p in made.parameters()) < sum(p.numel() for p in whole.parameters())  # up to -2
+    assert f"{combine} of layers (-4, -2, -3)" in made.config.describe()
+
+
+def test_one_layer_is_written_as_before(images):
+    """Token caches of the first edition are compared with it; and one layer by either name is the same."""
+    assert set(to_dict(encoder("dinov2").config)) == {"hf_config", "layer", "final_norm", "positions", "preprocessing"}
+    one = encoder("dinov2", layers=(-3,))
+    assert to_dict(one.config)["layers"] == [-3]
+    assert torch.equal(one(images), encoder("dinov2", layer=-3)(images))
+    with pytest.raises(DigitError, match=r"layer=-5 was given; this network has 4 blocks"):
+        encoder("dinov2", layers=(-5, -1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -87,6 +87,10 @@ def encoder(
     source: Annotated[str, typer.Argument(help="A .pth of DINOv2, DINO, iBOT, MAE or MoCo v3; a folder; or a Hub id.")],
     out: Annotated[Path, out_option("The encoder folder to write.")],
     layer: Annotated[int | None, typer.Option(help="Block whose output is taken, from the end. The paper: -3.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Several blocks instead of one, such as -4,-3,-2,-1; see --combine.")
+    ] = None,
+    combine: Annotated[Literal["sum", "mean", "concat"], typer.Option(help="How they become one feature.")] = "sum",
     image_size: Annotated[int | None, typer.Option(min=1, help="Side of the images that come in.")] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="Side that the network sees.")] = None,
     family: Annotated[
@@ -101,14 +105,17 @@ def encoder(
 
     Example:  digit convert encoder facebook/dinov2-with-registers-base --out encoder
     """
+    from digit.cli.evaluate_model import numbers
     from digit.core.errors import DigitError
     from digit.encoders import load_encoder
 
+    several = {"layers": tuple(map(int, numbers(layers, "--layers"))), "combine": combine} if layers else {}
     if positions not in (None, "hub", "dinov2-offset"):
         raise DigitError(f"--positions {positions} was given; expected hub or dinov2-offset.")
     loaded = load_encoder(
         source,
         layer=layer,
+        **several,  # type: ignore[arg-type]  # checked above
         image_size=image_size,
         resize=resize,
         family=family,

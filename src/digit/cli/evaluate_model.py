@@ -1,4 +1,4 @@
-"""``digit evaluate stability``, ``probe``, ``screen`` and ``ablation``: measurements of tokens and of the prior."""
+"""``digit evaluate stability``, ``probe``, ``screen``, ``tokens`` and ``ablation``: measurements of tokens and of the prior."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_to(app: typer.Typer) -> None:
     """Mount the commands."""
     from digit.cli import evaluate_images, evaluate_studies
 
-    for command in (stability, probe, screen, ablation):
+    for command in (stability, probe, screen, tokens, ablation):
         app.command()(command)
     evaluate_images.add_to(app)
     evaluate_studies.add_to(app)
@@ -143,9 +143,9 @@ def probe(
 
 
 def train_and_test(
-    train: ImageDataset, data: str, test_split: str, holdout: float
+    train: ImageDataset, data: str, test_split: str, holdout: float, num: int | None = None
 ) -> tuple[ImageDataset, ImageDataset]:
-    """The images to learn from and those to be judged on."""
+    """The images to learn from and those to be judged on, ``num`` of a test split."""
     from digit.core.errors import DigitError
     from digit.evaluation.metrics.probe import split_off
     from digit.evaluation.model_source import open_images
@@ -153,7 +153,7 @@ def train_and_test(
     if holdout:
         return split_off(train, holdout)
     try:
-        return train, open_images(data, test_split)
+        return train, open_images(data, test_split, num)
     except DigitError as error:
         raise DigitError(f"{error} To judge on a part of the training images instead, give --holdout 0.2.") from error
 
@@ -198,6 +198,50 @@ def screen(
     sizes = [int(number) for number in numbers(clusters, "--clusters")] if clusters else []
     pipes = {_short(name, models): load(name, device) for name in models}
     save_and_show(rank(candidates(pipes, sizes, stages), stages, options), out)
+
+
+def tokens(
+    models: Annotated[list[str], typer.Argument(help="Models with encoder and codebook, or with a VQGAN.")],
+    data: Data,
+    clusters: Annotated[
+        str | None, typer.Option(help="Fit codebooks of these sizes for each encoder, such as 256,1024.")
+    ] = None,
+    kinds: Annotated[
+        str, typer.Option(help="Ways to fit them, some of kmeans,spherical,pca,residual,fsq; with --clusters.")
+    ] = "kmeans",
+    depth: Annotated[int, typer.Option(min=1, help="Tokens a place of kind residual.")] = 4,
+    split: Split = "train",
+    test_split: TestSplit = "test",
+    holdout: Holdout = 0.0,
+    num: Num = None,
+    test_num: Annotated[int | None, typer.Option(min=2, help="How many images to measure on; all if left out.")] = None,
+    seed: Seed = 0,
+    out: Out = Path("tokens"),
+    device: Device = None,
+) -> None:
+    """Rank tokens without training: use, entropy, stability, neighbours, and what ridge regression decodes for the bits.
+
+    Example:  digit evaluate tokens cifar10 --data data/cifar10 --kinds kmeans,spherical,pca,residual,fsq
+        --clusters 256,1024 --num 4000 --test-num 1000 --out runs/tokens
+    """
+    from digit.clustering.discretisers import Discretisation
+    from digit.core.config import from_dict
+    from digit.core.errors import DigitError
+    from digit.evaluation.model_source import open_images
+    from digit.evaluation.studies.ranking import candidates
+    from digit.evaluation.studies.stages import Stages
+    from digit.evaluation.studies.tokens import rank_tokens
+
+    train, test = train_and_test(open_images(data, split, num), data, test_split, holdout, test_num)
+    stages = Stages(out, train, test, seed=seed, given_device=device)
+    sizes = [int(number) for number in numbers(clusters, "--clusters")] if clusters else []
+    if kinds != "kmeans" and not sizes:
+        raise DigitError(
+            "--kinds fits codebooks, and their sizes are not said; give --clusters, such as --clusters 256."
+        )
+    ways = [from_dict(Discretisation, {"kind": kind, "depth": depth}, "--kinds") for kind in kinds.split(",")]
+    pipes = {_short(name, models): load(name, device) for name in models}
+    save_and_show(rank_tokens(candidates(pipes, sizes, stages, ways), stages), out)
 
 
 def ablation(

@@ -74,6 +74,17 @@ def fit_codebook(
         Literal["faiss", "torch"] | None,
         typer.Option(hidden=True, help="Of the first edition, without effect: torch computes k-means."),
     ] = None,
+    kind: Annotated[
+        Literal["kmeans", "spherical", "pca", "residual", "fsq"],
+        typer.Option(
+            help="k-means; of directions; in the space of principal components; of residuals, several tokens a place, which "
+            "no prior predicts yet; or a grid of at most --clusters points over few components (FSQ)."
+        ),
+    ] = "kmeans",
+    pca: Annotated[
+        int | None, typer.Option(min=1, help="Fit in the space of so many principal components; not of kind fsq.")
+    ] = None,
+    depth: Annotated[int, typer.Option(min=1, help="Tokens a place of kind residual.")] = 4,
     mode: Annotated[
         Literal["sample", "whole", "mini-batch"],
         typer.Option(
@@ -99,6 +110,7 @@ def fit_codebook(
     """
     import numpy as np
 
+    from digit.clustering.discretisers import Discretisation
     from digit.clustering.kmeans import fit_codebook as fit
     from digit.clustering.streams import PassSampler, process_group
     from digit.core.devices import pick_device
@@ -125,19 +137,19 @@ def fit_codebook(
             return Batches(dataset, sampler, transform, seed=seed, workers=workers)
 
         codebook = fit(
-            network, passes, clusters, mode=mode, start=start, seed=seed, iterations=iterations, device=place,
-            total=len(dataset), provenance=facts, show=rank == 0,
+            network, passes, clusters, discretiser=Discretisation(kind=kind, pca=pca, depth=depth), mode=mode, start=start,
+            seed=seed, iterations=iterations, device=place, total=len(dataset), provenance=facts, show=rank == 0,
         )  # fmt: skip
     if rank:
         return
     codebook.save_pretrained(out)
-    made = codebook.provenance
+    made, total = codebook.provenance, len(codebook.centroids)
     rows = [
-        {"": "clusters in use", "value": shown(made["used_clusters"]), "at best": clusters},
-        {"": "perplexity", "value": shown(made["perplexity"]), "at best": clusters},
+        {"": "clusters in use", "value": shown(made["used_clusters"]), "at best": total},
+        {"": "perplexity", "value": shown(made["perplexity"]), "at best": total},
         {"": "mean squared distance", "value": shown(made["inertia"]), "at best": 0},
     ]
-    typer.echo(f"A codebook of {clusters:,} tokens from {len(dataset):,} images: {out}")
+    typer.echo(f"A codebook of {total:,} tokens from {len(dataset):,} images: {out}")
     Result(title="Codebook", values=rows, data=facts["data"]).show()
     typer.echo(f"Next: {_next('codebook', out, encoder=encoder)}")
 

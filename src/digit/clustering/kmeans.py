@@ -16,13 +16,15 @@ finds, up to rounding. A cluster that no vector is nearest to starts again at a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from digit.clustering.streams import Points, Sample, Stream, gathered, hashed, summed
+from digit.clustering.streams import Points, Sample, Stream, Vectors, gathered, hashed, summed
 from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.core.progress import bar
@@ -63,11 +65,42 @@ class Fit(NamedTuple):
         }
 
 
+class Discretiser(Protocol):
+    """Finds the codebook of feature vectors."""
+
+    def fit(self, features: Vectors) -> Codebook:
+        """A codebook whose provenance is :attr:`Fit.quality`; the same in every process."""
+        ...
+
+
+@dataclass(frozen=True)
+class KMeans:
+    """Plain k-means; the fields are as for :func:`fit_codebook`. ``spherical`` leaves centroids of length 1, for
+    vectors of length 1.
+    """
+
+    clusters: int
+    start: StartBy = "random"
+    seed: int = 0
+    iterations: int = 20
+    mini_batch: bool = False
+    show: bool = True
+    spherical: bool = False
+
+    def fit(self, features: Vectors) -> Codebook:
+        """See :func:`kmeans`."""
+        how = {"mini_batch": self.mini_batch, "spherical": self.spherical, "show": self.show}
+        first = start_centroids(features.first, self.clusters, self.start, self.seed)
+        fit = kmeans(features.stream, first, iterations=self.iterations, first_pass=features.passes, **how)
+        return Codebook.from_centroids(fit.centroids, fit.quality)
+
+
 def fit_codebook(
     encoder: Encoder,
     batches: Iterable[Any] | Callable[[int], Iterable[Any]],
     clusters: int,
     *,
+    discretiser: Callable[[KMeans], Discretiser] | None = None,
     mode: Mode = "sample",
     start: StartBy = "random",
     seed: int = 0,
@@ -87,6 +120,8 @@ def fit_codebook(
             :class:`digit.data.sampling.Batch`. Read once, to the end; or called with the number of the pass, which the
             modes "whole" and "mini-batch" need: see :class:`~digit.clustering.streams.PassSampler`.
         clusters: K.
+        discretiser: what is made of k-means with these settings, such as
+            :class:`~digit.clustering.discretisers.Discretisation`; None leaves plain k-means.
         mode: see the module. "whole" and "mini-batch" read the data ``iterations`` + 2 times.
         start: the first centroids: "random" vectors, as in the paper; or by "k-means++" (Arthur & Vassilvitskii 2007),
             whose time grows with K squared.
@@ -140,11 +175,11 @@ def fit_codebook(
             "give more images or ask for fewer clusters."
         )
     candidates = sample.smallest(_START_SAMPLE * clusters if start == "k-means++" else clusters, device)
-    first = start_centroids(candidates, clusters, start, seed)
     if mode != "sample":
         sample.forget()
-    source = sample.stream(device) if mode == "sample" else stream
-    fit = kmeans(source, first, iterations=iterations, mini_batch=mode == "mini-batch", first_pass=1, show=show)
+    plain = KMeans(clusters, start, seed, iterations, mode == "mini-batch", show)
+    vectors = Vectors(sample.stream(device) if mode == "sample" else stream, candidates, 1, mode == "sample")
+    book = (discretiser(plain) if discretiser else plain).fit(vectors)
     described = describe_encoder(encoder)
     facts: dict[str, Any] = {
         "encoder": described,
@@ -154,10 +189,11 @@ def fit_codebook(
         "iterations": iterations,
         "images": int(summed(torch.tensor([images], device=device))),
         "vectors_seen": sample.seen,
-        "vectors_used": int(fit.counts.sum()),
-        **fit.quality,
+        "vectors_used": sample.total if mode == "sample" else sample.seen,
+        **book.provenance,
     }
-    return Codebook.from_centroids(fit.centroids, {**facts, **(provenance or {})}, positions=described.get("positions"))
+    facts |= provenance or {}
+    return Codebook.from_centroids(book.centroids, facts, depth=book.config.depth, positions=described.get("positions"))
 
 
 def describe_encoder(encoder: Encoder) -> dict[str, Any]:
@@ -166,7 +202,8 @@ def describe_encoder(encoder: Encoder) -> dict[str, Any]:
     if isinstance(encoder, nn.Module):
         facts["checksum"] = weights_checksum(encoder)
     config = getattr(encoder, "config", None)
-    names = ("layer", "final_norm", "positions")
+    layers = ("layers", "combine") if getattr(config, "layers", ()) else ("layer",)
+    names = (*layers, "final_norm", "positions")
     return facts | {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 
@@ -189,6 +226,7 @@ def kmeans(
     *,
     iterations: int = 20,
     mini_batch: bool = False,
+    spherical: bool = False,
     first_pass: int = 0,
     show: bool = True,
 ) -> Fit:
@@ -199,10 +237,11 @@ def kmeans(
         centroids: float32 to begin with, the same in every process, on the device that computes.
         iterations: passes over the data. One more measures the result.
         mini_batch: move after every part of the stream: a centroid becomes the running mean of all it was ever given.
+        spherical: scale the means to length 1 (Dhillon & Modha 2001).
         first_pass: the number of the first pass.
         show: show progress.
     """
-    seen = torch.zeros(len(centroids), dtype=_wide(centroids), device=centroids.device)  # (K,) of mini-batches
+    seen = torch.zeros(len(centroids), dtype=wide(centroids), device=centroids.device)  # (K,) of mini-batches
     with bar("Fitting the codebook", total=iterations, unit="iterations", show=show) as progress:
         for number in range(first_pass, first_pass + iterations):
             totals = _Totals(centroids)
@@ -219,6 +258,8 @@ def kmeans(
                 totals.reduce()
                 means = totals.sums / totals.counts.clamp(min=1)[:, None]
                 centroids = torch.where((totals.counts > 0)[:, None], means, centroids).float()
+            if spherical:
+                centroids = F.normalize(centroids, dim=1)
             centroids = _revive(centroids, totals, seen)
             progress.advance(1, note=f"mean squared distance {totals.inertia:.4g}")
     totals = _Totals(centroids)
@@ -241,7 +282,7 @@ def start_centroids(sample: Float[Tensor, "m D"], clusters: int, start: StartBy,
     chosen = [0]
     distances = (sample - sample[0]).square().sum(1)  # (m,)
     for draw in draws[1:]:
-        ladder = distances.to(_wide(sample)).cumsum(0)
+        ladder = distances.to(wide(sample)).cumsum(0)
         place = int(torch.searchsorted(ladder, draw * ladder[-1], right=True).clamp(max=len(sample) - 1))
         if not ladder[-1] > 0:  # fewer different vectors than clusters
             place = len(chosen)
@@ -255,9 +296,9 @@ class _Totals:
 
     def __init__(self, centroids: Tensor) -> None:
         clusters, width = centroids.shape
-        wide: dict[str, Any] = {"dtype": _wide(centroids), "device": centroids.device}
-        self.sums, self.counts = torch.zeros(clusters, width, **wide), torch.zeros(clusters, **wide)
-        self._squared = torch.zeros(1, **wide)
+        like: dict[str, Any] = {"dtype": wide(centroids), "device": centroids.device}
+        self.sums, self.counts = torch.zeros(clusters, width, **like), torch.zeros(clusters, **like)
+        self._squared = torch.zeros(1, **like)
         # a sample (up to _FAR, D + 2) of the vectors, each with its squared distance and its key behind it
         self.far = torch.zeros(0, width + 2, device=centroids.device)
 
@@ -309,6 +350,6 @@ def _revive(centroids: Tensor, totals: _Totals, seen: Tensor) -> Tensor:
     return centroids
 
 
-def _wide(like: Tensor) -> torch.dtype:
+def wide(like: Tensor) -> torch.dtype:
     """What sums are kept in: so wide that the order of the vectors does not show in float32."""
     return torch.float32 if like.device.type == "mps" else torch.float64

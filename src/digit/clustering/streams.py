@@ -32,6 +32,28 @@ Stream = Callable[[int], Iterable[Points]]
 """Gives the vectors of this process in a pass, the same ones in every pass; called with the number of the pass."""
 
 
+class Vectors(NamedTuple):
+    """What a codebook is fitted to."""
+
+    stream: Stream
+    """The vectors of this process."""
+    first: Tensor
+    """(m, D) some of all vectors in random order, the same in every process: first centroids come from them."""
+    passes: int = 0
+    """The number of the first pass."""
+    held: bool = False
+    """They lie in memory, so what is made of them may, too."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Vectors:
+        """The vectors (n, D) as ``change`` makes them, (n, E)."""
+
+        def changed(number: int) -> Iterator[Points]:
+            return (Points(points.numbers, change(points.features)) for points in self.stream(number))
+
+        parts = list(changed(self.passes)) if self.held else []
+        return self._replace(stream=(lambda _: parts) if self.held else changed, first=change(self.first))
+
+
 class PassSampler(OrderedSampler):
     """All images once, in a random order that depends on (seed, number of the pass); every process gets its part of each
     batch.

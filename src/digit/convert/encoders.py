@@ -129,7 +129,7 @@ def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component
     """
     hf_config, parts, facts = convert_backbone(keys, "dinov2", heads)
     config = EncoderConfig(hf_config=hf_config, **{"positions": "dinov2-offset", **fields})
-    behind = tuple(f"encoder.layer.{index}." for index in range(facts["depth"] + config.layer + 1, facts["depth"]))
+    behind = tuple(f"encoder.layer.{index}." for index in range(facts["depth"] + config.last + 1, facts["depth"]))
     kept = {name: pieces for name, pieces in parts.items() if not name.startswith(behind)}
     return Component("TransformersEncoder", config, kept, facts, Path(keys.where))
 

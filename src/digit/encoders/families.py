@@ -115,7 +115,9 @@ def build_network(family: Family, config: Any) -> nn.Module:
     return network
 
 
-def load_network(family: Family, config: Any, source: Path | Mapping[str, Tensor], where: str) -> nn.Module:
+def load_network(
+    family: Family, config: Any, source: Path | Mapping[str, Tensor], where: str, final_norm: bool = True
+) -> nn.Module:
     """A network with weights, in float32. Tensors of blocks that the config leaves out, of heads and poolers are not
     read.
 
@@ -125,6 +127,7 @@ def load_network(family: Family, config: Any, source: Path | Mapping[str, Tensor
         source: a folder with ``model.safetensors`` (or what else transformers reads), or tensors by their names on the
             hub.
         where: what is being read, for the message.
+        final_norm: the norm after the last block is needed; an encoder without it is saved without its tensors.
 
     Raises:
         DigitError: tensors are missing or of another shape, or the file cannot be read; the message names them.
@@ -150,6 +153,9 @@ def load_network(family: Family, config: Any, source: Path | Mapping[str, Tensor
             f"The weights of {where} could not be read: {str(error).strip().splitlines()[0]} "
             "The file may be missing, truncated, or of another kind."
         ) from error
+    if not final_norm:
+        unused = final_norm_name(network) + "."
+        info["missing_keys"] = {name for name in info["missing_keys"] if not name.startswith(unused)}
     _check_loading(info, where)
     result: nn.Module = network.float()
     return result

@@ -13,7 +13,7 @@ from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, patch_side, plain_config
 from digit.encoders.hub import repository_folder
-from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
+from digit.encoders.transformers_encoder import Combine, EncoderConfig, TransformersEncoder
 from digit.models.codebook import Positions
 
 
@@ -21,6 +21,8 @@ def load_encoder(
     source: str | Path,
     *,
     layer: int | None = None,
+    layers: tuple[int, ...] | None = None,
+    combine: Combine | None = None,
     final_norm: bool | None = None,
     positions: Positions | None = None,
     image_size: int | None = None,
@@ -39,7 +41,7 @@ def load_encoder(
         source: a folder of ours, a folder that transformers saved, an original checkpoint file (DINOv2, DINO, iBOT,
             MAE, MoCo v3), a folder of one of timm's plain ViTs, or a Hub id: ``facebook/dinov2-with-registers-base``,
             ``timm/vit_base_patch14_dinov2.lvd142m``.
-        layer, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
+        layer, layers, combine, final_norm, positions: see :class:`~digit.encoders.transformers_encoder.EncoderConfig`.
         image_size, resize: see :class:`~digit.encoders.base.Preprocessing`.
         family: of an original checkpoint file, where its tensors do not tell; see :mod:`digit.convert.encoders`.
         heads: attention heads of an original checkpoint file; None: its width / 64, as all published ones have.
@@ -47,7 +49,8 @@ def load_encoder(
     Raises:
         DigitError: nothing was found (the message says where it looked), or what was found does not fit.
     """
-    options: dict[str, Any] = {"layer": layer, "final_norm": final_norm, "positions": positions}
+    options: dict[str, Any] = {"layer": layer, "layers": layers, "combine": combine}
+    options |= {"final_norm": final_norm, "positions": positions}
     options = {name: value for name, value in options.items() if value is not None}
     path = Path(source)
     if not path.exists():

@@ -6,10 +6,11 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from digit.core.config import config, from_dict, to_dict
@@ -29,6 +30,9 @@ from digit.encoders.families import (
 from digit.models.codebook import Positions
 from digit.models.component import read_component
 
+Combine = Literal["sum", "mean", "concat"]
+"""How the outputs of several blocks become one feature."""
+
 
 @config
 class EncoderConfig:
@@ -37,7 +41,9 @@ class EncoderConfig:
     Attributes:
         hf_config: the network as `transformers` describes it ("model_type", "hidden_size", ...), with all its blocks.
         layer: the block whose output is taken, counted from the end. The paper: -3, the third-last.
-        final_norm: apply the norm that follows the last block, as the paper does.
+        layers: several blocks whose outputs are taken instead, such as (-4, -3, -2, -1); ``combine`` says how they become one
+            feature: "sum", "mean", or "concat", in the order given, which is as many times as wide.
+        final_norm: apply the norm that follows the last block, as the paper does; to the output of each block.
         positions: how learned positions stretch to another grid: "hub" as transformers does for this family;
             "dinov2-offset" as DINOv2's first code and, with registers too, the DiGIT authors' do: see
             :func:`offset_positions`. A codebook belongs to one of them.
@@ -46,42 +52,57 @@ class EncoderConfig:
 
     hf_config: dict[str, Any]
     layer: int = -3
+    layers: tuple[int, ...] = ()
+    combine: Combine = "sum"
     final_norm: bool = True
     positions: Positions = "hub"
     preprocessing: Preprocessing = Preprocessing(resize=224)
+
+    @model_serializer(mode="wrap")
+    def _plain(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without several layers it is written as the first edition did, which caches of tokens are compared with."""
+        unused = () if self.layers else ("layers", "combine")
+        return {name: value for name, value in fields(self).items() if name not in unused}
 
     @property
     def family(self) -> Family:
         """The facts about this kind of network."""
         return FAMILIES[self.hf_config["model_type"]]
 
+    @property
+    def last(self) -> int:
+        """The last block that is taken, and kept."""
+        return max(self.layers, default=self.layer)
+
     def network_config(self) -> Any:
-        """The `transformers` config with the blocks up to the chosen layer only.
+        """The `transformers` config with the blocks up to the last chosen layer only.
 
         Raises:
             DigitError: an unknown family, or a layer that the network does not have.
         """
         depth = network_config(self.hf_config).num_hidden_layers
-        if not -depth <= self.layer <= -1:
-            raise DigitError(
-                f"layer={self.layer} was given; this network has {depth} blocks: -{depth} (first) to -1 (last)."
-            )
-        return network_config(self.hf_config, blocks=depth + self.layer + 1)
+        for layer in self.layers or (self.layer,):
+            if not -depth <= layer <= -1:
+                raise DigitError(
+                    f"layer={layer} was given; this network has {depth} blocks: -{depth} (first) to -1 (last)."
+                )
+        return network_config(self.hf_config, blocks=depth + self.last + 1)
 
     def describe(self) -> str:
         """Its shape in a line."""
         hf, norm = self.hf_config, " with the final norm" if self.final_norm else ""
+        layer = f"{self.combine} of layers {self.layers}" if self.layers else f"layer {self.layer}"
         return (
             f"{hf.get('model_type')}, {hf.get('num_hidden_layers')} blocks of width {hf.get('hidden_size')}, "
-            f"patch {hf.get('patch_size')}; layer {self.layer}{norm}; {self.preprocessing.describe()}"
+            f"patch {hf.get('patch_size')}; {layer}{norm}; {self.preprocessing.describe()}"
         )
 
 
 class TransformersEncoder(nn.Module):
-    """Images to the patch features of one layer of a `transformers` network.
+    """Images to the patch features of one layer of a `transformers` network, or of several.
 
     Attributes:
-        network: the network up to the chosen layer; blocks after it are not kept.
+        network: the network up to the last chosen layer; blocks after it are not kept.
         preprocessing: applied inside :meth:`forward`.
         provenance: where the weights come from.
     """
@@ -95,7 +116,7 @@ class TransformersEncoder(nn.Module):
         self.preprocessing = config.preprocessing
         self.provenance = {}
         shape = config.network_config()
-        self.dim: int = shape.hidden_size
+        self.dim: int = shape.hidden_size * (len(config.layers) or 1 if config.combine == "concat" else 1)
         self.patch = patch_side(shape)
         self.prefix = config.family.prefix + (getattr(shape, "num_register_tokens", 0) or 0)
         size = self.preprocessing.seen
@@ -107,8 +128,9 @@ class TransformersEncoder(nn.Module):
             )
         self.grid: tuple[int, int] = (size // self.patch, size // self.patch)
         self.network = build_network(config.family, shape) if network is None else network
+        self._norm = final_norm_name(self.network)
         if not config.final_norm:
-            self.network.set_submodule(final_norm_name(self.network), nn.Identity())
+            self.network.set_submodule(self._norm, nn.Identity())
         if config.positions == "dinov2-offset":
             if config.hf_config["model_type"] not in ("dinov2", "dinov2_with_registers", "vit"):
                 raise DigitError("positions='dinov2-offset' is for DINOv2 and DINO networks only; leave it at 'hub'.")
@@ -122,8 +144,16 @@ class TransformersEncoder(nn.Module):
         Raises:
             DigitError: images of another shape.
         """
-        features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
-        return features
+        if not self.config.layers:
+            features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
+            return features
+        found, norm = self._run(images, output_hidden_states=True), self.network.get_submodule(self._norm)
+        normed = [*map(norm, found.hidden_states[1:-1]), found.last_hidden_state]  # of each block that is kept
+        parts = torch.stack([normed[layer - self.config.last - 1] for layer in self.config.layers])
+        parts = parts[:, :, self.prefix :]  # (layers, B, N, D)
+        if self.config.combine == "concat":
+            return parts.movedim(0, 2).flatten(2)  # (B, N, layers D)
+        return parts.mean(0) if self.config.combine == "mean" else parts.sum(0)
 
     def states(self, images: Tensor) -> list[Tensor]:
         """The features (B, N, D) after each block up to the chosen one, the last normed as :meth:`forward` gives it."""
@@ -178,7 +208,7 @@ class TransformersEncoder(nn.Module):
         provenance: Mapping[str, Any] | None = None,
     ) -> TransformersEncoder:
         """An encoder of given weights (see :func:`~digit.encoders.families.load_network`), in float32 and frozen."""
-        network = load_network(config.family, config.network_config(), source, where)
+        network = load_network(config.family, config.network_config(), source, where, config.final_norm)
         encoder = cls(config, network)
         encoder.provenance = dict(provenance or {})
         return encoder.eval().requires_grad_(False)

@@ -59,6 +59,7 @@ class CodebookConfig:
     """K centroids of the encoder's feature width D.
 
     Attributes:
+        depth: tokens a place, d; more than 1 in a residual codebook, which has K centroids for each.
         half_precision: assign in float16, as the authors' runs did; see :func:`nearest`.
         positions: of the encoder whose features it was fitted on; None if that has no such choice, or nobody wrote it down.
     """
@@ -67,15 +68,18 @@ class CodebookConfig:
     dim: PositiveInt
     half_precision: bool = False
     positions: Positions | None = None
+    depth: PositiveInt = 1
 
     def describe(self) -> str:
         """Its shape in a line."""
         half = ", assigned in half precision" if self.half_precision else ""
-        return f"{self.clusters:,} clusters of width {self.dim}{half}"
+        depth = f", {self.depth} residual tokens a place" if self.depth > 1 else ""
+        return f"{self.clusters:,} clusters of width {self.dim}{depth}{half}"
 
 
 class Codebook(Component):
-    """K centroids (K, D).
+    """K centroids (K, D), or (d K, D) with d tokens a place: those of the features, then those of what the ones before
+    leave over (residual quantisation, as in Lee et al. 2022, arXiv 2203.01941).
 
     Attributes:
         provenance: how it was fitted: encoder, layer, preprocessing, data, seed, inertia, used and dead clusters,
@@ -87,15 +91,15 @@ class Codebook(Component):
 
     def __init__(self, config: CodebookConfig) -> None:
         super().__init__(config)
-        self.centroids = nn.Parameter(torch.zeros(config.clusters, config.dim), requires_grad=False)
+        self.centroids = nn.Parameter(torch.zeros(config.depth * config.clusters, config.dim), requires_grad=False)
 
     @classmethod
     def from_centroids(
-        cls, centroids: Float[Tensor, "K D"], provenance: dict[str, Any] | None = None, **fields: Any
+        cls, centroids: Float[Tensor, "K D"], provenance: dict[str, Any] | None = None, depth: int = 1, **fields: Any
     ) -> Codebook:
-        """A codebook of given centroids (K, D); further fields of its config may be given."""
-        clusters, dim = centroids.shape
-        book = cls(CodebookConfig(clusters=clusters, dim=dim, **fields))
+        """A codebook of given centroids (d K, D) at a depth of d; further fields of its config may be given."""
+        rows, dim = centroids.shape
+        book = cls(CodebookConfig(clusters=rows // depth, dim=dim, depth=depth, **fields))
         book.centroids.data = centroids.float().clone()
         book.provenance = provenance or {}
         return book.eval()
@@ -120,10 +124,23 @@ class Codebook(Component):
                 f"a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions {fitted}"
             )
 
-    def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "*B"]:
-        """The nearest centroid's id, in [0, K)."""
-        return nearest(features, self.centroids, self.config.half_precision)
+    @property
+    def tables(self) -> Float[Tensor, "d K D"]:
+        """The centroids of each depth."""
+        return self.centroids.view(self.config.depth, -1, self.config.dim)
 
-    def lookup(self, tokens: Int[Tensor, "*B"]) -> Float[Tensor, "*B D"]:
-        """The centroids of ids."""
-        return self.centroids[tokens]
+    def assign(self, features: Float[Tensor, "*B D"]) -> Int[Tensor, "*A"]:
+        """The nearest centroid's id, in [0, K): (*B,), or (*B, d) where the depth d is more than 1."""
+        if self.config.depth == 1:
+            return nearest(features, self.centroids, self.config.half_precision)
+        ids, rest = [], features.float()
+        for table in self.tables:
+            ids.append(nearest(rest, table, self.config.half_precision))
+            rest = rest - table[ids[-1]]
+        return torch.stack(ids, -1)
+
+    def lookup(self, tokens: Int[Tensor, "*A"]) -> Float[Tensor, "*B D"]:
+        """What ids stand for, (*B, D): their centroids, or the sums of theirs over the depth."""
+        if self.config.depth == 1:
+            return self.centroids[tokens]
+        return self.tables[torch.arange(self.config.depth, device=tokens.device), tokens].sum(-2)

@@ -88,6 +88,8 @@ class Model:
             self.codebook.check_encoder(self.encoder)
         if self.prior is not None and self.prior.config.prefix_length:
             raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
+        if self.prior is not None and self.codebook is not None and self.codebook.config.depth > 1:
+            raise DigitError("The codebook has several residual tokens a place, which no prior predicts yet.")
         if alone := [kind for kind, decoder in self.decoders.items() if not decoder.config.prefix_length]:
             raise DigitError(f"The decoder '{alone[0]}' is none: it reads no semantic tokens, as a prior does.")
         said: dict[str, tuple[str, int]] = {}

@@ -60,6 +60,11 @@ class SemanticTokenizer(Tokenizer):
 
     def __init__(self, encoder: Encoder, codebook: Codebook) -> None:
         codebook.check_encoder(encoder)
+        if codebook.config.depth > 1:
+            raise DigitError(
+                f"This codebook has {codebook.config.depth} residual tokens a place, which no prior predicts yet, so no token "
+                "file or cache holds them. It can be measured with: digit evaluate tokens"
+            )
         super().__init__(encoder.preprocessing.image_size, encoder.grid, codebook.config.clusters)
         self.encoder, self.codebook = encoder, codebook
 

@@ -129,7 +129,7 @@ class Service:
         changes = {}
         for name, space in token_spaces(self.pipe).items():
             job.check()
-            before, after = (space.assign(space.features(x))[0].cpu() for x in (images, noisy))
+            before, after = (space.codebook.assign(space.features(x))[0].cpu() for x in (images, noisy))
             places = (before != after).nonzero().flatten().tolist()
             share = len(places) / len(before)
             changes[name] = schema.Changes(

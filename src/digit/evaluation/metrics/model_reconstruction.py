@@ -158,7 +158,9 @@ def perturbed_path(pipe: DigitPipeline, space: str, share: float, neighbours: in
     of = token_spaces(pipe)[space]
     return replace(
         Way.of(pipe, space, seed),
-        encode=lambda x, numbers: perturb_tokens(of.features(x), of.codes, share, neighbours, numbers, seed),
+        encode=lambda x, numbers: perturb_tokens(
+            of.features(x), of.codebook.centroids, share, neighbours, numbers, seed
+        ),
     )
 
 
@@ -238,7 +240,7 @@ def model_reconstruction(
     perturbed = []
     for space, tokens_of in reversed(token_spaces(pipe).items() if perturb else ()):  # VQ first, as in the table
         if space == "vq" or pipe.decoders:
-            codes = len(tokens_of.codes)
+            codes = len(tokens_of.codebook.centroids)
             sizes = dict.fromkeys(max(2, round(part * codes)) for part in neighbourhoods)
             points = [{"share": s, "neighbours": n, "fid": fid(space, s, n)} for n in sizes for s in shares]
             mean = sum(point["fid"] for point in points) / len(points)

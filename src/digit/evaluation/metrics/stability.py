@@ -28,7 +28,7 @@ from digit.evaluation import paper
 from digit.evaluation.metrics.noise import Change, Kind, NoiseLaw, apply_change, realised_snr
 from digit.evaluation.model_source import describe_data, image_batches, pipe_size
 from digit.evaluation.results import OTHER, OURS, Result, Rows, legend, panels
-from digit.models.codebook import nearest
+from digit.models.codebook import Codebook
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 
@@ -173,28 +173,29 @@ def _draw_bars(rows: Sequence[Row], axes: Any) -> None:
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """Features of images, and the codes that make them tokens."""
+    """Features of images, and the codebook that makes them tokens: (B, N), or (B, N, d) of a residual one."""
 
     features: Callable[[Tensor], Tensor]  # images (B, 3, H, W) in 0..1 to (B, N, D)
-    assign: Callable[[Tensor], Tensor]  # features to tokens (B, N)
-    codes: Tensor  # (K, D)
+    codebook: Codebook
 
     @cached_property
-    def _centred(self) -> Tensor:
-        return self.codes - self.codes.mean(0)
+    def middle(self) -> Tensor:
+        """The mean code (D,)."""
+        return self.codebook.tables.mean(1).sum(0)
 
     def measure(self, clean: tuple[Tensor, Tensor], images: Tensor) -> Tensor:
         """The measures of each image, (B, 4), against the features and tokens of the clean images."""
         before, old = clean  # (B, N, D), (B, N)
         after = self.features(images)
-        new = self.assign(after)
+        new = self.codebook.assign(after)
+        was, now = self.codebook.lookup(old), self.codebook.lookup(new)  # (B, N, D)
         parts = (
             (new != old).float(),
             F.cosine_similarity(before.float(), after.float(), dim=-1),
-            F.cosine_similarity(self.codes[old], self.codes[new], dim=-1),
-            F.cosine_similarity(self._centred[old], self._centred[new], dim=-1),
+            F.cosine_similarity(was, now, dim=-1),
+            F.cosine_similarity(was - self.middle, now - self.middle, dim=-1),
         )
-        return torch.stack([part.mean(1) for part in parts], 1).cpu()
+        return torch.stack([part.flatten(1).mean(1) for part in parts], 1).cpu()
 
 
 def token_spaces(pipe: DigitPipeline) -> dict[str, TokenSpace]:
@@ -205,11 +206,9 @@ def token_spaces(pipe: DigitPipeline) -> dict[str, TokenSpace]:
     """
     spaces = {}
     if pipe.encoder is not None and pipe.codebook is not None:
-        tokenizer, codebook = pipe.tokenizer, pipe.codebook
-        spaces["semantic"] = TokenSpace(tokenizer.features, codebook.assign, codebook.centroids)
+        spaces["semantic"] = TokenSpace(pipe.encoder, pipe.codebook)
     if pipe.vqgan is not None:
-        codes = pipe.vqgan.codebook
-        spaces["vq"] = TokenSpace(pipe.vqgan.latents, lambda latents: nearest(latents, codes), codes)
+        spaces["vq"] = TokenSpace(pipe.vqgan.latents, Codebook.from_centroids(pipe.vqgan.codebook))
     if not spaces:
         raise DigitError(f"The model '{pipe.name}' makes no tokens: it needs an encoder and a codebook, or a VQGAN.")
     return spaces
@@ -240,14 +239,14 @@ def stability(
         for batch in image_batches(dataset, pipe_size(pipe), batch_size):
             images, numbers = batch.images.to(pipe.device), batch.indices.tolist()
             features = {name: space.features(images) for name, space in spaces.items()}
-            clean = {name: (features[name], space.assign(features[name])) for name, space in spaces.items()}
+            clean = {name: (features[name], space.codebook.assign(features[name])) for name, space in spaces.items()}
             for change in changes:
                 changed = apply_change(images, change, numbers, law)
                 real[change].append(realised_snr(images, changed, law.signal).cpu())
                 for name, space in spaces.items():
                     values[name, change].append(space.measure(clean[name], changed))
             progress.advance(len(images))
-    sizes = {name: len(space.codes) for name, space in spaces.items()}
+    sizes = {name: len(space.codebook.centroids) for name, space in spaces.items()}
     return Stability(
         title="Stability of tokens under small changes of the pixels (Table 1)",
         values=tuple(_row(*key, torch.cat(found), torch.cat(real[key[1]])) for key, found in values.items()),

@@ -54,7 +54,7 @@ _SECTIONS = (
     ("ablations", "Ablations", "One thing is varied, everything else is shared.", ("ablation",)),
     (
         "screen", "Which tokens to train on",
-        "Each candidate's tokens were learnt briefly by the same small prior, which was then probed. Best first.",
+        "Each candidate's tokens were learnt briefly by the same small prior and probed, or ridge regression decoded them.",
         ("screen",),
     ),
     ("toy", "Toy figure: PCA and LDA", "", ("toy",)),

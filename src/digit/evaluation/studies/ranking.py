@@ -10,8 +10,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
+from digit.clustering.discretisers import Discretisation
 from digit.core.config import Positive, PositiveInt, config, to_dict
 from digit.core.errors import DigitError
 from digit.data.token_cache import Views
@@ -58,7 +60,7 @@ class RankingOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking(Result):
-    """``values``: a line for each candidate, the best middle layer first."""
+    """``values``: a line for each candidate, the best first."""
 
     kind: str = "screen"
 
@@ -67,16 +69,19 @@ class Ranking(Result):
         return [{"Rank": rank, "Candidate": line["name"], **cells(line)} for rank, line in enumerate(self.values, 1)]
 
     def figure(self) -> Any:
-        """The middle layer's probe, how predictable the tokens are, and the probe by layer."""
-        return comparison(self.values, ("middle", "saved"))
+        """The middle layer's probe, how predictable the tokens are, and the probe by layer; or what the bits buy."""
+        return comparison(self.values, ("middle", "saved", "worth", "psnr"))
 
 
 def candidates(
-    models: Mapping[str, DigitPipeline], clusters: Sequence[int], stages: Stages
+    models: Mapping[str, DigitPipeline],
+    clusters: Sequence[int],
+    stages: Stages,
+    kinds: Sequence[Discretisation] = (Discretisation(),),
 ) -> dict[str, DigitPipeline]:
     """The tokenizers of some models by name; one without encoder and codebook stands for its VQ tokens.
 
-    ``clusters``: sizes K of codebooks to fit for each encoder; none keeps the models' own.
+    ``clusters``: sizes K of codebooks to fit for each encoder, of each of ``kinds``; none keeps the models' own.
 
     Raises:
         DigitError: a model that makes no tokens, or codebooks were asked for and a model has no encoder.
@@ -85,9 +90,10 @@ def candidates(
     for name, pipe in models.items():
         if clusters:
             encoder = pipe.part("encoder")
-            for count in clusters:
-                codebook = stages.codebook(encoder, count).to(pipe.device)
-                found[f"{name}, K = {count:,}"] = DigitPipeline(encoder=encoder, codebook=codebook, name=pipe.name)
+            for kind, count in product(kinds, clusters):
+                codebook = stages.codebook(encoder, count, kind=kind).to(pipe.device)
+                label = f"{name}, K = {codebook.config.clusters:,}" + (f", {kind}" if len(kinds) > 1 else "")
+                found[label] = DigitPipeline(encoder=encoder, codebook=codebook, name=pipe.name)
         elif pipe.encoder is not None and pipe.codebook is not None:
             tokenizer = DigitPipeline(encoder=pipe.encoder, codebook=pipe.codebook, name=pipe.name)
             found[f"{name}, K = {pipe.codebook.config.clusters:,}"] = tokenizer

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from digit.clustering.discretisers import Discretisation
 from digit.clustering.kmeans import describe_encoder, fit_codebook
 from digit.core.config import to_dict
 from digit.core.devices import pick_device
@@ -85,7 +86,10 @@ class Stages:
         step = self.train(component, name, preset, tokens.folder, tokens.folder.name)
         return TokenModel.from_pretrained(part_folder(step.folder)).to(self.device), step
 
-    def codebook(self, encoder: Any, clusters: int, images: int | None = None, crops: bool = False) -> Codebook:
+    def codebook(
+        self, encoder: Any, clusters: int, images: int | None = None, crops: bool = False,
+        kind: Discretisation | None = None,
+    ) -> Codebook:  # fmt: skip
         """Fit a codebook to some of the training images (all of them if None); ``crops`` cuts and mirrors at random."""
         dataset = self.train_images
         if images is not None and images < len(dataset):
@@ -93,6 +97,7 @@ class Stages:
         inputs = {
             "encoder": describe_encoder(encoder), "preprocessing": to_dict(encoder.preprocessing), "clusters": clusters,
             "crops": crops, "seed": self.seed, "data": dataset.fingerprint,
+            **({"kind": to_dict(kind)} if kind and kind != Discretisation() else {}),
         }  # fmt: skip
 
         def fit(folder: Path) -> None:
@@ -100,7 +105,7 @@ class Stages:
             cut = Transform(size=size, crop="random" if crops else "center", flip=crops)
             batches = Batches(dataset, OrderedSampler(len(dataset), self.batch_size), cut, seed=self.seed)
             facts: dict[str, Any] = {"seed": self.seed, "device": self.device, "total": len(dataset)}
-            fit_codebook(encoder, batches, clusters, **facts).save_pretrained(folder)
+            fit_codebook(encoder, batches, clusters, discretiser=kind, **facts).save_pretrained(folder)
 
         return Codebook.from_pretrained(self.steps.run("codebook", inputs, fit).folder)
 
@@ -153,6 +158,12 @@ COLUMNS = {
     "saved": ("Saved of log K, %", 100),
     "decoder_nats": ("Decoder, nats/token", 1),
     "fid": ("FID ↓", 1),
+    "usage": ("Used, %", 100),
+    "entropy": ("Entropy, bits/token", 1),
+    "changed": ("Changed, % ↓", 100),
+    "knn": ("k-NN, % ↑", 100),
+    "psnr": ("Ridge PSNR, dB ↑", 1),
+    "worth": ("Bits saved/spent ↑", 1),
 }
 """Headings and scales of the measured values."""
 
@@ -162,6 +173,8 @@ _PANELS = {
     "saved": ("saved of log K, % (higher: easier to predict)", "How predictable the tokens are"),
     "decoder_nats": ("held-out nats a token (lower is better)", "The decoder"),
     "fid": ("FID (lower is better)", "The images"),
+    "psnr": ("PSNR, dB", "What ridge regression decodes"),
+    "worth": ("bits saved per bit spent", "What the bits buy"),
 }
 _PAPER = {"best": "probe", "fid": "fid"}
 
