@@ -34,6 +34,7 @@ from digit.data.dataset import open_dataset
 from digit.data.sampling import Batches
 from digit.core.transforms import Transform
 from digit.encoders import small_conv
+from digit.clustering.discretisers import Discretisation
 from digit.clustering.kmeans import fit_codebook
 from digit.clustering.streams import PassSampler, process_group
 
@@ -45,9 +46,10 @@ with process_group(torch.device("cpu")) as (rank, world, device):
     def passes(number):
         sampler = PassSampler(97, 32, 1, number, rank, world)
         return Batches(dataset, sampler, Transform(size=32, crop="none"), workers=0)
-    for mode in ("sample", "whole", "mini-batch"):
-        book = fit_codebook(encoder, passes, 24, mode=mode, seed=1, iterations=4, max_points_per_centroid=100, total=97,
-                            show=False)
+    for mode in ("sample", "whole", "mini-batch", "residual"):
+        kind = Discretisation(kind="residual", pca=6, depth=2) if mode == "residual" else None
+        book = fit_codebook(encoder, passes, 24, mode="whole" if kind else mode, discretiser=kind, seed=1, iterations=4,
+                            max_points_per_centroid=100, total=97, show=False)
         book.save_pretrained(f"{out}/{mode}-{rank}-of-{world}")
 """
 
@@ -142,15 +144,17 @@ def test_two_processes_find_what_one_does(cifar512, tmp_path):
     for process in pair:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-    for mode in MODES:
+    for mode in (*MODES, "residual"):
         alone, first, second = (
             Codebook.from_pretrained(tmp_path / f"{mode}-{who}") for who in ("0-of-1", "0-of-2", "1-of-2")
         )
         assert torch.equal(first.centroids, second.centroids)
-        assert torch.allclose(first.centroids, alone.centroids, atol=1e-5)
+        # principal components of sums in another order differ in the last digits, and so does what is left over
+        loose = 10 if mode == "residual" else 1
+        assert torch.allclose(first.centroids, alone.centroids, atol=1e-5 * loose)
         for name in ("vectors_seen", "vectors_used", "used_clusters"):
             assert first.provenance[name] == alone.provenance[name]
-        assert first.provenance["inertia"] == pytest.approx(alone.provenance["inertia"], rel=1e-5)
+        assert first.provenance["inertia"] == pytest.approx(alone.provenance["inertia"], rel=1e-5 * loose)
     assert Codebook.from_pretrained(tmp_path / "sample-0-of-2").provenance["vectors_used"] == 2400
 
 

@@ -7,7 +7,9 @@ import time
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
 
+from digit.cli.convert import converters
 from digit.core.errors import DigitError
 from digit.encoders import Preprocessing, load_encoder, small_conv, small_vit
 from digit.encoders import hub as hub_module
@@ -187,3 +189,18 @@ def test_importing_the_encoders_brings_no_heavy_package():
     heavy = ["transformers", "torchvision", "lightly", "timm"]
     done = subprocess.run([sys.executable, "-c", code % heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_several_layers_from_the_command_line(transformers_folder, tmp_path):
+    given = ["encoder", str(transformers_folder), "--image-size", "32", "--out", str(tmp_path / "e")]
+    result = CliRunner().invoke(
+        converters, [*given, "--layers", "-4,-2", "--combine", "concat"], catch_exceptions=False
+    )
+    assert "4 x 4 features of width 64 an image" in result.output
+    made = load_encoder(tmp_path / "e")
+    assert (made.config.layers, made.config.combine, made.dim) == ((-4, -2), "concat", 64)
+    singles = [load_encoder(transformers_folder, layer=layer, image_size=32) for layer in (-4, -2)]
+    images = torch.rand(2, 3, 32, 32)
+    expected = torch.cat([one(images) for one in singles], -1)
+    torch.testing.assert_close(made(images), expected, atol=1e-5, rtol=1e-5)
+    assert CliRunner().invoke(converters, [*given, "--layers", "-2", "--combine", "max"]).exit_code == 2

@@ -139,6 +139,22 @@ def test_screen(run, model_folder, cifar512, tmp_path):
     assert "tiny, K = 12" in text
 
 
+def test_tokens(run, model_folder, cifar512, tmp_path):
+    given = ("--data", cifar512, "--holdout", 0.25, "--num", 128, "-o", tmp_path, "--device", "cpu")
+    text = run("tokens", model_folder, *given, "--clusters", "4,6", "--kinds", "kmeans,residual,fsq", "--depth", 2)
+    result = read(tmp_path, "screen")
+    assert [line["vocabulary"] for line in sorted(result["values"], key=lambda v: v["name"])] == [4, 4, 4, 6, 6, 6]
+    assert {line["tokens"] for line in result["values"] if "residual, depth 2" in line["name"]} == {32}
+    assert "tiny, K = 6, fsq" in text
+    assert "Bits saved/spent" in text
+    run("tokens", model_folder, *given)  # the model's own codebook
+    assert [line["name"] for line in read(tmp_path, "screen")["values"]] == ["tiny, K = 12"]
+    with pytest.raises(DigitError, match=r"sizes are not said; give --clusters"):
+        run("tokens", model_folder, *given, "--kinds", "fsq")
+    with pytest.raises(DigitError, match=r"--kinds.*kind.*'lattice' was given|--kinds.*lattice"):
+        run("tokens", model_folder, *given, "--clusters", 4, "--kinds", "lattice")
+
+
 def test_sweep_refuses_nonsense_before_it_works(run, model_folder, cifar512):
     with pytest.raises(DigitError, match="expected the form NAME"):
         run("sweep", model_folder, "--reference", cifar512, "--vary", "top_k")
