@@ -33,7 +33,7 @@ FITTED = 16
 
 Callback = Callable[[str, int, Tensor], None]
 """Told (stage, done, tokens (B, length)) while sampling, stage being "prior" or the decoder's kind: after each token, or
-after each step of a masked decoder, whose open tokens are -1. It may raise to stop."""
+after each step of a model that takes steps, where open tokens are -1. It may raise to stop."""
 
 Kept = tuple[Float[Tensor, "B 3 S S"], Bool[Tensor, "B M"]]
 """Images of which cells are kept, and True for the cells to make anew."""
