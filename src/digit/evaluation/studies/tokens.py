@@ -70,6 +70,7 @@ def rank_tokens(entries: Mapping[str, DigitPipeline], stages: Stages) -> Ranking
             f"Changed tokens: mean over the paper's levels of noise, {', '.join(f'{one.level:g}' for one in NOISE)} dB.",
             "Bits/image: tokens times the entropy of the codes, as they occur in the training images.",
             "PSNR and bits saved are those of a linear decoder that sees one place; ranks of other decoders may differ.",
+            "Bits saved count values of pixels as if they were independent: they compare tokens, and are no rate of compression.",
         ),
         seconds=time.monotonic() - began,
     )
