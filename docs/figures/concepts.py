@@ -22,7 +22,7 @@ from digit.core.files import write_bytes
 from digit.core.grids import picture_grid, token_picture
 from digit.core.images import save_png, to_pil, to_tensor
 from digit.data.dataset import ImageDataset, open_dataset
-from digit.evaluation.metrics.noise import Change, NoiseLaw, apply_change
+from digit.evaluation.metrics.noise import Change, NoiseModel, apply_change
 from digit.evaluation.metrics.stability import NOISE, stability
 from digit.evaluation.model_source import image_batches, open_images
 from digit.pipeline.pipeline import Tokens
@@ -88,7 +88,7 @@ def noise(pipe: DigitPipeline, images: Tensor, out: Path) -> None:
 def shares(pipe: DigitPipeline, dataset: ImageDataset, out: Path) -> None:
     """The share of tokens that noise changes, over many photographs: the plot of digit evaluate stability."""
     with tempfile.TemporaryDirectory() as aside:
-        stability(pipe, dataset, NOISE, NoiseLaw()).save(aside)
+        stability(pipe, dataset, NOISE, NoiseModel()).save(aside)
         write_bytes(out / "shares.png", (Path(aside) / "stability.png").read_bytes())
 
 

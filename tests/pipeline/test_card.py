@@ -11,7 +11,7 @@ from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.data.dataset import open_dataset
 from digit.evaluation.metrics.fidelity import Fidelity
-from digit.evaluation.metrics.noise import Change, NoiseLaw
+from digit.evaluation.metrics.noise import Change, NoiseModel
 from digit.evaluation.metrics.stability import stability
 from digit.pipeline.card import CardFacts, Measured, describe_model, model_card, with_facts
 from digit.pipeline.pipeline import DigitPipeline
@@ -30,7 +30,7 @@ def runs(pipe, cifar512, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     images = open_dataset(cifar512, "train").subset(np.arange(8))
     changes = [Change(kind="noise", level=level) for level in (30.0, 20.0, 5.0)]
-    stability(pipe, images, changes, NoiseLaw(), 8).save(folder / "stability")
+    stability(pipe, images, changes, NoiseModel(), 8).save(folder / "stability")
     fidelity = Fidelity(
         title="Fidelity of tiny",
         values={"fid": 123.456},

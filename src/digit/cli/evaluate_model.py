@@ -78,12 +78,12 @@ def stability(
     Example:  digit evaluate stability cifar10 --data data/cifar10 --split test --num 2000 --out runs/stability
     """
     from digit.core.config import from_dict
-    from digit.evaluation.metrics.noise import Change, NoiseLaw
+    from digit.evaluation.metrics.noise import Change, NoiseModel
     from digit.evaluation.metrics.stability import NOISE, OTHERS
     from digit.evaluation.metrics.stability import stability as measure
     from digit.evaluation.model_source import open_images
 
-    law = from_dict(NoiseLaw, {"signal": signal, "clip": clip, "seed": seed}, "The noise")
+    law = from_dict(NoiseModel, {"signal": signal, "clip": clip, "seed": seed}, "The noise")
     levels = [Change(kind="noise", level=level) for level in numbers(snr, "--snr")] if snr else NOISE
     images, pipe = open_images(data, split, num), load(model, device, variant=variant)
     save_and_show(measure(pipe, images, (*levels, *(() if noise_only else OTHERS)), law, batch_size), out)

@@ -127,8 +127,8 @@ Device = Annotated[
         autocompletion=complete("auto", "cpu", "cuda", "mps"),
     ),
 ]
-Dtype = Annotated[str, _dtype_option("Number format of the computation")]
-StoredDtype = Annotated[str, _dtype_option("Number format of the stored weights")]
+Dtype = Annotated[str, _dtype_option("Compute dtype")]
+StoredDtype = Annotated[str, _dtype_option("Dtype of the stored weights")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the results.")]
 Workers = Annotated[int, typer.Option(min=0, help="Threads that read and crop images.")]
 Variant = Annotated[str | None, typer.Option(help="Which model of a Hub repository with several.")]

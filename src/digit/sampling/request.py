@@ -32,9 +32,9 @@ class SamplingParams:
     (class-conditional) of the prior, top-p 0.8 of the AR decoder, choice temperature 4.5 of the masked one.
     """
 
-    temperature: Annotated[float, Field(ge=0, description="Divides the logits; 0 takes the likeliest token.")] = 1.0
-    top_k: Annotated[int, Field(ge=0, description="Keep the k likeliest tokens; 0 keeps all.")] = 0
-    top_p: Annotated[float, Field(gt=0, le=1, description="Keep the likeliest tokens up to probability p.")] = 1.0
+    temperature: Annotated[float, Field(ge=0, description="Divides the logits; 0 takes the most likely token.")] = 1.0
+    top_k: Annotated[int, Field(ge=0, description="Keep the k most likely tokens; 0 keeps all.")] = 0
+    top_p: Annotated[float, Field(gt=0, le=1, description="Keep the most likely tokens up to probability p.")] = 1.0
     cfg_scale: Annotated[float, Field(ge=0, description="Classifier-free guidance; 1 is none.")] = 1.0
     cfg_schedule: Annotated[
         Literal["constant", "linear", "cosine", "power-cosine"],

@@ -20,7 +20,7 @@ from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.core.images import decode, encode_png, to_pil, to_tensor
 from digit.core.transforms import center_crop, resize_shorter
-from digit.evaluation.metrics.noise import NoiseLaw, add_noise, realised_snr
+from digit.evaluation.metrics.noise import NoiseModel, add_noise, realised_snr
 from digit.evaluation.metrics.stability import token_spaces
 from digit.evaluation.model_source import pipe_size
 from digit.pipeline.editing import continue_rows, edit_region
@@ -124,7 +124,7 @@ class Service:
     @torch.inference_mode()
     def stability(self, body: schema.Stability, job: Job) -> schema.Changed:
         """The paper's Table 1, for one image: add white noise and see which tokens change."""
-        images, law = self._batch(self._read(body.image)), NoiseLaw(seed=body.seed)
+        images, law = self._batch(self._read(body.image)), NoiseModel(seed=body.seed)
         noisy = add_noise(images, body.snr, [0], law)
         changes = {}
         for name, space in token_spaces(self.pipe).items():

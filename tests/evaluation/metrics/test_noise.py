@@ -12,7 +12,7 @@ from digit.core.errors import DigitError
 from digit.core.images import to_pil, to_tensor
 from digit.evaluation.metrics.noise import (
     Change,
-    NoiseLaw,
+    NoiseModel,
     add_noise,
     apply_change,
     blur,
@@ -35,7 +35,7 @@ def images():
 @pytest.mark.parametrize("signal", ["power", "variance"])
 @pytest.mark.parametrize("snr", [30, 20, 10, 1, 0.01, -5])
 def test_noise_has_the_power_that_was_asked(images, snr, signal):
-    law = NoiseLaw(signal=signal, clip=False)
+    law = NoiseModel(signal=signal, clip=False)
     noise = add_noise(images, snr, range(6), law) - images
     # 3,072 draws: the relative error of a variance is sqrt(2 / 3072) = 2.6%
     power = images.double().square().mean((1, 2, 3)) if signal == "power" else images.double().flatten(1).numpy().var(1)
@@ -45,23 +45,23 @@ def test_noise_has_the_power_that_was_asked(images, snr, signal):
 
 
 def test_clipping_keeps_pixels_and_weakens_noise(images):
-    noisy = add_noise(images, 1, range(6), NoiseLaw(clip=True))
+    noisy = add_noise(images, 1, range(6), NoiseModel(clip=True))
     assert noisy.min() == 0
     assert noisy.max() == 1
     assert (realised_snr(images, noisy, "power") > 1).all()
 
 
 def test_noise_belongs_to_the_image_and_not_to_the_batch(images):
-    law = NoiseLaw(clip=False)
+    law = NoiseModel(clip=False)
     whole = add_noise(images, 10, range(6), law)
     single = torch.cat([add_noise(images[i : i + 1], 10, [i], law) for i in range(6)])
     assert torch.equal(whole, single)
-    assert not torch.equal(add_noise(images, 10, range(6), NoiseLaw(clip=False, seed=1)), whole)
+    assert not torch.equal(add_noise(images, 10, range(6), NoiseModel(clip=False, seed=1)), whole)
     assert not torch.equal(normals(0, [0], (4,)), normals(0, [1], (4,)))
 
 
 def test_levels_are_one_draw_scaled(images):
-    law = NoiseLaw(clip=False)
+    law = NoiseModel(clip=False)
     loud, soft = (add_noise(images, snr, range(6), law) - images for snr in (0, 20))
     torch.testing.assert_close(loud, 10 * soft, atol=1e-5, rtol=1e-4)
 

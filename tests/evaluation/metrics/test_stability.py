@@ -9,7 +9,7 @@ from PIL import Image
 from digit.core.errors import DigitError
 from digit.core.images import to_tensor
 from digit.evaluation import paper
-from digit.evaluation.metrics.noise import Change, NoiseLaw, add_noise
+from digit.evaluation.metrics.noise import Change, NoiseModel, add_noise
 from digit.evaluation.metrics.stability import NOISE, OTHERS, Estimate, Stability, stability
 from digit.evaluation.model_source import open_images
 from digit.evaluation.results import Result
@@ -24,7 +24,7 @@ def test_agrees_with_counting_by_hand(pipe, cifar512):
     """One level, image by image, in plain numpy: nearest code by brute force, means over positions, interval over
     images."""
     images = open_images(cifar512, num=8)
-    law, change = NoiseLaw(seed=5, signal="variance", clip=False), Change(kind="noise", level=10)
+    law, change = NoiseModel(seed=5, signal="variance", clip=False), Change(kind="noise", level=10)
     rows = {row.space: row for row in stability(pipe, images, [change], law, batch_size=7).values}
     found = {"semantic": [], "vq": []}
     for number in range(len(images)):
@@ -100,7 +100,7 @@ def test_the_papers_table_stands_beside_ours(pipe, images):
 
 
 def test_a_saved_result_says_how_it_was_measured_and_opens_again(pipe, images, tmp_path):
-    saved = stability(pipe, images, [NOISE[0], NOISE[4], *OTHERS], NoiseLaw(clip=False)).save(tmp_path)
+    saved = stability(pipe, images, [NOISE[0], NOISE[4], *OTHERS], NoiseModel(clip=False)).save(tmp_path)
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["settings"]["noise"] == {"signal": "power", "clip": False, "seed": 0}
     assert result["data"]["images"] == 48

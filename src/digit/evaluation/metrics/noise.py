@@ -67,7 +67,7 @@ class Change:
 
 
 @config
-class NoiseLaw:
+class NoiseModel:
     """How an SNR becomes noise.
 
     Attributes:
@@ -82,14 +82,14 @@ class NoiseLaw:
     seed: Annotated[int, Field(ge=0)] = 0
 
 
-def apply_change(images: Tensor, change: Change, numbers: Sequence[int], law: NoiseLaw | None = None) -> Tensor:
+def apply_change(images: Tensor, change: Change, numbers: Sequence[int], model: NoiseModel | None = None) -> Tensor:
     """Change images (B, 3, H, W) in 0..1, whose ``numbers`` within their set choose the noise.
 
     Returns:
         (B, 3, H, W), in 0..1 except for noise that is not clipped.
     """
     if change.kind == "noise":
-        return add_noise(images, change.level, numbers, law or NoiseLaw())
+        return add_noise(images, change.level, numbers, model or NoiseModel())
     if change.kind == "jpeg":
         return jpeg(images, int(change.level))
     if change.kind == "blur":
@@ -99,14 +99,14 @@ def apply_change(images: Tensor, change: Change, numbers: Sequence[int], law: No
     return (images * change.level).clamp(0, 1)
 
 
-def add_noise(images: Tensor, snr: float, numbers: Sequence[int], law: NoiseLaw) -> Tensor:
+def add_noise(images: Tensor, snr: float, numbers: Sequence[int], model: NoiseModel) -> Tensor:
     """White Gaussian noise with a power of ``10 ** (-snr / 10)`` times the signal power of each image."""
     if snr == math.inf:
         return images
-    scale = (signal_power(images, law.signal) / 10 ** (snr / 10)).sqrt()  # (B,)
-    noise = normals(law.seed, numbers, tuple(images.shape[1:])).to(images)  # (B, 3, H, W)
+    scale = (signal_power(images, model.signal) / 10 ** (snr / 10)).sqrt()  # (B,)
+    noise = normals(model.seed, numbers, tuple(images.shape[1:])).to(images)  # (B, 3, H, W)
     noisy = images + scale[:, None, None, None] * noise
-    return noisy.clamp(0, 1) if law.clip else noisy
+    return noisy.clamp(0, 1) if model.clip else noisy
 
 
 def signal_power(images: Tensor, signal: str) -> Tensor:

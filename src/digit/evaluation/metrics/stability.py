@@ -4,7 +4,7 @@ Of each image and each change four things are measured: the share of its tokens 
 continuous features before and after, the cosine between the codes that the tokens stand for, and the same after the
 mean code was taken from all. The paper's "cos-sim" may be either of the first two. They compare spaces badly: where all
 vectors share a large common part, as a VQGAN's latents may, any two of them have a cosine near one; the last measure is
-free of that. The paper publishes no protocol, so the choices (noise law, clipping, images) are part of the result.
+free of that. The paper publishes no protocol, so the choices (noise model, clipping, images) are part of the result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from digit.core.errors import DigitError
 from digit.core.progress import bar
 from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
-from digit.evaluation.metrics.noise import Change, Kind, NoiseLaw, apply_change, realised_snr
+from digit.evaluation.metrics.noise import Change, Kind, NoiseModel, apply_change, realised_snr
 from digit.evaluation.model_source import describe_data, image_batches, pipe_size
 from digit.evaluation.results import OTHER, OURS, Result, Rows, legend, panels
 from digit.models.codebook import Codebook
@@ -219,7 +219,7 @@ def stability(
     pipe: DigitPipeline,
     dataset: ImageDataset,
     changes: Sequence[Change] = (*NOISE, *OTHERS),
-    law: NoiseLaw | None = None,
+    law: NoiseModel | None = None,
     batch_size: int = 64,
 ) -> Stability:
     """Measure the stability of a model's tokens, batch by batch.
@@ -230,7 +230,7 @@ def stability(
     Raises:
         DigitError: fewer than two images, or a model without tokens.
     """
-    law, began, spaces = law or NoiseLaw(), time.monotonic(), token_spaces(pipe)
+    law, began, spaces = law or NoiseModel(), time.monotonic(), token_spaces(pipe)
     if len(dataset) < 2:
         raise DigitError(f"{len(dataset)} image was given; a confidence interval needs at least 2.")
     values: dict[tuple[str, Change], list[Tensor]] = {(space, change): [] for space in spaces for change in changes}
@@ -265,12 +265,12 @@ def _row(space: str, change: Change, values: Tensor, real: Tensor) -> Row:
     return Row(space, change.kind, change.level, snr, *map(Estimate.of, values.double().T))
 
 
-def _notes(law: NoiseLaw, sizes: dict[str, int], count: int) -> tuple[str, ...]:
+def _notes(law: NoiseModel, sizes: dict[str, int], count: int) -> tuple[str, ...]:
     what = "mean square" if law.signal == "power" else "variance"
     codes = ", ".join(f"{size:,} for {SPACES[name]}" for name, size in sizes.items())
     return (
         f"Noise: white Gaussian, SNR in dB against the {what} of each image's pixels in 0..1; "
         + ("clipped to 0..1 afterwards." if law.clip else "not clipped."),
         f"{count:,} images; intervals are 95% over images. Codes: {codes}; more codes change more readily.",
-        "The paper gives neither its noise law nor its images, nor whether its cosine is of features or of codes.",
+        "The paper gives neither its noise model nor its images, nor whether its cosine is of features or of codes.",
     )

@@ -26,7 +26,7 @@ from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.core.progress import track
 from digit.data.dataset import ImageDataset
-from digit.evaluation.metrics.noise import NoiseLaw
+from digit.evaluation.metrics.noise import NoiseModel
 from digit.evaluation.metrics.reconstruction import psnr
 from digit.evaluation.metrics.stability import NOISE, stability, token_spaces
 from digit.evaluation.model_source import as_uint8, describe_data, image_batches, pipe_size
@@ -63,7 +63,7 @@ def rank_tokens(entries: Mapping[str, DigitPipeline], stages: Stages) -> Ranking
     return Ranking(
         title="Tokens ranked without training",
         values=lines,
-        settings={"ridge": RIDGE, "neighbours": NEIGHBOURS, "noise": to_dict(NoiseLaw())},
+        settings={"ridge": RIDGE, "neighbours": NEIGHBOURS, "noise": to_dict(NoiseModel())},
         model={name: describe_model(pipe) for name, pipe in entries.items()},
         data={"train": describe_data(stages.train_images), "test": describe_data(stages.test_images)},
         notes=(

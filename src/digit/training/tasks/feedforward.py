@@ -270,7 +270,7 @@ class OnePassTask(ImageTask):
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
             targets = self.vqgan.encode(images)  # (B, M)
         value = F.cross_entropy(out[: len(images)].flatten(0, 1), targets.flatten())
-        # forward the likeliest code, backward the expected one
+        # forward the most likely code, backward the expected one
         soft = out.softmax(-1) @ self.vqgan.codebook  # (B', M, code_dim)
         hard = F.embedding(out.argmax(-1), self.vqgan.codebook)
         return self.objective.vq * value, self.vqgan.decode_latents(soft + (hard - soft).detach()).float()
