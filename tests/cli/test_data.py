@@ -35,3 +35,17 @@ def test_cifar10_from_a_folder_that_is_something_else(cifar512, tmp_path, monkey
     shutil.copytree(cifar512, tmp_path / "source")
     assert run(monkeypatch, "data", "cifar10", "--source", tmp_path / "source", "--out", tmp_path / "out") == 2
     assert "does not hold CIFAR-10; expected" in capsys.readouterr().err
+
+
+def test_export_writes_pngs_in_a_folder_for_each_class(cifar512, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "photos"
+    assert run(monkeypatch, "data", "export", cifar512, "--num", 20, "--out", out) == 0
+    assert "20 images in" in capsys.readouterr().out
+    dataset, again = open_dataset(cifar512, "train"), open_dataset(out)
+    assert len(again) == 20
+    chosen = sorted(
+        (dataset.classes[dataset[i * 512 // 20].label], dataset[i * 512 // 20].image.tobytes()) for i in range(20)
+    )
+    assert sorted((again.classes[s.label], s.image.tobytes()) for s in (again[i] for i in range(20))) == chosen
+    assert run(monkeypatch, "data", "export", cifar512, "--out", out) == 2
+    assert "is not empty" in capsys.readouterr().err

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from digit.cli.options import out_option
+from digit.cli.options import Num, Split, out_option
 
 app = typer.Typer(help="Make datasets of images.", no_args_is_help=True)
 
@@ -57,3 +58,32 @@ def folder(
     report = import_folder(source, out, size, filter)
     typer.echo(report.summary())
     typer.echo(f"The dataset is in {out}; {out / 'report.json'} names every converted, animated and skipped file.")
+
+
+@app.command()
+def export(
+    data: Annotated[str, typer.Argument(help="A dataset made by digit data, a folder, tar shards, or a Hub id.")],
+    out: Annotated[Path, out_option("The folder to create, with a folder for each class.")],
+    split: Split = "train",
+    num: Num = None,
+) -> None:
+    """Write the images of a dataset as PNG files.
+
+    Example: digit data export data/cifar10 --split test --num 100 --out runs/photos
+    """
+    from digit.core.errors import DigitError
+    from digit.core.images import save_png
+    from digit.core.progress import bar
+    from digit.evaluation.model_source import open_images
+
+    if out.exists() and any(out.iterdir()):
+        raise DigitError(f"The folder {out} is not empty; choose another --out.")
+    images = open_images(data, split, num)
+    folders = [re.sub(r"[^\w-]+", "_", name) for name in images.classes]  # others chose the names
+    with bar("Writing", len(images)) as shown:
+        for index in range(len(images)):
+            sample = images[index]
+            place = out if sample.label is None else out / folders[sample.label]
+            save_png(sample.image, place / f"{index:05d}.png")
+            shown.advance()
+    typer.echo(f"{len(images):,} images in {out}")
