@@ -62,7 +62,7 @@ def test_the_model_is_described(server):
     assert about["decoders"] == ["ar", "masked"]
     assert about["grids"] == {"semantic": [4, 4], "vq": [4, 4]}
     assert about["limits"]["pictures"] == 16
-    assert about["settings"]["masked"]["steps"] == 8
+    assert about["settings"]["masked"]["steps"] == 2
 
 
 def leave(server, asked, accept="*/*"):
