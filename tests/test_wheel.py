@@ -77,7 +77,7 @@ def test_the_wheel_has_every_file_of_the_package(wheel):
 @pytest.mark.network
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("version", ["3.10", "3.12"])
-def test_the_wheel_alone_generates_pictures(version, wheel, tmp_path):
+def test_the_wheel_alone_generates_images(version, wheel, tmp_path):
     python = interpreter(version)
     if python is None:
         pytest.skip(f"there is no Python {version} here")

@@ -19,7 +19,7 @@ from torch import Tensor
 from digit import DigitPipeline
 from digit.clustering.patches import Atlas, build_atlas
 from digit.core.files import write_bytes
-from digit.core.grids import picture_grid, token_picture
+from digit.core.grids import image_grid, token_image
 from digit.core.images import save_png, to_pil, to_tensor
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.evaluation.metrics.noise import Change, NoiseModel, apply_change
@@ -55,7 +55,7 @@ def tokens_of(pipe: DigitPipeline, images: Tensor) -> dict[str, tuple[Tensor, tu
 
 def with_flips(tokens: Tensor, before: Tensor, grid: tuple[int, int], vocabulary: int) -> Image.Image:
     """Tokens as colours; those that differ from ``before`` keep theirs, the others fade."""
-    picture = token_picture(tokens, grid, vocabulary, SIZE)
+    picture = token_image(tokens, grid, vocabulary, SIZE)
     same = (tokens == before).reshape(grid).numpy()
     veil = Image.fromarray(np.where(same, 215, 0).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.NEAREST)
     return Image.composite(Image.new("RGB", picture.size, "white"), picture, veil)
@@ -63,7 +63,7 @@ def with_flips(tokens: Tensor, before: Tensor, grid: tuple[int, int], vocabulary
 
 def captioned(rows: list[tuple[str, list[Image.Image]]], heads: list[str]) -> Image.Image:
     """Rows of pictures with a title each, and a heading above every column."""
-    sheet = picture_grid([p for _, row in rows for p in row], len(heads), 1, [title for title, _ in rows])
+    sheet = image_grid([p for _, row in rows for p in row], len(heads), 1, [title for title, _ in rows])
     left = sheet.width - len(heads) * (SIZE + 2) + 2
     page = Image.new("RGB", (sheet.width + 16, sheet.height + 40), "white")
     page.paste(sheet, (8, 32))
@@ -80,7 +80,7 @@ def noise(pipe: DigitPipeline, images: Tensor, out: Path) -> None:
     rows = [("photograph", [enlarged(image[0]) for image in changed])]
     for name, (clean, grid, vocabulary) in before.items():
         after = [tokens_of(pipe, image)[name][0][0] for image in changed]
-        cells = [token_picture(clean[0], grid, vocabulary, SIZE)]
+        cells = [token_image(clean[0], grid, vocabulary, SIZE)]
         rows.append((name, cells + [with_flips(tokens, clean[0], grid, vocabulary) for tokens in after[1:]]))
     save_png(captioned(rows, ["as it is", *(f"{level:g} dB" for level in LEVELS)]), out / "noise.png")
 
@@ -102,7 +102,7 @@ def clusters(pipe: DigitPipeline, dataset: ImageDataset, out: Path) -> None:
         full = np.flatnonzero(counts == counts.max())
         chosen = full[np.linspace(0, len(full) - 1, 10).round().astype(int)]
         cells = [Image.fromarray(patch) for cluster in chosen for patch in atlas.patches(int(cluster))]
-    sheet = picture_grid(cells, int(counts.max()), scale=4, row_titles=[f"cluster {cluster}" for cluster in chosen])
+    sheet = image_grid(cells, int(counts.max()), scale=4, row_titles=[f"cluster {cluster}" for cluster in chosen])
     save_png(sheet, out / "clusters.png")
 
 
@@ -119,7 +119,7 @@ def sampling(pipe: DigitPipeline, out: Path, seed: int = 1) -> None:
     for row in range(count):
         cells = []
         for done in moments:
-            picture = token_picture(tokens.semantic[row], grid, vocabulary, SIZE)
+            picture = token_image(tokens.semantic[row], grid, vocabulary, SIZE)
             blank = (torch.arange(total) >= done).reshape(grid).numpy()
             veil = Image.fromarray(np.where(blank, 255, 0).astype(np.uint8)).resize(
                 (SIZE, SIZE), Image.Resampling.NEAREST
@@ -137,7 +137,7 @@ def path(pipe: DigitPipeline, images: Tensor, out: Path) -> None:
     vq = kinds["VQ tokens"][0]
     columns = {
         "photograph": [enlarged(image) for image in images],
-        **{name: [token_picture(row, grid, v, SIZE) for row in tokens] for name, (tokens, grid, v) in kinds.items()},
+        **{name: [token_image(row, grid, v, SIZE) for row in tokens] for name, (tokens, grid, v) in kinds.items()},
         "VQGAN alone": [enlarged(image) for image in pipe.to_pixels(Tokens(None, vq))],
         "whole path": [enlarged(image) for image in pipe.decode(semantic)],
     }

@@ -16,7 +16,7 @@ import torch
 
 from digit import DigitPipeline
 from digit.core.errors import DigitError
-from digit.core.grids import picture_grid
+from digit.core.grids import image_grid
 from digit.core.images import save_png
 from digit.pipeline.card import with_facts
 
@@ -48,7 +48,7 @@ def main() -> None:
         [sys.executable, "-m", "digit", "atlas", PACKAGED, "--data", options.data, "--each", "4"], check=True
     )
     labels = [label for label in range(pipe.num_classes) for _ in range(EACH)]
-    save_png(picture_grid(pipe(labels, seed=0), EACH, 2, row_titles=pipe.class_names), PICTURE)
+    save_png(image_grid(pipe(labels, seed=0), EACH, 2, row_titles=pipe.class_names), PICTURE)
     size = sum(path.stat().st_size for path in PACKAGED.rglob("*") if path.is_file())
     print(f"{PACKAGED}: {size / 1e6:.1f} MB; {PICTURE}")
 

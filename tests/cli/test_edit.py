@@ -8,7 +8,7 @@ import tiny
 from terminal import run
 
 
-def test_each_way_leaves_pictures_and_a_sheet(model, photo, tmp_path, monkeypatch, capsys):
+def test_each_way_leaves_images_and_a_sheet(model, photo, tmp_path, monkeypatch, capsys):
     hole = np.zeros((64, 64), dtype=np.uint8)
     hole[16:40, 16:40] = 255
     Image.fromarray(hole).save(tmp_path / "hole.png")

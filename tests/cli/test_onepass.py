@@ -13,7 +13,7 @@ SMALL = (
 )  # fmt: skip
 
 
-def test_from_training_to_pictures(cifar512, photo, tmp_path, monkeypatch, capsys):
+def test_from_training_to_images(cifar512, photo, tmp_path, monkeypatch, capsys):
     lean = tiny.pipeline().with_parts(decoders={}, vqgan=None)
     base = lean.save_pretrained(tmp_path / "base")
     words = [word for change in SMALL for word in ("--set", change)]

@@ -115,7 +115,7 @@ def test_animation_gives_its_first_frame_and_says_so(tmp_path):
     assert np.asarray(image)[0, 0].tolist() == [255, 0, 0]
 
 
-def test_a_still_picture_gives_no_warning(tmp_path):
+def test_a_still_image_gives_no_warning(tmp_path):
     _photo().save(tmp_path / "still.gif")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -64,7 +64,7 @@ def test_the_batch_size_and_the_threads_change_nothing(model, images, tmp_path):
     assert files(tmp_path / "a") != files(tmp_path / "c")
 
 
-def test_views_of_a_larger_picture():
+def test_views_of_a_larger_image():
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8))
     views = Views(crops=4)
     center, flip, *crops = views.cut(picture, 32, number=5)

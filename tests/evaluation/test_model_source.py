@@ -7,7 +7,7 @@ from digit.core.images import to_uint8
 from digit.evaluation.model_source import SamplingRun, as_uint8, encode_all, open_images, pipe_size
 
 
-def test_a_run_gives_the_pictures_of_generate(pipe):
+def test_a_run_gives_the_images_of_generate(pipe):
     """What is measured is what digit generate writes, pixel by pixel."""
     run = SamplingRun(pipe, 12, seed=3, settings={"top_k": 5, "decoder_top_p": 0.9}, batch_size=5)
     found = torch.cat(list(run.batches()))
@@ -72,6 +72,6 @@ def test_impossible_runs_are_explained(pipe, vq_pipe):
         pipe_size(pipe.with_parts(encoder=None, codebook=None, vqgan=None))
 
 
-def test_pixels_are_rounded_like_saved_pictures():
+def test_pixels_are_rounded_like_saved_images():
     images = torch.rand(2, 3, 4, 4)
     assert np.array_equal(as_uint8(images).numpy(), to_uint8(images).transpose(0, 3, 1, 2))

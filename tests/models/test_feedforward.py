@@ -35,7 +35,7 @@ def test_pixels_and_vq_logits(tokens: torch.Tensor) -> None:
     assert decoder(head="vq")(tokens).shape == (3, 16, 20)
 
 
-def test_pictures_hold_no_net() -> None:
+def test_images_hold_no_net() -> None:
     model = decoder()
     out = model.head.conv_out
     torch.nn.init.zeros_(out.weight)
@@ -61,7 +61,7 @@ def test_a_grid_need_not_be_square_and_every_token_counts() -> None:
         assert float(changed.detach().min()) > 0  # and a little everywhere, for it looks both ways
 
 
-def test_noise_belongs_to_the_picture_and_moves_it(tokens: torch.Tensor) -> None:
+def test_noise_belongs_to_the_image_and_moves_it(tokens: torch.Tensor) -> None:
     model = decoder()
     all_at_once = pixel_latents(model.config, [0, 1, 2], seed=3)
     assert torch.equal(all_at_once[2], pixel_latents(model.config, [2], seed=3)[0])

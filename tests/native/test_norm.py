@@ -53,7 +53,7 @@ def test_the_numbers_are_those_of_pytorch(shape, groups, mean, scale, calls):
     torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=5e-4 if mean else 1e-5)
 
 
-def test_gain_and_offset_of_every_picture():
+def test_gain_and_offset_of_every_image():
     norm, x = layer(), numbers(3, 48, 4, 4)
     gain, offset = torch.randn(3, 96).chunk(2, 1)  # views: their rows lie apart
     with torch.inference_mode():
@@ -86,7 +86,7 @@ def test_extreme_numbers_stay_finite():
     assert y.max() > 1e3
 
 
-def test_a_picture_is_the_same_in_any_batch_and_on_any_number_of_threads():
+def test_a_image_is_the_same_in_any_batch_and_on_any_number_of_threads():
     norm, x = layer(), numbers(7, 48, 4, 4)
     before = torch.get_num_threads()
     with torch.inference_mode():
@@ -100,7 +100,7 @@ def test_a_picture_is_the_same_in_any_batch_and_on_any_number_of_threads():
             torch.set_num_threads(before)
 
 
-def test_one_picture_gets_the_layout_too(calls):
+def test_one_image_gets_the_layout_too(calls):
     """Its strides may say nothing: convolutions then answered in the usual layout, and the norms behind them were
     PyTorch's."""
     states = torch.randn(1, 16, 48)

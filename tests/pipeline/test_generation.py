@@ -108,7 +108,7 @@ def test_other_weights_are_not_mixed_in(pipe, reference):
         generate_folder(other, reference[0], 11, [0, 1, 2], seed=4, top_k=5)
 
 
-def test_foreign_pictures_are_left_alone_and_overwrite_begins_anew(pipe, tmp_path):
+def test_foreign_images_are_left_alone_and_overwrite_begins_anew(pipe, tmp_path):
     (tmp_path / "00000.png").write_bytes(b"mine")
     with pytest.raises(DigitError, match="holds images and no generation"):
         generate_folder(pipe, tmp_path, 2)
@@ -147,7 +147,7 @@ def test_two_processes_make_the_same_files(pipe, reference, tmp_path):
     assert record["tokens_sha256"] == reference[1]["tokens_sha256"]
 
 
-def test_measured_batches_make_the_same_pictures(pipe, reference, tmp_path):
+def test_measured_batches_make_the_same_images(pipe, reference, tmp_path):
     record = generate_folder(pipe, tmp_path / "out", 11, [0, 1, 2], seed=4, save_tokens=True, top_k=5)
     assert record["batch_size"] == 64
     assert files(tmp_path / "out") == files(reference[0])

@@ -66,7 +66,7 @@ def test_quick_pixels_are_those_of_float32_to_the_eye(decoder):
 
 
 @pytest.mark.slow
-def test_sixty_four_pictures_in_half_a_minute(tmp_path):
+def test_sixty_four_images_in_half_a_minute(tmp_path):
     began = time.perf_counter()
     subprocess.run(
         [sys.executable, "-m", "digit", "generate", "--out", tmp_path / "o"], check=True, capture_output=True

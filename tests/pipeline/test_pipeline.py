@@ -55,7 +55,7 @@ def test_half_precision_halves_the_files_and_keeps_the_model(pipe, tmp_path):
 
 @pytest.mark.parametrize("decoder", ["ar", "masked"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-def test_a_picture_does_not_depend_on_its_batch(pipe, decoder, cfg_scale):
+def test_a_image_does_not_depend_on_its_batch(pipe, decoder, cfg_scale):
     labels = torch.arange(64) % tiny.CLASSES
 
     request = tiny.request(range(64), labels, 7, decoder, cfg_scale=cfg_scale, top_k=6, decoder_top_p=0.8)
@@ -79,7 +79,7 @@ def test_labels_seed_and_decoder_matter(pipe):
     assert len({run(**change) for change in (*changes, {"decoder": "masked", "steps": 3})}) == 6
 
 
-def test_a_default_of_guidance_is_for_pictures_with_a_class(pipe):
+def test_a_default_of_guidance_is_for_images_with_a_class(pipe):
     guided = pipe.with_parts(settings={"prior": SamplingParams(cfg_scale=3.0)})
     plain = pipe.with_parts(settings={})
     one, other = (p.sample_tokens(tiny.request(range(4), seed=1)).sha256() for p in (guided, plain))
@@ -90,13 +90,13 @@ def test_a_default_of_guidance_is_for_pictures_with_a_class(pipe):
         guided(num=1, cfg_scale=2.0)
 
 
-def test_calling_gives_pictures(pipe):
+def test_calling_gives_images(pipe):
     pictures = pipe(labels=[0, 2], num=5, seed=1)
     assert [p.size for p in pictures] == [(tiny.SIZE, tiny.SIZE)] * 5
     assert len(tiny.pipeline(conditional=False)(num=2)) == 2
 
 
-def test_pictures_of_any_size_are_tokenized(pipe):
+def test_images_of_any_size_are_tokenized(pipe):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
     tokens = pipe.tokenizer.encode([picture, picture.rotate(90, expand=True)])
     assert tokens.shape == (2, tiny.TOKENS)
@@ -164,7 +164,7 @@ def test_a_damaged_model_is_named(pipe, tmp_path):
         DigitPipeline.from_folder(tmp_path)
 
 
-def test_generating_a_folder_leaves_pictures_a_grid_and_a_record(pipe, tmp_path):
+def test_generating_a_folder_leaves_images_a_grid_and_a_record(pipe, tmp_path):
     record = generate_folder(pipe, tmp_path / "out", 5, [0, 1], seed=2, batch_size=2, save_tokens=True)
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names >= {f"{i:05d}.png" for i in range(5)} | {"grid.png", "generation.json", "tokens.npz"}

@@ -216,7 +216,7 @@ def test_the_encoder_may_judge(images: ImageDataset, parts: DigitPipeline, tmp_p
     }  # nothing frozen is saved
 
 
-def test_pictures_may_be_larger_than_the_encoder_sees(cifar512: Path, parts: DigitPipeline) -> None:
+def test_images_may_be_larger_than_the_encoder_sees(cifar512: Path, parts: DigitPipeline) -> None:
     changes = ["data.held_out_split=null", "model.pixels={resolution: 64, widths: [16, 8, 8], patch: 4}"]
     task, _ = build_task("decoder", load_preset("cifar10-tiny-onepass", changes), cifar512, "test", parts=parts)
     batch = next(iter(task.batches(Stream(start=0, stop=1, batch_size=4))))

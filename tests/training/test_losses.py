@@ -88,7 +88,7 @@ def test_encoder_distance_grows_with_damage_and_gives_gradients(make: object) ->
     assert not any(p.requires_grad for p in view.parameters())
 
 
-def test_perceptual_encoder_wants_pictures_of_its_size() -> None:
+def test_perceptual_encoder_wants_images_of_its_size() -> None:
     with pytest.raises(DigitError, match="images of 32 pixels, those that are to be made have 64"):
         EncoderView(small_conv(widths=(8, 16, 32)), 64)
 
@@ -126,7 +126,7 @@ def test_neighbours_of_random_features_are_at_chance() -> None:
 
 @settings(deadline=None)  # the machine may be busy
 @given(shift=st.integers(1, 4), seed=st.integers(0, 99))
-def test_image_and_picture_are_moved_alike(shift: int, seed: int) -> None:
+def test_image_and_its_copy_are_moved_alike(shift: int, seed: int) -> None:
     objective = ImageObjective(shift=shift)
     batch = objective.draw(3, torch.Generator().manual_seed(seed))
     y, x = batch["shift"][0].tolist()

@@ -145,7 +145,7 @@ def decode(
 
     Example:  digit decode cifar10 tokens.npz --out decoded
     """
-    from digit.core.grids import picture_grid
+    from digit.core.grids import image_grid
     from digit.core.images import save_png, to_pil
     from digit.pipeline.tokens import load_tokens_file
 
@@ -156,7 +156,7 @@ def decode(
     decoded = [to_pil(image) for image in pixels]
     for index, image in enumerate(decoded):
         save_png(image, out / f"{index:05d}.png")
-    save_png(picture_grid(decoded[:64]), out / "grid.png")
+    save_png(image_grid(decoded[:64]), out / "grid.png")
     typer.echo(f"{len(decoded)} images: {out}")
 
 

@@ -58,14 +58,14 @@ def assemble(
 
 
 def tour(
-    out: Annotated[Path, out_option("Folder for the models and pictures.")] = Path("runs/tour"),
+    out: Annotated[Path, out_option("Folder for the models and images.")] = Path("runs/tour"),
     data: Annotated[
         Path | None, typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Take raw photographs through every stage at a small preset: encoder, codebook, VQGAN, tokens, prior, decoders,
-    pictures.
+    images.
 
     Leaves samples.png, reconstructions.png, loss.png, summary.json and the model. Takes ten to thirty minutes on two cores.
     """

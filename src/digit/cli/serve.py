@@ -88,7 +88,7 @@ def atlas(
     each: Annotated[int, typer.Option(min=1, help="Patches a cluster.")] = 8,
     device: Device = None,
 ) -> None:
-    """Find what each cluster looks like: the patches of real pictures nearest to its centroid. The page of digit serve
+    """Find what each cluster looks like: the patches of real images nearest to its centroid. The page of digit serve
     shows them.
 
     Writes codebook/patches.safetensors into the model's folder.

@@ -56,7 +56,7 @@ def bf16_is_fast(device: torch.device) -> bool:
 def quick_pixels(device: torch.device) -> AbstractContextManager[Any]:
     """For networks that make pixels: bfloat16 where a CPU is quicker with it, as in their training; float32 elsewhere.
 
-    A picture moves by less than a grey level of 256 (measured: 0.3 on average, 2 at most) and takes half the time.
+    An image moves by less than a grey level of 256 (measured: 0.3 on average, 2 at most) and takes half the time.
     """
     if device.type == "cpu" and bf16_is_fast(device):
         return torch.autocast("cpu", torch.bfloat16)

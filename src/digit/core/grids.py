@@ -1,4 +1,4 @@
-"""Pictures of pictures: grids, and tokens as colours."""
+"""Grids of images, and tokens as colours."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-GAP = 2  # pixels between the pictures of a grid
+GAP = 2  # pixels between the images of a grid
 
 
-def picture_grid(
-    pictures: Sequence[Image.Image],
+def image_grid(
+    images: Sequence[Image.Image],
     columns: int = 8,
     scale: int | None = None,
     row_titles: Sequence[str] = (),
     column_titles: Sequence[str] = (),
 ) -> Image.Image:
-    """Lay pictures out row by row on white.
+    """Lay images out row by row on white.
 
     Args:
-        pictures: of one size.
+        images: of one size.
         columns: in a row.
-        scale: enlarge each by this whole number without smoothing; by default so that a picture has at least 96 pixels.
+        scale: enlarge each by this whole number without smoothing; by default so that an image has at least 96 pixels.
         row_titles: text at the left of each row.
         column_titles: text above each column, on as many lines as it has.
     """
-    width, height = pictures[0].size
+    width, height = images[0].size
     scale = scale or max(1, -(-96 // max(width, height)))
     w, h = width * scale, height * scale
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     font = ImageFont.load_default(size=16)
     left = max((round(font.getlength(title)) + 12 for title in row_titles), default=0)
     lines = max((title.count("\n") + 1 for title in column_titles), default=0)
@@ -43,9 +43,9 @@ def picture_grid(
         ImageDraw.Draw(sheet).multiline_text(place, title, "black", ImageFont.load_default(13), "mm", align="center")
     for row, title in enumerate(row_titles):
         ImageDraw.Draw(sheet).text((0, top + row * (h + GAP) + h // 2), title, fill="black", font=font, anchor="lm")
-    for index, picture in enumerate(pictures):
+    for index, image in enumerate(images):
         row, column = divmod(index, columns)
-        enlarged = picture if scale == 1 else picture.resize((w, h), Image.Resampling.NEAREST)
+        enlarged = image if scale == 1 else image.resize((w, h), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left + column * (w + GAP), top + row * (h + GAP)))
     return sheet
 
@@ -60,7 +60,7 @@ def token_colors(vocab_size: int) -> np.ndarray:
     return np.asarray(np.rint(np.array(colors) * 255), dtype=np.uint8)
 
 
-def token_picture(tokens: Tensor, grid: tuple[int, int], vocab_size: int, size: int) -> Image.Image:
+def token_image(tokens: Tensor, grid: tuple[int, int], vocab_size: int, size: int) -> Image.Image:
     """One image's tokens (N,) as coloured cells, ``size`` pixels wide."""
     colors = token_colors(vocab_size)
     cells = Image.fromarray(colors[tokens.cpu().numpy()].reshape(*grid, 3))  # (rows, columns, 3)

@@ -1,4 +1,4 @@
-"""Cutting, scaling and mirroring pictures, on Pillow alone. Everything random takes its generator as an argument.
+"""Cutting, scaling and mirroring images, on Pillow alone. Everything random takes its generator as an argument.
 
 The random resized crop is that of "Going deeper with convolutions" (Szegedy et al. 2015, section 6): an area in a range
 and an aspect ratio from 3/4 to 4/3, drawn log-uniformly.
@@ -27,18 +27,18 @@ FILTERS: tuple[Filter, ...] = get_args(Filter)
 
 @config
 class Transform:
-    """How a picture becomes a square of ``size`` pixels."""
+    """How an image becomes a square of ``size`` pixels."""
 
     size: Annotated[int, Field(ge=1)]
     """Side of the result, in pixels."""
     crop: Literal["center", "random", "random-resized", "none"] = "center"
     """center and random: the shorter side is scaled to ``size``, then the square is cut in the middle or anywhere.
-    random-resized: a random part of the picture is scaled to the square. none: the picture must have the size
+    random-resized: a random part of the image is scaled to the square. none: the image must have the size
     already."""
     flip: bool = False
     """Mirror left to right with probability one half."""
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
-    """For random-resized: the least and the greatest share of the picture's area."""
+    """For random-resized: the least and the greatest share of the image's area."""
     filter: Filter = "bicubic"
     """How it is resized."""
     resize: Annotated[int, Field(ge=1)] | None = None
@@ -52,14 +52,14 @@ class Transform:
 
     @property
     def is_random(self) -> bool:
-        """Whether two passes over one picture can differ."""
+        """Whether two passes over one image can differ."""
         return self.flip or self.crop in ("random", "random-resized")
 
 
 def build_transform(transform: Transform) -> Step:
-    """The function (picture, generator) -> picture of ``size`` x ``size`` that a config describes.
+    """The function (image, generator) -> image of ``size`` x ``size`` that a config describes.
 
-    The generator is drawn from in a fixed order, crop first, so one generator state gives one picture.
+    The generator is drawn from in a fixed order, crop first, so one generator state gives one image.
     """
     size, filter, before = transform.size, transform.filter, transform.resize or transform.size
     crops: dict[str, Step] = {
@@ -91,7 +91,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """A square of ``size`` pixels anywhere inside the picture."""
+    """A square of ``size`` pixels anywhere inside the image."""
     left = int(rng.integers(image.width - size + 1))
     top = int(rng.integers(image.height - size + 1))
     return _crop(image, (left, top, left + size, top + size))
@@ -100,7 +100,7 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Imag
 def random_resized_crop(
     image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator, filter: str = "bicubic"
 ) -> Image.Image:
-    """A random part of the picture, with a share of its area in ``scale``, stretched to ``size`` x ``size``."""
+    """A random part of the image, with a share of its area in ``scale``, stretched to ``size`` x ``size``."""
     box = _random_box(image.size, scale, rng)
     return image.resize((size, size), resampling(filter), box=box)
 
@@ -123,7 +123,7 @@ def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 def _random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:
     width, height = size
-    for _ in range(10):  # a tall box may not fit a wide picture: draw again
+    for _ in range(10):  # a tall box may not fit a wide image: draw again
         area = width * height * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))

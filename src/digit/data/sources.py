@@ -167,7 +167,7 @@ class HubSource(Source):
     def read(self, i: int) -> bytes:
         cell = self._rows[i][self._column]
         if cell is None:
-            raise DigitError(f"There is no picture in the row of {self.where(i)}.")
+            raise DigitError(f"There is no image in the row of {self.where(i)}.")
         data: bytes = cell["bytes"] if cell["bytes"] is not None else Path(cell["path"]).read_bytes()
         return data
 

@@ -54,7 +54,7 @@ class Views:
         flip: that, mirrored.
         crops: further random cuts, each mirrored one time in two.
         crop: how they are cut: "random" places the square anywhere (the paper), "random-resized" also varies its size.
-        scale: for random-resized, the least and the greatest share of the picture's area.
+        scale: for random-resized, the least and the greatest share of the image's area.
         seed: of the crops.
     """
 

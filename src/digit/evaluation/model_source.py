@@ -1,4 +1,4 @@
-"""Images for measurements: a data set in batches, and a sampling run whose pictures are measured and never written."""
+"""Images for measurements: a data set in batches, and a sampling run whose images are measured and never written."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from digit.core.errors import DigitError
-from digit.core.grids import picture_grid
+from digit.core.grids import image_grid
 from digit.core.images import load_images, save_png, to_pil
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.stage2 import Callback
@@ -171,4 +171,4 @@ def edit_images(
         for index, result in enumerate(results):
             save_png(result, out / f"{name}-{index}.png")
         sheet += [to_pil(pixels[place]), *results]
-    return save_png(picture_grid(sheet, columns=num + 1), out / "edits.png")
+    return save_png(image_grid(sheet, columns=num + 1), out / "edits.png")

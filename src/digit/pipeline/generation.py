@@ -21,7 +21,7 @@ from PIL import Image
 from digit.core.config import to_dict
 from digit.core.environment import hardware, versions
 from digit.core.errors import DigitError
-from digit.core.grids import picture_grid
+from digit.core.grids import image_grid
 from digit.core.images import save_png, to_pil
 from digit.core.progress import bar, track
 from digit.models.component import weights_checksum
@@ -255,11 +255,11 @@ def _grid(run: RunFolder, labels: Sequence[int] | None, names: Sequence[str]) ->
     """The first images; where they are of a few classes with names, a row of each class."""
     first = [Image.open(run.image(i)) for i in range(min(GRID_IMAGES, run.identity["num"]))]
     if not names or not labels or len(set(labels)) > GRID_CLASSES:
-        return picture_grid(first)
+        return image_grid(first)
     rows = defaultdict(list)
     for image, label in zip(first, itertools.cycle(labels), strict=False):
         rows[label].append(image)
     columns = max(map(len, rows.values()))
     blank = Image.new("RGB", first[0].size, "white")
     cells = [image for row in rows.values() for image in (*row, *[blank] * (columns - len(row)))]
-    return picture_grid(cells, columns, row_titles=["no class" if label < 0 else names[label] for label in rows])
+    return image_grid(cells, columns, row_titles=["no class" if label < 0 else names[label] for label in rows])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 from torch import Tensor, inference_mode
 
-from digit.core.grids import picture_grid, token_picture
+from digit.core.grids import image_grid, token_image
 from digit.core.images import to_pil
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.tokens import Tokens
@@ -31,9 +31,9 @@ def reconstruction_sheet(
         tokenizer, size = pipe.tokenizer, images.shape[-1]
         tokens = tokenizer.encode(images)  # (B, N)
         titles.insert(1, "semantic\ntokens")
-        drawn.insert(1, [token_picture(row, tokenizer.grid, tokenizer.vocab_size, size) for row in tokens])
+        drawn.insert(1, [token_image(row, tokenizer.grid, tokenizer.vocab_size, size) for row in tokens])
     if pipe.decoders:
         titles.append(f"{pipe.pick_decoder(decoder)}\ndecoder")
         drawn.append([to_pil(image) for image in pipe.reconstruct(images, seed, decoder)])
     cells = [column[row] for row in range(len(images)) for column in drawn]
-    return picture_grid(cells, columns=len(drawn), column_titles=titles), drawn[-1]
+    return image_grid(cells, columns=len(drawn), column_titles=titles), drawn[-1]

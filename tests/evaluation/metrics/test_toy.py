@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_numbers():
     assert toy(settings).values != toy(ToyConfig(samples=50, repeats=2, seed=1)).values
 
 
-def test_command_writes_picture_and_numbers(tmp_path):
+def test_command_writes_image_and_numbers(tmp_path):
     done = CliRunner().invoke(app, ["pca-lda", "--out", str(tmp_path), "--samples", "100", "--repeats", "2"])
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "result.json").read_text())

@@ -12,7 +12,7 @@ SHORT = ["training.steps=8", "training.warmup_steps=2", "training.log_every=2", 
 
 
 @pytest.mark.slow
-def test_the_tour_leaves_models_and_pictures_and_resumes(cifar512, tmp_path):
+def test_the_tour_leaves_models_and_images_and_resumes(cifar512, tmp_path):
     summary = run_tour(tmp_path, cifar512, overrides=SHORT)
     for name in ("samples.png", "reconstructions.png", "loss.png"):
         assert Image.open(tmp_path / name).width > 300

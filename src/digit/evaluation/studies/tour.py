@@ -19,7 +19,7 @@ from digit.clustering.kmeans import fit_codebook
 from digit.core.config import load_preset
 from digit.core.devices import bf16_is_fast, pick_device
 from digit.core.files import write_file, write_json
-from digit.core.grids import picture_grid
+from digit.core.grids import image_grid
 from digit.core.images import save_png, to_tensor
 from digit.data.cifar10 import build_cifar10
 from digit.data.dataset import ImageDataset, open_dataset, read_description
@@ -174,7 +174,7 @@ def _samples(pipe: DigitPipeline, path: Path, seed: int) -> None:
     """Eight classes, one a row."""
     labels = [row % pipe.num_classes for row in range(ROWS) for _ in range(COLUMNS)]
     titles = [pipe.class_names[labels[row * COLUMNS]] for row in range(ROWS)]
-    save_png(picture_grid(pipe(labels, seed=seed), COLUMNS, row_titles=titles), path)
+    save_png(image_grid(pipe(labels, seed=seed), COLUMNS, row_titles=titles), path)
 
 
 def _reconstructions(pipe: DigitPipeline, source: Path, path: Path) -> None:

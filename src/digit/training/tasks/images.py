@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from digit.core.config import NonNegativeInt, config, to_dict
-from digit.core.grids import picture_grid
+from digit.core.grids import image_grid
 from digit.core.images import to_pil
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset, open_dataset
@@ -148,7 +148,7 @@ def flipped(batch: Batch) -> Tensor:
 def sheet(*rows: Tensor) -> Image.Image:
     """Images (b, 3, S, S) above their counterparts, a few in a row."""
     blocks = [row[start : start + _COLUMNS] for start in range(0, len(rows[0]), _COLUMNS) for row in rows]
-    return picture_grid([to_pil(image.cpu()) for block in blocks for image in block], columns=len(blocks[0]))
+    return image_grid([to_pil(image.cpu()) for block in blocks for image in block], columns=len(blocks[0]))
 
 
 def errors(rebuilt: Tensor, images: Tensor) -> tuple[float, float]:

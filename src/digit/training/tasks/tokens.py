@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 from digit.core.config import NonNegativeInt, config, from_dict, to_dict
 from digit.core.errors import DigitError
-from digit.core.grids import picture_grid, token_picture
+from digit.core.grids import image_grid, token_image
 from digit.core.images import to_pil
 from digit.data.sampling import StepSampler
 from digit.data.token_cache import TokenCache
@@ -263,9 +263,9 @@ class TokenTask(Task):
         params = SamplingParams(order="raster" if self.auxiliary.order_annealing else "random")
         tokens = sample(self.model, numbers, 0, params, labels, prefix)  # (16, n)
         if self.data.target == "vq" and self.vqgan is not None:
-            return picture_grid([to_pil(image) for image in self.vqgan.decode(tokens).clamp(0, 1)])
+            return image_grid([to_pil(image) for image in self.vqgan.decode(tokens).clamp(0, 1)])
         grid = self.cache.space(self.data.target).grid
-        return picture_grid([token_picture(row, grid, c.vocab_size, 96) for row in tokens])
+        return image_grid([token_image(row, grid, c.vocab_size, 96) for row in tokens])
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the token model."""

@@ -89,7 +89,7 @@ export function results(panel, model, send, title = null) {
       items.length > 1 ? press("Download all", () => saveAll(items)) : null,
       items.length > 1 ? press("Download grid", () => saveGrid(items)) : null,
     );
-    return make("section", { className: "done" }, all, make("div", { className: "pictures" }, ...figures));
+    return make("section", { className: "done" }, all, make("div", { className: "images" }, ...figures));
   }
 
   const say = (text) => { keep(); stage.replaceChildren(notice(text)); };
@@ -135,6 +135,6 @@ function filling({ stage, space, done, total, tokens }, model) {
   const grids = tokens.map((row) => make("figure", {}, tokenCanvas(row, model.grids[space])));
   return make(
     "section", { className: "filling", dataset: { stage, open } },
-    notice(`${KINDS[space]}: ${unit} ${done} of ${total}`), bar, make("div", { className: "pictures" }, ...grids),
+    notice(`${KINDS[space]}: ${unit} ${done} of ${total}`), bar, make("div", { className: "images" }, ...grids),
   );
 }

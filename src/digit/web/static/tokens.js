@@ -67,7 +67,7 @@ function inspection(found, model) {
     const over = tokensOver(found, model);
     figures.splice(1, 0, over.figure, over.box);
   }
-  return [make("div", { className: "pictures wide" }, ...figures)];
+  return [make("div", { className: "images wide" }, ...figures)];
 }
 
 function captioned(content, title, about) {
@@ -135,5 +135,5 @@ function stability({ realised_snr: snr, picture, flips }, model) {
     Object.assign(figure.dataset, { space, flips: found.count });
     figures.push(figure);
   }
-  return make("div", { className: "pictures three" }, ...figures);
+  return make("div", { className: "images three" }, ...figures);
 }
