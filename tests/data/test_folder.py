@@ -116,6 +116,28 @@ def test_flat_folder_and_splits(tmp_path):
     assert open_dataset(tmp_path / "b", "val").labels.tolist() == [1]
 
 
+def test_loose_files_beside_class_folders_are_reported(odd, tmp_path):
+    _noise(8, 8).save(odd / "loose.png")
+    report = import_folder(odd, tmp_path / "out")
+    assert report.without_class == ["loose.png"]
+    lines = report.summary().split("\n")
+    assert lines[:3] == [
+        "14 files: 10 used, 4 skipped",
+        "2 classes with 4 to 5 images",
+        "beside the class folders, used without a class: 1 image (loose.png)",
+    ]
+    assert open_dataset(tmp_path / "out").labels.tolist().count(-1) == 1
+
+
+def test_one_is_not_plural(tmp_path):
+    (tmp_path / "mine/cats").mkdir(parents=True)
+    _noise(8, 8).save(tmp_path / "mine/cats/a.png")
+    assert (
+        import_folder(tmp_path / "mine", tmp_path / "out").summary()
+        == "1 file: 1 used, 0 skipped\n1 class with 1 image"
+    )
+
+
 def test_importing_twice_gives_the_same(odd, tmp_path):
     import_folder(odd, tmp_path / "a")
     import_folder(odd, tmp_path / "b")
@@ -127,7 +149,7 @@ def test_empty_and_useless_folders(tmp_path):
     with pytest.raises(DigitError, match="empty is empty; expected images"):
         import_folder(tmp_path / "empty", tmp_path / "out")
     (tmp_path / "empty" / "notes.txt").write_text("hello")
-    with pytest.raises(DigitError, match=r"None of the 1 files .* notes\.txt: it is not an image"):
+    with pytest.raises(DigitError, match=r"Of 1 file in .* none is an image .* notes\.txt: it is not an image"):
         import_folder(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(DigitError, match="There is no folder"):
         import_folder(tmp_path / "gone", tmp_path / "out")

@@ -4,7 +4,9 @@ import torch
 
 from digit.core.errors import DigitError
 from digit.core.images import to_uint8
-from digit.evaluation.model_source import SamplingRun, as_uint8, encode_all, open_images, pipe_size
+from digit.data.folder import import_folder
+from digit.evaluation.model_source import SamplingRun, as_uint8, describe_data, encode_all, open_images, pipe_size
+from digit.evaluation.results import provenance
 
 
 def test_a_run_gives_the_images_of_generate(pipe):
@@ -16,6 +18,26 @@ def test_a_run_gives_the_images_of_generate(pipe):
     pictures = pipe(labels=range(10), num=12, seed=3, top_k=5, decoder_top_p=0.9)
     expected = np.stack([np.asarray(picture) for picture in pictures]).transpose(0, 3, 1, 2)
     assert np.array_equal(found.numpy(), expected)
+
+
+def test_the_line_under_a_table_says_how_images_were_scaled(pipe, cifar512, tmp_path):
+    """As they were stored, and then for the model; a folder of files does not say which sizes it holds."""
+
+    def told(dataset, *pipes):
+        return provenance(data=describe_data(dataset, *pipes))
+
+    assert told(open_images(cifar512, num=4), pipe) == f"{cifar512.name} train (4 images, not resized)"
+    (tmp_path / "files").mkdir()
+    for number in range(3):
+        open_images(cifar512)[number].image.resize((48, 40)).save(tmp_path / "files" / f"{number}.png")
+    assert (
+        told(open_images(tmp_path / "files"), pipe)
+        == "files train (3 images, resized by bicubic where of another size)"
+    )
+    for size, rest in ((32, ""), (36, ", then bicubic")):
+        import_folder(tmp_path / "files", tmp_path / f"at{size}", size=size, filter="box")
+        data = open_images(tmp_path / f"at{size}")
+        assert told(data.subset([0, 1]), pipe) == f"files train (2 images, resized by box{rest})"
 
 
 def test_labels_are_balanced(pipe):

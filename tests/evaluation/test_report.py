@@ -187,6 +187,19 @@ def test_figure_1_pairs_probe_and_fid_of_one_model(run, page):
     assert [text.get_text() for text in axes.texts] == ["b", "a", "c"]  # ours gets its place first
 
 
+def test_a_logarithmic_axis_has_plain_numbers_enough_to_read(run):
+    models = tuple(Model(str(y), x, y, 219, "") for x, y in enumerate((3.4, 9.1, 74.0)))
+    figure = Bubbles(title="t", values=[], models=models, axes=("accuracy", "FID")).figure()
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    low, high = axes.get_ylim()
+    ticks = [
+        tick.get_text() for y, tick in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True) if low <= y <= high
+    ]
+    assert axes.get_yscale() == "log"
+    assert ticks == ["2", "5", "10", "20", "50", "100"]
+
+
 def test_figure_1b_is_of_models_with_labels(run):
     (found,) = collect([run]).of("fidelity")  # generation.json beside the samples says that they have labels
     rows = conditional(Collection([found])).rows()

@@ -13,6 +13,7 @@ from digit import DigitPipeline
 from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.models.component import save_component
+from digit.pipeline import reconstruction
 from digit.pipeline.assembly import assemble
 from digit.pipeline.generation import generate_folder
 from digit.pipeline.tokens import load_tokens_file
@@ -174,3 +175,18 @@ def test_generating_a_folder_leaves_images_a_grid_and_a_record(pipe, tmp_path):
     pixels = pipe.to_pixels(tokens)
     stored = np.asarray(Image.open(tmp_path / "out" / "00004.png"), dtype=np.float32) / 255
     assert math.isclose(np.abs(pixels[4].permute(1, 2, 0).numpy() - stored).max(), 0, abs_tol=0.51 / 255)
+
+
+def test_reconstructions_have_a_title_above_each_column(pipe, monkeypatch):
+    told = []
+    drawn = reconstruction.image_grid
+    monkeypatch.setattr(
+        reconstruction, "image_grid", lambda *args, **how: told.append(how["column_titles"]) or drawn(*args, **how)
+    )
+    images = torch.rand(2, 3, tiny.SIZE, tiny.SIZE)
+    sheet, found = reconstruction.reconstruction_sheet(pipe, images)
+    assert told == [["image", "semantic\ntokens", "VQGAN\nalone", "ar\ndecoder"]]
+    assert len(found) == 2
+    bare = drawn(found * 4, columns=4)
+    assert sheet.width == bare.width
+    assert np.asarray(sheet)[: sheet.height - bare.height].min() < 128, "the titles' ink stands above the images"

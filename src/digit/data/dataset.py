@@ -52,11 +52,19 @@ class ImageDataset:
         split: such as "train".
         classes: class names; empty if there are no classes.
         image_size: (width, height) if all images are known to have it, else None.
+        filter: how ``digit data folder --size`` scaled them, if it did.
         labels: (n,) int64, -1 for none.
     """
 
-    def __init__(self, source: Source, name: str, split: str, image_size: tuple[int, int] | None = None) -> None:
-        self.source, self.name, self.split, self.image_size = source, name, split, image_size
+    def __init__(
+        self,
+        source: Source,
+        name: str,
+        split: str,
+        image_size: tuple[int, int] | None = None,
+        filter: str | None = None,
+    ) -> None:
+        self.source, self.name, self.split, self.image_size, self.filter = source, name, split, image_size, filter
         self.classes, self.labels = source.classes, source.labels
         self._arrays: NDArray[np.uint8] | None = None
         self._lock = threading.Lock()
@@ -89,7 +97,7 @@ class ImageDataset:
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageDataset:
         """A dataset of these images, in this order."""
         source = SubsetSource(self.source, np.asarray(indices, dtype=np.int64))
-        return ImageDataset(source, self.name, self.split, self.image_size)
+        return ImageDataset(source, self.name, self.split, self.image_size, self.filter)
 
     @property
     def numbers(self) -> NDArray[np.int64]:
@@ -217,4 +225,5 @@ def _open_own(folder: Path, split: str) -> ImageDataset:
             "Copy or build the dataset again."
         )
     size = tuple(info["image_size"]) if info["image_size"] else None
-    return ImageDataset(ShardSource(folder, index, info["classes"]), info["name"], split, size)
+    source = ShardSource(folder, index, info["classes"])
+    return ImageDataset(source, info["name"], split, size, info.get("filter"))

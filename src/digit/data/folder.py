@@ -34,17 +34,28 @@ class FolderReport:
     """File: what was changed, such as "palette" or "EXIF rotation"; these are among the used."""
     animated: dict[str, str] = field(default_factory=dict)
     """File: how many frames it has; the first one is used."""
+    without_class: list[str] = field(default_factory=list)
+    """Used images beside the class folders."""
     skipped: dict[str, str] = field(default_factory=dict)
     """File: why."""
 
     def summary(self) -> str:
         """A few lines for the screen."""
-        lines = [f"{self.files:,} files: {self.used:,} used, {len(self.skipped):,} skipped"]
+        lines = [f"{_numbered(self.files, 'file')}: {self.used:,} used, {len(self.skipped):,} skipped"]
         if self.per_class:
             counts = self.per_class.values()
-            lines.append(f"{len(self.per_class):,} classes with {min(counts):,} to {max(counts):,} images")
+            fewest, most = min(counts), max(counts)
+            images = f"{fewest:,} to {_numbered(most, 'image')}"
+            if fewest == most:
+                images = _numbered(most, "image") + " each" * (len(counts) > 1)
+            lines.append(f"{_numbered(len(counts), 'class', 'classes')} with {images}")
             if empty := [name for name, images in self.per_class.items() if not images]:
                 lines.append(f"classes without an image: {', '.join(empty)}")
+            if loose := self.without_class:
+                names = ", ".join(loose[:3]) + ", ..." * (len(loose) > 3)
+                lines.append(
+                    f"beside the class folders, used without a class: {_numbered(len(loose), 'image')} ({names})"
+                )
         kinds = Counter(note for what in self.converted.values() for note in what.split("; "))
         lines += [f"converted: {number:,} x {kind}" for kind, number in kinds.most_common()]
         lines += [f"animated: {name} ({what})" for name, what in islice(self.animated.items(), 10)]
@@ -52,6 +63,10 @@ class FolderReport:
         if len(self.skipped) > 10 or len(self.animated) > 10:
             lines.append("... report.json has them all")
         return "\n".join(lines)
+
+
+def _numbered(count: int, one: str, more: str = "") -> str:
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
 
 
 class _Item(NamedTuple):
@@ -77,7 +92,8 @@ def import_folder(
         filter: how it is scaled; ``dataset.json`` says it.
 
     Raises:
-        DigitError: no such folder, no image in it, or ``out`` lies in ``source`` or is something else than a dataset; or an unknown filter.
+        DigitError: no such folder, no image in it, an unknown filter, or ``out`` lies in ``source`` or is something
+            else than a dataset.
     """
     source, out = Path(source), Path(out)
     _check_places(source, out)
@@ -141,6 +157,8 @@ def _account(report: FolderReport, file: str, item: _Item, class_name: str | Non
     report.used += 1
     if class_name is not None:
         report.per_class[class_name] += 1
+    elif report.per_class:
+        report.without_class.append(file)
     if animated := [note for note in item.notes if note.startswith("animated")]:
         report.animated[file] = animated[0].removeprefix("animated, ")
     if changed := [note for note in item.notes if not note.startswith("animated")]:
@@ -160,4 +178,4 @@ def _nothing_found(source: Path, report: FolderReport) -> str:
     if not report.files:
         return f"The folder {source} is empty; expected images, loose or in a folder for each class."
     first, reason = next(iter(report.skipped.items()))
-    return f"None of the {report.files:,} files in {source} is an image that can be used; the first, {first}: {reason}"
+    return f"Of {_numbered(report.files, 'file')} in {source} none is an image that can be used; the first, {first}: {reason}"

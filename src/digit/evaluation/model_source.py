@@ -48,13 +48,21 @@ def image_batches(
     return iter(Batches(dataset, OrderedSampler(len(dataset), batch_size), Transform(size=size), dtype=dtype))
 
 
-def describe_data(dataset: ImageDataset, path: str | Path | None = None) -> dict[str, Any]:
-    """What a result says about its images."""
+def describe_data(dataset: ImageDataset, *pipes: DigitPipeline, path: str | Path | None = None) -> dict[str, Any]:
+    """What a result says about its images, as the models ``pipes`` saw them.
+
+    Its ``filter`` names how they had been scaled when they were stored, and how for the models.
+    """
+    sizes = {(pipe_size(pipe),) * 2 for pipe in pipes}
+    scaled = None
+    if sizes != {dataset.image_size}:
+        scaled = Transform.filter + ("" if sizes and dataset.image_size else " where of another size")
     return {
         "name": dataset.name,
         "path": None if path is None else str(path),
         "split": dataset.split,
         "images": len(dataset),
+        "filter": ", then ".join(filter(None, (dataset.filter, scaled))) or "none",
         "fingerprint": dataset.fingerprint,
     }
 

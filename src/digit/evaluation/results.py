@@ -261,7 +261,8 @@ def provenance(
 def _images(side: Mapping[str, Any]) -> str:
     name = " ".join(str(side[key]) for key in ("name", "split") if side.get(key))
     count = f"{shown(side['images'])} images" if side.get("images") is not None else ""
-    resized = f"resized by {side['filter']}" if side.get("filter") else ""
+    how = side.get("filter") or ""  # older files do not say
+    resized = "not resized" if how == "none" else how and f"resized by {how}"
     details = ", ".join(filter(None, (count, resized)))
     return f"{name} ({details})" if details else name
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from digit.core.errors import DigitError
-from digit.core.files import cache_folder, read_json
+from digit.core.files import cache_folder
 from digit.core.progress import bar
 from digit.core.transforms import center_crop, resize_shorter
 from digit.data.dataset import ImageDataset, open_dataset
@@ -221,7 +221,7 @@ def measure(
     if total is not None and total < len(dataset):
         dataset = dataset.subset(np.arange(total) * len(dataset) // total if spread else np.arange(total))
     name = name or Path(source).name + (f" ({split})" if split else "")
-    used = filter if size else _stored_filter(source)
+    used = filter if size else dataset.filter
 
     def gather() -> FeatureSet:
         batches = dataset_batches(dataset, batch_size, size, filter)
@@ -259,9 +259,3 @@ def _gather(
             if collector.moments.n == total:
                 break
     return collector.finish(name, **more)
-
-
-def _stored_filter(path: str | Path) -> str | None:
-    """How ``digit data folder`` resized a data set; None where nobody says."""
-    description = Path(path) / "dataset.json"
-    return read_json(description).get("filter") if description.is_file() else None

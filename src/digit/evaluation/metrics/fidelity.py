@@ -100,7 +100,8 @@ class Fidelity(Result):
         for side, given in (("Source", self.source), ("Reference", self.reference)):
             if given:
                 count = "unknown number of" if given["images"] is None else f"{given['images']:,}"
-                resized = f", resized with the {given['filter']} filter" if given.get("filter") else ""
+                how = given.get("filter")
+                resized = ", not resized" if how == "none" else f", resized with the {how} filter" if how else ""
                 rows[side] = f"{given['name']}: {count} images{resized}"
         rows |= {"Tool": f"{self.tool}, {self.backend}", "Preprocessing": self.preprocessing}
         if self.weights:
@@ -361,7 +362,7 @@ def _describe(side: FeatureSet) -> dict[str, Any]:
     return {
         "name": side.name,
         "images": side.statistics.n,
-        "filter": metadata.get("filter"),
+        "filter": metadata.get("filter") or ("none" if "image_size" in metadata else None),
         "statistics": metadata,
     }
 

@@ -252,7 +252,7 @@ def model_reconstruction(
         values=tuple(values),
         settings={"seed": seed, "batch_size": batch_size, "perturbation": perturbed, "reference": against},
         model=describe_model(pipe),
-        data=describe_data(dataset),
+        data=describe_data(dataset, pipe),
         paper={"source": f"{paper.SOURCE}, tables 3 and 4: FID, ImageNet validation images", **ceiling},
         notes=tuple(dict.fromkeys(n for row in values for n in (*row.notes, *row.not_measured.values()))),
         seconds=time.monotonic() - began,

@@ -370,7 +370,11 @@ def probe(
         values=ProbeValues(tuple(scores), ceiling, 1 / data.classes, pipe.part("prior").config.transformer.depth),
         settings={**to_dict(options), **how},
         model=model,
-        data={"train": describe_data(data.train), "test": describe_data(data.test), "classes": data.classes},
+        data={
+            "train": describe_data(data.train, pipe),
+            "test": describe_data(data.test, pipe),
+            "classes": data.classes,
+        },
         paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [row._asdict() for row in paper.PROBE]},
         notes=_notes(options, data, crops(pipe)[1]),
         seconds=time.monotonic() - began,

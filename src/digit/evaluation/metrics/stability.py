@@ -252,7 +252,7 @@ def stability(
         values=tuple(_row(*key, torch.cat(found), torch.cat(real[key[1]])) for key, found in values.items()),
         settings={"noise": to_dict(law), "snr_unit": "dB", "batch_size": batch_size, "codes": sizes},
         model=describe_model(pipe),
-        data=describe_data(dataset),
+        data=describe_data(dataset, pipe),
         paper={"source": f"{paper.SOURCE}, Table 1", "snr": paper.SNRS, **paper.STABILITY},
         notes=_notes(law, sizes, len(dataset)),
         seconds=time.monotonic() - began,

@@ -280,7 +280,7 @@ def run_ablation(
         title=f"Ablation: {ablation.what}",
         values=lines,
         settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": against, "fid_weights": weights_used},
-        data={"train": describe_data(train_images, data), "test": describe_data(test_images)},
+        data={"train": describe_data(train_images, path=data), "test": describe_data(test_images)},
         paper=theirs if named else None,
         notes=(*reasons.values(), *result_notes(ablation.what, lines, named)),
         seconds=time.monotonic() - began,

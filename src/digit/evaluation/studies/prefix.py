@@ -98,7 +98,7 @@ def prefix(
             "runs": {name: run.describe() for name, run in runs.items()},
         },
         model={name: describe_model(run.pipe) for name, run in runs.items()},
-        data=describe_data(dataset),
+        data=describe_data(dataset, *(run.pipe for run in runs.values())),
         notes=point_notes([point for curve in curves for point in curve["points"]]),
         seconds=time.monotonic() - began,
     )

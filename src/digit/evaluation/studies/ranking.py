@@ -130,7 +130,10 @@ def rank(entries: Mapping[str, DigitPipeline], stages: Stages, options: RankingO
         values=lines,
         settings=to_dict(options),
         model={name: describe_model(tokenizer) for name, tokenizer in entries.items()},
-        data={"train": describe_data(stages.train_images), "test": describe_data(stages.test_images)},
+        data={
+            "train": describe_data(stages.train_images, *entries.values()),
+            "test": describe_data(stages.test_images, *entries.values()),
+        },
         notes=(
             f"A prior of {options.depth} blocks of width {options.dim} was trained for {options.steps} steps of "
             f"{options.batch_size} images; ranked by the probe of its middle layer (state {(options.depth + 1) // 2}).",

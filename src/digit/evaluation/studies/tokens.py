@@ -65,7 +65,10 @@ def rank_tokens(entries: Mapping[str, DigitPipeline], stages: Stages) -> Ranking
         values=lines,
         settings={"ridge": RIDGE, "neighbours": NEIGHBOURS, "noise": to_dict(NoiseModel())},
         model={name: describe_model(pipe) for name, pipe in entries.items()},
-        data={"train": describe_data(stages.train_images), "test": describe_data(stages.test_images)},
+        data={
+            "train": describe_data(stages.train_images, *entries.values()),
+            "test": describe_data(stages.test_images, *entries.values()),
+        },
         notes=(
             f"Changed tokens: mean over the paper's levels of noise, {', '.join(f'{one.level:g}' for one in NOISE)} dB.",
             "Bits/image: tokens times the entropy of the codes, as they occur in the training images.",
