@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from digit.native import library
 from digit.sampling import SamplingParams, sample
 from digit.sampling.engines import native
 from digit.sampling.engines.acceleration import accelerate, engine_name, release
@@ -193,23 +194,21 @@ def in_another_process(cache, **environment):
     return name, float(seconds), tokens
 
 
-def test_it_is_built_once_and_kept_for_later_processes(tmp_path):
-    first, again = in_another_process(tmp_path), in_another_process(tmp_path)
+@pytest.mark.parametrize(("level", "arguments"), [("native", ""), ("x86-64", ""), ("x86-64-v3", " -DUNUSED")])
+def test_it_is_built_once_for_a_level_and_kept_for_later_processes(tmp_path, level, arguments):
+    """Other levels have narrower vectors than this processor may have, and stand beside the usual library, not in its
+    place. The compiler may be given with arguments."""
+    if level != "native" and platform.machine() != "x86_64":
+        pytest.skip("a level of x86-64")
+    compiler = next(filter(shutil.which, ("g++", "clang++", "c++")))
+    given = {"DIGIT_NATIVE_MARCH": level, "CXX": compiler + arguments}
+    first, again = (in_another_process(tmp_path, **given) for _ in range(2))
     assert first[0] == again[0] == "C++"
     assert first[2] == again[2] == str(sample(build(), range(3)).flatten().tolist())
-    assert [p.suffix for p in tmp_path.iterdir()] == [".so"]
+    (built,) = tmp_path.iterdir()
+    assert built.suffix == ".so"
+    assert (built.name == Path(library()._name).name) == (level == "native")
     assert first[1] > 2 * again[1]
-
-
-@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3"])
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="levels of x86-64")
-def test_other_levels_of_the_processor_give_the_same_tokens(tmp_path, level):
-    """Built with narrower vectors than this processor may have; beside the usual library, not in its place."""
-    name, _, tokens = in_another_process(tmp_path, DIGIT_NATIVE_MARCH=level)
-    assert name == "C++"
-    assert tokens == str(sample(build(), range(3)).flatten().tolist())
-    in_another_process(tmp_path)
-    assert len(list(tmp_path.rglob("*.so"))) == 2
 
 
 def test_without_a_compiler_the_plain_step_runs(tmp_path):
@@ -218,11 +217,6 @@ def test_without_a_compiler_the_plain_step_runs(tmp_path):
     model = build()
     accelerate(model, native=False)
     assert tokens == str(sample(model, range(3)).flatten().tolist())
-
-
-def test_the_compiler_may_be_given_with_arguments(tmp_path):
-    compiler = next(filter(shutil.which, ("g++", "clang++", "c++")))
-    assert in_another_process(tmp_path, CXX=f"{compiler} -DUNUSED")[0] == "C++"
 
 
 def test_a_cache_folder_that_cannot_be_used_is_no_error(tmp_path):
