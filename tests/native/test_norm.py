@@ -86,7 +86,7 @@ def test_extreme_numbers_stay_finite():
     assert y.max() > 1e3
 
 
-def test_a_image_is_the_same_in_any_batch_and_on_any_number_of_threads():
+def test_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads():
     norm, x = layer(), numbers(7, 48, 4, 4)
     before = torch.get_num_threads()
     with torch.inference_mode():

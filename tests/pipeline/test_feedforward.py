@@ -62,7 +62,7 @@ def test_saved_and_loaded_it_paints_the_same(pipe: DigitPipeline, lean: DigitPip
     assert again.image_size == 32
 
 
-def test_a_image_does_not_depend_on_its_batch(lean: DigitPipeline, tmp_path) -> None:
+def test_an_image_does_not_depend_on_its_batch(lean: DigitPipeline, tmp_path) -> None:
     settings = {"labels": [0, 1, 2], "seed": 4, "save_tokens": True}
     for size in (8, 3, 1):
         generate_folder(lean, tmp_path / str(size), 11, batch_size=size, **settings)

@@ -56,7 +56,7 @@ def test_half_precision_halves_the_files_and_keeps_the_model(pipe, tmp_path):
 
 @pytest.mark.parametrize("decoder", ["ar", "masked"])
 @pytest.mark.parametrize("cfg_scale", [1.0, 2.5])
-def test_a_image_does_not_depend_on_its_batch(pipe, decoder, cfg_scale):
+def test_an_image_does_not_depend_on_its_batch(pipe, decoder, cfg_scale):
     labels = torch.arange(64) % tiny.CLASSES
 
     request = tiny.request(range(64), labels, 7, decoder, cfg_scale=cfg_scale, top_k=6, decoder_top_p=0.8)

@@ -67,7 +67,7 @@ def test_every_kind_of_image_gives_the_same_tokens(pipe, photo, tmp_path, kind, 
     assert torch.equal(pipe.tokenizer.encode(batch), expected.repeat(2 if batched else 1, 1))
 
 
-def test_uint8_of_any_size_is_scaled_as_a_image_is(pipe, photo):
+def test_uint8_of_any_size_is_scaled_as_an_image_is(pipe, photo):
     expected = pipe.tokenizer.encode(photo)
     array = np.asarray(photo)
     assert torch.equal(pipe.tokenizer.encode(array), expected)

@@ -67,7 +67,7 @@ def test_the_cache_changes_nothing(tiny, role, settings):
 
 @pytest.mark.parametrize("role", KINDS)
 @pytest.mark.parametrize("settings", [PLAIN, GUIDED], ids=["plain", "guided"])
-def test_a_image_is_the_same_in_any_batch(tiny, role, settings):
+def test_an_image_is_the_same_in_any_batch(tiny, role, settings):
     model = tiny(role, **KINDS[role])
     labels, prefix = inputs(model, 64)
 

@@ -101,7 +101,7 @@ def test_float32_tokens_are_those_of_the_plain_step(shape):
 
 
 @pytest.mark.parametrize("kind", [{}, {"dtype": torch.bfloat16}, {"quantize": "int8"}], ids=["fp32", "bf16", "int8"])
-def test_a_image_is_the_same_in_any_batch_and_on_any_number_of_threads(kind):
+def test_an_image_is_the_same_in_any_batch_and_on_any_number_of_threads(kind):
     """To the last bit: a sum's order depends on neither."""
     model = build(dtype=kind.get("dtype", torch.float32), depth=3)
     step = NativeStep(model, kind.get("quantize"))
