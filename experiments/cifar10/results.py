@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from digit.core.files import read_json, write_bytes, write_json
+from digit.evaluation.results import Result, columns, shown
 from digit.pipeline.info import folder_part
 from digit.training.logs import last_metrics
 
@@ -267,6 +268,29 @@ class Results:
         rows = [[curve["name"], *(_number(p["values"]["fid"]) for p in curve["points"])] for curve in curves]
         return table(["given of the tokens", *shares], rows)
 
+    def discretisers(self) -> str:
+        """The ranking of ``digit evaluate tokens``."""
+        found = Result.load(KEPT / "second" / "tokens.json")
+        rows = found.rows()
+        head = columns(rows)
+        return table(head, ([shown(row.get(name)) for name in head] for row in rows)) + f"\n{found.provenance()}.\n"
+
+    def passes(self) -> str:
+        """FID and images a second over the passes of priors of three kinds, and the likelihood of regions."""
+        place = KEPT / "second" / "steps.json"
+        if not place.exists():
+            return MISSING
+        found = read_json(place)
+        rates = ("rate_64", "rate_1", "rate_64_native", "rate_1_native")
+        rows = [
+            [p["kind"], p["passes"], _number(p["fid"]), *(_number(p.get(name)) for name in rates)]
+            for p in found["points"]
+        ]
+        head = ["prior", "passes", "FID", "images/s, 64 at a time", "one at a time", "C++ step, 64", "C++ step, one"]
+        regions = [[name, *(f"{bits:.3f}" for bits in values.values())] for name, values in found["bits"].items()]
+        kinds = [f"{kind}, bits a token" for kind in next(iter(found["bits"].values()))]
+        return f"{table(head, rows)}\n{table(['sampled region', *kinds], regions)}"
+
     def commands(self) -> str:
         """Every step, its command and what it took."""
         rows = [
@@ -404,6 +428,15 @@ The unconditional pair, 2,000 images a point. With all tokens given nothing is l
 VQGAN's.
 
 {results.prefixes()}
+## Discretisers
+Ranked without training a prior or decoder, by bits saved per bit spent; `docs/measuring-models.md` says how and what it means.
+
+{results.discretisers()}
+## Fewer passes
+`steps.py`: priors of {_KINDS}, 2,000 images of all classes a point through the packaged feed-forward decoder,
+guidance 2 and top-p .95.
+
+{results.passes()}
 ## What was trained
 
 {results.parts()}
