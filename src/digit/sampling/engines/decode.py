@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from digit.models.token_model import NO_LABEL, Labels, Prefix, TokenModel
-from digit.models.transformer import KVCache
+from digit.models.token_model import NO_LABEL, Cache, Labels, Prefix, TokenModel
 from digit.sampling.batching import is_out_of_memory
 from digit.sampling.engines.quantize import quantized
 from digit.sampling.logits import DrawParams, draw, guide
@@ -59,7 +58,7 @@ class State(NamedTuple):
 
 
 def decode_one_token(
-    model: TokenModel, cache: KVCache, state: State, places: Tensor, guided: bool, params: DrawParams
+    model: TokenModel, cache: Cache, state: State, places: Tensor, guided: bool, params: DrawParams
 ) -> None:
     """Draw token ``state.place`` and add 1 to it.
 
@@ -110,9 +109,7 @@ class DecodeEngine:
         self.batch, self.guided, self.setup_seconds = batch, guided, 0.0
         self.max_kv_len = model.config.prefix_length + length
         # one position more than is ever read: a slice that might be the whole would be compiled twice
-        self.cache = KVCache(
-            model.config.transformer, 2 * batch if guided else batch, self.max_kv_len + 1, device, model.start.dtype
-        )
+        self.cache: Any = model.new_cache(2 * batch if guided else batch, spare=1)
         self._with_labels = self.cache.rows(0, batch)
         self.state = State(
             tokens=torch.zeros(batch, length, dtype=torch.long, device=device),
@@ -162,10 +159,11 @@ class DecodeEngine:
         A prefix stands before the label and cannot see it, so both halves share its keys and values: they are copied.
         """
         b, without = self.batch, self.cache.rows(self.batch, 2 * self.batch)
-        if prefix is not None:
-            without.copy_from(self._with_labels, prefix.shape[1])
+        copied = prefix is not None and model.config.state_space is None  # a state has gone on to the label
+        if copied:
+            without.copy_from(self._with_labels, model.config.prefix_length)
         labels = torch.full((b,), NO_LABEL, device=self.state.place.device)
-        return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=prefix is not None)
+        return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=copied)
 
     def decode_one_token(self, model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
         """Draw token ``index``, the one that ``state.place`` points to."""
