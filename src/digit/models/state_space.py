@@ -177,19 +177,19 @@ class StateSpaceBlock(nn.Module):
         dt = F.softplus(dt.to(wide) + self.dt_bias)  # (B, T, H)
         log_decay = -self.a_log.to(wide).exp() * dt
         u, b, read = torch.split(self._convolve(mixed, slot), [c.inner_dim, c.state_dim, c.state_dim], dim=-1)
-        u = u.unflatten(-1, (c.heads, c.head_dim))  # (B, T, H, P)
-        v = (u * dt[..., None]).to(u.dtype)
+        u = u.reshape(*x.shape[:2], c.heads, c.head_dim)  # (B, T, H, P)
+        v = u * dt.to(u.dtype)[..., None]
         if slot is not None and x.shape[1] == 1:  # the recurrence itself
-            added = v[:, 0, ..., None] * b[:, :, None]  # (B, H, P, N)
-            slot.state.mul_(log_decay[:, 0, :, None, None].exp()).add_(added)
+            slot.state.mul_(log_decay[:, 0, :, None, None].exp()).addcmul_(v[:, 0, ..., None], b[:, :, None])
             y = (slot.state @ read[:, 0, None, :, None].to(slot.state.dtype))[..., 0][:, None].to(u.dtype)
         else:
             y, state = scan(v, log_decay, b, read, None if slot is None else slot.state)
             if slot is not None and state is not None:
                 slot.state.copy_(state)
-        y = (y + self.d[:, None] * u).flatten(2)  # (B, T, E)
-        mixed_in: Tensor = x + self.dropout(self.out(self.gated_norm(y * F.silu(gate))))
-        return mixed_in
+        y = (y + self.d.to(u.dtype)[:, None] * u).flatten(2)  # (B, T, E)
+        gated = (y * F.silu(gate)).to(self.gated_norm.weight.dtype)
+        added: Tensor = x + self.dropout(self.out(self.gated_norm(gated)))
+        return added
 
     def _convolve(self, x: Tensor, slot: StateSlot | None) -> Tensor:
         """Each channel with its filter over its last inputs, (B, T, conv_dim)."""
@@ -199,8 +199,8 @@ class StateSpaceBlock(nn.Module):
         else:
             x = torch.cat([slot.inputs.to(x.dtype), x], dim=1)
             slot.inputs.copy_(x[:, length:])
-        taps = [x[:, i : i + length] * weight for i, weight in enumerate(self.conv)]
-        return F.silu(sum(taps, self.conv_bias)).to(x.dtype)
+        taps = [x[:, i : i + length] * weight for i, weight in enumerate(self.conv.to(x.dtype))]
+        return F.silu(sum(taps, self.conv_bias.to(x.dtype)))
 
 
 class StateSpace(nn.Module):

@@ -110,7 +110,7 @@ class DecodeEngine:
         self.max_kv_len = model.config.prefix_length + length
         # one position more than is ever read: a slice that might be the whole would be compiled twice
         self.cache: Any = model.new_cache(2 * batch if guided else batch, spare=1)
-        self._with_labels = self.cache.rows(0, batch)
+        self._with_labels: Any = self.cache.rows(0, batch)
         self.state = State(
             tokens=torch.zeros(batch, length, dtype=torch.long, device=device),
             free=torch.ones(batch, length, dtype=torch.bool, device=device),
