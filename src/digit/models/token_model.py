@@ -62,7 +62,10 @@ class TokenModelConfig:
 
     Attributes:
         role: see the module's table. It fixes ``transformer.causal``.
-        vocab_size: how many ids it predicts (K for a prior over semantic tokens, V over VQ tokens).
+        vocab_size: how many ids there are (K for a prior over semantic tokens, V over VQ tokens).
+        codebook_depth: tokens a place, d; more than 1 for a prior over the tokens of a residual codebook. Token i is then one
+            of the vocab_size / d ids of depth i mod d, which alone have logits. Lee et al. 2022, arXiv 2203.01941, predict
+            them in this order too, with a small network of its own for the depths; here they are one sequence.
         length: tokens an image (256 for 16 x 16).
         prefix_vocab_size, prefix_length: vocabulary and number of the semantic tokens in front; 0 for none.
         num_classes: 0 for an unconditional model.
@@ -78,6 +81,7 @@ class TokenModelConfig:
 
     role: Literal["prior", "ar", "masked", "random"]
     vocab_size: PositiveInt
+    codebook_depth: PositiveInt = 1
     length: PositiveInt
     prefix_vocab_size: NonNegativeInt = 0
     prefix_length: NonNegativeInt = 0
@@ -104,6 +108,18 @@ class TokenModelConfig:
         if self.role == "random" and self.prefix_length:
             raise ValueError("role 'random' is for priors; expected prefix_length = 0")
 
+        if self.codebook_depth > 1 and self.role != "prior":
+            raise ValueError(
+                f"tokens of a residual codebook are predicted in order; expected role prior, not '{self.role}'"
+            )
+        if self.vocab_size % self.codebook_depth or self.length % self.codebook_depth:
+            raise ValueError(f"codebook_depth={self.codebook_depth} does not divide vocab_size and length")
+
+    @property
+    def codes(self) -> int:
+        """Ids of one depth, V: as many logits has a token."""
+        return self.vocab_size // self.codebook_depth
+
     @property
     def backbone(self) -> TransformerConfig | StateSpaceConfig:
         """The network between embeddings and head."""
@@ -127,7 +143,8 @@ class TokenModelConfig:
         classes = f"; {self.num_classes:,} classes" if self.num_classes else ""
         guidance = "" if not self.num_classes else " with guidance" if self.can_guide else ", no guidance"
         prefix = f" from {self.prefix_length} of {self.prefix_vocab_size:,}" if self.prefix_length else ""
-        tokens = f"{self.length} tokens of {self.vocab_size:,}{prefix}"
+        depth = f" in {self.codebook_depth} depths" if self.codebook_depth > 1 else ""
+        tokens = f"{self.length} tokens of {self.vocab_size:,}{depth}{prefix}"
         return f"{self.backbone.describe()}{norm}; {tokens}{classes}{guidance}"
 
 
@@ -257,8 +274,15 @@ class TokenModel(Component):
             asked: Tensor = self.head(x[:, 1::2])
             return asked
         skip = self.config.prefix_length + (1 if self.config.role == "masked" else 0)
-        logits: Tensor = self.head(x[:, skip:])
-        return logits
+        return self.of_depth(self.head(x[:, skip:]), torch.arange(x.shape[1] - skip, device=x.device))
+
+    def of_depth(self, logits: Float[Tensor, "B m W"], index: Int[Tensor, " m"]) -> Float[Tensor, "B m V"]:
+        """Of all W = d V logits those of the depth of token number ``index``."""
+        depth = self.config.codebook_depth
+        if depth == 1:
+            return logits
+        apart = logits.view(*logits.shape[:2], depth, self.config.codes)  # (B, m, d, V)
+        return apart[:, torch.arange(len(index), device=index.device), index % depth]
 
     def states(self, tokens: Ids, labels: Labels = None, prefix: Prefix = None) -> list[Tensor]:
         """The embedding and every block's output, L + 1 tensors (B, P + 1 + n, D): the linear probe's features."""
@@ -293,7 +317,7 @@ class TokenModel(Component):
             targets = (tokens if order is None else tokens.gather(1, order)).flatten()
         else:
             logits = self(shown[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
-            targets = tokens.flatten()
+            targets = tokens.flatten() % self.config.codes
         return self.score(logits, targets, z_loss)
 
     def score(
@@ -347,8 +371,8 @@ class TokenModel(Component):
             cache.clear()
         kv_len = first + x.shape[1]
         x = self.backbone(x, cache, torch.arange(first, kv_len, device=x.device), kv_len)
-        logits: Tensor = self.head(x[:, -1])
-        return logits
+        logits = self.of_depth(self.head(x[:, -1:]), torch.tensor([tokens.shape[1]], device=x.device))
+        return logits[:, 0]
 
     def step(
         self, cache: Cache, token: Int[Tensor, " B"], index: Int[Tensor, ""], kv_len: int | None = None
@@ -359,8 +383,7 @@ class TokenModel(Component):
         """
         x = self.embed_tokens(token[:, None]) + self.position_embedding(index + 1)  # (B, 1, D)
         x = self.backbone(x, cache, index + 1 + self.config.prefix_length, kv_len)
-        logits: Tensor = self.head(x[:, -1])
-        return logits
+        return self.of_depth(self.head(x), (index + 1).view(1))[:, 0]
 
     def query(
         self,

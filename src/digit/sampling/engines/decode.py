@@ -44,6 +44,7 @@ class State(NamedTuple):
         free: (B, length) bool, True where to sample; other tokens stay.
         uniform: (B, length) float32 in [0, 1).
         scale: (length,) float32, guidance at each token.
+        first: (length,) int64, the id of a token's first logit; not 0 for the deeper tokens of a residual codebook.
         place: () int64, the token to draw next.
         temperature, top_p: () float32.
     """
@@ -52,6 +53,7 @@ class State(NamedTuple):
     free: Tensor
     uniform: Tensor
     scale: Tensor
+    first: Tensor
     place: Tensor
     temperature: Tensor
     top_p: Tensor
@@ -86,6 +88,7 @@ def write_token(state: State, logits: Tensor, guided: bool, params: DrawParams) 
         conditional, unconditional = logits.chunk(2)
         logits = guide(conditional, unconditional, state.scale.index_select(0, index))
     drawn = draw(logits, state.uniform.index_select(1, index).squeeze(1), params)[:, None]  # (B, 1)
+    drawn = drawn + state.first.index_select(0, index)
     kept = state.tokens.index_select(1, index)
     state.tokens.index_copy_(1, index, torch.where(state.free.index_select(1, index), drawn, kept))
 
@@ -116,6 +119,7 @@ class DecodeEngine:
             free=torch.ones(batch, length, dtype=torch.bool, device=device),
             uniform=torch.zeros(batch, length, device=device),
             scale=torch.ones(length, device=device),
+            first=torch.arange(length, device=device) % model.config.codebook_depth * model.config.codes,
             place=torch.zeros((), dtype=torch.long, device=device),
             temperature=torch.ones((), device=device),
             top_p=torch.ones((), device=device),

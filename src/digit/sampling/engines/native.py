@@ -157,17 +157,19 @@ class NativeEngine(DecodeEngine):
         super().__init__(model, batch, guided)
         self.step, self.setup_seconds = step, seconds
 
-    def decode_one_token(self, _model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
+    def decode_one_token(self, model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
         """Draw token ``index``."""
         token = self.state.tokens[:, index - 1]  # (B,)
         cache, token = (self.cache, torch.cat([token, token])) if guided else (self._with_labels, token)
-        self._write(self.step.step(cache, token, index - 1), index, guided, params)
+        logits = self.step.step(cache, token, index - 1)[:, None]
+        self._write(model.of_depth(logits, self.state.place.view(1))[:, 0], index, guided, params)
         self.state.place.add_(1)
 
     def _write(self, logits: Tensor, index: int, guided: bool, params: DrawParams) -> None:
         state = self.state
         logits, unguided = logits.chunk(2) if guided else (logits, None)  # (B, V)
         drawn = fast_draw(logits, state.uniform[:, index], params, unguided, float(state.scale[index]))  # (B,)
+        drawn += state.first[index]
         state.tokens[:, index] = torch.where(state.free[:, index], drawn, state.tokens[:, index])
 
 
