@@ -44,6 +44,7 @@ def loud(
     scale=1.0,
     dtype=torch.float32,
     state_space=None,
+    codebook_depth=1,
     **transformer,
 ) -> TokenModel:
     """A token model of large random weights, biases and norms too: predictions are far from uniform."""
@@ -51,6 +52,7 @@ def loud(
     if prefix:
         values |= {"prefix_vocab_size": 9, "prefix_length": prefix}
     shape = {"dim": 32, "depth": 2, "heads": 4, "causal": role != "masked", **transformer}
+    values |= {"codebook_depth": codebook_depth}
     values |= {"state_space": state_space} if state_space else {"transformer": shape}
     torch.manual_seed(0)
     model = TokenModel(from_dict(TokenModelConfig, values, "loud")).eval().requires_grad_(False)

@@ -20,6 +20,7 @@ KINDS = {
     "prior": {},
     "ar": {"role": "ar", "prefix": 6},
     "masked": {"role": "masked", "prefix": 6},
+    "residual prior": {"codebook_depth": 3},
     "state-space prior": {"state_space": STATES},
     "state-space ar": {"role": "ar", "prefix": 6, "state_space": STATES},
 }
@@ -42,7 +43,7 @@ def without_cache(model, batch, settings, labels, prefix, given=None, mask=None)
         logits = model(tokens, labels, prefix)[:, -1]
         if scale != 1:
             logits = guide(logits, model(tokens, torch.full_like(labels, NO_LABEL), prefix)[:, -1], scale)
-        new = draw(logits, u[:, i], settings)
+        new = draw(logits, u[:, i], settings) + i % model.config.codebook_depth * model.config.codes
         if given is not None and i < given.shape[1]:
             new = given[:, i] if mask is None else torch.where(mask[:, i], new, given[:, i])
         tokens = torch.cat([tokens, new[:, None]], 1)
@@ -241,6 +242,17 @@ def test_callbacks_see_every_token(tiny):
     assert [n for n, _ in seen] == list(range(1, 13))
     for n, tokens in seen:
         assert torch.equal(tokens[:, :n], out[:, :n])
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["C++", "PyTorch"])
+def test_no_token_is_ever_of_a_wrong_depth(tiny, native):
+    for shape in ({}, {"state_space": STATES}):
+        model = tiny(codebook_depth=3, **shape)
+        accelerate(model, native=native)
+        for settings in (SamplingParams(temperature=math.inf), SamplingParams(temperature=math.inf, cfg_scale=5.0)):
+            out = sample(model, range(200), 0, settings, torch.arange(200) % 4)  # (200, 12)
+            assert torch.equal(out // 8, (torch.arange(12) % 3).expand(200, -1))
+            assert len(out.unique()) == 24
 
 
 def test_no_value_is_ever_outside_the_vocabulary(tiny):
