@@ -17,6 +17,7 @@ from digit.evaluation.model_source import image_batches
 from digit.models.feedforward import FeedForwardDecoder
 from digit.models.token_model import TokenModel
 from digit.pipeline.editing import continue_rows, edit_region
+from digit.training.auxiliary import neighbours
 from digit.training.build import build_task
 from digit.training.logs import read_metrics
 from digit.training.loop import train
@@ -86,6 +87,13 @@ def test_validation_asks_the_right_depth(cache: TokenCache) -> None:
     task, _ = build_task("prior", load_preset("cifar10-tiny-prior", [*SMALL, *SHORT]), cache.folder, "test")
     task.modules.eval()
     assert task.validate()["perplexity"] == pytest.approx(K, rel=0.05)
+
+
+def test_neighbours_are_of_the_same_depth(parts: DigitPipeline) -> None:
+    found = neighbours(parts.codebook.centroids, 3, DEPTH)  # (16, 3)
+    assert torch.equal(found // K, torch.arange(2 * K)[:, None].expand(-1, 3) // K)
+    first = torch.cdist(parts.codebook.tables[1], parts.codebook.tables[1]).fill_diagonal_(torch.inf).argmin(1)
+    assert torch.equal(found[K:, 0] - K, first)
 
 
 def test_refusals(cache: TokenCache) -> None:

@@ -222,12 +222,12 @@ def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
     branch = tree.add(f"[bold]memory for sampling[/] {images} at a time, beside what PyTorch itself takes, about")
     for name, item in (("float32", 4), ("bfloat16", 2)):
         m = sampling_memory(parts, batch, item)
-        kinds = {"key-value cache": m.caches, "activations of pixels": m.pixels}
+        kinds = {"cache": m.caches, "activations of pixels": m.pixels}
         terms = [f"{what} {_size(count)}" for what, count in kinds.items() if count]
         larger = f" + the larger of {' and '.join(terms)}" if len(terms) > 1 else "".join(f" + {t}" for t in terms)
         branch.add(f"{name}: {_size(m.total)} = weights {_size(m.weights)}{larger}")
     if any(part.type == "TokenModel" and part.typed_config().can_guide for part in parts):
-        branch.add("with guidance: twice the prior's key-value cache")
+        branch.add("with guidance: twice the prior's cache")
 
 
 def matching_preset(part: Part) -> str | None:

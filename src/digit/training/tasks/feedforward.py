@@ -167,7 +167,7 @@ class OnePassTask(ImageTask):
             )
         self.near: Tensor | None = None
         if objective.prefix_noise:
-            self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours)  # (K, m)
+            self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours, tokenizer.depth)  # (K, m)
 
     def to_device(self, device: str) -> None:
         """Move the networks, those that only serve too."""
