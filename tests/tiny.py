@@ -36,13 +36,24 @@ def token_model(role: str = "prior", seed: int = 0, **changes) -> TokenModel:
 
 
 def loud(
-    role="prior", prefix=0, classes=4, vocab=24, length=12, scale=1.0, dtype=torch.float32, **transformer
+    role="prior",
+    prefix=0,
+    classes=4,
+    vocab=24,
+    length=12,
+    scale=1.0,
+    dtype=torch.float32,
+    state_space=None,
+    codebook_depth=1,
+    **transformer,
 ) -> TokenModel:
     """A token model of large random weights, biases and norms too: predictions are far from uniform."""
     values = {"role": role, "vocab_size": vocab, "length": length, "num_classes": classes, "embedding_scale": scale}
     if prefix:
         values |= {"prefix_vocab_size": 9, "prefix_length": prefix}
-    values["transformer"] = {"dim": 32, "depth": 2, "heads": 4, "causal": role != "masked", **transformer}
+    shape = {"dim": 32, "depth": 2, "heads": 4, "causal": role != "masked", **transformer}
+    values |= {"codebook_depth": codebook_depth}
+    values |= {"state_space": state_space} if state_space else {"transformer": shape}
     torch.manual_seed(0)
     model = TokenModel(from_dict(TokenModelConfig, values, "loud")).eval().requires_grad_(False)
     for p in model.parameters():

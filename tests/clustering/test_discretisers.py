@@ -13,6 +13,7 @@ import tiny
 from digit.cli.train import fit_codebook as command
 from digit.clustering.discretisers import Discretisation, Spherical, fsq_levels, moments
 from digit.clustering.kmeans import KMeans, fit_codebook
+from digit.clustering.patches import build_atlas
 from digit.clustering.streams import Points, Vectors
 from digit.core.errors import DigitError
 from digit.data.dataset import open_dataset
@@ -170,13 +171,19 @@ def test_fitted_from_images(mode, encoder, images, features, tmp_path):
     assert facts["inertia"] == pytest.approx(inertia, rel=0.02)
 
 
-def test_residual_tokens_are_refused_where_a_prior_would_read_them(encoder):
+def test_residual_tokens_lie_side_by_side_in_ranges_of_their_own(encoder, images, tmp_path):
     book = Codebook.from_centroids(torch.randn(2 * tiny.CLUSTERS, 16), depth=2)
     pipe = DigitPipeline(encoder=encoder, codebook=book)
-    with pytest.raises(DigitError, match=r"2 residual tokens a place, which no prior predicts yet.*evaluate tokens"):
-        _ = pipe.tokenizer
-    with pytest.raises(DigitError, match="several residual tokens a place, which no prior predicts yet"):
+    rows, columns = encoder.grid
+    assert (pipe.tokenizer.grid, pipe.tokenizer.vocab_size) == ((rows, 2 * columns), 2 * tiny.CLUSTERS)
+    tokens = pipe.tokenizer.encode(images[:3])  # (3, 2 N)
+    apart = tokens.view(3, rows * columns, 2)
+    assert torch.equal(apart - torch.tensor([0, tiny.CLUSTERS]), book.assign(encoder(images[:3])))
+    torch.testing.assert_close(book.centroids[apart].sum(2), book.lookup(book.assign(encoder(images[:3]))))
+    with pytest.raises(DigitError, match="tokens a place is 2 in the codebook and 1 in the prior"):
         pipe.with_parts(prior=tiny.token_model("prior"))
+    with pytest.raises(DigitError, match="stand for one place together"):
+        build_atlas(pipe.tokenizer, [images[:2]], tmp_path / "patches")
 
 
 def test_refusals(vectors):

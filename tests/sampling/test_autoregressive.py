@@ -9,13 +9,22 @@ from scipy.stats import chisquare
 from digit.core.errors import DigitError
 from digit.models.token_model import NO_LABEL
 from digit.sampling import SamplingParams, sample
-from digit.sampling.engines.acceleration import engine_cache, release
+from digit.sampling.engines.acceleration import accelerate, engine_cache, engine_name, release
 from digit.sampling.logits import draw, guide, kept_probabilities, scales
 from digit.sampling.rng import uniforms
 
 PLAIN = SamplingParams(top_k=10)
 GUIDED = SamplingParams(top_k=10, cfg_scale=3.0)
-KINDS = {"prior": {}, "ar": {"prefix": 6}, "masked": {"prefix": 6}}
+STATES = {"dim": 32, "depth": 2, "state_dim": 8, "head_dim": 16}
+KINDS = {
+    "prior": {},
+    "ar": {"role": "ar", "prefix": 6},
+    "masked": {"role": "masked", "prefix": 6},
+    "residual prior": {"codebook_depth": 3},
+    "state-space prior": {"state_space": STATES},
+    "state-space ar": {"role": "ar", "prefix": 6, "state_space": STATES},
+}
+IN_ORDER = [kind for kind in KINDS if kind != "masked"]
 
 
 def inputs(model, batch):
@@ -34,14 +43,14 @@ def without_cache(model, batch, settings, labels, prefix, given=None, mask=None)
         logits = model(tokens, labels, prefix)[:, -1]
         if scale != 1:
             logits = guide(logits, model(tokens, torch.full_like(labels, NO_LABEL), prefix)[:, -1], scale)
-        new = draw(logits, u[:, i], settings)
+        new = draw(logits, u[:, i], settings) + i % model.config.codebook_depth * model.config.codes
         if given is not None and i < given.shape[1]:
             new = given[:, i] if mask is None else torch.where(mask[:, i], new, given[:, i])
         tokens = torch.cat([tokens, new[:, None]], 1)
     return tokens
 
 
-@pytest.mark.parametrize("role", ["prior", "ar"])
+@pytest.mark.parametrize("kind", IN_ORDER)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -57,18 +66,18 @@ def without_cache(model, batch, settings, labels, prefix, given=None, mask=None)
     ],
     ids=str,
 )
-def test_the_cache_changes_nothing(tiny, role, settings):
-    model = tiny(role, **KINDS[role])
+def test_the_cache_changes_nothing(tiny, kind, settings):
+    model = tiny(**KINDS[kind])
     labels, prefix = inputs(model, 5)
     assert torch.equal(
         sample(model, range(5), 0, settings, labels, prefix), without_cache(model, 5, settings, labels, prefix)
     )
 
 
-@pytest.mark.parametrize("role", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("settings", [PLAIN, GUIDED], ids=["plain", "guided"])
-def test_an_image_is_the_same_in_any_batch(tiny, role, settings):
-    model = tiny(role, **KINDS[role])
+def test_an_image_is_the_same_in_any_batch(tiny, kind, settings):
+    model = tiny(**KINDS[kind])
     labels, prefix = inputs(model, 64)
 
     def run(numbers):
@@ -84,10 +93,10 @@ def test_an_image_is_the_same_in_any_batch(tiny, role, settings):
 
 
 @pytest.mark.parametrize("settings", [PLAIN, GUIDED, SamplingParams(cfg_scale=2.5, cfg_interval=(0.6, 1.0))], ids=str)
-@pytest.mark.parametrize("role", ["prior", "ar"])
+@pytest.mark.parametrize("kind", IN_ORDER)
 @pytest.mark.parametrize("n", [1, 5, 11, 12])
-def test_first_tokens_are_kept(tiny, role, settings, n):
-    model = tiny(role, **KINDS[role])
+def test_first_tokens_are_kept(tiny, kind, settings, n):
+    model = tiny(**KINDS[kind])
     labels, prefix = inputs(model, 3)
     given = torch.randint(24, (3, n), generator=torch.Generator().manual_seed(3))
     out = sample(model, range(3), 0, settings, labels, prefix, given)
@@ -95,9 +104,10 @@ def test_first_tokens_are_kept(tiny, role, settings, n):
     assert torch.equal(out, without_cache(model, 3, settings, labels, prefix, given))
 
 
+@pytest.mark.parametrize("kind", ["prior", "state-space prior"])
 @pytest.mark.parametrize("settings", [PLAIN, GUIDED], ids=["plain", "guided"])
-def test_tokens_outside_the_mask_are_forced(tiny, settings):
-    model = tiny()
+def test_tokens_outside_the_mask_are_forced(tiny, kind, settings):
+    model = tiny(**KINDS[kind])
     labels, _ = inputs(model, 4)
     g = torch.Generator().manual_seed(3)
     given, mask = torch.randint(24, (4, 12), generator=g), torch.rand(4, 12, generator=g) < 0.5
@@ -117,6 +127,18 @@ def test_the_unguided_half_is_not_computed_where_the_scale_is_one(tiny, monkeypa
     )
     sample(model, range(3), 0, SamplingParams(cfg_scale=2, cfg_interval=(0.5, 0.8)), torch.tensor([0, 1, 2]))
     assert rows == [3] * 5 + [6] * 4 + [3] * 2
+
+
+@pytest.mark.parametrize("seeds", [0, [3, 3, 9]], ids=["of the run", "of each image"])
+def test_a_state_space_model_runs_plain_whatever_was_chosen(tiny, seeds):
+    model = tiny(**KINDS["state-space prior"])
+    plain = sample(model, range(3), seeds, GUIDED, torch.tensor([0, 1, 2]))
+    accelerate(model, compile=True)
+    assert torch.equal(sample(model, range(3), seeds, GUIDED, torch.tensor([0, 1, 2])), plain)
+    assert engine_name(model) == "plain"
+    if isinstance(seeds, list):
+        alone = sample(model, [1], [3], GUIDED, torch.tensor([1]))
+        assert torch.equal(alone, plain[[1]])
 
 
 def test_a_semantic_prefix_is_computed_once_for_both_halves(tiny, monkeypatch):
@@ -220,6 +242,17 @@ def test_callbacks_see_every_token(tiny):
     assert [n for n, _ in seen] == list(range(1, 13))
     for n, tokens in seen:
         assert torch.equal(tokens[:, :n], out[:, :n])
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["C++", "PyTorch"])
+def test_no_token_is_ever_of_a_wrong_depth(tiny, native):
+    for shape in ({}, {"state_space": STATES}):
+        model = tiny(codebook_depth=3, **shape)
+        accelerate(model, native=native)
+        for settings in (SamplingParams(temperature=math.inf), SamplingParams(temperature=math.inf, cfg_scale=5.0)):
+            out = sample(model, range(200), 0, settings, torch.arange(200) % 4)  # (200, 12)
+            assert torch.equal(out // 8, (torch.arange(12) % 3).expand(200, -1))
+            assert len(out.unique()) == 24
 
 
 def test_no_value_is_ever_outside_the_vocabulary(tiny):

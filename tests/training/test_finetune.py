@@ -194,3 +194,27 @@ def test_priors_of_other_roles_are_found_in_a_whole_model(token_cache: TokenCach
     assert all(torch.equal(expected[name], found[name]) for name in found)
     with pytest.raises(DigitError, match=f"is a model of role '{role}'; the preset trains one of role 'prior'"):
         build(token_cache, "cifar10-tiny-prior", FineTune(source=str(tmp_path / "model")))
+
+
+def test_a_state_space_prior_is_fine_tuned_too(token_cache: TokenCache, tmp_path: Path) -> None:
+    shape = ["model.transformer=null", "model.state_space={dim: 32, depth: 2, state_dim: 8, head_dim: 16}"]
+    values = load_preset("cifar10-tiny-prior-cond", ["training.steps=30", "training.warmup_steps=5", *shape])
+    values["training"] |= {"batch_size": 16, "log_every": 1}
+    task, config = build_task("prior", values, token_cache.folder, "test")
+    folder = train(task, config, tmp_path / "first", device="cpu", show=False)
+    old = read_metrics(tmp_path / "first")
+    losses = [line["loss"] for line in old if "loss" in line]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    start = FineTune(source=str(folder), lora=2)
+    task, _ = build_task("prior", values, token_cache.folder, "test", start=start)
+    task.modules.eval()
+    assert task.validate()["nll"] == pytest.approx(old[-1]["validation/nll"], rel=1e-6)
+    moving = {name for name, p in task.model.named_parameters() if p.requires_grad}
+    assert any(name.startswith("state_space.blocks.0.inner") for name in moving)
+    assert merged(task.model).config == load_component(folder, TokenModel).config
+    start = FineTune(source=str(folder), freeze=("embeddings", "head", "blocks:1"))
+    values["model"]["state_space"]["dropout"] = 0.5
+    task, _ = build_task("prior", values, token_cache.folder, "test", start=start)
+    assert task.model.config.state_space.dropout == 0.5
+    assert not any(p.requires_grad for p in task.model.backbone.blocks[0].parameters())
+    assert not task.model.backbone.norm.weight.requires_grad

@@ -7,6 +7,17 @@ import tiny
 from digit.training.speed import forward_flops, measured_flops, peak_flops, token_model_in
 
 
+def test_flops_of_a_state_space_model_are_what_torch_counts() -> None:
+    shape = {"dim": 32, "depth": 2, "state_dim": 12, "head_dim": 16}
+    model = tiny.token_model("prior", transformer=None, state_space=shape)
+    config, length = model.config, model.config.length
+    with FlopCounterMode(display=False) as counter:
+        model.loss(torch.zeros(3, length, dtype=torch.long))
+    c = config.state_space
+    thrown_away = length * c.depth * length * (c.state_dim + c.inner_dim)  # the masked half, as of attention
+    assert 3 * (forward_flops(config) + thrown_away) == counter.get_total_flops()
+
+
 @pytest.mark.parametrize("role", ["prior", "ar", "masked", "random"])
 def test_flops_are_what_torch_counts(role: str) -> None:
     model = tiny.token_model(role)

@@ -77,8 +77,8 @@ def fit_codebook(
     kind: Annotated[
         Literal["kmeans", "spherical", "pca", "residual", "fsq"],
         typer.Option(
-            help="k-means; of directions; in the space of principal components; of residuals, several tokens a place, which "
-            "no prior predicts yet; or a grid of at most --clusters points over few components (FSQ)."
+            help="k-means; of directions; in the space of principal components; of residuals, several tokens a place; "
+            "or a grid of at most --clusters points over few components (FSQ)."
         ),
     ] = "kmeans",
     pca: Annotated[

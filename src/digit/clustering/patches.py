@@ -80,6 +80,8 @@ def build_atlas(
     Raises:
         DigitError: no images, or ``each`` below 1.
     """
+    if tokenizer.depth > 1:
+        raise DigitError("Patches show what a token looks like; several residual tokens stand for one place together.")
     if each < 1:
         raise DigitError(f"{each} patches a cluster were asked for; expected at least 1.")
     clusters, (rows, columns) = tokenizer.vocab_size, tokenizer.grid

@@ -45,6 +45,8 @@ def convert_rae(source: str | Path, encoder: Any, codebook: Codebook) -> RAEDeco
             f"diffusers {diffusers.__version__} cannot read {name} as an AutoencoderRAE: {reason}"
         ) from error
     _check_facts(name, model, encoder, codebook)
+    if codebook.config.depth > 1:
+        raise DigitError(f"The codebook has {codebook.config.depth} tokens a place; an RAE's decoder reads one.")
     norm: Any = encoder.network.get_submodule(final_norm_name(encoder.network))
     gain, offset = norm.weight.cpu(), norm.bias.cpu()
     _check_features(name, model, encoder, gain, offset)

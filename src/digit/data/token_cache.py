@@ -90,10 +90,12 @@ class TokenSpace:
     Attributes:
         vocab_size: ids are 0..vocab_size-1.
         grid: (rows, columns) of an image's tokens.
+        depth: tokens a place; more than 1 of a residual codebook.
     """
 
     vocab_size: int
     grid: tuple[int, int]
+    depth: int = 1
 
     @property
     def length(self) -> int:
@@ -120,7 +122,8 @@ class TokenCache:
 
     def __init__(self, folder: Path, info: Mapping[str, Any]) -> None:
         self.folder, self.info = folder, info
-        self.spaces = {kind: TokenSpace(v["vocab_size"], tuple(v["grid"])) for kind, v in info["tokens"].items()}
+        spaces = info["tokens"].items()
+        self.spaces = {k: TokenSpace(v["vocab_size"], tuple(v["grid"]), v.get("depth", 1)) for k, v in spaces}
         self.views: list[str] = info["views"]["names"]
         self.classes: list[str] = info["classes"]
         self.shards = _shard_folders(folder, len(self), info["shard_size"])
@@ -323,7 +326,10 @@ def _describe(model: DigitPipeline, dataset: ImageDataset, views: Views, shard_s
         "classes": list(dataset.classes),
         "image_size": sizes[0],
         "views": {**to_dict(views), "names": views.names},
-        "tokens": {kind: {"vocab_size": t.vocab_size, "grid": list(t.grid)} for kind, t in tokenizers.items()},
+        "tokens": {
+            kind: {"vocab_size": t.vocab_size, "grid": list(t.grid)} | ({"depth": t.depth} if t.depth > 1 else {})
+            for kind, t in tokenizers.items()
+        },
         # weights alone do not say how images are prepared for them
         "models": {"weights": model.fingerprint(), "encoder": to_dict(settings) if settings is not None else None},
         "shard_size": shard_size,

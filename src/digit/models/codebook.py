@@ -124,6 +124,16 @@ class Codebook(Component):
                 f"a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions {fitted}"
             )
 
+    def tokens(self, features: Float[Tensor, "B N D"]) -> Int[Tensor, "B n"]:
+        """What a prior reads, n = d N ids in [0, d K): place by place, and at a place depth by depth. Those of depth j begin
+        at j K, as the centroids do.
+        """
+        ids = self.assign(features)
+        if self.config.depth == 1:
+            return ids
+        first = torch.arange(0, len(self.centroids), self.config.clusters, device=ids.device)  # (d,)
+        return (ids + first).flatten(1)
+
     @property
     def tables(self) -> Float[Tensor, "d K D"]:
         """The centroids of each depth."""

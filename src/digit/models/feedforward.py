@@ -75,10 +75,11 @@ class FeedForwardConfig:
 
     Attributes:
         prefix_vocab_size: K, the semantic vocabulary.
-        grid: (rows, columns) of the semantic tokens.
+        grid: (rows, columns) of the places of semantic tokens.
+        codebook_depth: tokens a place, d, side by side, whose vectors are added; more than 1 with a residual codebook.
         head: "pixels" or "vq"; see the module.
         pixels: shape of the head "pixels"; None otherwise.
-        vocab_size: V, codes of the VQGAN, for the head "vq"; 0 otherwise. There are as many VQ tokens as semantic ones.
+        vocab_size: V, codes of the VQGAN, for the head "vq"; 0 otherwise. There are as many VQ tokens as places.
         noise_dim: length of the noise vector; 0 for a decoder that always gives the same image.
         local_noise: numbers that every place makes of the noise vector with weights of its own, so that equal tokens
             side by side need not become equal patches; 0 tells all places the same.
@@ -89,6 +90,7 @@ class FeedForwardConfig:
     role: Literal["onepass"] = "onepass"
     prefix_vocab_size: PositiveInt
     grid: tuple[PositiveInt, PositiveInt]
+    codebook_depth: PositiveInt = 1
     head: Literal["pixels", "vq"] = "pixels"
     pixels: PixelHeadConfig | None = None
     vocab_size: NonNegativeInt = 0
@@ -115,13 +117,13 @@ class FeedForwardConfig:
 
     @property
     def prefix_length(self) -> int:
-        """Semantic tokens an image, N."""
-        return self.grid[0] * self.grid[1]
+        """Semantic tokens an image."""
+        return self.length * self.codebook_depth
 
     @property
     def length(self) -> int:
-        """VQ tokens an image, for the head "vq"."""
-        return self.prefix_length
+        """Places N, and so VQ tokens an image for the head "vq"."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def resolution(self) -> int:
@@ -210,13 +212,13 @@ class FeedForwardDecoder(Component):
         super().__init__(config)
         dim = config.transformer.dim
         self.token_embedding = nn.Embedding(config.prefix_vocab_size, dim)
-        self.position_embedding = nn.Embedding(config.prefix_length, dim)
+        self.position_embedding = nn.Embedding(config.length, dim)
         self.start = nn.Parameter(torch.zeros(dim))  # added everywhere where there is no class
         self.class_embedding = nn.Embedding(config.num_classes, dim) if config.num_classes else None
         self.noise_embedding = nn.Linear(config.noise_dim, dim, bias=False) if config.noise_dim else None
         self.places = self.place_embedding = None
         if config.noise_dim and config.local_noise:
-            self.places = nn.Linear(config.noise_dim, config.prefix_length * config.local_noise, bias=False)
+            self.places = nn.Linear(config.noise_dim, config.length * config.local_noise, bias=False)
             self.place_embedding = nn.Linear(config.local_noise, dim, bias=False)
         self.transformer = Transformer(config.transformer)
         init_weights(self)
@@ -270,9 +272,10 @@ class FeedForwardDecoder(Component):
                 raise DigitError("Class labels were given to a feed-forward decoder without classes; leave them out.")
         if noise is not None and self.noise_embedding is not None:
             everywhere = everywhere + self.noise_embedding(noise)
-        x: Tensor = self.token_embedding(tokens) + self.position_embedding.weight + everywhere[:, None]
+        x: Tensor = self.token_embedding(tokens).unflatten(1, (c.length, c.codebook_depth)).sum(2)  # (B, N, D)
+        x = x + self.position_embedding.weight + everywhere[:, None]
         if noise is not None and self.places is not None and self.place_embedding is not None:
-            x = x + self.place_embedding(self.places(noise).unflatten(1, (c.prefix_length, c.local_noise)))  # (B, N, D)
+            x = x + self.place_embedding(self.places(noise).unflatten(1, (c.length, c.local_noise)))  # (B, N, D)
         return x
 
 

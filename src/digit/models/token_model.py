@@ -20,6 +20,9 @@ guidance *is* the start vector: dropping a label in training (``class_dropout``)
 Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; Chang et al. 2022, arXiv
 2202.04200 (MaskGIT); Ho & Salimans 2022, arXiv 2207.12598 (label dropout); Pang et al. 2024, arXiv 2412.01827 (RandAR:
 position instructions; here with learned absolute positions, where theirs are rotary).
+
+Between embeddings and head stands a transformer, or, for the causal roles in raster order, a state-space model
+(:mod:`digit.models.state_space`).
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from torch import Tensor, nn
 from digit.core.config import NonNegativeInt, PositiveInt, Probability, config
 from digit.core.errors import DigitError
 from digit.models.component import Component
+from digit.models.state_space import StateCache, StateSpace, StateSpaceConfig, init_as_mamba
 from digit.models.transformer import KVCache, Transformer, TransformerConfig, init_as_fairseq, init_weights
 
 NO_LABEL = -1
@@ -48,6 +52,8 @@ Mask = Bool[Tensor, "B n"] | None
 """True where a token is hidden, or is to be sampled."""
 Order = Int[Tensor, "B m"] | None
 """Places in the order of their tokens, for role "random"; None is row by row."""
+Cache = KVCache | StateCache
+"""What sampling keeps of the tokens so far."""
 
 
 @config
@@ -56,7 +62,10 @@ class TokenModelConfig:
 
     Attributes:
         role: see the module's table. It fixes ``transformer.causal``.
-        vocab_size: how many ids it predicts (K for a prior over semantic tokens, V over VQ tokens).
+        vocab_size: how many ids there are (K for a prior over semantic tokens, V over VQ tokens).
+        codebook_depth: tokens a place, d; more than 1 for a prior over the tokens of a residual codebook. Token i is then one
+            of the vocab_size / d ids of depth i mod d, which alone have logits. Lee et al. 2022, arXiv 2203.01941, predict
+            them in this order too, with a small network of its own for the depths; here they are one sequence.
         length: tokens an image (256 for 16 x 16).
         prefix_vocab_size, prefix_length: vocabulary and number of the semantic tokens in front; 0 for none.
         num_classes: 0 for an unconditional model.
@@ -67,10 +76,12 @@ class TokenModelConfig:
         init: how random weights are drawn. "normal", the default, is GPT-2's: std 0.02, tables that are scaled
             1 / sqrt(dim); all packaged models began so. "authors" is fairseq's, for runs to be compared with the paper's:
             std 1 / sqrt(dim) for every table and the head, see :func:`~digit.models.transformer.init_as_fairseq`.
+        transformer, state_space: the network between embeddings and head, one of the two.
     """
 
     role: Literal["prior", "ar", "masked", "random"]
     vocab_size: PositiveInt
+    codebook_depth: PositiveInt = 1
     length: PositiveInt
     prefix_vocab_size: NonNegativeInt = 0
     prefix_length: NonNegativeInt = 0
@@ -79,15 +90,42 @@ class TokenModelConfig:
     embedding_scale: float = 1.0
     label_smoothing: Probability = 0.0
     init: Literal["normal", "authors"] = "normal"
-    transformer: TransformerConfig
+    transformer: TransformerConfig | None = None
+    state_space: StateSpaceConfig | None = None
 
     def __post_init__(self) -> None:
         if (self.prefix_vocab_size == 0) != (self.prefix_length == 0):
             raise ValueError("prefix_vocab_size and prefix_length go together: both 0, or both positive")
-        if self.transformer.causal == (self.role == "masked"):
+        if (self.transformer is None) == (self.state_space is None):
+            raise ValueError("expected either transformer or state_space, and null for the other")
+        if self.state_space is not None and (self.role not in ("prior", "ar") or self.init != "normal"):
+            raise ValueError(
+                f"a state-space model reads row by row; expected role prior or ar, and init normal, not role '{self.role}' and "
+                f"init '{self.init}'"
+            )
+        if self.transformer is not None and self.transformer.causal == (self.role == "masked"):
             raise ValueError(f"role '{self.role}' needs transformer.causal = {self.role != 'masked'}")
         if self.role == "random" and self.prefix_length:
             raise ValueError("role 'random' is for priors; expected prefix_length = 0")
+
+        if self.codebook_depth > 1 and self.role != "prior":
+            raise ValueError(
+                f"tokens of a residual codebook are predicted in order; expected role prior, not '{self.role}'"
+            )
+        if self.vocab_size % self.codebook_depth or self.length % self.codebook_depth:
+            raise ValueError(f"codebook_depth={self.codebook_depth} does not divide vocab_size and length")
+
+    @property
+    def codes(self) -> int:
+        """Ids of one depth, V: as many logits has a token."""
+        return self.vocab_size // self.codebook_depth
+
+    @property
+    def backbone(self) -> TransformerConfig | StateSpaceConfig:
+        """The network between embeddings and head."""
+        found = self.transformer or self.state_space
+        assert found is not None
+        return found
 
     @property
     def head(self) -> str:
@@ -101,22 +139,24 @@ class TokenModelConfig:
 
     def describe(self) -> str:
         """Its shape in a line."""
-        t = self.transformer
+        norm = f", {self.transformer.norm}-norm" if self.transformer else ""
         classes = f"; {self.num_classes:,} classes" if self.num_classes else ""
         guidance = "" if not self.num_classes else " with guidance" if self.can_guide else ", no guidance"
         prefix = f" from {self.prefix_length} of {self.prefix_vocab_size:,}" if self.prefix_length else ""
-        return f"{t.describe()}, {t.norm}-norm; {self.length} tokens of {self.vocab_size:,}{prefix}{classes}{guidance}"
+        depth = f" in {self.codebook_depth} depths" if self.codebook_depth > 1 else ""
+        tokens = f"{self.length} tokens of {self.vocab_size:,}{depth}{prefix}"
+        return f"{self.backbone.describe()}{norm}; {tokens}{classes}{guidance}"
 
 
 class TokenModel(Component):
-    """Embeddings, the transformer and the output head. See the module for the layout of a sequence."""
+    """Embeddings, the backbone and the output head. See the module for the layout of a sequence."""
 
     config_class = TokenModelConfig
     config: TokenModelConfig
 
     def __init__(self, config: TokenModelConfig) -> None:
         super().__init__(config)
-        dim = config.transformer.dim
+        dim = config.backbone.dim
         self.token_embedding = nn.Embedding(config.vocab_size, dim)
         self.position_embedding = nn.Embedding(1 + config.length, dim)  # row 0: the start position
         self.start = nn.Parameter(torch.empty(dim))
@@ -125,18 +165,26 @@ class TokenModel(Component):
         self.instruction = nn.Parameter(torch.empty(dim)) if config.role == "random" else None
         self.prefix_embedding = nn.Embedding(config.prefix_vocab_size, dim) if config.prefix_length else None
         self.prefix_position_embedding = nn.Embedding(config.prefix_length, dim) if config.prefix_length else None
-        self.transformer = Transformer(config.transformer)
+        self.transformer = Transformer(config.transformer) if config.transformer else None
+        self.state_space = StateSpace(config.state_space) if config.state_space else None
         self.head = nn.Linear(dim, config.vocab_size, bias=False)
         self._init_weights()
 
+    @property
+    def backbone(self) -> Transformer | StateSpace:
+        """The network between embeddings and head."""
+        found = self.transformer or self.state_space
+        assert found is not None
+        return found
+
     def _init_weights(self) -> None:
-        std = self.config.transformer.dim**-0.5
+        std = self.config.backbone.dim**-0.5
         tables: list[nn.Embedding | nn.Linear | None] = [
             self.token_embedding,
             self.class_embedding,
             self.prefix_embedding,
         ]
-        if self.config.init == "authors":
+        if self.config.init == "authors" and self.transformer is not None:
             init_as_fairseq(self.transformer)
             tables += [self.position_embedding, self.prefix_position_embedding, self.head]
         else:
@@ -145,6 +193,8 @@ class TokenModel(Component):
             # multiplied, with std 0.02 (fairseq: 1 / sqrt(dim)): tokens outweigh positions until training says
             # otherwise. With embedding_scale 1 both have 0.02.
             tables = tables if self.config.embedding_scale != 1.0 else []
+        if self.state_space is not None:
+            init_as_mamba(self.state_space)
         for vector in (self.start, self.mask_vector, self.instruction):
             if vector is not None:
                 nn.init.normal_(vector, std=std if self.config.init == "authors" else 0.02)
@@ -181,7 +231,7 @@ class TokenModel(Component):
     def embed(
         self, tokens: Ids, labels: Labels = None, prefix: Prefix = None, mask: Mask = None, order: Order = None
     ) -> Float[Tensor, "B T D"]:
-        """The transformer's input, T = P + 1 + n, for n <= length tokens; of role "random" T = 2 m."""
+        """The backbone's input, T = P + 1 + n, for n <= length tokens; of role "random" T = 2 m."""
         self._check(tokens, labels, prefix, order)
         if self.instruction is not None:
             order = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens) if order is None else order
@@ -219,17 +269,24 @@ class TokenModel(Component):
         takes an order, logits i are those of token ``order[i]`` from the tokens at ``order[:i]``. Else m = n + 1, place
         i predicts token i from the tokens before it, and the last place stands after all that were given.
         """
-        x = self.transformer(self.embed(tokens, labels, prefix, mask, order))
+        x = self.backbone(self.embed(tokens, labels, prefix, mask, order))
         if self.instruction is not None:
             asked: Tensor = self.head(x[:, 1::2])
             return asked
         skip = self.config.prefix_length + (1 if self.config.role == "masked" else 0)
-        logits: Tensor = self.head(x[:, skip:])
-        return logits
+        return self.of_depth(self.head(x[:, skip:]), torch.arange(x.shape[1] - skip, device=x.device))
+
+    def of_depth(self, logits: Float[Tensor, "B m W"], index: Int[Tensor, " m"]) -> Float[Tensor, "B m V"]:
+        """Of all W = d V logits those of the depth of token number ``index``."""
+        depth = self.config.codebook_depth
+        if depth == 1:
+            return logits
+        apart = logits.view(*logits.shape[:2], depth, self.config.codes)  # (B, m, d, V)
+        return apart[:, torch.arange(len(index), device=index.device), index % depth]
 
     def states(self, tokens: Ids, labels: Labels = None, prefix: Prefix = None) -> list[Tensor]:
         """The embedding and every block's output, L + 1 tensors (B, P + 1 + n, D): the linear probe's features."""
-        return self.transformer.states(self.embed(tokens, labels, prefix))
+        return self.backbone.states(self.embed(tokens, labels, prefix))
 
     def loss(
         self,
@@ -260,7 +317,7 @@ class TokenModel(Component):
             targets = (tokens if order is None else tokens.gather(1, order)).flatten()
         else:
             logits = self(shown[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
-            targets = tokens.flatten()
+            targets = tokens.flatten() % self.config.codes
         return self.score(logits, targets, z_loss)
 
     def score(
@@ -281,15 +338,20 @@ class TokenModel(Component):
         drop = torch.rand(labels.shape, generator=generator, device=labels.device) < self.config.class_dropout
         return torch.where(drop, torch.full_like(labels, NO_LABEL), labels)
 
-    def new_cache(self, batch: int) -> KVCache:
-        """An empty cache for ``batch`` sequences of full length, on the model's device and in its dtype."""
+    def new_cache(self, batch: int, spare: int = 0) -> Cache:
+        """An empty cache for ``batch`` sequences of full length and ``spare`` positions, on the model's device and in its
+        dtype.
+        """
+        if self.config.state_space is not None:
+            return StateCache(self.config.state_space, batch, self.start.device, self.start.dtype)
         # the last token is never an input; of role "random" each has its instruction in front
-        length = self.config.prefix_length + (1 if self.instruction is None else 2) * self.config.length
+        length = self.config.prefix_length + (1 if self.instruction is None else 2) * self.config.length + spare
+        assert self.config.transformer is not None
         return KVCache(self.config.transformer, batch, length, self.start.device, self.start.dtype)
 
     def prefill(
         self,
-        cache: KVCache,
+        cache: Cache,
         batch: int,
         labels: Labels = None,
         prefix: Prefix = None,
@@ -305,26 +367,27 @@ class TokenModel(Component):
             tokens = torch.zeros(batch, 0, dtype=torch.long, device=self.start.device)
         first = self.config.prefix_length if prefix_cached else 0
         x = self._embed_tail(tokens, labels) if prefix_cached else self.embed(tokens, labels, prefix)  # (B, T, D)
+        if not prefix_cached:
+            cache.clear()
         kv_len = first + x.shape[1]
-        x = self.transformer(x, cache, torch.arange(first, kv_len, device=x.device), kv_len)
-        logits: Tensor = self.head(x[:, -1])
-        return logits
+        x = self.backbone(x, cache, torch.arange(first, kv_len, device=x.device), kv_len)
+        logits = self.of_depth(self.head(x[:, -1:]), torch.tensor([tokens.shape[1]], device=x.device))
+        return logits[:, 0]
 
     def step(
-        self, cache: KVCache, token: Int[Tensor, " B"], index: Int[Tensor, ""], kv_len: int | None = None
+        self, cache: Cache, token: Int[Tensor, " B"], index: Int[Tensor, ""], kv_len: int | None = None
     ) -> Float[Tensor, "B V"]:
         """Feed token number ``index``; the logits of token ``index + 1``.
 
         ``kv_len`` is how many positions of the cache are read: at least prefix_length + index + 2; all by default.
         """
         x = self.embed_tokens(token[:, None]) + self.position_embedding(index + 1)  # (B, 1, D)
-        x = self.transformer(x, cache, index + 1 + self.config.prefix_length, kv_len)
-        logits: Tensor = self.head(x[:, -1])
-        return logits
+        x = self.backbone(x, cache, index + 1 + self.config.prefix_length, kv_len)
+        return self.of_depth(self.head(x), (index + 1).view(1))[:, 0]
 
     def query(
         self,
-        cache: KVCache,
+        cache: Cache,
         tokens: Ids,
         order: Int[Tensor, "B m"],
         known: int,
@@ -349,6 +412,6 @@ class TokenModel(Component):
         start = 0 if cached is None else 2 + 2 * cached
         position = torch.cat([slots[start:first], slots[first::2]])  # (t,)
         earlier, own = slots <= position[:, None], slots == position[:, None]  # (t, 2 m)
-        x = self.transformer(x[:, position], cache, position, x.shape[1], earlier & ((slots < first) | own))
+        x = self.backbone(x[:, position], cache, position, x.shape[1], earlier & ((slots < first) | own))
         logits: Tensor = self.head(x[:, known - order.shape[1] :])
         return logits

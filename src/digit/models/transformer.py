@@ -63,6 +63,15 @@ class TransformerConfig:
         blocks, heads = ("" if n == 1 else "s" for n in (self.depth, self.heads))
         return f"{self.depth} block{blocks} of width {self.dim}, {self.heads} head{heads}"
 
+    def flops(self, positions: int) -> int:
+        """FLOPs of the matrix products of a forward pass over so many positions; causal attention counts half."""
+        attention = 4 * positions * self.dim // (2 if self.causal else 1)
+        return positions * self.depth * (8 * self.dim * self.dim + 4 * self.dim * self.hidden_dim + attention)
+
+    def cache_numbers(self, positions: int) -> int:
+        """Numbers that sampling keeps of a sequence: keys and values of every block."""
+        return 2 * self.depth * positions * self.dim
+
 
 class KVCache:
     """Keys and values (B, H, T, d) of every block for at most T positions, allocated once and filled in place."""
@@ -84,6 +93,9 @@ class KVCache:
         view = object.__new__(KVCache)
         view.keys, view.values = [k[start:stop] for k in self.keys], [v[start:stop] for v in self.values]
         return view
+
+    def clear(self) -> None:
+        """Begin new sequences. Nothing is done: no position is read before it is written anew."""
 
     def copy_from(self, other: KVCache, count: int) -> None:
         """Take over the first ``count`` positions of another cache of the same batch."""

@@ -41,8 +41,10 @@ def edit_region(
     region = region.expand(len(images), *region.shape[-2:])  # (B, S, S)
     if not bool(region.any()):
         raise DigitError("The mask marks nothing to sample anew; expected some white pixels.")
-    grid, fine = pipe.prior_tokenizer.grid, pipe.stage2(request.decoder).grid
-    return edit_tokens(pipe, images, cells(region, grid), cells(region, fine), request, callback)
+    tokenizer, fine = pipe.prior_tokenizer, pipe.stage2(request.decoder).grid
+    rows, columns = tokenizer.grid
+    free = cells(region, (rows, columns // tokenizer.depth)).repeat_interleave(tokenizer.depth, 1)  # (B, N)
+    return edit_tokens(pipe, images, free, cells(region, fine), request, callback)
 
 
 def continue_rows(

@@ -159,10 +159,9 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
 
 
 def cache_bytes(model: TokenModelConfig, item: int) -> int:
-    """Keys and values of every block for one image, in bytes; 0 for masked models, which keep none."""
+    """What every block keeps for one image while it is sampled, in bytes; 0 for masked models, which keep nothing."""
     tokens = model.prefix_length + model.length * (2 if model.role == "random" else 1)
-    numbers = 2 * model.transformer.depth * tokens * model.transformer.dim
-    return 0 if model.role == "masked" else numbers * item
+    return 0 if model.role == "masked" else model.backbone.cache_numbers(tokens) * item
 
 
 def model_tree(folder: str | Path, batch: int = 1) -> Tree:
@@ -223,12 +222,12 @@ def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
     branch = tree.add(f"[bold]memory for sampling[/] {images} at a time, beside what PyTorch itself takes, about")
     for name, item in (("float32", 4), ("bfloat16", 2)):
         m = sampling_memory(parts, batch, item)
-        kinds = {"key-value cache": m.caches, "activations of pixels": m.pixels}
+        kinds = {"cache": m.caches, "activations of pixels": m.pixels}
         terms = [f"{what} {_size(count)}" for what, count in kinds.items() if count]
         larger = f" + the larger of {' and '.join(terms)}" if len(terms) > 1 else "".join(f" + {t}" for t in terms)
         branch.add(f"{name}: {_size(m.total)} = weights {_size(m.weights)}{larger}")
     if any(part.type == "TokenModel" and part.typed_config().can_guide for part in parts):
-        branch.add("with guidance: twice the prior's key-value cache")
+        branch.add("with guidance: twice the prior's cache")
 
 
 def matching_preset(part: Part) -> str | None:
@@ -252,9 +251,11 @@ def matching_preset(part: Part) -> str | None:
 def _network(model: TokenModelConfig | FeedForwardConfig) -> Any:
     """The config with the fields of training, which are no part of the network, set to a standard."""
     t = model.transformer
-    shape = dataclasses.replace(t, dropout=0.0, ffn_dim=t.hidden_dim)
-    smoothing: dict[str, Any] = {"label_smoothing": 0.0} if isinstance(model, TokenModelConfig) else {}
-    return dataclasses.replace(model, class_dropout=0.0, transformer=shape, **smoothing)
+    shape: dict[str, Any] = {"transformer": t and dataclasses.replace(t, dropout=0.0, ffn_dim=t.hidden_dim)}
+    if isinstance(model, TokenModelConfig):
+        s = model.state_space
+        shape |= {"label_smoothing": 0.0, "state_space": s and dataclasses.replace(s, dropout=0.0)}
+    return dataclasses.replace(model, class_dropout=0.0, **shape)
 
 
 def _fact(key: str, value: object) -> str:

@@ -88,8 +88,6 @@ class Model:
             self.codebook.check_encoder(self.encoder)
         if self.prior is not None and self.prior.config.prefix_length:
             raise DigitError("A decoder was given as the prior: it expects a semantic prefix.")
-        if self.prior is not None and self.codebook is not None and self.codebook.config.depth > 1:
-            raise DigitError("The codebook has several residual tokens a place, which no prior predicts yet.")
         if alone := [kind for kind, decoder in self.decoders.items() if not decoder.config.prefix_length]:
             raise DigitError(f"The decoder '{alone[0]}' is none: it reads no semantic tokens, as a prior does.")
         said: dict[str, tuple[str, int]] = {}
@@ -105,14 +103,17 @@ class Model:
     def _sizes(self) -> Iterator[tuple[str, str, int]]:
         """Vocabularies and lengths: what it is, the component, its size."""
         semantic = ("the number of semantic tokens K", "semantic tokens an image N")
-        vq = ("the number of VQ codes V", "VQ tokens an image M")
+        vq, depth = ("the number of VQ codes V", "VQ tokens an image M"), "the number of semantic tokens a place"
         if self.codebook is not None:
-            yield semantic[0], "codebook", self.codebook.config.clusters
+            yield depth, "codebook", self.codebook.config.depth
+            yield semantic[0], "codebook", len(self.codebook.centroids)
         if self.vqgan is not None:
             yield vq[0], "vqgan", self.vqgan.config.codes
             yield vq[1], "vqgan", self.vqgan.num_tokens
         if self.prior is not None:
             vocabulary, length = semantic if self.space == "semantic" else vq
+            if self.space == "semantic":
+                yield depth, "prior", self.prior.config.codebook_depth
             yield vocabulary, "prior", self.prior.config.vocab_size
             yield length, "prior", self.prior.config.length
         for kind, decoder in self.decoders.items():

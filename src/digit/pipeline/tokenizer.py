@@ -30,12 +30,14 @@ class Tokenizer:
 
     Attributes:
         image_size: side S of the square images it takes.
-        grid: (rows, columns) of the tokens of an image; N = rows * columns.
+        grid: (rows, columns) of the tokens of an image; N = rows * columns. Several tokens of a place lie side by side.
+        depth: tokens a place; more than 1 with a residual codebook.
         vocab_size: ids are 0..vocab_size-1.
     """
 
-    def __init__(self, image_size: int, grid: tuple[int, int], vocab_size: int) -> None:
-        self.image_size, self.grid, self.vocab_size = image_size, grid, vocab_size
+    def __init__(self, image_size: int, grid: tuple[int, int], vocab_size: int, depth: int = 1) -> None:
+        self.image_size, self.vocab_size, self.depth = image_size, depth * vocab_size, depth
+        self.grid = grid[0], depth * grid[1]
 
     @property
     def num_tokens(self) -> int:
@@ -60,12 +62,8 @@ class SemanticTokenizer(Tokenizer):
 
     def __init__(self, encoder: Encoder, codebook: Codebook) -> None:
         codebook.check_encoder(encoder)
-        if codebook.config.depth > 1:
-            raise DigitError(
-                f"This codebook has {codebook.config.depth} residual tokens a place, which no prior predicts yet, so no token "
-                "file or cache holds them. It can be measured with: digit evaluate tokens"
-            )
-        super().__init__(encoder.preprocessing.image_size, encoder.grid, codebook.config.clusters)
+        config = codebook.config
+        super().__init__(encoder.preprocessing.image_size, encoder.grid, config.clusters, config.depth)
         self.encoder, self.codebook = encoder, codebook
 
     @torch.inference_mode()
@@ -74,7 +72,7 @@ class SemanticTokenizer(Tokenizer):
         return self.encoder(prepare(images, self.image_size, bounded=False).to(self.codebook.centroids.device))
 
     def _assign(self, ready: Tensor) -> Tensor:
-        return self.codebook.assign(self.features(ready))
+        return self.codebook.tokens(self.features(ready))
 
     def to(self, device: torch.device | str) -> SemanticTokenizer:
         """Move to a device."""

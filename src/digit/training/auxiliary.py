@@ -134,8 +134,14 @@ def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _REMOVED}
 
 
-def neighbours(centroids: Tensor, count: int) -> Tensor:
-    """The nearest other centroids of each of (K, D), the nearest first: ids (K, m) int64, m = min(count, K - 1)."""
+def neighbours(centroids: Tensor, count: int, depth: int = 1) -> Tensor:
+    """The nearest other centroids of each of (K, D), the nearest first: ids (K, m) int64, m = min(count, K - 1).
+
+    Of a residual codebook (d K, D) those of the same depth.
+    """
+    if depth > 1:
+        tables = centroids.chunk(depth)
+        return torch.cat([neighbours(table, count) + j * len(table) for j, table in enumerate(tables)])
     x = centroids.double()
     ids = []
     rows = max(1, _CHUNK // len(x))

@@ -202,5 +202,5 @@ def _token_task(
             set_embeddings(model.prefix_embedding, centroids["semantic"])
     near: Tensor | None = None
     if auxiliary.prefix_noise:
-        near = neighbours(centroids["semantic"], auxiliary.prefix_neighbours)
+        near = neighbours(centroids["semantic"], auxiliary.prefix_neighbours, cache.space("semantic").depth)
     return TokenTask(model, cache, data, component, z_loss, vqgan, auxiliary, near, origin)

@@ -27,7 +27,13 @@ _FREE = {
     "log_every", "validate_every", "checkpoint_every", "sample_every", "keep_checkpoints",
 }  # fmt: skip
 # fields that earlier releases did not have, and what their runs did
-_ADDED = {"training.patience": 0, "model.init": "normal", "objective.dense": 0.0, "objective.dense_places": 4}
+_ADDED = {
+    "training.patience": 0,
+    "model.init": "normal",
+    "model.codebook_depth": 1,
+    "objective.dense": 0.0,
+    "objective.dense_places": 4,
+}
 
 
 @dataclass(frozen=True)

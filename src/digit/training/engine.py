@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from digit.core.devices import pick_device
 from digit.core.errors import DigitError, require
+from digit.models.state_space import StateSpace
 from digit.models.transformer import Transformer
 from digit.training import sharding
 from digit.training.config import TrainingConfig
@@ -75,7 +76,7 @@ class Engine:
         task.to_device(str(self.device))
         self.networks = nn.ModuleDict(dict(task.modules.items()))
         for module in self.networks.modules():
-            if isinstance(module, Transformer):
+            if isinstance(module, Transformer | StateSpace):
                 module.checkpointing = config.gradient_checkpointing
         self._shard()
         fused = self.device.type == "cuda" if config.fused is None else config.fused

@@ -38,7 +38,7 @@ _EMBEDDINGS = (
     "token_embedding", "position_embedding", "mask_vector", "instruction", "prefix_embedding", "prefix_position_embedding"
 )  # fmt: skip
 _CLASSES = ("class_embedding", "start")
-_HEAD = ("transformer.norm", "head")
+_HEAD = ("backbone.norm", "head")
 
 
 @config
@@ -154,8 +154,8 @@ def start_model(
     known = to_dict(source.config)
     del known["num_classes"]
     known |= {name: values[name] for name in _TRAINING_FIELDS if name in values}
-    dropout = (values.get("transformer") or {}).get("dropout", source.config.transformer.dropout)
-    known["transformer"] = {**known["transformer"], "dropout": dropout}
+    kind = "transformer" if source.config.transformer else "state_space"
+    known[kind]["dropout"] = (values.get(kind) or {}).get("dropout", source.config.backbone.dropout)
     model = TokenModel(token_model_config(known, cache, data, where))
     tensors = source.state_dict()
     tensors.pop("class_embedding.weight", None)
@@ -198,7 +198,7 @@ def freeze(model: TokenModel, parts: Sequence[str]) -> None:
     Raises:
         DigitError: an unknown part, or more blocks than there are.
     """
-    blocks = list(model.transformer.blocks)
+    blocks = list(model.backbone.blocks)
     for part in parts:
         name, _, number = part.partition(":")
         if name == "blocks" and (not number or (number.isdecimal() and 0 < int(number) <= len(blocks))):
@@ -242,7 +242,7 @@ def add_lora(model: TokenModel, rank: int) -> None:
         part = getattr(model, name)
         if part is not None:
             part.requires_grad_(True)
-    for module in model.transformer.blocks.modules():
+    for module in model.backbone.blocks.modules():
         if isinstance(module, nn.Linear):
             parametrize.register_parametrization(module, "weight", LowRank(module.weight, rank))
 

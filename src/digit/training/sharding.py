@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from digit.models.state_space import StateSpaceBlock
 from digit.models.transformer import Block
 
 
@@ -23,7 +24,7 @@ def shard(network: nn.Module, device: torch.device) -> None:
     """Cut a network's parameters over all processes, in place: block by block, and the rest in one piece."""
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in network.modules():
-        if isinstance(module, Block):
+        if isinstance(module, Block | StateSpaceBlock):
             fully_shard(module, mesh=mesh)
     fully_shard(network, mesh=mesh)
 

@@ -61,16 +61,11 @@ def peak_memory(device: torch.device) -> int:
 
 def forward_flops(config: TokenModelConfig) -> int:
     """FLOPs of the matrix products of one image's forward pass in training; causal attention counts half."""
-    shape = config.transformer
-    dim, ffn = shape.dim, shape.ffn_dim or 4 * shape.dim
     # a causal model is not shown the last token, a masked one sees the start position too, a random-order one is told
     # the place of each token
-    positions = (
-        config.prefix_length + config.length * (2 if config.role == "random" else 1) + (0 if shape.causal else 1)
-    )
-    attention = 4 * positions * dim // (2 if shape.causal else 1)
-    block = 8 * dim * dim + 4 * dim * ffn + attention
-    return positions * shape.depth * block + config.length * 2 * dim * config.vocab_size
+    shown = config.length * (2 if config.role == "random" else 1) + (1 if config.role == "masked" else 0)
+    head = config.length * 2 * config.backbone.dim * config.vocab_size
+    return config.backbone.flops(config.prefix_length + shown) + head
 
 
 def token_model_in(networks: nn.Module) -> TokenModel | None:

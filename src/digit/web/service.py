@@ -52,7 +52,7 @@ class Service:
         if pipe.encoder is not None and pipe.codebook is not None:
             spaces["semantic"] = (pipe.tokenizer.grid, pipe.tokenizer.vocab_size)
         elif pipe.prior is not None and pipe.space == "semantic":  # a model that generates only: its grid is square
-            side = round(pipe.prior.config.length**0.5)
+            side = round((pipe.prior.config.length / pipe.prior.config.codebook_depth) ** 0.5)
             spaces["semantic"] = ((side, pipe.prior.config.length // side), pipe.prior.config.vocab_size)
         if pipe.vqgan is not None:
             spaces["vq"] = (pipe.vqgan.config.grid, pipe.vqgan.config.codes)

@@ -367,7 +367,7 @@ def probe(
     how = {"layers": layers, "views": data.views, "fresh_crops": data.fresh, "seed_views": data.seed, "crops": cuts}
     return Probe(
         title="Linear probe of the prior, layer by layer (Table 2, figure 3b)",
-        values=ProbeValues(tuple(scores), ceiling, 1 / data.classes, pipe.part("prior").config.transformer.depth),
+        values=ProbeValues(tuple(scores), ceiling, 1 / data.classes, pipe.part("prior").config.backbone.depth),
         settings={**to_dict(options), **how},
         model=model,
         data={

@@ -35,7 +35,7 @@ def prior_features(pipe: DigitPipeline, images: Tensor) -> Tensor:
     if pipe.space != "semantic":
         return mean_states(pipe.part("prior").states(prior_tokens(pipe, images)))
     features = pipe.part("encoder")(images)  # which, unlike the tokenizer, also takes the size that it sees
-    return mean_states(pipe.part("prior").states(pipe.part("codebook").assign(features)))
+    return mean_states(pipe.part("prior").states(pipe.part("codebook").tokens(features)))
 
 
 def encoder_features(pipe: DigitPipeline, images: Tensor) -> Tensor:

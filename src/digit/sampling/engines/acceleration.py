@@ -7,6 +7,8 @@
 | CUDA | the same, recorded as CUDA graphs |
 | others | compiled if asked for, else plain |
 
+State-space models run plain everywhere: a step changes their state, so it must not be repeated, as a recording does.
+
 Masked and random-order models take few and large steps: they run in plain PyTorch whatever is chosen, without an engine
 (:mod:`digit.sampling.masked`, :mod:`digit.sampling.random_order`).
 
@@ -74,6 +76,8 @@ class EngineCache:
     def _choose(self, model: TokenModel, batch: int, guided: bool) -> DecodeEngine:
         """The quickest engine that the options allow and that can run here."""
         options, began = self.options, time.perf_counter()
+        if model.config.state_space is not None:
+            return DecodeEngine(model, batch, guided, options.quantize)
         packed = self._pack(model) if options.native and suits(model) else None
         if packed is not None:
             return NativeEngine(model, batch, guided, packed, time.perf_counter() - began)

@@ -23,8 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from digit.models.token_model import NO_LABEL, Labels, Prefix, TokenModel
-from digit.models.transformer import KVCache
+from digit.models.token_model import NO_LABEL, Cache, Labels, Prefix, TokenModel
 from digit.sampling.batching import is_out_of_memory
 from digit.sampling.engines.quantize import quantized
 from digit.sampling.logits import DrawParams, draw, guide
@@ -45,6 +44,7 @@ class State(NamedTuple):
         free: (B, length) bool, True where to sample; other tokens stay.
         uniform: (B, length) float32 in [0, 1).
         scale: (length,) float32, guidance at each token.
+        first: (length,) int64, the id of a token's first logit; not 0 for the deeper tokens of a residual codebook.
         place: () int64, the token to draw next.
         temperature, top_p: () float32.
     """
@@ -53,13 +53,14 @@ class State(NamedTuple):
     free: Tensor
     uniform: Tensor
     scale: Tensor
+    first: Tensor
     place: Tensor
     temperature: Tensor
     top_p: Tensor
 
 
 def decode_one_token(
-    model: TokenModel, cache: KVCache, state: State, places: Tensor, guided: bool, params: DrawParams
+    model: TokenModel, cache: Cache, state: State, places: Tensor, guided: bool, params: DrawParams
 ) -> None:
     """Draw token ``state.place`` and add 1 to it.
 
@@ -87,6 +88,7 @@ def write_token(state: State, logits: Tensor, guided: bool, params: DrawParams) 
         conditional, unconditional = logits.chunk(2)
         logits = guide(conditional, unconditional, state.scale.index_select(0, index))
     drawn = draw(logits, state.uniform.index_select(1, index).squeeze(1), params)[:, None]  # (B, 1)
+    drawn = drawn + state.first.index_select(0, index)
     kept = state.tokens.index_select(1, index)
     state.tokens.index_copy_(1, index, torch.where(state.free.index_select(1, index), drawn, kept))
 
@@ -110,15 +112,14 @@ class DecodeEngine:
         self.batch, self.guided, self.setup_seconds = batch, guided, 0.0
         self.max_kv_len = model.config.prefix_length + length
         # one position more than is ever read: a slice that might be the whole would be compiled twice
-        self.cache = KVCache(
-            model.config.transformer, 2 * batch if guided else batch, self.max_kv_len + 1, device, model.start.dtype
-        )
-        self._with_labels = self.cache.rows(0, batch)
+        self.cache: Any = model.new_cache(2 * batch if guided else batch, spare=1)
+        self._with_labels: Any = self.cache.rows(0, batch)
         self.state = State(
             tokens=torch.zeros(batch, length, dtype=torch.long, device=device),
             free=torch.ones(batch, length, dtype=torch.bool, device=device),
             uniform=torch.zeros(batch, length, device=device),
             scale=torch.ones(length, device=device),
+            first=torch.arange(length, device=device) % model.config.codebook_depth * model.config.codes,
             place=torch.zeros((), dtype=torch.long, device=device),
             temperature=torch.ones((), device=device),
             top_p=torch.ones((), device=device),
@@ -162,10 +163,11 @@ class DecodeEngine:
         A prefix stands before the label and cannot see it, so both halves share its keys and values: they are copied.
         """
         b, without = self.batch, self.cache.rows(self.batch, 2 * self.batch)
-        if prefix is not None:
-            without.copy_from(self._with_labels, prefix.shape[1])
+        copied = prefix is not None and model.config.state_space is None  # a state has gone on to the label
+        if copied:
+            without.copy_from(self._with_labels, model.config.prefix_length)
         labels = torch.full((b,), NO_LABEL, device=self.state.place.device)
-        return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=prefix is not None)
+        return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=copied)
 
     def decode_one_token(self, model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
         """Draw token ``index``, the one that ``state.place`` points to."""

@@ -64,6 +64,8 @@ def suits(model: TokenModel) -> bool:
     config = model.config.transformer
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
     known = kinds in ({("cpu", torch.float32)}, {("cpu", torch.bfloat16)})
+    if config is None:
+        return False
     return known and config.causal and not model.training and not (config.head_dim % LANES or config.hidden_dim % LANES)
 
 
@@ -84,8 +86,10 @@ class NativeStep:
         self._kept: list[Tensor] = []  # what the structures below point to
         self._room = torch.empty(0, dtype=torch.uint8)
         source = quantized(model) if quantize else model
-        config, last = model.config.transformer, source.transformer.norm
-        blocks = [b for b in source.transformer.blocks if isinstance(b, Block)]
+        network = source.transformer
+        assert network is not None
+        config, last = network.config, network.norm
+        blocks = [b for b in network.blocks if isinstance(b, Block)]
         linears = [m for b in blocks for m in (b.attention.qkv, b.attention.out, b.ffn_in, b.ffn_out)]
         self._free = _memory(sum(_size(m.weight) for m in (*linears, source.head)))
         matrices = [self._matrix(m) for m in linears]
@@ -153,17 +157,19 @@ class NativeEngine(DecodeEngine):
         super().__init__(model, batch, guided)
         self.step, self.setup_seconds = step, seconds
 
-    def decode_one_token(self, _model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
+    def decode_one_token(self, model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
         """Draw token ``index``."""
         token = self.state.tokens[:, index - 1]  # (B,)
         cache, token = (self.cache, torch.cat([token, token])) if guided else (self._with_labels, token)
-        self._write(self.step.step(cache, token, index - 1), index, guided, params)
+        logits = self.step.step(cache, token, index - 1)[:, None]
+        self._write(model.of_depth(logits, self.state.place.view(1))[:, 0], index, guided, params)
         self.state.place.add_(1)
 
     def _write(self, logits: Tensor, index: int, guided: bool, params: DrawParams) -> None:
         state = self.state
         logits, unguided = logits.chunk(2) if guided else (logits, None)  # (B, V)
         drawn = fast_draw(logits, state.uniform[:, index], params, unguided, float(state.scale[index]))  # (B,)
+        drawn += state.first[index]
         state.tokens[:, index] = torch.where(state.free[:, index], drawn, state.tokens[:, index])
 
 

@@ -167,7 +167,7 @@ class OnePassTask(ImageTask):
             )
         self.near: Tensor | None = None
         if objective.prefix_noise:
-            self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours)  # (K, m)
+            self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours, tokenizer.depth)  # (K, m)
 
     def to_device(self, device: str) -> None:
         """Move the networks, those that only serve too."""
@@ -282,7 +282,7 @@ class OnePassTask(ImageTask):
         with torch.autocast(images.device.type, enabled=False):
             if images.shape[-1] != size:
                 images = F.interpolate(images, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
-            tokens: Tensor = self.tokenizer.codebook.assign(self.tokenizer.encoder(images))
+            tokens: Tensor = self.tokenizer.codebook.tokens(self.tokenizer.encoder(images))
         return tokens
 
     def _render(self, tokens: Tensor, first: int, seed: int, labels: Tensor | None) -> Tensor:
@@ -355,16 +355,17 @@ def _shape(
     where: str,
 ) -> FeedForwardConfig:
     """The config: what ``values`` leaves out comes from the tokenizer, the VQGAN and the classes."""
-    known: dict[str, Any] = {"prefix_vocab_size": tokenizer.vocab_size, "grid": list(tokenizer.grid), "num_classes": 0}
+    grid, depth = tokenizer.encoder.grid, tokenizer.depth
+    known = {"prefix_vocab_size": tokenizer.vocab_size, "grid": list(grid), "codebook_depth": depth, "num_classes": 0}
     if labelled is not None:
         known["num_classes"] = max(len(labelled.classes), int(labelled.labels.max()) + 1)
         if int(labelled.labels.min()) < 0:
             raise DigitError(f"{where} asks for class labels, but images of {labelled.name} have none.")
     if values.get("head") == "vq" and vqgan is not None:
-        if vqgan.config.grid != tokenizer.grid:
+        if vqgan.config.grid != grid:
             raise DigitError(
                 f"The head 'vq' gives one VQ token for each semantic token, but the VQGAN has {vqgan.config.grid} of "
-                f"them and the tokenizer {tokenizer.grid}; use the head 'pixels'."
+                f"them and the tokenizer {grid}; use the head 'pixels'."
             )
         known["vocab_size"] = vqgan.config.codes
     return from_dict(FeedForwardConfig, fitted(values, known, where, "the tokenizer or the data"), where)

@@ -88,7 +88,7 @@ def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: Token
         DigitError: a field is wrong, or is given and does not fit the cache.
     """
     target = cache.space(data.target)
-    known = {"vocab_size": target.vocab_size, "length": target.length, "num_classes": 0}
+    known = {"vocab_size": target.vocab_size, "length": target.length, "num_classes": 0, "codebook_depth": target.depth}
     if data.prefix:
         prefix = cache.space(data.prefix)
         known |= {"prefix_vocab_size": prefix.vocab_size, "prefix_length": prefix.length}
