@@ -433,7 +433,7 @@ Ranked without training a prior or decoder, by bits saved per bit spent; `docs/m
 
 {results.discretisers()}
 ## Fewer passes
-`steps.py`: priors of {_KINDS}, 2,000 images of all classes a point through the packaged feed-forward decoder,
+`steps.py`: priors in raster order, in random order and masked, 2,000 images of all classes a point through the packaged feed-forward decoder,
 guidance 2 and top-p .95.
 
 {results.passes()}
