@@ -11,7 +11,7 @@ whose weights are C_t^T B_s exp(dt_(s+1) A + ... + dt_t A), in one piece: time g
 is less than the rest of a block for the few hundred tokens of an image.
 
 Source: Dao & Gu 2024, arXiv 2405.21060 (Mamba-2), sections 5 to 7, with one group of B and C for all heads; layout and
-random weights as in state-spaces/mamba at v2.2.2. Its CUDA kernels are not used.
+random weights as in state-spaces/mamba (Mamba2). Its CUDA kernels are not used.
 """
 
 from __future__ import annotations
