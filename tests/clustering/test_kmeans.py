@@ -12,7 +12,7 @@ from scipy.cluster.vq import kmeans2
 from typer.testing import CliRunner
 
 from digit.cli.train import fit_codebook as command
-from digit.clustering.kmeans import Fit, fit_codebook, kmeans, start_centroids
+from digit.clustering.kmeans import Fit, KMeans, fit_codebook, start_centroids
 from digit.clustering.streams import PassSampler, Points, Sample
 from digit.core.config import to_dict
 from digit.core.errors import DigitError
@@ -90,7 +90,7 @@ def test_inertia_agrees_with_scipy(features, start):
         found, _ = kmeans2(features.numpy(), K, iter=20, minit="points", rng=seed)
         theirs.append(inertia(features, torch.from_numpy(found)))
         shuffled = features[torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))]
-        fit = kmeans(in_memory(features), start_centroids(shuffled, K, start, seed), show=False)
+        fit = KMeans(K, show=False).move(in_memory(features), start_centroids(shuffled, K, start, seed))
         assert fit.inertia == pytest.approx(inertia(features, fit.centroids), rel=1e-5)
         ours.append(fit.inertia)
     assert np.mean(ours) < 1.01 * np.mean(theirs)
@@ -101,7 +101,7 @@ def test_inertia_agrees_with_scipy(features, start):
 def test_same_start_gives_scipys_centroids(features):
     first = start_centroids(features, K, "random", 0)
     theirs, _ = kmeans2(features.numpy(), first.numpy(), iter=5, minit="matrix")
-    ours = kmeans(in_memory(features), first, iterations=5, show=False)
+    ours = KMeans(K, iterations=5, show=False).move(in_memory(features), first)
     assert torch.allclose(ours.centroids, torch.from_numpy(theirs), atol=1e-3)
     assert ours.counts.sum() == len(features)
 
@@ -166,7 +166,7 @@ def test_empty_clusters_start_again_at_far_vectors(mini_batch):
     points = points[torch.randperm(800, generator=generator)]
     # but for the first, none is anywhere near
     first = points[:1] + 1e4 * torch.arange(8)[:, None]
-    fit = kmeans(in_memory(points, 100), first, mini_batch=mini_batch, show=False)
+    fit = KMeans(8, mini_batch=mini_batch, show=False).move(in_memory(points, 100), first)
     assert int((fit.counts > 0).sum()) == 8
     assert fit.inertia < 0.1 * inertia(points, points.mean(0, keepdim=True))
 

@@ -74,7 +74,8 @@ def test_with_nothing_drawn_the_loss_is_the_models(token_cache: TokenCache) -> N
         mask = tokens % 3 == 0 if role == "masked" else None
         order = torch.rand(tokens.shape).argsort(1) if role == "random" else None
         expected, metrics = model.loss(tokens, labels, prefix, mask, 0.01, order=order)
-        found, same = TokenLoss(model, 0.01).train()(tokens, labels, prefix, mask, inputs=tokens, order=order)
+        more = {"labels": labels, "prefix": prefix, "mask": mask, "inputs": tokens, "order": order}
+        found, same = TokenLoss(model, 0.01).train()(tokens, **more)
         assert torch.allclose(found, expected, rtol=1e-5)
         assert torch.allclose(same["nll"], metrics["nll"], rtol=1e-5)
 

@@ -94,13 +94,9 @@ class Auxiliary:
         return drawn
 
     def disturb(self, batch: Mapping[str, Tensor], progress: float, near: Tensor | None) -> Batch:
-        """What the network is shown instead of the truth: those of "inputs" (B, n), "prefix" (B, P) and "order"
-        (B, n) that are disturbed.
-
-        Args:
-            batch: with what :meth:`draw` gave.
-            progress: t, the part of the run that is over.
-            near: (K, m) the nearest other semantic tokens of each, for ``prefix_noise``.
+        """What the network is shown instead of the truth: those of "inputs" (B, n), "prefix" (B, P) and "order" (B, n)
+        that are disturbed, at the part ``progress`` of the run. ``batch`` has what :meth:`draw` gave, and ``near``
+        (K, m) holds the nearest other semantic tokens of each, for ``prefix_noise``.
         """
         shown = Batch()
         if self.token_noise:
@@ -121,11 +117,7 @@ class Auxiliary:
 
 
 def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An ``objective`` section without the losses that were removed, with a warning where they are off.
-
-    Raises:
-        DigitError: one of them is on.
-    """
+    """An ``objective`` section without the losses that were removed: a warning where they are off, else a DigitError."""
     for name in _REMOVED:
         if values.get(name):
             raise DigitError(f"{where} has {name} = {values[name]}; this loss was removed, for nothing used it.")
@@ -136,44 +128,37 @@ def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def neighbours(centroids: Tensor, count: int) -> Tensor:
     """The nearest other centroids of each of (K, D), the nearest first: ids (K, m) int64, m = min(count, K - 1)."""
-    x = centroids.double()
-    ids = []
-    rows = max(1, _CHUNK // len(x))
-    for start in range(0, len(x), rows):
-        distances = torch.cdist(x[start : start + rows], x)  # (r, K)
-        own = torch.arange(start, start + len(distances))
-        distances[own - start, own] = torch.inf
+    x, ids = centroids.double(), []
+    for rows in torch.split(torch.arange(len(x)), max(1, _CHUNK // len(x))):
+        distances = torch.cdist(x[rows], x)  # (r, K)
+        distances[torch.arange(len(rows)), rows] = torch.inf
         ids.append(distances.topk(min(count, len(x) - 1), largest=False).indices)
     return torch.cat(ids)
 
 
 @torch.no_grad()
 def set_embeddings(table: nn.Embedding, centroids: Tensor) -> None:
-    """Let token vectors (K, dim) begin as centroids (K, D): centred, turned by a random semi-orthogonal matrix, at the
-    same scale.
-    """
+    """Let token vectors (K, dim) begin as centroids (K, D): centred, turned at random, at the same scale."""
     turn = nn.init.orthogonal_(torch.empty(centroids.shape[1], table.weight.shape[1]))  # (D, dim)
     vectors = (centroids.float() - centroids.float().mean(0)) @ turn
     table.weight.copy_(vectors * (table.weight.std() / vectors.std()))
 
 
 def load_centroids(folder: str, kinds: set[str], cache: TokenCache) -> dict[str, Tensor]:
-    """The centroids (K, D) of kinds of tokens ("semantic", "vq").
-
-    Raises:
-        DigitError: the folder has none of a kind, or not as many as the cache has tokens.
+    """The centroids (K, D) of kinds of tokens ("semantic", "vq"); DigitError where the folder has none of a kind, or
+    not as many as the cache has tokens.
     """
     whole = (Path(folder) / INDEX).is_file()
     found = {}
     for kind in sorted(kinds):
-        name, part = ("Codebook", "codebook") if kind == "semantic" else ("VQGAN", "vqgan")
-        place = Path(folder) / part if whole else part_folder(folder)
-        if not (place / "config.json").is_file() or read_json(place / "config.json").get("type") != name:
+        part: type[Codebook | VQGAN] = Codebook if kind == "semantic" else VQGAN
+        place = Path(folder) / part.__name__.lower() if whole else part_folder(folder)
+        if not (place / "config.json").is_file() or read_json(place / "config.json").get("type") != part.__name__:
             raise DigitError(
-                f"objective.codebook = {folder} has no {name}, whose centroids the {kind} tokens stand for."
+                f"objective.codebook = {folder} has no {part.__name__}, whose centroids the {kind} tokens stand for."
             )
-        semantic = kind == "semantic"
-        vectors = Codebook.from_pretrained(place).centroids if semantic else VQGAN.from_pretrained(place).codebook
+        saved = part.from_pretrained(place)
+        vectors = saved.centroids if isinstance(saved, Codebook) else saved.codebook
         size = cache.space(kind).vocab_size  # type: ignore[arg-type]
         if len(vectors) != size:
             raise DigitError(

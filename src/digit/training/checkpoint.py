@@ -32,13 +32,8 @@ _ADDED = {"training.patience": 0, "model.init": "normal", "objective.dense": 0.0
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is in a checkpoint.
-
-    Attributes:
-        step: how many steps were done.
-        tensors: by file ("modules", "optimizers", "ema"), then by name.
-        run: the description and the training config it was made under.
-        numbers: further plain values of the loop.
+    """What is in a checkpoint: its tensors by file ("modules", "optimizers", "ema") and then by name, the description
+    and training config of its run, and further plain values of the loop.
     """
 
     step: int

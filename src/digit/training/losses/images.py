@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share, config
+from digit.encoders.loading import load_encoder
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.training.losses.adversarial import (
     Augmentation,
@@ -98,11 +99,8 @@ class ImageObjective:
 
 
 class ImageLoss:
-    """The frozen networks of an objective, and its losses.
-
-    Attributes:
-        discriminator: to be trained beside the generator, as an entry of the task's ``modules``; None without one.
-        frozen: the networks that only compare.
+    """The frozen networks of an objective, which only compare, and its losses. A ``discriminator`` is to be trained
+    beside the generator, as an entry of the task's ``modules``.
     """
 
     def __init__(self, objective: ImageObjective, resolution: int, last: Tensor | None = None) -> None:
@@ -114,9 +112,8 @@ class ImageLoss:
         """
         self.objective, self.last = objective, last
         self.lpips = LpipsDistance() if objective.perceptual == "lpips" else None
-        self.view: EncoderView | None = None
-        if objective.perceptual_encoder is not None:
-            self.view = EncoderView.from_pretrained(objective.perceptual_encoder, resolution)
+        eyes = objective.perceptual_encoder
+        self.view = None if eyes is None else EncoderView(load_encoder(eyes), resolution)
         self.frozen = [network for network in (self.lpips, self.view) if network is not None]
         self.discriminator: Discriminator | None = None
         if objective.gan_weight:
@@ -147,9 +144,7 @@ class ImageLoss:
 
         Args:
             loss, metrics: what the generator pays otherwise.
-            rebuilt: (B', 3, S, S), B' >= B; what is beyond the first B has no image to be like.
-            images: (B, 3, S, S).
-            batch, step: of the step.
+            rebuilt: (B', 3, S, S), B' >= B; what is beyond the first B ``images`` has no image to be like.
             modules: the task's, whose "discriminator" the loop may have wrapped.
             matched: how many of the images must come back in every way. The others pay the deeper half of the
                 perceptual features (shallow layers see colours) and ``unmatched_pixels`` of the pixels' loss.

@@ -125,13 +125,9 @@ class OnePassTask(ImageTask):
         vqgan: VQGAN | None = None,
         start: Mapping[str, Any] | None = None,
     ) -> None:
-        """Set up.
+        """Train ``model`` for ``objective`` on images whose tokens the frozen ``tokenizer`` makes.
 
         Args:
-            model: to be trained.
-            objective: what for.
-            tokenizer: makes the tokens, frozen.
-            train: images to learn from.
             held_out: what the decoder is measured on; None measures nothing.
             data: whether the class is learned.
             cache: the tokens of ``train`` in the views "center" and "flip", if they are at hand.
@@ -165,9 +161,8 @@ class OnePassTask(ImageTask):
             raise DigitError(
                 "Tokens of the prior have no image to be like; training on them needs objective.gan_weight above 0."
             )
-        self.near: Tensor | None = None
-        if objective.prefix_noise:
-            self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours)  # (K, m)
+        disturbed = bool(objective.prefix_noise)
+        self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours) if disturbed else None
 
     def to_device(self, device: str) -> None:
         """Move the networks, those that only serve too."""
@@ -304,18 +299,8 @@ def build(
     parts: DigitPipeline | None,
     start: FineTune | None = None,
 ) -> OnePassTask:
-    """The task of a preset over a dataset, with random weights from torch's global generator or those of a saved
-    decoder.
-
-    Args:
-        preset: its sections.
-        data: the dataset.
-        where: the preset's name, for messages.
-        parts: a model with encoder and codebook, and with a VQGAN for the head "vq".
-        start: the saved decoder to begin with.
-
-    Raises:
-        DigitError: a section is wrong or does not fit the model, or the dataset cannot be opened.
+    """The task of a preset over a dataset, and the encoder, codebook and (for the head "vq") VQGAN of ``parts``; see
+    :func:`digit.training.build.build_task`.
     """
     if parts is None or parts.encoder is None or parts.codebook is None:
         raise DigitError(
