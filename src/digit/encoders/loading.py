@@ -135,12 +135,8 @@ def _tiled(size: int, hf_config: dict[str, Any]) -> int:
 def small_vit(
     image_size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3
 ) -> TransformersEncoder:
-    """A DINOv2 network of random weights for small images, with all its blocks and ready to train.
-
-    Args:
-        image_size: side of the images, a multiple of ``patch``.
-        patch: side of a patch; the features are a grid of ``image_size / patch``.
-        dim, depth, heads: width, blocks and attention heads.
+    """A DINOv2 network of random weights for small images, with all its blocks and ready to train; its features are a
+    grid of ``image_size / patch``.
     """
     hf_config = {
         "model_type": "dinov2",
@@ -150,9 +146,8 @@ def small_vit(
         "image_size": image_size,
         "patch_size": patch,
     }
-    return TransformersEncoder(
-        EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=Preprocessing(image_size=image_size))
-    )
+    preprocessing = Preprocessing(image_size=image_size)
+    return TransformersEncoder(EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=preprocessing))
 
 
 def small_conv(
