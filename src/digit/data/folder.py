@@ -65,19 +65,18 @@ def import_folder(
     source: str | Path, out: str | Path, size: int | None = None, filter: str = "bicubic"
 ) -> FolderReport:
     """Make a dataset of a folder of images, flat or with a folder for each class (which may hold further folders), and
-    with or without a level ``train/``, ``val/`` above.
+    with or without a level ``train/``, ``val/`` above; an older dataset at ``out`` is replaced.
 
     Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given; others are stored as PNG after
     what :func:`digit.core.images.decode` does to them. ``OUT/report.json`` accounts for every file.
 
     Args:
-        source: the folder.
-        out: the dataset folder to create; an older dataset there is replaced.
         size: scale the shorter side to this many pixels and cut the square in the middle.
         filter: how it is scaled; ``dataset.json`` says it.
 
     Raises:
-        DigitError: no such folder, no image in it, or ``out`` lies in ``source`` or is something else than a dataset; or an unknown filter.
+        DigitError: no such folder, no image in it, an unknown filter, or ``out`` lies in ``source`` or is something
+            else than a dataset.
     """
     source, out = Path(source), Path(out)
     _check_places(source, out)

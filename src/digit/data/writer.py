@@ -27,15 +27,8 @@ class DatasetWriter:
     def add(
         self, split: str, key: str, data: bytes, extension: str, size: tuple[int, int], label: int = NO_LABEL
     ) -> None:
-        """Append an image.
-
-        Args:
-            split: such as "train".
-            key: unique within the split; its last part has no dot.
-            data: the bytes of the image file.
-            extension: "png" or "jpg".
-            size: (width, height) in pixels.
-            label: class id, or -1 for none.
+        """Append an image of ``size`` (width, height), whose file has the bytes ``data`` and the ``extension`` "png" or
+        "jpg". The ``key`` is unique within the split; its last part has no dot.
         """
         self._sizes.add(size)
         shards = self.splits.setdefault(split, [])
@@ -78,13 +71,10 @@ class DatasetWriter:
 def write_dataset(
     path: str | Path, name: str, classes: Sequence[str], source: str, licence: str, filter: object = None
 ) -> Iterator[DatasetWriter]:
-    """Create a dataset folder; it appears when the block ends without an error, and else not at all.
-
-    An older dataset at ``path`` is replaced.
+    """Create a dataset folder; it appears when the block ends without an error, and else not at all. An older dataset
+    at ``path`` is replaced.
 
     Args:
-        path: the folder.
-        name: of the dataset.
         classes: class names, by id; empty if there are none.
         source: where the images came from, in words.
         licence: what may be done with them, in words.
