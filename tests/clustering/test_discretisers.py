@@ -5,30 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
-import typer
 from scipy.cluster.vq import kmeans2
-from typer.testing import CliRunner
 
 import tiny
-from digit.cli.train import fit_codebook as command
 from digit.clustering.discretisers import Discretisation, fsq_levels, moments, spherical
 from digit.clustering.kmeans import KMeans, fit_codebook
 from digit.clustering.streams import Points, Vectors
 from digit.core.errors import DigitError
 from digit.data.dataset import open_dataset
-from digit.encoders import small_conv
 from digit.evaluation.model_source import image_batches
 from digit.models.codebook import Codebook, nearest
-from digit.models.component import save_component
 from digit.pipeline.pipeline import DigitPipeline
 
 K = 24
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    torch.manual_seed(0)
-    return small_conv(widths=(8, 8, 16), blocks=(1, 1, 1)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -186,17 +175,12 @@ def test_refusals(vectors):
         Discretisation(kind="fsq", pca=3)
 
 
-def test_command(encoder, cifar512, tmp_path):
-    save_component(tmp_path / "encoder", encoder, encoder.config)
-    app = typer.Typer()
-    app.command()(command)
-    options = ["--encoder", str(tmp_path / "encoder"), "--data", str(cifar512), "--out", str(tmp_path / "book")]
-    options += ["-k", "20", "--device", "cpu", "--iterations", "2", "--images", "64"]
+def test_command(fitted):
     for given, tokens, depth in (
         (["--kind", "residual", "--depth", "3", "--pca", "6"], 60, 3),
         (["--kind", "spherical"], 20, 1),
         (["--kind", "fsq"], 20, 1),
     ):
-        result = CliRunner().invoke(app, [*options, *given], catch_exceptions=False)
-        assert f"A codebook of {tokens} tokens from 64 images" in result.output
-        assert Codebook.from_pretrained(tmp_path / "book").config.depth == depth
+        output, book = fitted(*given)
+        assert f"A codebook of {tokens} tokens from 64 images" in output
+        assert book.config.depth == depth

@@ -7,11 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-import typer
 from scipy.cluster.vq import kmeans2
-from typer.testing import CliRunner
 
-from digit.cli.train import fit_codebook as command
 from digit.clustering.kmeans import Fit, KMeans, fit_codebook, start_centroids
 from digit.clustering.streams import PassSampler, Points, Sample
 from digit.core.config import to_dict
@@ -19,9 +16,8 @@ from digit.core.errors import DigitError
 from digit.core.transforms import Transform
 from digit.data.dataset import open_dataset
 from digit.data.sampling import Batches
-from digit.encoders import small_conv, weights_checksum
+from digit.encoders import weights_checksum
 from digit.models.codebook import Codebook, nearest
-from digit.models.component import save_component
 from digit.pipeline.tokenizer import SemanticTokenizer
 
 IMAGES, K = 96, 24
@@ -64,17 +60,9 @@ def inertia(points, centroids):
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    torch.manual_seed(0)
-    return small_conv(widths=(8, 8, 16), blocks=(1, 1, 1)).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
 def batches(cifar512):
-    dataset = open_dataset(cifar512).subset(range(IMAGES))
-    return lambda number: Batches(
-        dataset, PassSampler(IMAGES, 32, 1, number), Transform(size=32, crop="none"), workers=0
-    )
+    dataset, whole = open_dataset(cifar512).subset(range(IMAGES)), Transform(size=32, crop="none")
+    return lambda number: Batches(dataset, PassSampler(IMAGES, 32, 1, number), whole, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -260,19 +248,13 @@ def test_refusals(encoder, batches):
         fit_codebook(encoder, [], 4, mode="whole", show=False)
 
 
-def test_command(encoder, cifar512, tmp_path):
-    save_component(tmp_path / "encoder", encoder, encoder.config)
-    app = typer.Typer()
-    app.command()(command)
-    options = ["--encoder", str(tmp_path / "encoder"), "--data", str(cifar512), "--out", str(tmp_path / "book")]
-    options += ["-k", "20", "--device", "cpu", "--iterations", "3", "--images", "64"]
+def test_command(fitted):
     old = ["--backend", "torch"]  # an option of the first edition
     for given, method in (
         ([*old, "--mode", "mini-batch", "--start", "k-means++"], {"mode": "mini-batch", "start": "k-means++"}),
         ([], {"mode": "sample", "start": "random"}),
     ):
-        result = CliRunner().invoke(app, [*options, *given], catch_exceptions=False)
-        assert "A codebook of 20 tokens from 64 images" in result.output
-        facts = Codebook.from_pretrained(tmp_path / "book").provenance
-        assert facts["method"] == method
-        assert facts["data"]["images"] == 64
+        output, book = fitted(*given)
+        assert "A codebook of 20 tokens from 64 images" in output
+        assert book.provenance["method"] == method
+        assert book.provenance["data"]["images"] == 64

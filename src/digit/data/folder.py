@@ -101,8 +101,14 @@ def import_folder(
                 continue
             writer.add(split, _key(file, taken), item.data, item.extension, item.size, label)
             _account(report, file, item, classes[label] if label >= 0 else None)
+        if not report.files:
+            raise DigitError(f"The folder {source} is empty; expected images, loose or in a folder for each class.")
         if not report.used:
-            raise DigitError(_nothing_found(source, report))
+            first, reason = next(iter(report.skipped.items()))
+            raise DigitError(
+                f"None of the {report.files:,} files in {source} is an image that can be used; "
+                f"the first, {first}: {reason}"
+            )
         write_json(writer.folder / "report.json", asdict(report))
     return report
 
@@ -153,10 +159,3 @@ def _key(file: str, taken: set[str]) -> str:
     key = next(key for key in chain([start], (f"{start}-{number}" for number in count(2))) if key not in taken)
     taken.add(key)
     return key
-
-
-def _nothing_found(source: Path, report: FolderReport) -> str:
-    if not report.files:
-        return f"The folder {source} is empty; expected images, loose or in a folder for each class."
-    first, reason = next(iter(report.skipped.items()))
-    return f"None of the {report.files:,} files in {source} is an image that can be used; the first, {first}: {reason}"

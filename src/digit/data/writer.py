@@ -22,7 +22,7 @@ class DatasetWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.splits: dict[str, list[Shard]] = {}
-        self._sizes: set[tuple[int, int]] = set()
+        self.sizes: set[tuple[int, int]] = set()
 
     def add(
         self, split: str, key: str, data: bytes, extension: str, size: tuple[int, int], label: int = NO_LABEL
@@ -30,7 +30,7 @@ class DatasetWriter:
         """Append an image of ``size`` (width, height), whose file has the bytes ``data`` and the ``extension`` "png" or
         "jpg". The ``key`` is unique within the split; its last part has no dot.
         """
-        self._sizes.add(size)
+        self.sizes.add(size)
         shards = self.splits.setdefault(split, [])
         if not shards or shards[-1].size >= SHARD_BYTES:
             self._end(shards)
@@ -51,11 +51,6 @@ class DatasetWriter:
             files = [{"name": shard.name, "bytes": shard.size} for shard in shards]
             described[split] = {"count": len(index), "checksum": index.fingerprint(), "shards": files}
         return described
-
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """The size all images have, or None."""
-        return next(iter(self._sizes)) if len(self._sizes) == 1 else None
 
     def _end(self, shards: list[Shard]) -> None:
         if shards:
@@ -97,7 +92,7 @@ def write_dataset(
             "version": VERSION,
             "name": name,
             "classes": list(classes),
-            "image_size": writer.image_size,
+            "image_size": writer.sizes.pop() if len(writer.sizes) == 1 else None,
             "source": source,
             "licence": licence,
             **({"filter": filter} if filter else {}),

@@ -1,14 +1,7 @@
 """What later works do to the inputs of token models: part of the ``objective`` section of a preset, off by default.
 
-| field | idea | from |
-|---|---|---|
-| ``token_noise`` | random tokens among the inputs, fewer and fewer | reAR [0] |
-| ``prefix_noise`` | a decoder's semantic prefix is swapped for neighbours, as a prior would err | RobusTok [1] |
-| ``order_annealing`` | a random-order prior ends row by row | RAR [2] |
-| ``centroid_embeddings`` | token vectors begin as the centroids, turned into the model's width | [0], this project |
-
-Sources: [0] He et al. 2025, arXiv 2510.04450, and QY-H00/reAR at 93ac0f0, modeling/rear.py; [1] arXiv 2509.12474; [2] Yu et al.
-2024, arXiv 2411.00776.
+Sources: reAR, He et al. 2025, arXiv 2510.04450, and QY-H00/reAR at 93ac0f0, modeling/rear.py; RobusTok, arXiv
+2509.12474; RAR, Yu et al. 2024, arXiv 2411.00776.
 """
 
 from __future__ import annotations
@@ -42,7 +35,7 @@ class Auxiliary:
     Attributes:
         token_noise: of the input tokens a share eps is replaced by random ones, eps uniform between 0 and
             ``token_noise * max(0, 1 - 4 t / 3)`` for each image, t the part of the run that is over. reAR: 1.
-        prefix_noise: share of the images whose prefix is disturbed. RobusTok: 0.1. Decoders only.
+        prefix_noise: share of the images whose prefix is disturbed, as a prior would err. RobusTok: 0.1. Decoders only.
         prefix_tokens: share of such an image's tokens that are replaced.
         prefix_neighbours: by one of how many nearest centroids; the number falls to its half in the course of the run.
         order_annealing: parts of the run between which the share of random orders falls evenly from 1 to 0; the others

@@ -119,10 +119,6 @@ class Engine:
                 module.set_requires_gradient_sync(not local)
             yield
 
-    def zero_gradients(self, name: str) -> None:
-        """Forget the gradients of an optimizer's parameters, those that other losses left behind too."""
-        self.optimizers[name].zero_grad(set_to_none=True)
-
     def clip(self, name: str) -> Tensor:
         """Clip the gradients of an optimizer's parameters; their norm () before that."""
         self.accelerator.unscale_gradients(self.optimizers[name])
@@ -184,9 +180,9 @@ class Engine:
             )
         if self.config.precision == "fp16":
             raise DigitError("training.shard needs precision 'bf16' or 'no': the loss scaling of 'fp16' is for DDP.")
-        for network in self.networks.values():
+        self._sharded = list(self.networks.values())
+        for network in self._sharded:
             sharding.shard(network, self.device)
-            self._sharded.append(network)
 
     def _wrap(self, task: Task) -> None:
         ours = {id(p) for parameters in self.trained.values() for p in parameters.values()}

@@ -256,7 +256,7 @@ class _Run:
                     continue  # every generator is run to its end
                 if not values:
                     name = loss.optimizer
-                    engine.zero_gradients(name)
+                    engine.optimizers[name].zero_grad(set_to_none=True)  # those that other losses left behind too
                 engine.accelerator.backward(loss.value / len(generators))
             values.append(loss.value.detach())
             self.averages.add({_metric(name, "loss"): loss.value, **loss.metrics})

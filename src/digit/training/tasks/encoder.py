@@ -133,13 +133,8 @@ class EncoderTask(Task):
         self.size = model.image_size
         self.memory = some_images(train, memory)
         self.held_out = held_out
-        self.description = {
-            "component": "encoder",
-            "model": to_dict(model),
-            "objective": to_dict(objective),
-            "data": described(train),
-            **origin,
-        }
+        about = {"model": to_dict(model), "objective": to_dict(objective), "data": described(train)}
+        self.description = {"component": "encoder", **about, **origin}
 
     def _start(self, start: FineTune) -> dict[str, Any]:
         """Begin with saved weights; what to note about them."""

@@ -244,9 +244,7 @@ class OnePassTask(ImageTask):
     # -- parts of a step
 
     def _noise(self, images: Tensor) -> tuple[int, Tensor, Tensor, dict[str, Tensor]]:
-        """How many of the images must come back pixel by pixel, all the noise (B, d), and what the posterior put into
-        it.
-        """
+        """How many images must come back pixel by pixel, all the noise (B, d), and what the posterior put into it."""
         fresh = torch.randn(len(images), self.model.config.noise_dim, device=images.device)
         if "posterior" not in self.modules:
             return len(images), fresh, fresh.new_zeros(()), {}
@@ -256,9 +254,7 @@ class OnePassTask(ImageTask):
         return half, torch.cat([own, fresh[half:]]), information, {"information": information.detach()}
 
     def _rebuild(self, tokens: Tensor, own: Tensor, labels: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the VQ tokens (0 for pixels), and what is made (B', 3, S, S) of tokens, of which the first have
-        ``images``.
-        """
+        """The loss of the VQ tokens (0 for pixels), and what is made (B', 3, S, S); its first rows have ``images``."""
         out = self.modules["model"](tokens, own, labels).float()
         if self.vqgan is None or self.model.config.pixels is not None:
             return out.new_zeros(()), out

@@ -226,9 +226,7 @@ class TokenTask(Task):
         return {"nll": nll, "accuracy": accuracy, "perplexity": _exp(nll), **self._baselines}
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002 - the image does not depend on it
-        """Sixteen samples of seed 0: the classes in turn; for a decoder, from the semantic tokens of held-out
-        images.
-        """
+        """Sixteen samples of seed 0: the classes in turn; for a decoder, from semantic tokens of held-out images."""
         numbers, c = range(_SAMPLES), self.model.config
         labels = torch.tensor([i % c.num_classes for i in numbers]) if c.num_classes else None
         prefix = None
@@ -244,12 +242,9 @@ class TokenTask(Task):
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the token model."""
-        more = {
-            "space": self.data.target,
-            "class_names": self.cache.classes if self.data.labels else [],
-            "source": self.cache.info["source"],
-        }
-        save_component(folder, merged(self.model), self.model.config, {**provenance, **more})
+        names = self.cache.classes if self.data.labels else []
+        facts = {**provenance, "space": self.data.target, "class_names": names, "source": self.cache.info["source"]}
+        save_component(folder, merged(self.model), self.model.config, facts)
 
     # -- batches
 
