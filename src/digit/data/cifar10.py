@@ -131,12 +131,8 @@ def read_cifar10(path: Path) -> dict[str, Split]:
 
 
 def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
-    """Check counts and checksums, and bring the blocks of 10,000 into the authors' order.
-
-    Some copies hold the training batches in another order; each is known by its checksum.
-
-    Raises:
-        DigitError: this is not CIFAR-10; it says what differs.
+    """Check counts and checksums, and bring the blocks of 10,000, which some copies hold in another order, into that of
+    the authors; a DigitError says what differs from CIFAR-10.
     """
     ordered = {}
     for name, (pixels, labels) in splits.items():

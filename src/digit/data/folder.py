@@ -100,7 +100,13 @@ def import_folder(
                 report.skipped[file] = str(item).replace(str(source / file), "it")
                 continue
             writer.add(split, _key(file, taken), item.data, item.extension, item.size, label)
-            _account(report, file, item, classes[label] if label >= 0 else None)
+            report.used += 1
+            if label >= 0:
+                report.per_class[classes[label]] += 1
+            if animated := [note for note in item.notes if note.startswith("animated")]:
+                report.animated[file] = animated[0].removeprefix("animated, ")
+            if changed := [note for note in item.notes if not note.startswith("animated")]:
+                report.converted[file] = "; ".join(changed)
         if not report.files:
             raise DigitError(f"The folder {source} is empty; expected images, loose or in a folder for each class.")
         if not report.used:
@@ -140,16 +146,6 @@ def _prepare(path: Path, size: int | None, filter: str) -> _Item | DigitError:
         return error
     except OSError as error:
         return DigitError(f"it cannot be read: {error.strerror or error}.")
-
-
-def _account(report: FolderReport, file: str, item: _Item, class_name: str | None) -> None:
-    report.used += 1
-    if class_name is not None:
-        report.per_class[class_name] += 1
-    if animated := [note for note in item.notes if note.startswith("animated")]:
-        report.animated[file] = animated[0].removeprefix("animated, ")
-    if changed := [note for note in item.notes if not note.startswith("animated")]:
-        report.converted[file] = "; ".join(changed)
 
 
 def _key(file: str, taken: set[str]) -> str:

@@ -123,12 +123,8 @@ class Batches:
     The output is the same for any number of workers. Iterating again starts again at ``start``.
 
     Args:
-        dataset: the images.
-        sampler: which of them belong to a step.
-        transform: what is done to each; its randomness comes from ``sample_rng(seed, epoch, index)``.
-        seed: of the augmentation.
-        start: first step.
-        stop: one past the last step; by default the sampler's end, if it has one.
+        transform: what is done to each image; its randomness comes from ``sample_rng(seed, epoch, index)``.
+        stop: by default the sampler's end, if it has one.
         workers: number of threads; 0 does the work in the caller's.
         prefetch: batches to keep ready, for each worker.
         dtype: torch.float32 (0..1) or torch.uint8.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from digit.core.errors import DigitError
 from digit.core.files import read_json, sha256_of
@@ -150,12 +150,8 @@ def small_vit(
     return TransformersEncoder(EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=preprocessing))
 
 
-def small_conv(
-    image_size: int = 32,
-    widths: tuple[int, ...] = (32, 96, 192),
-    blocks: tuple[int, ...] = (1, 1, 2),
-    norm: Literal["batch", "group"] = "batch",
-) -> ConvEncoder:
-    """A convolutional encoder of random weights for small images (32 px to a grid of 8 x 8), ready to train."""
-    preprocessing = Preprocessing(image_size=image_size)
-    return ConvEncoder(ConvEncoderConfig(widths=widths, blocks=blocks, norm=norm, preprocessing=preprocessing))
+def small_conv(image_size: int = 32, **shape: Any) -> ConvEncoder:
+    """A convolutional encoder of random weights for small images (32 px to a grid of 8 x 8), ready to train; ``shape``
+    are fields of its :class:`~digit.encoders.conv.ConvEncoderConfig`.
+    """
+    return ConvEncoder(ConvEncoderConfig(preprocessing=Preprocessing(image_size=image_size), **shape))

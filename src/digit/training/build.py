@@ -31,17 +31,6 @@ from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 _SECTIONS = {"component", "model", "objective", "data", "training"}
 
 
-def training_config(preset: Mapping[str, Any], where: str) -> TrainingConfig:
-    """The ``training`` section; DigitError where it is missing or wrong."""
-    unknown = set(preset) - _SECTIONS
-    if unknown or "training" not in preset or "model" not in preset:
-        problem = f"unknown sections: {', '.join(sorted(unknown))}" if unknown else "'model' and 'training' are needed"
-        raise DigitError(
-            f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}."
-        )
-    return from_dict(TrainingConfig, preset["training"], f"{where}, training")
-
-
 @config
 class Request:
     """What ``digit train`` was asked for: everything a run needs to begin or to go on, but its folder and device. The
@@ -132,7 +121,13 @@ def build_task(
         raise DigitError(
             f"The {where} is for the component '{preset.get('component')}', but '{component}' is to be trained."
         )
-    settings = training_config(preset, where)
+    unknown = set(preset) - _SECTIONS
+    if unknown or "training" not in preset or "model" not in preset:
+        problem = f"unknown sections: {', '.join(sorted(unknown))}" if unknown else "'model' and 'training' are needed"
+        raise DigitError(
+            f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}."
+        )
+    settings: TrainingConfig = from_dict(TrainingConfig, preset["training"], f"{where}, training")
     seed_everything(settings.seed)
     task: Any
     if component == "encoder":

@@ -77,12 +77,16 @@ class EmaQuantizer(nn.Module):
         """
         with torch.autocast(latents.device.type, enabled=False):
             z = self._scaled(latents.float().flatten(2).transpose(1, 2))  # (B, M, D)
+            flat = z.detach().flatten(0, 1)  # (B M, D)
             if self.training and not self._begun:
-                self._start(z.detach().flatten(0, 1))
+                self._start(flat)
             tokens = nearest(z.detach(), self.codebook)  # (B, M)
             codes = F.embedding(tokens, self.codebook)  # (B, M, D)
             if self.training:
-                self._count(z.detach().flatten(0, 1), tokens.flatten())
+                uses, sums = _totals(flat, tokens.flatten(), len(self.codebook))
+                self._batch_uses += uses
+                self._batch_sums += sums
+                self._recent.append(flat)
             commitment = F.mse_loss(z, codes)
             passed = z + (codes - z).detach() if self.gradient == "straight-through" else rotate(z, codes)
             return passed.transpose(1, 2).reshape(latents.shape), tokens, commitment
@@ -117,12 +121,6 @@ class EmaQuantizer(nn.Module):
         """Give codes (V,) bool the averages of ones that have long been used so often."""
         self.uses.copy_(torch.where(which, uses, self.uses))
         self.sums.copy_(torch.where(which[:, None], self.codebook * uses, self.sums))
-
-    def _count(self, latents: Tensor, tokens: Tensor) -> None:
-        uses, sums = _totals(latents, tokens, len(self.codebook))
-        self._batch_uses += uses
-        self._batch_sums += sums
-        self._recent.append(latents)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -39,7 +39,7 @@ class ConvModel:
 
     def build(self) -> TrainableEncoder:
         """The network, with random weights."""
-        return small_conv(self.image_size, self.widths, self.blocks, self.norm)
+        return small_conv(self.image_size, widths=self.widths, blocks=self.blocks, norm=self.norm)
 
 
 @config
