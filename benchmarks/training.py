@@ -126,7 +126,7 @@ def measure_preset(name: str, args: argparse.Namespace) -> dict[str, float]:
     mask = torch.rand(shape, device=engine.device) < 0.6 if config.role == "masked" else None
 
     def step() -> None:
-        engine.zero_gradients("model")
+        engine.optimizers["model"].zero_grad(set_to_none=True)
         with engine.accelerator.autocast():
             loss, _ = forward(tokens, labels, prefix, mask)
         engine.accelerator.backward(loss)

@@ -5,31 +5,20 @@ import math
 import numpy as np
 import pytest
 import torch
-import typer
 from scipy.cluster.vq import kmeans2
-from typer.testing import CliRunner
 
 import tiny
-from digit.cli.train import fit_codebook as command
-from digit.clustering.discretisers import Discretisation, Spherical, fsq_levels, moments
+from digit.clustering.discretisers import Discretisation, fsq_levels, moments, spherical
 from digit.clustering.kmeans import KMeans, fit_codebook
 from digit.clustering.patches import build_atlas
 from digit.clustering.streams import Points, Vectors
 from digit.core.errors import DigitError
 from digit.data.dataset import open_dataset
-from digit.encoders import small_conv
 from digit.evaluation.model_source import image_batches
 from digit.models.codebook import Codebook, nearest
-from digit.models.component import save_component
 from digit.pipeline.pipeline import DigitPipeline
 
 K = 24
-
-
-@pytest.fixture(scope="module")
-def encoder():
-    torch.manual_seed(0)
-    return small_conv(widths=(8, 8, 16), blocks=(1, 1, 1)).eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +56,7 @@ def test_moments_of_a_stream_are_those_of_the_matrix(vectors, features):
 def test_principal_components_are_carried_back(kind, vectors, features):
     """A codebook in the full width gives the tokens of the same centroids in the small space."""
     plain = KMeans(K, show=False)
-    book = Discretisation(kind=kind, pca=5, depth=2)(plain).fit(vectors)
+    book = Discretisation(kind=kind, pca=5, depth=2)(plain, vectors)
     mean, directions = axes(features, 5)
     small = torch.from_numpy((features.double().numpy() - mean) @ directions.T).float()
     spread = np.square(features.double().numpy() - mean).sum()
@@ -82,19 +71,19 @@ def test_principal_components_are_carried_back(kind, vectors, features):
 
 
 def test_all_components_find_what_plain_kmeans_does(vectors, features):
-    whole = Discretisation(pca=features.shape[1])(KMeans(K, show=False)).fit(vectors)
+    whole = Discretisation(pca=features.shape[1])(KMeans(K, show=False), vectors)
     plain = KMeans(K, show=False).fit(vectors)
     assert torch.allclose(whole.centroids, plain.centroids, atol=1e-3)
     assert whole.provenance["inertia"] == pytest.approx(plain.provenance["inertia"], rel=1e-4)
     assert whole.provenance["pca"] == {"components": 16, "variance": pytest.approx(1)}
-    quarter = Discretisation(kind="pca")(KMeans(K, show=False)).fit(vectors)
+    quarter = Discretisation(kind="pca")(KMeans(K, show=False), vectors)
     assert quarter.provenance["pca"]["components"] == 4
     assert quarter.provenance["inertia"] > plain.provenance["inertia"]
 
 
 def test_spherical_kmeans_against_numpy(vectors, features):
     """Lloyd's iterations over angles by hand; then the tokens are those of the largest cosine."""
-    book = Spherical(KMeans(K, iterations=6, show=False)).fit(vectors)
+    book = spherical(KMeans(K, iterations=6, show=False), vectors)
     x = features.double().numpy()
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     c = vectors.first[:K].double().numpy()
@@ -115,7 +104,7 @@ def test_spherical_kmeans_against_numpy(vectors, features):
 
 
 def test_residual_kmeans_against_scipy(vectors, features):
-    book = Discretisation(kind="residual", depth=3)(KMeans(K, iterations=5, show=False)).fit(vectors)
+    book = Discretisation(kind="residual", depth=3)(KMeans(K, iterations=5, show=False), vectors)
     rest, first, tokens, total = features.numpy(), vectors.first[:K].numpy(), [], 0
     for table in book.tables:
         theirs, _ = kmeans2(rest, first, iter=5, minit="matrix")
@@ -132,10 +121,10 @@ def test_residual_kmeans_against_scipy(vectors, features):
 
 def test_fsq_against_rounding(vectors, features):
     """The grid's nearest point is what rounding each component by itself gives."""
-    book = Discretisation(kind="fsq")(KMeans(K, show=False)).fit(vectors)
+    book = Discretisation(kind="fsq")(KMeans(K, show=False), vectors)
     levels = book.provenance["levels"]
     assert (levels, book.config.clusters, book.config.depth) == ([24], 24, 1)
-    book = Discretisation(kind="fsq")(KMeans(256, show=False)).fit(vectors)
+    book = Discretisation(kind="fsq")(KMeans(256, show=False), vectors)
     levels = np.array(book.provenance["levels"])
     assert (levels.tolist(), book.config.clusters) == ([7, 6, 6], 252)
     mean, directions = axes(features, 3)
@@ -188,22 +177,17 @@ def test_residual_tokens_lie_side_by_side_in_ranges_of_their_own(encoder, images
 
 def test_refusals(vectors):
     with pytest.raises(DigitError, match="17 principal components were asked for, and the features are 16 wide"):
-        Discretisation(pca=17)(KMeans(K, show=False)).fit(vectors)
+        Discretisation(pca=17)(KMeans(K, show=False), vectors)
     with pytest.raises(DigitError, match="leave pca out"):
         Discretisation(kind="fsq", pca=3)
 
 
-def test_command(encoder, cifar512, tmp_path):
-    save_component(tmp_path / "encoder", encoder, encoder.config)
-    app = typer.Typer()
-    app.command()(command)
-    options = ["--encoder", str(tmp_path / "encoder"), "--data", str(cifar512), "--out", str(tmp_path / "book")]
-    options += ["-k", "20", "--device", "cpu", "--iterations", "2", "--images", "64"]
+def test_command(fitted):
     for given, tokens, depth in (
         (["--kind", "residual", "--depth", "3", "--pca", "6"], 60, 3),
         (["--kind", "spherical"], 20, 1),
         (["--kind", "fsq"], 20, 1),
     ):
-        result = CliRunner().invoke(app, [*options, *given], catch_exceptions=False)
-        assert f"A codebook of {tokens} tokens from 64 images" in result.output
-        assert Codebook.from_pretrained(tmp_path / "book").config.depth == depth
+        output, book = fitted(*given)
+        assert f"A codebook of {tokens} tokens from 64 images" in output
+        assert book.config.depth == depth

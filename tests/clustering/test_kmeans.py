@@ -7,21 +7,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-import typer
 from scipy.cluster.vq import kmeans2
-from typer.testing import CliRunner
 
-from digit.cli.train import fit_codebook as command
-from digit.clustering.kmeans import Fit, fit_codebook, kmeans, start_centroids
+from digit.clustering.kmeans import Fit, KMeans, fit_codebook, start_centroids
 from digit.clustering.streams import PassSampler, Points, Sample
 from digit.core.config import to_dict
 from digit.core.errors import DigitError
 from digit.core.transforms import Transform
 from digit.data.dataset import open_dataset
 from digit.data.sampling import Batches
-from digit.encoders import small_conv, weights_checksum
+from digit.encoders import weights_checksum
 from digit.models.codebook import Codebook, nearest
-from digit.models.component import save_component
 from digit.pipeline.tokenizer import SemanticTokenizer
 
 IMAGES, K = 96, 24
@@ -64,17 +60,9 @@ def inertia(points, centroids):
 
 
 @pytest.fixture(scope="module")
-def encoder():
-    torch.manual_seed(0)
-    return small_conv(widths=(8, 8, 16), blocks=(1, 1, 1)).eval().requires_grad_(False)
-
-
-@pytest.fixture(scope="module")
 def batches(cifar512):
-    dataset = open_dataset(cifar512).subset(range(IMAGES))
-    return lambda number: Batches(
-        dataset, PassSampler(IMAGES, 32, 1, number), Transform(size=32, crop="none"), workers=0
-    )
+    dataset, whole = open_dataset(cifar512).subset(range(IMAGES)), Transform(size=32, crop="none")
+    return lambda number: Batches(dataset, PassSampler(IMAGES, 32, 1, number), whole, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +78,7 @@ def test_inertia_agrees_with_scipy(features, start):
         found, _ = kmeans2(features.numpy(), K, iter=20, minit="points", rng=seed)
         theirs.append(inertia(features, torch.from_numpy(found)))
         shuffled = features[torch.from_numpy(np.random.default_rng(seed).permutation(len(features)))]
-        fit = kmeans(in_memory(features), start_centroids(shuffled, K, start, seed), show=False)
+        fit = KMeans(K, show=False).move(in_memory(features), start_centroids(shuffled, K, start, seed))
         assert fit.inertia == pytest.approx(inertia(features, fit.centroids), rel=1e-5)
         ours.append(fit.inertia)
     assert np.mean(ours) < 1.01 * np.mean(theirs)
@@ -101,7 +89,7 @@ def test_inertia_agrees_with_scipy(features, start):
 def test_same_start_gives_scipys_centroids(features):
     first = start_centroids(features, K, "random", 0)
     theirs, _ = kmeans2(features.numpy(), first.numpy(), iter=5, minit="matrix")
-    ours = kmeans(in_memory(features), first, iterations=5, show=False)
+    ours = KMeans(K, iterations=5, show=False).move(in_memory(features), first)
     assert torch.allclose(ours.centroids, torch.from_numpy(theirs), atol=1e-3)
     assert ours.counts.sum() == len(features)
 
@@ -166,7 +154,7 @@ def test_empty_clusters_start_again_at_far_vectors(mini_batch):
     points = points[torch.randperm(800, generator=generator)]
     # but for the first, none is anywhere near
     first = points[:1] + 1e4 * torch.arange(8)[:, None]
-    fit = kmeans(in_memory(points, 100), first, mini_batch=mini_batch, show=False)
+    fit = KMeans(8, mini_batch=mini_batch, show=False).move(in_memory(points, 100), first)
     assert int((fit.counts > 0).sum()) == 8
     assert fit.inertia < 0.1 * inertia(points, points.mean(0, keepdim=True))
 
@@ -260,19 +248,13 @@ def test_refusals(encoder, batches):
         fit_codebook(encoder, [], 4, mode="whole", show=False)
 
 
-def test_command(encoder, cifar512, tmp_path):
-    save_component(tmp_path / "encoder", encoder, encoder.config)
-    app = typer.Typer()
-    app.command()(command)
-    options = ["--encoder", str(tmp_path / "encoder"), "--data", str(cifar512), "--out", str(tmp_path / "book")]
-    options += ["-k", "20", "--device", "cpu", "--iterations", "3", "--images", "64"]
+def test_command(fitted):
     old = ["--backend", "torch"]  # an option of the first edition
     for given, method in (
         ([*old, "--mode", "mini-batch", "--start", "k-means++"], {"mode": "mini-batch", "start": "k-means++"}),
         ([], {"mode": "sample", "start": "random"}),
     ):
-        result = CliRunner().invoke(app, [*options, *given], catch_exceptions=False)
-        assert "A codebook of 20 tokens from 64 images" in result.output
-        facts = Codebook.from_pretrained(tmp_path / "book").provenance
-        assert facts["method"] == method
-        assert facts["data"]["images"] == 64
+        output, book = fitted(*given)
+        assert "A codebook of 20 tokens from 64 images" in output
+        assert book.provenance["method"] == method
+        assert book.provenance["data"]["images"] == 64

@@ -72,22 +72,15 @@ def whole_models():
     """Networks as they are published: with heads, poolers, decoders, a text half."""
     t, sizes = transformers, {**TINY, "intermediate_size": 64}
     decoder = {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2, "decoder_num_hidden_layers": 1}
-    text = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": 32,
-        "vocab_size": 50,
-    }
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    staged = {**TINY, "out_features": ["stage4"]}
     return {
         "dinov2 classifier": lambda: t.Dinov2ForImageClassification(t.Dinov2Config(**TINY)),
         "dinov2 giant": lambda: t.Dinov2Model(t.Dinov2Config(**TINY, use_swiglu_ffn=True)),
-        "dinov2 backbone": lambda: t.Dinov2WithRegistersBackbone(
-            t.Dinov2WithRegistersConfig(**TINY, out_features=["stage4"])
-        ),
+        "dinov2 backbone": lambda: t.Dinov2WithRegistersBackbone(t.Dinov2WithRegistersConfig(**staged)),
         "vit": lambda: t.ViTModel(t.ViTConfig(**sizes)),
         "mae": lambda: t.ViTMAEForPreTraining(t.ViTMAEConfig(**sizes, **decoder)),
-        "siglip": lambda: t.SiglipModel(t.SiglipConfig(text_config=text, vision_config=sizes)),
+        "siglip": lambda: t.SiglipModel(t.SiglipConfig(text_config={**text, "vocab_size": 50}, vision_config=sizes)),
     }
 
 

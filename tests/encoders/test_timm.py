@@ -21,9 +21,8 @@ NAMES = {
 def saved(folder, name: str, **changes):
     """A network of timm with random weights, in a folder as the Hub has it."""
     torch.manual_seed(0)
-    network = (
-        timm.create_model(name, **SIZES | {"img_size": 4 * NAMES.get(name, 16)} | changes).eval().requires_grad_(False)
-    )
+    sizes = SIZES | {"img_size": 4 * NAMES.get(name, 16)} | changes
+    network = timm.create_model(name, **sizes).eval().requires_grad_(False)
     for value in network.parameters():  # fresh networks have zero biases, tokens and hardly any scale
         value.add_(torch.randn_like(value) * 0.1)
     save_for_hf(network, folder, safe_serialization=True)

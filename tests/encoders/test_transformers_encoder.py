@@ -44,24 +44,23 @@ def images():
     return torch.rand(3, 3, 24, 24)
 
 
-def reference(whole: TransformersEncoder, images: torch.Tensor) -> tuple[list[torch.Tensor], torch.nn.Module]:
-    """All hidden states of the network with every block, by transformers' own output_hidden_states; and its final
-    norm."""
-    family = FAMILIES[whole.config.hf_config["model_type"]]
+def reference(name: str, images: torch.Tensor) -> tuple[TransformersEncoder, list[torch.Tensor], torch.nn.Module, int]:
+    """An encoder with every block; all hidden states, by transformers' own output_hidden_states; the network's final
+    norm; and how many tokens are no patches."""
+    family = FAMILIES[name]
+    whole = encoder(name, layer=-1, preprocessing=Preprocessing(image_size=24, mean=family.mean, std=family.std))
     pixels = (images - torch.tensor(family.mean)[:, None, None]) / torch.tensor(family.std)[:, None, None]
     arguments = {"interpolate_pos_encoding": True} if family.interpolate else {}
-    if whole.config.hf_config["model_type"] == "vit_mae":
+    if name == "vit_mae":
         arguments["noise"] = torch.arange(36).expand(len(images), -1)
     states = whole.network(pixels, output_hidden_states=True, **arguments).hidden_states
-    return list(states), whole.network.get_submodule(NORMS.get(whole.config.hf_config["model_type"], "layernorm"))
+    norm = whole.network.get_submodule(NORMS.get(name, "layernorm"))
+    return whole, list(states), norm, family.prefix + CONFIGS[name].get("num_register_tokens", 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layer_is_that_hidden_state_of_transformers(family, images, tmp_path):
-    mean, std = FAMILIES[family].mean, FAMILIES[family].std
-    whole = encoder(family, layer=-1, preprocessing=Preprocessing(image_size=24, mean=mean, std=std))
-    states, norm = reference(whole, images)
-    prefix = FAMILIES[family].prefix + CONFIGS[family].get("num_register_tokens", 0)
+    whole, states, norm, prefix = reference(family, images)
     assert len(states) == 1 + SIZES["num_hidden_layers"]  # the reference has every block
     assert states[0].shape == (3, prefix + 36, 32)
     whole.save_pretrained(tmp_path / "whole")
@@ -114,12 +113,8 @@ def test_other_resolutions(family, size):
 @pytest.mark.parametrize("image_size", [224, 256, 336, 448, 512])
 @pytest.mark.parametrize("patch", [14, 16])
 def test_published_resolutions(image_size, patch, tmp_path):
-    config = {
-        **hf_config("dinov2"),
-        "patch_size": patch,
-        "image_size": 518 if patch == 14 else 224,
-        "num_hidden_layers": 1,
-    }
+    changes = {"patch_size": patch, "image_size": 518 if patch == 14 else 224, "num_hidden_layers": 1}
+    config = hf_config("dinov2") | changes
     made = TransformersEncoder(EncoderConfig(hf_config=config, layer=-1))
     made.save_pretrained(tmp_path / "e")
     loaded = load_encoder(tmp_path / "e", image_size=image_size)
@@ -198,10 +193,7 @@ def test_the_network_is_the_one_of_transformers():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("combine", ["sum", "mean", "concat"])
 def test_several_layers_are_those_hidden_states_of_transformers(family, combine, images, tmp_path):
-    mean, std = FAMILIES[family].mean, FAMILIES[family].std
-    whole = encoder(family, layer=-1, preprocessing=Preprocessing(image_size=24, mean=mean, std=std))
-    states, norm = reference(whole, images)
-    prefix = FAMILIES[family].prefix + CONFIGS[family].get("num_register_tokens", 0)
+    whole, states, norm, prefix = reference(family, images)
     whole.save_pretrained(tmp_path / "whole")
     for final_norm in (True, False):
         made = load_encoder(tmp_path / "whole", layers=(-4, -2, -3), combine=combine, final_norm=final_norm)

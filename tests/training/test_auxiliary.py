@@ -15,10 +15,10 @@ from digit.models.component import load_component
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.training.auxiliary import Auxiliary, known_fields, load_centroids, neighbours, set_embeddings
 from digit.training.build import build_task
-from digit.training.logs import read_metrics
-from digit.training.loop import Interrupted, train
-from digit.training.task import Step, Stream
+from digit.training.loop import Interrupted
+from digit.training.task import Step
 from digit.training.tasks.tokens import TokenLoss
+from runs import batches, curve, fell, learn, pure_batches, same
 
 CENTROIDS = torch.randn(tiny.CLUSTERS, 6, generator=torch.Generator().manual_seed(5))
 EVERYTHING = {
@@ -47,20 +47,16 @@ def build(cache: TokenCache, folder: Path, preset: str, extras: dict, *more: str
 
 
 # -- off
-# -------------------------------------------------------------------------------------------------------------------
 
 
 def test_off_by_default_a_run_is_what_it_was(token_cache: TokenCache) -> None:
     values = load_preset("cifar10-tiny-ar")
     with_section, _ = build_task("decoder", values, token_cache.folder, "test")
-    without, _ = build_task(
-        "decoder", {k: v for k, v in values.items() if k != "objective"}, token_cache.folder, "test"
-    )
+    del values["objective"]
+    without, _ = build_task("decoder", values, token_cache.folder, "test")
     assert with_section.description == without.description
     assert not {"objective", "start"} & with_section.description.keys()
-    first, second = (
-        next(iter(task.batches(Stream(start=0, stop=1, batch_size=8)))) for task in (with_section, without)
-    )
+    first, second = (batches(task, stop=1)[0] for task in (with_section, without))
     assert first.keys() == second.keys() == {"index", "tokens", "prefix"}
     assert with_section.modules.state_dict().keys() == without.modules.state_dict().keys()
 
@@ -74,13 +70,13 @@ def test_with_nothing_drawn_the_loss_is_the_models(token_cache: TokenCache) -> N
         mask = tokens % 3 == 0 if role == "masked" else None
         order = torch.rand(tokens.shape).argsort(1) if role == "random" else None
         expected, metrics = model.loss(tokens, labels, prefix, mask, 0.01, order=order)
-        found, same = TokenLoss(model, 0.01).train()(tokens, labels, prefix, mask, inputs=tokens, order=order)
+        more = {"labels": labels, "prefix": prefix, "mask": mask, "inputs": tokens, "order": order}
+        found, same = TokenLoss(model, 0.01).train()(tokens, **more)
         assert torch.allclose(found, expected, rtol=1e-5)
         assert torch.allclose(same["nll"], metrics["nll"], rtol=1e-5)
 
 
 # -- each by itself
-# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.375, 0.75, 0.99])
@@ -134,7 +130,6 @@ def test_centroids_as_embeddings_keep_their_geometry() -> None:
 
 
 # -- what does not go together
-# -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +182,6 @@ def test_orders_are_annealed_to_row_by_row(progress: float, share: float) -> Non
 
 
 # -- whole runs
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", EVERYTHING)
@@ -195,11 +189,7 @@ def test_batches_do_not_depend_on_the_number_of_processes(
     token_cache: TokenCache, model_folder: Path, role: str
 ) -> None:
     task, _ = build(token_cache, model_folder, f"cifar10-tiny-{role}", EVERYTHING[role])
-    whole = next(iter(task.batches(Stream(start=3, stop=4, batch_size=16))))
-    halves = [next(iter(task.batches(Stream(start=3, stop=4, batch_size=16, rank=r, world=2)))) for r in (0, 1)]
-    for name, value in whole.items():
-        assert torch.equal(torch.cat([half[name] for half in halves]), value)
-    [loss] = task.losses(whole, Step(0, 10))
+    [loss] = task.losses(pure_batches(task)[0], Step(0, 10))
     loss.value.backward()
     assert all(p.grad is not None for p in task.modules.parameters())
 
@@ -209,12 +199,7 @@ def test_a_run_with_all_of_it_learns_resumes_and_exports_a_plain_model(
     token_cache: TokenCache, model_folder: Path, tmp_path: Path, role: str
 ) -> None:
     preset = f"cifar10-tiny-{role}"
-    length = (
-        "training.steps=40",
-        "training.warmup_steps=5",
-        "training.checkpoint_every=20",
-        "training.sample_every=40",
-    )
+    length = [f"training.{name}" for name in ("steps=40", "warmup_steps=5", "checkpoint_every=20", "sample_every=40")]
 
     def run(out: Path, stop_after: int | None = None, resume: bool = False) -> Path | None:
         task, config = build(token_cache, model_folder, preset, EVERYTHING[role], *length)
@@ -228,7 +213,7 @@ def test_a_run_with_all_of_it_learns_resumes_and_exports_a_plain_model(
                     signal.raise_signal(signal.SIGTERM)
 
             task.after_step = after_step
-        return train(task, config, out, resume=resume, device="cpu", show=False)
+        return learn(task, config, out, resume)
 
     whole = run(tmp_path / "whole")
     with pytest.raises(Interrupted):
@@ -236,15 +221,13 @@ def test_a_run_with_all_of_it_learns_resumes_and_exports_a_plain_model(
     parts = run(tmp_path / "parts", resume=True)
     expected, found = (read_tensors(folder / "model.safetensors") for folder in (whole, parts))
     assert expected.keys() == tiny.token_model(role.removeprefix("prior-")).state_dict().keys()
-    assert all(expected[name].equal(found[name]) for name in expected)
+    assert same(found, expected)
     model = load_component(whole, TokenModel, TokenModelConfig)
     assert set(model.provenance["objective"]) == set(EVERYTHING[role])
-    lines = read_metrics(tmp_path / "whole")
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
+    assert fell(curve(tmp_path / "whole")) < 0.95
     untrained, _ = build(token_cache, model_folder, preset, EVERYTHING[role], *length)
     untrained.modules.eval()
-    assert lines[-1]["validation/nll"] < 0.9 * untrained.validate()["nll"]
+    assert curve(tmp_path / "whole", "validation/nll")[-1] < 0.9 * untrained.validate()["nll"]
 
 
 def test_description_names_what_is_on_and_not_where_it_lies() -> None:

@@ -18,7 +18,7 @@ from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
 from digit.training.config import TrainingConfig
 from digit.training.engine import Engine, check_launch
-from digit.training.logs import read_metrics
+from runs import curve
 
 # Sums of gradients are rounded in another order, and AdamW's first steps pass that on; 12 steps of float32 leave this
 # much.
@@ -64,10 +64,6 @@ def start(runs: Sequence[Run], processes: int) -> None:
     for process in started:
         output, _ = process.communicate(timeout=240)
         assert process.returncode == 0, output[-3000:]
-
-
-def curve(out: Path, name: str = "loss") -> list[float]:
-    return [line[name] for line in read_metrics(out) if name in line]
 
 
 def assert_same_run(found: Path, expected: Path) -> None:

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,17 +7,16 @@ import torch
 
 from digit.core.config import load_preset
 from digit.core.errors import DigitError
-from digit.core.files import read_tensors
 from digit.data.dataset import ImageDataset
 from digit.encoders import load_encoder
 from digit.training.build import build_task
-from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune
-from digit.training.logs import read_metrics
-from digit.training.loop import train
 from digit.training.losses.pairs import matched_places
-from digit.training.task import Step, Stream
+from digit.training.task import Step
 from digit.training.tasks.encoder import EncoderTask, build_method, model_from, objective_from
+from runs import curve, fell, learn, lines, pure_batches, resumed, settings
+
+SETTINGS = settings(batch_size=64, lr=2e-3, validate_every=1000)
 
 CONV = {"kind": "conv", "widths": [8, 16, 32]}
 VIT = {"kind": "vit", "dim": 48, "depth": 2}
@@ -50,57 +50,31 @@ def build(images: ImageDataset, name: str, seed: int = 0, start: FineTune | None
     return EncoderTask(model_from(model, "test"), objective_from(objective, "test"), rest, held_out, start=start)
 
 
-def training(**changes: object) -> TrainingConfig:
-    return TrainingConfig(
-        **{
-            "steps": 30,
-            "batch_size": 64,
-            "lr": 2e-3,
-            "schedule": "constant",
-            "warmup_steps": 0,
-            "log_every": 1,
-            **changes,
-        }
-    )
-
-
 # how far the mean loss of the last five steps lies below that of the first five, as a share
 @pytest.mark.parametrize(("name", "fall"), [("simclr", 0.12), ("dense", 0.1), ("vicreg", 0.2), ("mae", 0.1)])
 def test_loss_falls_and_features_do_not_collapse(images: ImageDataset, tmp_path: Path, name: str, fall: float) -> None:
-    train(build(images, name), training(), tmp_path, device="cpu", show=False)
-    lines = read_metrics(tmp_path)
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert sum(losses[-5:]) < (1 - fall) * sum(losses[:5])
-    assert lines[-1]["validation/feature_spread"] > 0.3
-    assert 0 <= lines[-1]["validation/neighbour_accuracy"] <= 1
+    learn(build(images, name), SETTINGS, tmp_path)
+    assert fell(curve(tmp_path)) < 1 - fall
+    end = lines(tmp_path)[-1]
+    assert end["validation/feature_spread"] > 0.3
+    assert 0 <= end["validation/neighbour_accuracy"] <= 1
 
 
 def test_masked_patches_are_learned_and_the_teacher_does_not_collapse(images: ImageDataset, tmp_path: Path) -> None:
     # at first all images project alike and the losses are near 0; they peak when the centers have caught up with that
     task = build(images, "ibot")
-    train(task, training(steps=80, batch_size=24, lr=1e-3, log_every=10), tmp_path, device="cpu", show=False)
-    lines = read_metrics(tmp_path)
-    patch = [line["ibot"] for line in lines if "ibot" in line]
+    learn(task, replace(SETTINGS, steps=80, batch_size=24, lr=1e-3, log_every=10), tmp_path)
+    patch = curve(tmp_path, "ibot")
     assert patch[-1] < 0.85 * max(patch)
-    assert lines[-1]["validation/feature_spread"] > 0.8
+    assert lines(tmp_path)[-1]["validation/feature_spread"] > 0.8
 
 
 @pytest.mark.parametrize("name", ["simclr", "dense", "ibot", "multi-crop"])
 def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(
     images: ImageDataset, tmp_path: Path, name: str
 ) -> None:
-    config = training(steps=4, batch_size=16, checkpoint_every=2, validate_every=0)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(build(images, name), config, whole, device="cpu", show=False)
-    shutil.copytree(whole / "checkpoints" / "step-0000002", cut / "checkpoints" / "step-0000002")
-    train(build(images, name, seed=1), config, cut, device="cpu", show=False, resume=True)
-    expected, found = (
-        read_tensors(out / "checkpoints" / "step-0000004" / "modules.safetensors") for out in (whole, cut)
-    )
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    before = read_tensors(whole / "checkpoints" / "step-0000002" / "modules.safetensors")
-    assert not all(torch.equal(expected[key], before[key]) for key in expected)
+    config = settings(steps=4, checkpoint_every=2)
+    resumed(lambda seed: build(images, name, seed), config, tmp_path)
 
 
 def test_the_teacher_follows_and_is_what_is_exported(images: ImageDataset, tmp_path: Path) -> None:
@@ -135,7 +109,7 @@ def test_export_gives_an_encoder_that_loads(images: ImageDataset, tmp_path: Path
 @pytest.mark.parametrize("name", ["simclr", "ibot", "mae"])
 def test_a_run_goes_on_from_a_saved_encoder(images: ImageDataset, tmp_path: Path, name: str) -> None:
     first = build(images, name)
-    train(first, training(steps=3), tmp_path / "run", device="cpu", show=False)
+    learn(first, replace(SETTINGS, steps=3), tmp_path / "run")
     whole = build(images, name, seed=1, start=FineTune(source=str(tmp_path / "run")))
     # a teacher is what is saved, and its student goes on from there
     saved = first.method.encoder.state_dict()
@@ -166,20 +140,9 @@ def test_a_saved_encoder_that_does_not_fit(images: ImageDataset, tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["simclr", "ibot", "mae"])
 def test_batches_depend_on_seed_and_step_alone(images: ImageDataset, name: str) -> None:
-    task = build(images, name)
-
-    def batches(**changes: int) -> list[dict[str, torch.Tensor]]:
-        return list(task.batches(Stream(**{"start": 0, "stop": 3, "batch_size": 8, "seed": 5, **changes})))
-
-    whole, late = batches(), batches(start=2)
-    first, second = batches(rank=0, world=2), batches(rank=1, world=2)
-    other = batches(seed=6)
-    assert whole[0]["images"].shape == (8, 3, 32, 32)
+    whole = pure_batches(build(images, name))
+    assert whole[0]["images"].shape == (32, 3, 32, 32)
     assert whole[0]["images"].dtype == torch.uint8
-    for key in whole[0]:
-        assert torch.equal(whole[2][key], late[0][key])
-        assert torch.equal(whole[1][key], torch.cat([first[1][key], second[1][key]]))
-    assert any(not torch.equal(whole[0][key], other[0][key]) for key in whole[0])
 
 
 def test_masks_hide_the_share_asked_for(images: ImageDataset) -> None:

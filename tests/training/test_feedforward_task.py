@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +22,9 @@ from digit.training.build import build_task
 from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune
 from digit.training.logs import read_metrics
-from digit.training.loop import train
 from digit.training.task import Step, Stream
 from digit.training.tasks.feedforward import OnePassData, OnePassObjective, OnePassTask
+from runs import curve, learn, lines, pure_batches, resumed, settings
 
 GAN = {"gan_weight": 0.01, "gan_start": 0.5, "gan_warmup": 0.25, "discriminator": {"channels": 8}}
 SMALL = [
@@ -33,13 +32,6 @@ SMALL = [
     "model.pixels={resolution: 32, widths: [16, 16, 8], patch: 2}",
     "data.held_out_split=null",
 ]
-
-
-def training(**changes: object) -> TrainingConfig:
-    return TrainingConfig(
-        **{"steps": 30, "batch_size": 16, "lr": 3e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1,
-           "validate_every": 0, **changes}
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -65,17 +57,15 @@ def test_loss_falls_with_posterior_and_discriminator(
     images: ImageDataset, parts: DigitPipeline, tmp_path: Path
 ) -> None:
     task = build(images.subset(range(64, 512)), parts, held_out=images.subset(range(64)), prefix_noise=0.5, **GAN)
-    train(task, training(steps=60, sample_every=60), tmp_path, device="cpu", show=False)
-    lines = read_metrics(tmp_path)
-    error = [line["l1"] for line in lines if "l1" in line]
+    learn(task, settings(steps=60, sample_every=60), tmp_path)
+    error = curve(tmp_path, "l1")
     assert sum(error[20:30]) / 10 < 0.8 * error[0]  # before the discriminator
-    assert len([line for line in lines if "discriminator/loss" in line]) == 30  # from half of the run on
-    assert (
-        min(line["information"] for line in lines[-10:] if "information" in line) > 5
-    )  # nats: the noise means something
-    assert lines[-1]["validation/psnr"] > 9.5
-    assert lines[-1]["validation/spread"] > 0.05
-    assert 1 / 12 < lines[-1]["validation/agreement"] <= 1
+    assert len(curve(tmp_path, "discriminator/loss")) == 30  # from half of the run on
+    assert min(curve(tmp_path, "information")[-10:]) > 5  # nats: the noise means something
+    end = lines(tmp_path)[-1]
+    assert end["validation/psnr"] > 9.5
+    assert end["validation/spread"] > 0.05
+    assert 1 / 12 < end["validation/agreement"] <= 1
     with Image.open(tmp_path / "samples" / "step-0000060.png") as picture:
         assert picture.size[0] > picture.size[1] > 0
 
@@ -83,7 +73,7 @@ def test_loss_falls_with_posterior_and_discriminator(
 def test_eight_images_are_learned_by_heart(images: ImageDataset, parts: DigitPipeline, tmp_path: Path) -> None:
     eight = images.subset(range(8))
     task = build(eight, parts, held_out=eight, noise_dim=0, flip=0.0, l2=2.0)
-    train(task, training(steps=200, batch_size=8, schedule="cosine", log_every=50), tmp_path, device="cpu", show=False)
+    learn(task, settings(steps=200, batch_size=8, schedule="cosine", log_every=50), tmp_path)
     assert read_metrics(tmp_path)[-1]["validation/psnr"] > 18  # one colour an image gives 13.9 dB
     model = load_component(tmp_path / "model", FeedForwardDecoder, FeedForwardConfig)
     pixels = torch.from_numpy(eight.arrays()[0]).permute(0, 3, 1, 2).float() / 255
@@ -95,7 +85,7 @@ def test_all_vq_tokens_at_once_are_learned_too(images: ImageDataset, parts: Digi
     eight = images.subset(range(8))
     before = {name: value.clone() for name, value in parts.vqgan.state_dict().items()}
     task = build(eight, parts, head="vq", kl=0.0, flip=0.0)
-    train(task, training(steps=120, batch_size=8), tmp_path, device="cpu", show=False)
+    learn(task, settings(steps=120, batch_size=8), tmp_path)
     model = load_component(tmp_path / "model", FeedForwardDecoder, FeedForwardConfig)
     pixels = torch.from_numpy(eight.arrays()[0]).permute(0, 3, 1, 2).float() / 255
     guessed = model(parts.tokenizer.encode(pixels), pixel_latents(model.config, range(8))).argmax(-1)
@@ -106,32 +96,14 @@ def test_all_vq_tokens_at_once_are_learned_too(images: ImageDataset, parts: Digi
 def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(
     images: ImageDataset, parts: DigitPipeline, tmp_path: Path
 ) -> None:
-    config, options = training(steps=6, checkpoint_every=3, ema_decay=0.9), {**GAN, "prefix_noise": 0.5}
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(build(images, parts, **options), config, whole, device="cpu", show=False)
-    shutil.copytree(whole / "checkpoints" / "step-0000003", cut / "checkpoints" / "step-0000003")
-    train(build(images, parts, seed=1, **options), config, cut, device="cpu", show=False, resume=True)
-    expected, found = (
-        read_tensors(out / "checkpoints" / "step-0000006" / "modules.safetensors") for out in (whole, cut)
-    )
-    assert any(name.startswith("posterior.") for name in expected)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    models = [read_tensors(out / "model" / "model.safetensors") for out in (whole, cut)]
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    config, options = settings(steps=6, checkpoint_every=3, ema_decay=0.9), {**GAN, "prefix_noise": 0.5}
+    end = resumed(lambda seed: build(images, parts, seed, **options), config, tmp_path)
+    assert any(name.startswith("posterior.") for name in end)
 
 
 def test_batches_depend_on_seed_and_step_alone(images: ImageDataset, parts: DigitPipeline) -> None:
     task = build(images, parts, prefix_noise=0.5, samples=torch.randint(12, (40, 16)), gan_weight=0.1)
-
-    def batches(**changes: int) -> list[dict[str, torch.Tensor]]:
-        return list(task.batches(Stream(**{"start": 0, "stop": 4, "batch_size": 32, "seed": 3, **changes})))
-
-    whole, late, half = batches(), batches(start=3), batches(rank=1, world=2)
-    assert {"index", "images", "flip", "sampled", "prefix_rank"} <= whole[0].keys()
-    for key in whole[0]:
-        assert torch.equal(whole[3][key], late[0][key])
-        assert torch.equal(whole[2][key][16:], half[2][key])
+    assert {"index", "images", "flip", "sampled", "prefix_rank"} <= pure_batches(task)[0].keys()
 
 
 def test_tokens_of_a_cache_are_those_of_the_images(
@@ -180,7 +152,7 @@ def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: Digi
         "cifar10-tiny-onepass", [*SMALL, "training.steps=2", "training.batch_size=8", "objective.gan_start=0"]
     )
     task, config = build_task("decoder", preset, cifar512, "test", parts=parts)
-    train(task, config, tmp_path / "first", device="cpu", show=False)
+    learn(task, config, tmp_path / "first")
     save_tokens_file(tmp_path / "tokens.npz", Tokens(torch.randint(12, (40, 16)), None))
     preset["data"]["samples"] = str(tmp_path / "tokens.npz")
     start = FineTune(source=str(tmp_path / "first"))
@@ -191,10 +163,9 @@ def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: Digi
     assert post.samples.shape == (40, 16)
     helpers = read_tensors(tmp_path / "first" / "checkpoints" / "step-0000002" / "modules.safetensors")
     for name in ("posterior", "discriminator"):
-        assert all(
-            torch.equal(value, helpers[f"{name}.{key}"]) for key, value in post.modules[name].state_dict().items()
-        )
-    folder = train(post, config, tmp_path / "second", device="cpu", show=False)
+        for key, value in post.modules[name].state_dict().items():
+            assert torch.equal(value, helpers[f"{name}.{key}"])
+    folder = learn(post, config, tmp_path / "second")
     again = load_component(folder, FeedForwardDecoder, FeedForwardConfig)
     assert not torch.equal(again.token_embedding.weight, saved["token_embedding.weight"])
     assert "sampled" in next(iter(post.batches(Stream(start=0, stop=1, batch_size=8))))
@@ -209,11 +180,8 @@ def test_the_encoder_may_judge(images: ImageDataset, parts: DigitPipeline, tmp_p
     late = list(task.losses(batch, Step(9, 10)))
     assert [loss.optimizer for loss in late] == ["model", "discriminator", "discriminator"]
     assert len(task.modules["discriminator"].features) == 4
-    assert set(dict(task.modules.named_children())) == {
-        "model",
-        "posterior",
-        "discriminator",
-    }  # nothing frozen is saved
+    # nothing frozen is saved
+    assert set(dict(task.modules.named_children())) == {"model", "posterior", "discriminator"}
 
 
 def test_images_may_be_larger_than_the_encoder_sees(cifar512: Path, parts: DigitPipeline) -> None:
@@ -301,9 +269,8 @@ def test_presets_of_imagenet_are_whole_and_smaller_than_the_ar_decoder(name: str
         side = shape.pixels.resolution
         assert model(torch.zeros(2, shape.prefix_length, dtype=torch.long)).shape == (2, 3, side, side)
     assert sum(p.numel() for p in model.parameters()) < 0.5 * sum(p.numel() for p in other.parameters())
-    assert {"256": 256, "512": 512, "448": 512}[
-        name.removeprefix("imagenet256-base-onepass").strip("-") or "256"
-    ] == side
+    given = name.removeprefix("imagenet256-base-onepass").strip("-") or "256"
+    assert {"256": 256, "512": 512, "448": 512}[given] == side
 
 
 def test_the_study_decoder_has_no_more_parameters_than_the_ar_decoder() -> None:

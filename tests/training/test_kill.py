@@ -20,8 +20,7 @@ from digit.core.files import read_tensors
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, open_token_cache
 from digit.training import checkpoint
-from digit.training.logs import read_metrics
-from digit.training.speed import SPEED
+from runs import lines, same
 
 KILLS = 15  # of training, and as many of caching
 STEPS = 400
@@ -132,10 +131,6 @@ def test_caching_survives_kill_9(cifar512: Path, tmp_path: Path) -> None:
     assert np.array_equal(cache.labels, open_dataset(cifar512).labels)
 
 
-def lines(out: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in read_metrics(out)]
-
-
 def end_of(out: Path) -> dict[str, torch.Tensor]:
     files = [out / "model" / "model.safetensors", *sorted(checkpoint.path_of(out, STEPS).glob("*.safetensors"))]
     return {f"{file.name}/{name}": tensor for file in files for name, tensor in read_tensors(file).items()}
@@ -163,16 +158,11 @@ def test_training_survives_kill_9(token_cache: TokenCache, tmp_path: Path) -> No
             assert checkpoint.load(newest).step >= reached
             reached = checkpoint.load(newest).step
         if reached == STEPS and (out / "model").is_dir():
-            assert_equal(end_of(out), end_of(tmp_path / "whole"))
+            assert same(end_of(out), end_of(tmp_path / "whole"))
             shutil.rmtree(out)
             reached = 0
     worker.seconds()
     worker.close()
-    assert_equal(end_of(out), end_of(tmp_path / "whole"))
+    assert same(end_of(out), end_of(tmp_path / "whole"))
     assert lines(out) == lines(tmp_path / "whole")
     assert not [path for path in (out / "checkpoints").iterdir() if not path.name.startswith("step-")]
-
-
-def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -18,10 +18,10 @@ from digit.core.errors import DigitError
 from digit.core.files import read_json, read_tensors
 from digit.training import checkpoint
 from digit.training.config import TrainingConfig
-from digit.training.logs import Averages, read_metrics
+from digit.training.logs import Averages
 from digit.training.loop import Interrupted, train
-from digit.training.speed import SPEED
 from digit.training.task import Batch, Loss, Step, Stream
+from runs import curve, fell, lines, same
 
 
 class Regression:
@@ -81,16 +81,8 @@ class Regression:
 
 
 def config(**values: object) -> TrainingConfig:
-    defaults = {
-        "steps": 40,
-        "batch_size": 16,
-        "lr": 5e-2,
-        "warmup_steps": 5,
-        "log_every": 5,
-        "validate_every": 10,
-        "checkpoint_every": 10,
-    }
-    return from_dict(TrainingConfig, {**defaults, **values}, "test")
+    values = {"steps": 40, "batch_size": 16, "lr": 5e-2, "warmup_steps": 5, "log_every": 5, **values}
+    return from_dict(TrainingConfig, {"validate_every": 10, "checkpoint_every": 10, **values}, "test")
 
 
 def run(out: Path, task: Regression | None = None, resume: bool = False, **values: object) -> Regression:
@@ -99,13 +91,12 @@ def run(out: Path, task: Regression | None = None, resume: bool = False, **value
     return task
 
 
+def exported(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "model" / "net.pt", weights_only=True)
+
+
 def weights(task: Regression) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in task.modules.parameters()])
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    """The metrics without those that are a matter of time."""
-    return [{k: v for k, v in line.items() if k not in SPEED} for line in read_metrics(out)]
 
 
 def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
@@ -142,11 +133,8 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path: Path, stop: int) -> N
     with pytest.raises(Interrupted, match=rf"SIGTERM after step {stop + 1} of 40; the checkpoint is") as caught:
         run(tmp_path / "parts", first, **settings)
     assert caught.value.exit_code == 143
-    assert (
-        caught.value.checkpoint
-        == checkpoint.latest(tmp_path / "parts")
-        == checkpoint.path_of(tmp_path / "parts", stop + 1)
-    )
+    last = checkpoint.latest(tmp_path / "parts")
+    assert caught.value.checkpoint == last == checkpoint.path_of(tmp_path / "parts", stop + 1)
     assert signal.getsignal(signal.SIGTERM) is before
     second = run(tmp_path / "parts", resume=True, **settings)
     assert second.steps == list(range(stop + 1, 40))
@@ -154,10 +142,8 @@ def test_interrupted_and_resumed_is_the_same_run(tmp_path: Path, stop: int) -> N
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
     ends = [checkpoint.load(checkpoint.path_of(tmp_path / name, 40)) for name in ("whole", "parts")]
     for file, tensors in ends[0].tensors.items():
-        assert tensors.keys() == ends[1].tensors[file].keys()
-        assert all(torch.equal(tensor, ends[1].tensors[file][name]) for name, tensor in tensors.items())
-    averaged = [torch.load(tmp_path / name / "model" / "net.pt", weights_only=True) for name in ("whole", "parts")]
-    assert all(torch.equal(averaged[0][name], averaged[1][name]) for name in averaged[0])
+        assert same(ends[1].tensors[file], tensors)
+    assert same(*(exported(tmp_path / name) for name in ("whole", "parts")))
 
 
 def test_a_killed_run_forgets_what_it_did_after_the_checkpoint(tmp_path: Path) -> None:
@@ -191,10 +177,10 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 def test_the_exported_model_has_the_averaged_weights(tmp_path: Path) -> None:
     task = run(tmp_path, ema_decay=0.9)
-    exported = torch.load(tmp_path / "model" / "net.pt", weights_only=True)
+    found = exported(tmp_path)
     average = read_tensors(tmp_path / "checkpoints" / "step-0000040" / "ema.safetensors")
-    assert all(torch.equal(exported[name], average[f"net.{name}"]) for name in exported)
-    assert not torch.equal(exported["0.weight"], task.net[0].weight)
+    assert all(torch.equal(found[name], average[f"net.{name}"]) for name in found)
+    assert not torch.equal(found["0.weight"], task.net[0].weight)
 
 
 def test_accumulation_has_the_gradient_of_the_whole_batch(tmp_path: Path) -> None:
@@ -231,8 +217,7 @@ def test_patience_ends_a_run_and_exports_the_best(tmp_path: Path, stop: int) -> 
     assert read_json(tmp_path / "model" / "provenance.json")["steps"] == 30
     assert read_json(tmp_path / "model" / "provenance.json")["metrics"] == {"error": 1.0}
     run(tmp_path / "30", Overfit(), **{**settings, "steps": 30})
-    best, known = (torch.load(out / "model" / "net.pt", weights_only=True) for out in (tmp_path, tmp_path / "30"))
-    assert all(torch.equal(best[name], known[name]) for name in known)
+    assert same(exported(tmp_path), exported(tmp_path / "30"))
     again = run(tmp_path, Overfit(), resume=True, **settings)
     assert again.steps == []
 
@@ -253,8 +238,7 @@ def test_a_group_may_have_a_slower_rate(tmp_path: Path) -> None:
 def test_bf16_learns_with_float32_weights(tmp_path: Path) -> None:
     task = run(tmp_path, precision="bf16")
     assert task.net[0].weight.dtype == torch.float32
-    logged = [line["loss"] for line in lines(tmp_path) if "loss" in line]
-    assert logged[-1] < 0.5 * logged[0]
+    assert fell(curve(tmp_path), over=1) < 0.5
 
 
 class Duel(Regression):
@@ -297,7 +281,6 @@ def test_a_second_loss_sees_moved_parameters_and_has_its_own_gradient_only(tmp_p
 
 
 # -- what goes wrong
-# -------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -417,9 +400,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         real(source, target)
 
     monkeypatch.setattr("os.replace", replace)
-    with pytest.raises(
-        DigitError, match=r"after step 30 was not written.*disk is full.*step-0000020; go on from it with --resume"
-    ):
+    words = r"after step 30 was not written.*disk is full.*step-0000020; go on from it with --resume"
+    with pytest.raises(DigitError, match=words):
         run(tmp_path / "parts")
     monkeypatch.undo()
     assert torch.equal(weights(run(tmp_path / "parts", resume=True)), weights(whole))

@@ -32,7 +32,6 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 # -- the discriminator
-# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dims", [(), (4, 5)])
@@ -66,7 +65,6 @@ def test_hinge_and_ramp_are_the_written_ones() -> None:
 
 
 # -- perceptual
-# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [lambda: small_conv(widths=(8, 16, 32)), lambda: small_vit(dim=48, depth=2)])
@@ -102,7 +100,6 @@ def test_lpips_without_weights_says_where_to_put_them(monkeypatch: pytest.Monkey
 
 
 # -- neighbours
-# ------------------------------------------------------------------------------------------------------------
 
 
 def test_neighbours_find_the_class_and_weigh_votes() -> None:

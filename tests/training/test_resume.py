@@ -17,8 +17,7 @@ from digit.cli.train import add_to
 from digit.core.errors import DigitError
 from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
-from digit.training.logs import read_metrics
-from digit.training.speed import SPEED
+from runs import curve, lines, same
 
 # the commands alone: others import more than training needs
 PROGRAM = "import torch, typer; torch.set_num_threads(1); from digit.cli.train import add_to; app = typer.Typer(); add_to(app); app()"
@@ -51,15 +50,9 @@ def cli(*arguments: str, error: str = "") -> Result:
     return result
 
 
-def lines(out: Path) -> list[dict]:
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in read_metrics(out)]
-
-
 def assert_same_end(one: Path, other: Path, step: int) -> None:
     for file in ("model/model.safetensors", f"checkpoints/step-{step:07d}/modules.safetensors"):
-        expected, found = read_tensors(one / file), read_tensors(other / file)
-        assert expected.keys() == found.keys()
-        assert all(expected[name].equal(found[name]) for name in expected)
+        assert same(read_tensors(other / file), read_tensors(one / file))
     assert lines(one) == lines(other)
 
 
@@ -77,7 +70,7 @@ def test_the_command_that_a_stopped_run_prints_ends_in_the_same_weights(
     cli(*arguments(component, preset, token_cache, whole))
     running = process(arguments(component, preset, token_cache, parts))
     wait_for = random.randint(1, 50)
-    while len([line for line in read_metrics(parts) if "loss" in line]) < wait_for:
+    while len(curve(parts)) < wait_for:
         assert running.poll() is None, running.communicate()
         time.sleep(0.005)
     running.send_signal(signum)
@@ -103,9 +96,7 @@ def test_a_run_that_is_extended_is_the_longer_run(token_cache: TokenCache, tmp_p
     cli(*resumed)  # what was changed is what the run now is: nothing is left to do
     cli(*arguments("prior", preset, token_cache, tmp_path / "long", **{**constant, "training.steps": 20}))
     assert [line["step"] for line in lines(tmp_path / "run")] == [*range(1, 11), 10, *range(11, 21), 20]
-    assert_same_weights = read_tensors(tmp_path / "run" / "model" / "model.safetensors")
-    for name, tensor in read_tensors(tmp_path / "long" / "model" / "model.safetensors").items():
-        assert tensor.equal(assert_same_weights[name])
+    assert same(*(read_tensors(tmp_path / name / "model" / "model.safetensors") for name in ("run", "long")))
     epochs = ("--set", "training.epochs=1", "--set", "training.batch_size=16")
     cli(*resumed, *epochs)  # 461 images in 29 steps
     assert lines(tmp_path / "run")[-1]["step"] == 29

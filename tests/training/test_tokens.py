@@ -9,18 +9,16 @@ import tiny
 from digit.core.config import from_dict, load_preset
 from digit.core.errors import DigitError
 from digit.core.files import read_json
-from digit.data.dataset import open_dataset
+from digit.data.dataset import ImageDataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache
 from digit.models.component import load_component
 from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
 from digit.sampling import SamplingParams
 from digit.sampling.sampler import sample
 from digit.training.build import build_task
-from digit.training.config import TrainingConfig
-from digit.training.logs import read_metrics
-from digit.training.loop import train
 from digit.training.task import Step, Stream
 from digit.training.tasks.tokens import TokenData, TokenTask, random_masks, token_model_config
+from runs import curve, learn, lines, pure_batches, settings
 
 TRANSFORMER = {"dim": 64, "depth": 2, "heads": 4}
 
@@ -37,7 +35,6 @@ def first_batch(task: TokenTask, **changes: int) -> dict[str, torch.Tensor]:
 
 
 # -- the model's shape comes from the cache
-# --------------------------------------------------------------------------------
 
 
 def test_model_is_completed_from_the_cache(token_cache: TokenCache) -> None:
@@ -58,32 +55,17 @@ def test_model_is_completed_from_the_cache(token_cache: TokenCache) -> None:
 )
 def test_what_does_not_fit_gets_a_sentence(token_cache: TokenCache, values: dict, data: dict, words: str) -> None:
     chosen = from_dict(TokenData, data, "test")
+    values = {"role": "prior", "transformer": TRANSFORMER, **values}
     with pytest.raises(DigitError, match=words):
-        TokenTask(
-            TokenModel(
-                token_model_config({"role": "prior", "transformer": TRANSFORMER, **values}, token_cache, chosen, "test")
-            ),
-            token_cache,
-            chosen,
-        )
+        TokenTask(TokenModel(token_model_config(values, token_cache, chosen, "test")), token_cache, chosen)
 
 
 # -- batches
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_a_batch_depends_on_seed_and_step_alone(token_cache: TokenCache) -> None:
     task = build(token_cache, "masked", target="vq", prefix="semantic", labels=True)
-    whole = list(task.batches(Stream(start=0, stop=6, batch_size=16, seed=3)))
-    later = list(task.batches(Stream(start=4, stop=6, batch_size=16, seed=3)))
-    for name in whole[4]:
-        assert torch.equal(whole[4][name], later[0][name])
-        assert torch.equal(whole[5][name], later[1][name])
-        halves = [
-            next(iter(task.batches(Stream(start=4, stop=5, batch_size=16, seed=3, rank=rank, world=2))))[name]
-            for rank in (0, 1)
-        ]
-        assert torch.equal(torch.cat(halves), whole[4][name])
+    whole = pure_batches(task)
     assert not torch.equal(whole[4]["tokens"], whole[5]["tokens"])
     assert not torch.equal(first_batch(task, seed=1)["index"], first_batch(task, seed=2)["index"])
 
@@ -133,7 +115,6 @@ def test_masks_are_maskgits() -> None:
 
 
 # -- losses
-# ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ["prior", "masked", "random"])
@@ -198,7 +179,6 @@ def test_validation_is_the_mean_over_all_held_out_tokens(token_cache: TokenCache
 
 
 # -- whole runs
-# ------------------------------------------------------------------------------------------------------------
 
 CASES = [
     ("cifar10-tiny-prior", "prior", 0.25),
@@ -222,12 +202,11 @@ def test_every_preset_learns(
     task, config = build_task(component, load_preset(preset, [*changes, *small]), token_cache.folder, preset)
     task.modules.eval()
     before = task.validate()["nll"]
-    folder = train(task, config, tmp_path, device="cpu", show=False)
-    lines = read_metrics(tmp_path)
-    after = lines[-1]["validation/nll"]
+    folder = learn(task, config, tmp_path)
+    end, losses = lines(tmp_path)[-1], curve(tmp_path)
+    after = end["validation/nll"]
     assert after < (1 - share) * before
-    assert lines[-1]["validation/perplexity"] < lines[-1]["validation/unigram_perplexity"]
-    losses = [line["loss"] for line in lines if "loss" in line]
+    assert end["validation/perplexity"] < end["validation/unigram_perplexity"]
     assert len(losses) == 60
     assert np.mean(losses[-10:]) < (1 - share) * losses[0]
     model = load_component(folder, TokenModel, TokenModelConfig)
@@ -240,10 +219,9 @@ def test_every_preset_learns(
 
 
 @pytest.mark.parametrize("role", ["prior", "ar", "masked", "random"])
-def test_overfits_eight_images_to_exact_tokens(cifar512: Path, tmp_path: Path, role: str) -> None:
+def test_overfits_eight_images_to_exact_tokens(images: ImageDataset, tmp_path: Path, role: str) -> None:
     """A tiny model learns eight images, one of each class, by heart; sampling without chance then gives their exact
     tokens."""
-    images = open_dataset(cifar512)
     eight = images.subset([int(np.flatnonzero(images.labels == label)[0]) for label in range(8)])
     cache = build_token_cache(tiny.pipeline(), eight, tmp_path / "cache", Views(flip=False))
     target, prefix = ("semantic", None) if role in ("prior", "random") else ("vq", "semantic")
@@ -252,15 +230,9 @@ def test_overfits_eight_images_to_exact_tokens(cifar512: Path, tmp_path: Path, r
     torch.manual_seed(0)
     task = TokenTask(TokenModel(token_model_config(values, cache, data, "test")), cache, data)
     assert task.examples == 8  # nothing is held out of so few
-    config = TrainingConfig(
-        steps=200, batch_size=8, lr=3e-3, schedule="cosine", warmup_steps=20, validate_every=0, checkpoint_every=0
-    )
-    train(task, config, tmp_path / "run", device="cpu", show=False)
-    tokens = sample(
-        task.model.eval(),
-        range(8),
-        params=SamplingParams(temperature=0, choice_temperature=0),
-        labels=torch.arange(8),
-        prefix=None if prefix is None else cache.tokens("semantic", np.arange(8)),
-    )
+    config = settings(steps=200, batch_size=8, schedule="cosine", warmup_steps=20, checkpoint_every=0, log_every=50)
+    learn(task, config, tmp_path / "run")
+    params = SamplingParams(temperature=0, choice_temperature=0)
+    given = None if prefix is None else cache.tokens("semantic", np.arange(8))
+    tokens = sample(task.model.eval(), range(8), params=params, labels=torch.arange(8), prefix=given)
     assert torch.equal(tokens, cache.tokens(target, np.arange(8)))

@@ -1,4 +1,3 @@
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +13,11 @@ from digit.data.dataset import ImageDataset
 from digit.encoders.loading import small_conv
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.training.build import build_task
-from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune
 from digit.training.logs import read_metrics
-from digit.training.loop import train
 from digit.training.task import Step, Stream
 from digit.training.tasks.vqgan import VqganObjective, VqganTask
+from runs import curve, fell, learn, lines, pure_batches, resumed, settings
 
 MODEL = VQGANConfig(resolution=32, channels=16, multipliers=(1, 2, 2), blocks=1, codes=64, code_dim=8, groups=8)
 GAN = {"gan_weight": 0.02, "gan_start": 0.5, "gan_warmup": 0.25, "discriminator": {"channels": 8}}
@@ -37,24 +35,15 @@ def build(
     return VqganTask(model, from_dict(VqganObjective, objective, "test"), images, held_out, start)
 
 
-def training(**changes: object) -> TrainingConfig:
-    return TrainingConfig(
-        **{"steps": 30, "batch_size": 16, "lr": 3e-3, "schedule": "constant", "warmup_steps": 0, "log_every": 1,
-           "validate_every": 0, **changes}
-    )  # fmt: skip
-
-
 def test_loss_falls_with_a_discriminator_and_the_codes_are_used(images: ImageDataset, tmp_path: Path) -> None:
     task = build(images.subset(range(64, 512)), held_out=images.subset(range(64)), **GAN)
-    train(task, training(steps=40, sample_every=40), tmp_path, device="cpu", show=False)
-    lines = read_metrics(tmp_path)
-    error = [line["l1"] for line in lines if "l1" in line]
-    assert sum(error[-5:]) < 0.65 * sum(error[:5])
-    judged = [line for line in lines if "discriminator/loss" in line]
-    assert len(judged) == 20  # from half of the run on
-    assert lines[-1]["validation/psnr"] > 12.5
-    assert lines[-1]["validation/codebook_use"] > 0.8
-    assert 20 < lines[-1]["validation/perplexity"] <= 64
+    learn(task, settings(steps=40, sample_every=40), tmp_path)
+    assert fell(curve(tmp_path, "l1")) < 0.65
+    assert len(curve(tmp_path, "discriminator/loss")) == 20  # from half of the run on
+    end = lines(tmp_path)[-1]
+    assert end["validation/psnr"] > 12.5
+    assert end["validation/codebook_use"] > 0.8
+    assert 20 < end["validation/perplexity"] <= 64
     with Image.open(tmp_path / "samples" / "step-0000040.png") as picture:
         assert picture.size[0] > picture.size[1] > 0
 
@@ -63,7 +52,7 @@ def test_eight_images_are_learned_by_heart(images: ImageDataset, tmp_path: Path)
     eight = images.subset(range(8))
     torch.manual_seed(0)
     task = VqganTask(replace(MODEL, codes=256), VqganObjective(flip=0.0, l2=2.0), eight, eight)
-    train(task, training(steps=150, batch_size=8, schedule="cosine", log_every=50), tmp_path, device="cpu", show=False)
+    learn(task, settings(steps=150, batch_size=8, schedule="cosine", log_every=50), tmp_path)
     assert read_metrics(tmp_path)[-1]["validation/psnr"] > 19  # one colour an image gives 13.9 dB
     vqgan = VQGAN.from_pretrained(tmp_path / "model")
     pixels = torch.from_numpy(eight.arrays()[0]).permute(0, 3, 1, 2).float() / 255
@@ -75,19 +64,9 @@ def test_eight_images_are_learned_by_heart(images: ImageDataset, tmp_path: Path)
 def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(
     images: ImageDataset, tmp_path: Path, ema: float
 ) -> None:
-    config = training(steps=6, checkpoint_every=3, ema_decay=ema)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train(build(images, **GAN), config, whole, device="cpu", show=False)
-    shutil.copytree(whole / "checkpoints" / "step-0000003", cut / "checkpoints" / "step-0000003")
-    train(build(images, seed=1, **GAN), config, cut, device="cpu", show=False, resume=True)
-    expected, found = (
-        read_tensors(out / "checkpoints" / "step-0000006" / "modules.safetensors") for out in (whole, cut)
-    )
-    assert {"quantizer.codebook", "quantizer.uses", "quantizer.sums", "quantizer.updates"} <= expected.keys()
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[key], found[key]) for key in expected)
-    models = [read_tensors(out / "model" / "model.safetensors") for out in (whole, cut)]
-    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    config = settings(steps=6, checkpoint_every=3, ema_decay=ema)
+    end = resumed(lambda seed: build(images, seed, **GAN), config, tmp_path)
+    assert {"quantizer.codebook", "quantizer.uses", "quantizer.sums", "quantizer.updates"} <= end.keys()
 
 
 def test_a_dead_code_of_a_run_comes_back(images: ImageDataset) -> None:
@@ -110,13 +89,13 @@ def test_accumulated_parts_give_the_codebook_of_the_whole_batch(images: ImageDat
     for parts in (1, 2):
         task = build(images)
         # the first batch starts the codebook from what it sees first, so compare a codebook that is already started
-        config = training(steps=2, accumulation=parts)
+        config = settings(steps=2, accumulation=parts)
         task.quantizer.updates.fill_(1)
         task.quantizer.uses.fill_(1.0)
         with torch.no_grad():
             task.vqgan.codebook.copy_(torch.randn(64, 8, generator=torch.Generator().manual_seed(0)))
         task.quantizer.sums.copy_(task.vqgan.codebook)
-        train(task, config, tmp_path / str(parts), device="cpu", show=False)
+        learn(task, config, tmp_path / str(parts))
         found.append(task.vqgan.codebook.detach().clone())
     # the revived codes take other latents when they arrive in two parts, the moved ones agree
     same = torch.isclose(found[0], found[1], atol=1e-3, rtol=1e-3).all(1)
@@ -125,7 +104,7 @@ def test_accumulated_parts_give_the_codebook_of_the_whole_batch(images: ImageDat
 
 def test_export_holds_the_codebook_and_averaged_weights(images: ImageDataset, tmp_path: Path) -> None:
     task = build(images)
-    folder = train(task, training(steps=3, ema_decay=0.9), tmp_path, device="cpu", show=False)
+    folder = learn(task, settings(steps=3, ema_decay=0.9), tmp_path)
     loaded = VQGAN.from_pretrained(folder)
     assert loaded.provenance["steps"] == 3
     torch.testing.assert_close(loaded.codebook, task.vqgan.codebook)
@@ -135,15 +114,7 @@ def test_export_holds_the_codebook_and_averaged_weights(images: ImageDataset, tm
 
 
 def test_batches_depend_on_seed_and_step_alone_and_mirror_half(images: ImageDataset) -> None:
-    task = build(images)
-
-    def batches(**changes: int) -> list[dict[str, torch.Tensor]]:
-        return list(task.batches(Stream(**{"start": 0, "stop": 8, "batch_size": 32, "seed": 3, **changes})))
-
-    whole, late, half = batches(), batches(start=5), batches(rank=1, world=2)
-    for key in ("index", "images", "flip"):
-        assert torch.equal(whole[5][key], late[0][key])
-        assert torch.equal(whole[2][key][16:], half[2][key])
+    whole = pure_batches(build(images))
     assert 0.35 < torch.cat([batch["flip"] for batch in whole]).float().mean() < 0.65
     pixels = images.arrays()[0][whole[0]["index"].numpy()]
     assert np.array_equal(whole[0]["images"].permute(0, 2, 3, 1).numpy(), pixels)
@@ -168,7 +139,7 @@ def test_the_encoder_may_judge(images: ImageDataset, tmp_path: Path) -> None:
 @pytest.fixture
 def saved(images: ImageDataset, tmp_path: Path) -> Path:
     """A run of a VQGAN with a discriminator."""
-    train(build(images, **GAN), training(steps=12), tmp_path / "first", device="cpu", show=False)
+    learn(build(images, **GAN), settings(steps=12), tmp_path / "first")
     return tmp_path / "first"
 
 
@@ -182,20 +153,19 @@ def test_with_frozen_tokens_the_decoder_alone_goes_on(images: ImageDataset, tmp_
     for name, tensor in task.modules["discriminator"].state_dict().items():
         assert torch.equal(tensor, judge[f"discriminator.{name}"])
     assert task.description["start"]["freeze"] == ["tokens"]
-    folder = train(task, training(steps=12, ema_decay=0.9), tmp_path / "second", device="cpu", show=False)
+    folder = learn(task, settings(steps=12, ema_decay=0.9), tmp_path / "second")
     after = VQGAN.from_pretrained(folder)
     for name, tensor in before.state_dict().items():
         assert torch.equal(tensor, after.state_dict()[name]) != name.startswith("decoder."), name
-    lines = read_metrics(tmp_path / "second")
-    assert all("commitment" not in line for line in lines)
-    assert lines[-1]["validation/l1"] < read_metrics(saved)[0]["l1"]
+    assert not curve(tmp_path / "second", "commitment")
+    assert curve(tmp_path / "second", "validation/l1")[-1] < read_metrics(saved)[0]["l1"]
 
 
 def test_a_whole_vqgan_goes_on_with_its_codebook(images: ImageDataset, tmp_path: Path, saved: Path) -> None:
     task = build(images, seed=1, start=FineTune(source=str(saved)), **GAN)
     known = VQGAN.from_pretrained(saved / "model").codebook
     assert torch.equal(task.vqgan.codebook, known)
-    train(task, training(steps=2), tmp_path / "second", device="cpu", show=False)
+    learn(task, settings(steps=2), tmp_path / "second")
     moved = (task.vqgan.codebook - known).norm(dim=1) / known.norm(dim=1)
     assert 0 < float(moved.median()) < 0.2  # not put on the first batch anew
 

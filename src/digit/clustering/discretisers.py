@@ -9,7 +9,8 @@ the smallest angle. So nothing but centroids is saved, and whatever takes a code
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from math import log, prod
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from digit.clustering.kmeans import Discretiser, Fit, KMeans, wide
+from digit.clustering.kmeans import Fit, KMeans, wide
 from digit.clustering.streams import Vectors, summed
 from digit.core.config import PositiveInt, config
 from digit.core.errors import DigitError
@@ -51,102 +52,79 @@ class Discretisation:
         parts = f"depth {self.depth}" if self.kind == "residual" else "", f"{self.pca} components" if self.pca else ""
         return ", ".join(filter(None, (self.kind, *parts)))
 
-    def __call__(self, kmeans: KMeans) -> Discretiser:
-        """The discretiser, with the settings of ``kmeans``."""
+    def __call__(self, kmeans: KMeans, features: Vectors) -> Codebook:
+        """The codebook of feature vectors, with the settings of ``kmeans``, and with its quality as its provenance; the
+        same in every process.
+        """
         if self.kind == "fsq":
             levels = fsq_levels(kmeans.clusters)
-            return PrincipalComponents(len(levels), FSQ(levels))
-        found: Discretiser = kmeans
+            return principal_components(len(levels), partial(fsq, levels), features)
+        fit: Callable[[Vectors], Codebook] = kmeans.fit
         if self.kind == "spherical":
-            found = Spherical(kmeans)
+            fit = partial(spherical, kmeans)
         if self.kind == "residual":
-            found = Residual(kmeans, self.depth)
-        return PrincipalComponents(self.pca, found) if self.pca or self.kind == "pca" else found
+            fit = partial(residual, kmeans, self.depth)
+        return principal_components(self.pca, fit, features) if self.pca or self.kind == "pca" else fit(features)
 
 
-@dataclass(frozen=True)
-class Spherical:
+def spherical(kmeans: KMeans, features: Vectors) -> Codebook:
     """K-means of directions; the centroids then get one length, at which they are nearest to the vectors."""
-
-    kmeans: KMeans
-
-    def fit(self, features: Vectors) -> Codebook:
-        """See :class:`~digit.clustering.kmeans.Discretiser`."""
-        unit = replace(self.kmeans, spherical=True).fit(features.map(lambda x: F.normalize(x, dim=1)))
-        centroids = unit.centroids.to(features.first.device)
-        along, count = _sums(features, lambda x: (x * centroids[nearest(x, centroids)]).sum())
-        return _described(Codebook.from_centroids(centroids * (along / count)), features, {"kind": "spherical"})
+    unit = replace(kmeans, spherical=True).fit(features.map(lambda x: F.normalize(x, dim=1)))
+    centroids = unit.centroids.to(features.first.device)
+    along, count = _sums(features, lambda x: (x * centroids[nearest(x, centroids)]).sum())
+    return _described(Codebook.from_centroids(centroids * (along / count)), features, {"kind": "spherical"})
 
 
-@dataclass(frozen=True)
-class Residual:
+def residual(kmeans: KMeans, depth: int, features: Vectors) -> Codebook:
     """K-means of the vectors, then of their differences from what was found, ``depth`` times."""
-
-    kmeans: KMeans
-    depth: int
-
-    def fit(self, features: Vectors) -> Codebook:
-        """See :class:`~digit.clustering.kmeans.Discretiser`."""
-        tables: list[Tensor] = []
-        rest = features
-        for _ in range(self.depth):
-            book = self.kmeans.fit(rest).to(features.first.device)
-            tables.append(book.centroids)
-            rest = rest.map(lambda x, book=book: x - book.lookup(book.assign(x)))  # type: ignore[misc]
-        return _described(Codebook.from_centroids(torch.cat(tables), depth=self.depth), features, {"kind": "residual"})
+    tables: list[Tensor] = []
+    rest = features
+    for _ in range(depth):
+        book = kmeans.fit(rest).to(features.first.device)
+        tables.append(book.centroids)
+        rest = rest.map(lambda x, book=book: x - book.lookup(book.assign(x)))  # type: ignore[misc]
+    return _described(Codebook.from_centroids(torch.cat(tables), depth=depth), features, {"kind": "residual"})
 
 
-@dataclass(frozen=True)
-class PrincipalComponents:
+def principal_components(components: int | None, fit: Callable[[Vectors], Codebook], features: Vectors) -> Codebook:
     """Another discretiser in the space of the directions in which vectors vary most; None: a quarter of the width.
 
     Mean and covariance are sums over a pass, so vectors are not kept. The components are not scaled to equal variance.
+    ``pca`` in the provenance has the share of variance kept.
+
+    Raises:
+        DigitError: more components than the vectors are wide.
     """
-
-    components: int | None
-    inner: Discretiser
-
-    def fit(self, features: Vectors) -> Codebook:
-        """See :class:`~digit.clustering.kmeans.Discretiser`; ``pca`` in the provenance has the share of variance kept.
-
-        Raises:
-            DigitError: more components than the vectors are wide.
-        """
-        width = features.first.shape[1]
-        count = self.components or max(1, width // 4)
-        if count > width:
-            raise DigitError(f"{count} principal components were asked for, and the features are {width} wide.")
-        mean, covariance = moments(features)
-        variances, directions = torch.linalg.eigh(covariance)  # the smallest first
-        axes = directions.T.flip(0)[:count].float().to(features.first.device)  # (c, D)
-        middle = mean.float().to(axes.device)
-        inside = self.inner.fit(features.map(lambda x: (x - middle) @ axes.T))
-        tables = inside.tables.to(axes.device) @ axes  # (d, K, D)
-        tables[0] += middle
-        book = Codebook.from_centroids(tables.flatten(0, 1), depth=inside.config.depth)
-        kept = float(variances.flip(0)[:count].sum() / variances.sum())
-        return _described(book, features, {**inside.provenance, "pca": {"components": count, "variance": kept}})
+    width = features.first.shape[1]
+    count = components or max(1, width // 4)
+    if count > width:
+        raise DigitError(f"{count} principal components were asked for, and the features are {width} wide.")
+    mean, covariance = moments(features)
+    variances, directions = torch.linalg.eigh(covariance)  # the smallest first
+    axes = directions.T.flip(0)[:count].float().to(features.first.device)  # (c, D)
+    middle = mean.float().to(axes.device)
+    inside = fit(features.map(lambda x: (x - middle) @ axes.T))
+    tables = inside.tables.to(axes.device) @ axes  # (d, K, D)
+    tables[0] += middle
+    book = Codebook.from_centroids(tables.flatten(0, 1), depth=inside.config.depth)
+    kept = float(variances.flip(0)[:count].sum() / variances.sum())
+    return _described(book, features, {**inside.provenance, "pca": {"components": count, "variance": kept}})
 
 
-@dataclass(frozen=True)
-class FSQ:
-    """A grid of fixed levels: component i is cut into L_i steps of equal size over two deviations to either side.
+def fsq(levels: tuple[int, ...], features: Vectors) -> Codebook:
+    """A grid of fixed levels for vectors as wide as there are levels: component i is cut into L_i steps of equal size
+    over two deviations to either side.
 
     Rounding each component is the nearest point of the grid, so the grid is a codebook. The paper bounds with tanh, for
     a gradient; nothing is trained here, and the outermost levels take all beyond them.
     """
-
-    levels: tuple[int, ...]
-
-    def fit(self, features: Vectors) -> Codebook:
-        """See :class:`~digit.clustering.kmeans.Discretiser`; the vectors are as wide as there are levels."""
-        mean, covariance = moments(features)
-        points = [
-            middle + 4 * deviation / count * (torch.arange(count, dtype=mean.dtype) - (count - 1) / 2)
-            for middle, deviation, count in zip(mean, covariance.diagonal().sqrt(), self.levels, strict=True)
-        ]
-        grid = torch.cartesian_prod(*points).reshape(-1, len(self.levels))  # (K, c)
-        return _described(Codebook.from_centroids(grid.float()), features, {"kind": "fsq", "levels": list(self.levels)})
+    mean, covariance = moments(features)
+    points = [
+        middle + 4 * deviation / count * (torch.arange(count, dtype=mean.dtype) - (count - 1) / 2)
+        for middle, deviation, count in zip(mean, covariance.diagonal().sqrt(), levels, strict=True)
+    ]
+    grid = torch.cartesian_prod(*points).reshape(-1, len(levels))  # (K, c)
+    return _described(Codebook.from_centroids(grid.float()), features, {"kind": "fsq", "levels": list(levels)})
 
 
 def fsq_levels(clusters: int) -> tuple[int, ...]:

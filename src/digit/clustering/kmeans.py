@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -65,18 +65,14 @@ class Fit(NamedTuple):
         }
 
 
-class Discretiser(Protocol):
-    """Finds the codebook of feature vectors."""
-
-    def fit(self, features: Vectors) -> Codebook:
-        """A codebook whose provenance is :attr:`Fit.quality`; the same in every process."""
-        ...
-
-
 @dataclass(frozen=True)
 class KMeans:
-    """Plain k-means; the fields are as for :func:`fit_codebook`. ``spherical`` leaves centroids of length 1, for
-    vectors of length 1.
+    """Plain k-means.
+
+    Attributes:
+        clusters, start, seed, iterations, show: as for :func:`fit_codebook`.
+        mini_batch: move after every part of the stream: a centroid becomes the running mean of all it was ever given.
+        spherical: scale the means to length 1, for vectors of length 1 (Dhillon & Modha 2001).
     """
 
     clusters: int
@@ -88,11 +84,46 @@ class KMeans:
     spherical: bool = False
 
     def fit(self, features: Vectors) -> Codebook:
-        """See :func:`kmeans`."""
-        how = {"mini_batch": self.mini_batch, "spherical": self.spherical, "show": self.show}
+        """A codebook whose provenance is :attr:`Fit.quality`; the same in every process."""
         first = start_centroids(features.first, self.clusters, self.start, self.seed)
-        fit = kmeans(features.stream, first, iterations=self.iterations, first_pass=features.passes, **how)
+        fit = self.move(features.stream, first, features.passes)
         return Codebook.from_centroids(fit.centroids, fit.quality)
+
+    def move(self, stream: Stream, centroids: Float[Tensor, "K D"], first_pass: int = 0) -> Fit:
+        """Move centroids to the means of the vectors that are nearest to them, again and again; one more pass over the
+        data measures the result.
+
+        Args:
+            stream: the vectors of this process; with ``mini_batch`` every process must get as many parts in a pass.
+            centroids: float32 to begin with, the same in every process, on the device that computes.
+        """
+        seen = torch.zeros(len(centroids), dtype=wide(centroids), device=centroids.device)  # (K,) of mini-batches
+        last = first_pass + self.iterations
+        with bar("Fitting the codebook", total=self.iterations, unit="iterations", show=self.show) as progress:
+            for number in range(first_pass, last):
+                totals = _Totals(centroids)
+                for points in stream(number):
+                    part = _Totals(centroids) if self.mini_batch else totals
+                    part.add(points, centroids)
+                    if self.mini_batch:
+                        part.reduce()
+                        seen += part.counts
+                        step = (part.sums - part.counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
+                        centroids = (centroids + step).float()
+                        totals.take(part)
+                if not self.mini_batch:
+                    totals.reduce()
+                    means = totals.sums / totals.counts.clamp(min=1)[:, None]
+                    centroids = torch.where((totals.counts > 0)[:, None], means, centroids).float()
+                if self.spherical:
+                    centroids = F.normalize(centroids, dim=1)
+                centroids = _revive(centroids, totals, seen)
+                progress.advance(1, note=f"mean squared distance {totals.inertia:.4g}")
+        totals = _Totals(centroids)
+        for points in stream(last):
+            totals.add(points, centroids)
+        totals.reduce()
+        return Fit(centroids.cpu(), totals.counts.cpu().double(), totals.inertia)
 
 
 def fit_codebook(
@@ -100,7 +131,7 @@ def fit_codebook(
     batches: Iterable[Any] | Callable[[int], Iterable[Any]],
     clusters: int,
     *,
-    discretiser: Callable[[KMeans], Discretiser] | None = None,
+    discretiser: Callable[[KMeans, Vectors], Codebook] | None = None,
     mode: Mode = "sample",
     start: StartBy = "random",
     seed: int = 0,
@@ -120,7 +151,7 @@ def fit_codebook(
             :class:`digit.data.sampling.Batch`. Read once, to the end; or called with the number of the pass, which the
             modes "whole" and "mini-batch" need: see :class:`~digit.clustering.streams.PassSampler`.
         clusters: K.
-        discretiser: what is made of k-means with these settings, such as
+        discretiser: what is made of k-means with these settings and the vectors, such as
             :class:`~digit.clustering.discretisers.Discretisation`; None leaves plain k-means.
         mode: see the module. "whole" and "mini-batch" read the data ``iterations`` + 2 times.
         start: the first centroids: "random" vectors, as in the paper; or by "k-means++" (Arthur & Vassilvitskii 2007),
@@ -179,7 +210,7 @@ def fit_codebook(
         sample.forget()
     plain = KMeans(clusters, start, seed, iterations, mode == "mini-batch", show)
     vectors = Vectors(sample.stream(device) if mode == "sample" else stream, candidates, 1, mode == "sample")
-    book = (discretiser(plain) if discretiser else plain).fit(vectors)
+    book = (discretiser or KMeans.fit)(plain, vectors)
     described = describe_encoder(encoder)
     facts: dict[str, Any] = {
         "encoder": described,
@@ -191,8 +222,8 @@ def fit_codebook(
         "vectors_seen": sample.seen,
         "vectors_used": sample.total if mode == "sample" else sample.seen,
         **book.provenance,
+        **(provenance or {}),
     }
-    facts |= provenance or {}
     return Codebook.from_centroids(book.centroids, facts, depth=book.config.depth, positions=described.get("positions"))
 
 
@@ -218,55 +249,6 @@ def _features(encoder: Encoder, images: Tensor, indices: Tensor, device: torch.d
         )
     numbers = indices[:, None] * features.shape[1] + torch.arange(features.shape[1])  # (B, N)
     return Points(numbers.flatten(), features.flatten(0, 1))
-
-
-def kmeans(
-    stream: Stream,
-    centroids: Float[Tensor, "K D"],
-    *,
-    iterations: int = 20,
-    mini_batch: bool = False,
-    spherical: bool = False,
-    first_pass: int = 0,
-    show: bool = True,
-) -> Fit:
-    """Move centroids to the means of the vectors that are nearest to them, again and again.
-
-    Args:
-        stream: the vectors of this process; with ``mini_batch`` every process must get as many parts in a pass.
-        centroids: float32 to begin with, the same in every process, on the device that computes.
-        iterations: passes over the data. One more measures the result.
-        mini_batch: move after every part of the stream: a centroid becomes the running mean of all it was ever given.
-        spherical: scale the means to length 1 (Dhillon & Modha 2001).
-        first_pass: the number of the first pass.
-        show: show progress.
-    """
-    seen = torch.zeros(len(centroids), dtype=wide(centroids), device=centroids.device)  # (K,) of mini-batches
-    with bar("Fitting the codebook", total=iterations, unit="iterations", show=show) as progress:
-        for number in range(first_pass, first_pass + iterations):
-            totals = _Totals(centroids)
-            for points in stream(number):
-                part = _Totals(centroids) if mini_batch else totals
-                part.add(points, centroids)
-                if mini_batch:
-                    part.reduce()
-                    seen += part.counts
-                    step = (part.sums - part.counts[:, None] * centroids) / seen.clamp(min=1)[:, None]
-                    centroids = (centroids + step).float()
-                    totals.take(part)
-            if not mini_batch:
-                totals.reduce()
-                means = totals.sums / totals.counts.clamp(min=1)[:, None]
-                centroids = torch.where((totals.counts > 0)[:, None], means, centroids).float()
-            if spherical:
-                centroids = F.normalize(centroids, dim=1)
-            centroids = _revive(centroids, totals, seen)
-            progress.advance(1, note=f"mean squared distance {totals.inertia:.4g}")
-    totals = _Totals(centroids)
-    for points in stream(first_pass + iterations):
-        totals.add(points, centroids)
-    totals.reduce()
-    return Fit(centroids.cpu(), totals.counts.cpu().double(), totals.inertia)
 
 
 def start_centroids(sample: Float[Tensor, "m D"], clusters: int, start: StartBy, seed: int) -> Float[Tensor, "K D"]:

@@ -28,14 +28,10 @@ MAX_SIDE = 32  # pixels that are stored a patch
 
 
 class Atlas:
-    """Patches by cluster.
-
-    Args:
-        path: a file written by :func:`build_atlas`.
-        tokenizer: the atlas must be of its codebook.
+    """Patches by cluster, from a file written by :func:`build_atlas`.
 
     Raises:
-        DigitError: there is no such file, it is damaged, or it was made for another codebook.
+        DigitError: there is no such file, it is damaged, or it was made for another codebook than the tokenizer's.
     """
 
     def __init__(self, path: str | Path, tokenizer: SemanticTokenizer) -> None:
@@ -62,20 +58,11 @@ class Atlas:
 def build_atlas(
     tokenizer: SemanticTokenizer, batches: Iterable[Tensor], path: str | Path, each: int = 8, source: str = ""
 ) -> NDArray[np.int64]:
-    """Find the patches nearest to each centroid and write them.
+    """Find the patches nearest to each centroid, ``each`` a cluster, and write them; (K,) how many each cluster has.
 
     An image gives a cluster at most one patch, so that eight patches are of eight images. Every patch is stored with
-    the ring of patches around it, as at most 32 x 32 pixels.
-
-    Args:
-        tokenizer: whose clusters.
-        batches: images (B, 3, S, S) in 0..1.
-        path: the file to write.
-        each: patches a cluster.
-        source: name of the images, kept in the file.
-
-    Returns:
-        (K,) how many patches each cluster has.
+    the ring of patches around it, as at most 32 x 32 pixels. ``batches`` are images (B, 3, S, S) in 0..1, and
+    ``source`` is their name, kept in the file.
 
     Raises:
         DigitError: no images, or ``each`` below 1.
@@ -108,9 +95,7 @@ def build_atlas(
 
 @torch.inference_mode()
 def _candidates(tokenizer: SemanticTokenizer, batch: Tensor) -> list[tuple[float, int, int, int]]:
-    """(squared distance, cluster, image, place) of the patch of each image that is nearest to each cluster that it
-    has.
-    """
+    """(squared distance, cluster, image, place) of each image's patch that is nearest to each cluster that it has."""
     features = tokenizer.features(batch).float()  # (B, N, D)
     tokens = tokenizer.codebook.assign(features)  # (B, N)
     distances = (features - tokenizer.codebook.lookup(tokens)).square().sum(-1)  # (B, N)
@@ -123,9 +108,7 @@ def _candidates(tokenizer: SemanticTokenizer, batch: Tensor) -> list[tuple[float
 
 
 def _cut(image: Tensor, cell: tuple[int, int], grid: tuple[int, int], side: int) -> Any:
-    """The surroundings (side, side, 3) uint8 of one cell of an image (3, S, S); beyond its edge the edge is
-    repeated.
-    """
+    """The surroundings (side, side, 3) uint8 of a cell of an image (3, S, S); beyond its edge the edge is repeated."""
     height, width = image.shape[1] // grid[0], image.shape[2] // grid[1]
     margin = (AROUND * width, AROUND * width, AROUND * height, AROUND * height)
     padded = F.pad(image[None], margin, mode="replicate")  # (1, 3, S + 2 height, S + 2 width)

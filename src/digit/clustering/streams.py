@@ -155,13 +155,14 @@ def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device
         dist.destroy_process_group()
 
 
-def _together() -> bool:
+def together() -> bool:
+    """Whether there are several processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def summed(value: Tensor) -> Tensor:
     """The sum over the processes."""
-    if _together():
+    if together():
         value = value.clone()
         dist.all_reduce(value)
     return value
@@ -169,7 +170,7 @@ def summed(value: Tensor) -> Tensor:
 
 def gathered(value: Tensor) -> Tensor:
     """The rows of all processes, one after the other; each may have another number of them."""
-    if not _together():
+    if not together():
         return value
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, value.cpu())

@@ -51,29 +51,23 @@ LICENCE = "No licence was stated; the authors ask to cite: A. Krizhevsky, Learni
 
 _NAMES = re.compile(r"data_batch_[1-5]|test_batch|(train|test).*\.parquet")
 _MOST_MEMBER_BYTES = 1 << 30
+_ON_THE_HUB = ["plain_text/*.parquet"]
 _AHEAD = 256  # images being compressed at a time
 Files = Mapping[str, Callable[[], bytes]]
 
 
 class Split(NamedTuple):
-    """Images and labels of one split."""
+    """Images (n, 32, 32, 3) and labels (n,) of one split."""
 
     pixels: NDArray[np.uint8]
-    """(n, 32, 32, 3)"""
     labels: NDArray[np.uint8]
-    """(n,)"""
 
 
 def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
-    """Write CIFAR-10 as a dataset folder.
+    """Write CIFAR-10 as a dataset folder ``out``, which is given back; an older dataset there is replaced.
 
-    Args:
-        out: the folder to create; an older dataset there is replaced.
-        source: a folder or archive with the original python pickles or the Hub's parquet files. Without it the cache
-            and then the Hub are tried.
-
-    Returns:
-        The folder.
+    ``source`` is a folder or archive with the original python pickles or the Hub's parquet files. Without it the cache
+    and then the Hub are tried.
 
     Raises:
         DigitError: nothing was found (it says what was tried), or what was found is not CIFAR-10.
@@ -103,10 +97,8 @@ def load_cifar10(source: str | Path | None = None) -> tuple[dict[str, Split], st
 
 
 def find_cifar10() -> tuple[Path, str]:
-    """Where a copy lies, of the cache or else fetched from the Hub, and which of them it is.
-
-    Raises:
-        DigitError: neither has it; it says what was tried.
+    """Where a copy lies, of the cache or else fetched from the Hub, and which of them it is; a DigitError says what was
+    tried.
     """
     tried = []
     for name, fetch in (("the cache", _from_cache), (f"the Hub dataset {HUB_DATASET}", _from_hub)):
@@ -121,11 +113,7 @@ def find_cifar10() -> tuple[Path, str]:
 
 
 def read_cifar10(path: Path) -> dict[str, Split]:
-    """Read a local copy in either form, unverified.
-
-    Raises:
-        DigitError: the path is missing, or holds none of the forms, or a file of it is damaged.
-    """
+    """Read a local copy in either form, unverified; a DigitError where it is missing, of another form or damaged."""
     files = _list_files(path)
     if "data_batch_1" in files:
         read: Callable[[Files, str], Split] = _read_pickles
@@ -143,12 +131,8 @@ def read_cifar10(path: Path) -> dict[str, Split]:
 
 
 def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
-    """Check counts and checksums, and bring the blocks of 10,000 into the authors' order.
-
-    Some copies hold the training batches in another order; each is known by its checksum.
-
-    Raises:
-        DigitError: this is not CIFAR-10; it says what differs.
+    """Check counts and checksums, and bring the blocks of 10,000, which some copies hold in another order, into that of
+    the authors; a DigitError says what differs from CIFAR-10.
     """
     ordered = {}
     for name, (pixels, labels) in splits.items():
@@ -182,9 +166,7 @@ def block_checksum(block: Split) -> str:
 
 
 def _list_files(path: Path) -> Files:
-    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are never used as
-    paths.
-    """
+    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are never used as paths."""
     if path.is_dir():
         found = [item for pattern in ("*", "*/*") for item in sorted(path.glob(pattern)) if item.is_file()]
         return {item.name: item.read_bytes for item in reversed(found)}
@@ -227,8 +209,10 @@ class _BatchUnpickler(pickle.Unpickler):
     """Knows how to rebuild a numpy array out of bytes, and nothing else that a pickle could call."""
 
     _ALLOWED = (
-        *(f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")),
-        *("numpy.ndarray", "numpy.dtype"),
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.ndarray",
+        "numpy.dtype",
     )
 
     def find_class(self, module: str, name: str) -> Any:
@@ -259,18 +243,12 @@ def _from_cache() -> Path:
 
 
 def _from_hub() -> Path:
-    def fetch(local: bool) -> Path:
-        patterns = ["plain_text/*.parquet"]
-        folder = huggingface_hub.snapshot_download(
-            HUB_DATASET, repo_type="dataset", allow_patterns=patterns, local_files_only=local
-        )
-        return Path(folder)
-
+    fetch = partial(huggingface_hub.snapshot_download, HUB_DATASET, repo_type="dataset", allow_patterns=_ON_THE_HUB)
     with suppress(Exception):  # not in the Hub's own cache: ask the network
-        return fetch(local=True)
+        return Path(fetch(local_files_only=True))
     if barrier := out_of_reach():
         raise DigitError(f"it is not in the Hub's cache, and {barrier}.")
     try:
-        return fetch(local=False)
+        return Path(fetch())
     except Exception as error:  # the library raises many types, down to those of its HTTP client
         raise DigitError(f"it is not in the Hub's cache, and the download failed ({error}).") from error

@@ -73,12 +73,7 @@ class ImageDataset:
         return len(self.source)
 
     def __getitem__(self, i: int) -> Sample:
-        """Image ``i``; negative counts from the end.
-
-        Raises:
-            IndexError: there is no such image.
-            DigitError: names the file or the shard: missing, damaged or changed.
-        """
+        """Image ``i``; negative counts from the end. A DigitError names a file or shard that is missing or damaged."""
         n = len(self)
         if not -n <= i < n:
             raise IndexError(f"image {i} of {n}")
@@ -121,11 +116,7 @@ class ImageDataset:
         return self._arrays, self.labels
 
     def verify(self) -> None:
-        """Read and decode every image.
-
-        Raises:
-            DigitError: names the first shard or file that is damaged or changed.
-        """
+        """Read and decode every image; a DigitError names the first shard or file that is damaged or changed."""
         for i in track(range(len(self)), f"Verifying {self.name} {self.split}"):
             self[i]
 
@@ -197,11 +188,7 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """The ``dataset.json`` of a folder in this package's format.
-
-    Raises:
-        DigitError: it is missing, of another kind, or of a newer version.
-    """
+    """The ``dataset.json`` of a folder; a DigitError where it is missing, of another kind, or of a newer version."""
     info = read_json(folder / "dataset.json")
     if not isinstance(info, dict) or info.get("format") != FORMAT:
         raise DigitError(f"{folder / 'dataset.json'} does not describe a dataset made by `digit data`.")

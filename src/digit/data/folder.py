@@ -80,14 +80,12 @@ def import_folder(
     source: str | Path, out: str | Path, size: int | None = None, filter: str = "bicubic"
 ) -> FolderReport:
     """Make a dataset of a folder of images, flat or with a folder for each class (which may hold further folders), and
-    with or without a level ``train/``, ``val/`` above.
+    with or without a level ``train/``, ``val/`` above; an older dataset at ``out`` is replaced.
 
     Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given; others are stored as PNG after
     what :func:`digit.core.images.decode` does to them. ``OUT/report.json`` accounts for every file.
 
     Args:
-        source: the folder.
-        out: the dataset folder to create; an older dataset there is replaced.
         size: scale the shorter side to this many pixels and cut the square in the middle.
         filter: how it is scaled; ``dataset.json`` says it.
 
@@ -117,9 +115,23 @@ def import_folder(
                 report.skipped[file] = str(item).replace(str(source / file), "it")
                 continue
             writer.add(split, _key(file, taken), item.data, item.extension, item.size, label)
-            _account(report, file, item, classes[label] if label >= 0 else None)
+            report.used += 1
+            if label >= 0:
+                report.per_class[classes[label]] += 1
+            elif classes:
+                report.without_class.append(file)
+            if animated := [note for note in item.notes if note.startswith("animated")]:
+                report.animated[file] = animated[0].removeprefix("animated, ")
+            if changed := [note for note in item.notes if not note.startswith("animated")]:
+                report.converted[file] = "; ".join(changed)
+        if not report.files:
+            raise DigitError(f"The folder {source} is empty; expected images, loose or in a folder for each class.")
         if not report.used:
-            raise DigitError(_nothing_found(source, report))
+            first, reason = next(iter(report.skipped.items()))
+            raise DigitError(
+                f"Of {_numbered(report.files, 'file')} in {source} none is an image that can be used; the first, {first}: "
+                f"{reason}"
+            )
         write_json(writer.folder / "report.json", asdict(report))
     return report
 
@@ -153,18 +165,6 @@ def _prepare(path: Path, size: int | None, filter: str) -> _Item | DigitError:
         return DigitError(f"it cannot be read: {error.strerror or error}.")
 
 
-def _account(report: FolderReport, file: str, item: _Item, class_name: str | None) -> None:
-    report.used += 1
-    if class_name is not None:
-        report.per_class[class_name] += 1
-    elif report.per_class:
-        report.without_class.append(file)
-    if animated := [note for note in item.notes if note.startswith("animated")]:
-        report.animated[file] = animated[0].removeprefix("animated, ")
-    if changed := [note for note in item.notes if not note.startswith("animated")]:
-        report.converted[file] = "; ".join(changed)
-
-
 def _key(file: str, taken: set[str]) -> str:
     """A key made of a relative path: the ending goes, dots become underscores, and a clash gets a number."""
     folder, slash, base = file.rpartition("/")
@@ -172,10 +172,3 @@ def _key(file: str, taken: set[str]) -> str:
     key = next(key for key in chain([start], (f"{start}-{number}" for number in count(2))) if key not in taken)
     taken.add(key)
     return key
-
-
-def _nothing_found(source: Path, report: FolderReport) -> str:
-    if not report.files:
-        return f"The folder {source} is empty; expected images, loose or in a folder for each class."
-    first, reason = next(iter(report.skipped.items()))
-    return f"Of {_numbered(report.files, 'file')} in {source} none is an image that can be used; the first, {first}: {reason}"

@@ -25,17 +25,11 @@ Positions = NDArray[np.int64]
 
 
 class StepSampler:
-    """Shuffled batches without end: every epoch is one permutation of the dataset, and a batch may span two epochs.
+    """Shuffled batches without end: every epoch is one permutation of the ``length`` images, and a batch may span two
+    epochs.
 
-    ``indices(step)`` depends on (length, batch_size, seed, step) alone. The ranks share the global batch in equal,
-    disjoint parts, which concatenated by rank are the batch of a single process.
-
-    Args:
-        length: number of images.
-        batch_size: global batch size, over all ranks; divisible by ``world_size``.
-        seed: of the shuffling.
-        rank: of this process.
-        world_size: number of processes.
+    ``indices(step)`` depends on (length, batch_size, seed, step) alone. The ranks share the global batch, whose size
+    ``world_size`` divides, in equal, disjoint parts, which concatenated by rank are the batch of a single process.
     """
 
     steps = None
@@ -74,15 +68,11 @@ class StepSampler:
 
 
 class OrderedSampler:
-    """One pass that sees each image once; the last batch may be smaller.
+    """One pass that sees each image once, in ``order`` (length,) or as they are numbered; the last batch may be
+    smaller.
 
-    Args:
-        length: number of images.
-        batch_size: global batch size. The ranks share each batch in parts that differ by at most one image; where it has
-            fewer images than there are ranks, some parts are empty.
-        order: (length,) the images in the order of the pass; by default as they are numbered.
-        rank: of this process.
-        world_size: number of processes.
+    The ranks share each global batch in parts that differ by at most one image; where it has fewer images than there
+    are ranks, some parts are empty.
     """
 
     def __init__(
@@ -110,27 +100,21 @@ class OrderedSampler:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator that augments image ``index`` in pass ``epoch``: streams of a counter-based generator (Philox4x64),
-    one for each triple, so that it does not matter who draws when.
-
-    Args:
-        seed: of the run, 0 or more.
-        epoch: the pass through the dataset, or the step; 0 or more.
-        index: of the image, 0 or more.
+    """The generator that augments image ``index`` in pass (or step) ``epoch`` of a run: streams of a counter-based
+    generator (Philox4x64), one for each triple of numbers of 0 or more, so that it does not matter who draws when.
     """
     # the lowest counter word is left to the draws themselves: 2^64 of them before two streams could meet
     return np.random.Generator(np.random.Philox(key=[seed, 0x617567], counter=[0, 0, epoch, index]))
 
 
 class Batch(NamedTuple):
-    """What :class:`Batches` yields."""
+    """What :class:`Batches` yields: images (B, 3, H, W) float32 in 0..1 or uint8, labels (B,) int64, -1 for none, and
+    their numbers in the dataset (B,) int64.
+    """
 
     images: torch.Tensor
-    """(B, 3, H, W) float32 in 0..1, or uint8."""
     labels: torch.Tensor
-    """(B,) int64, -1 for none."""
     indices: torch.Tensor
-    """(B,) int64, numbers in the dataset."""
 
 
 class Batches:
@@ -139,12 +123,8 @@ class Batches:
     The output is the same for any number of workers. Iterating again starts again at ``start``.
 
     Args:
-        dataset: the images.
-        sampler: which of them belong to a step.
-        transform: what is done to each; its randomness comes from ``sample_rng(seed, epoch, index)``.
-        seed: of the augmentation.
-        start: first step.
-        stop: one past the last step; by default the sampler's end, if it has one.
+        transform: what is done to each image; its randomness comes from ``sample_rng(seed, epoch, index)``.
+        stop: by default the sampler's end, if it has one.
         workers: number of threads; 0 does the work in the caller's.
         prefetch: batches to keep ready, for each worker.
         dtype: torch.float32 (0..1) or torch.uint8.
@@ -176,10 +156,8 @@ class Batches:
         yield from map_ahead(self.batch, steps, self.workers, self.workers * self.prefetch)
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step, made here and now.
-
-        Raises:
-            DigitError: an image cannot be read, or (with crop "none") has another size.
+        """The batch of one step, made here and now; a DigitError where an image cannot be read, or (with crop "none")
+        has another size.
         """
         indices = self.sampler.indices(step)
         images = torch.from_numpy(self._pixels(step, indices)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)

@@ -114,11 +114,7 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: str | Path) -> ShardIndex:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            DigitError: the file is missing or damaged.
-        """
+        """Read what :meth:`save` wrote; a DigitError where the file is missing or damaged."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 values: dict[str, Any] = {name: arrays[name] for name in cls.__dataclass_fields__}

@@ -250,10 +250,8 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def open_folder(folder: Path, split: str) -> FolderSource:
-    """A plain folder of images; files without an image's ending are left out with a warning.
-
-    Raises:
-        DigitError: there is no image in it, or no such split.
+    """A plain folder of images; files without an image's ending are left out with a warning. A DigitError where there
+    is no image in it, or no such split.
     """
     files, splits, labels, classes, others = survey_folder(folder, images_only=True)
     if not files:
@@ -267,10 +265,8 @@ def open_folder(folder: Path, split: str) -> FolderSource:
 
 
 def open_tars(paths: Sequence[Path], split: str) -> ShardSource:
-    """Foreign tar shards in one folder; their index is kept beside them, or in the cache where that is read-only.
-
-    Raises:
-        DigitError: there is no image in them, no such split, or a shard is damaged.
+    """Foreign tar shards in one folder; their index is kept beside them, or in the cache where that is read-only. A
+    DigitError where there is no image in them, no such split, or a shard is damaged.
     """
     folder = paths[0].parent
     parts = {re.split(r"[-_.]", path.name)[0] for path in paths}
@@ -297,10 +293,8 @@ def open_tars(paths: Sequence[Path], split: str) -> ShardSource:
 
 
 def open_hub(name: str, split: str) -> HubSource:
-    """A dataset of the Hub, from the cache of `datasets` where the Hub is out of reach.
-
-    Raises:
-        DigitError: the name cannot be a Hub dataset's, or it could not be had; the message says what was tried.
+    """A dataset of the Hub, from the cache of `datasets` where the Hub is out of reach. A DigitError says what was
+    tried.
     """
     repository_id(name, "dataset")
     tried = f"There is no folder or file {name}, so a Hub dataset of that name was tried"

@@ -85,12 +85,8 @@ class Views:
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """The tokens of one kind.
-
-    Attributes:
-        vocab_size: ids are 0..vocab_size-1.
-        grid: (rows, columns) of an image's tokens.
-        depth: tokens a place; more than 1 of a residual codebook.
+    """The tokens of one kind: ids are 0..vocab_size-1, an image has a ``grid`` of (rows, columns) of them, and a place
+    ``depth``; more than one of a residual codebook.
     """
 
     vocab_size: int
@@ -112,7 +108,6 @@ class TokenCache:
     """A finished cache, read through memory maps.
 
     Attributes:
-        folder: where it is.
         info: its ``index.json``.
         spaces: what kinds of tokens it holds.
         views: names of the views.
@@ -144,18 +139,8 @@ class TokenCache:
         return np.concatenate([self.array(shard, "labels") for shard in range(len(self.shards))])
 
     def tokens(self, kind: Kind, images: NDArray[np.int64], views: NDArray[np.int64] | int = 0) -> Tensor:
-        """The tokens of some images.
-
-        Args:
-            kind: "semantic" or "vq".
-            images: (B,) numbers.
-            views: (B,) numbers of their views, or one for all.
-
-        Returns:
-            (B, tokens an image) int64.
-
-        Raises:
-            DigitError: this cache does not hold that kind.
+        """The tokens (B, tokens an image) int64 of the images of these numbers (B,), in views (B,) or one for all; a
+        DigitError where this cache does not hold that kind.
         """
         space = self.space(kind)
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), images.shape)
@@ -167,11 +152,7 @@ class TokenCache:
         return torch.from_numpy(out)
 
     def space(self, kind: Kind) -> TokenSpace:
-        """Vocabulary and grid of a kind.
-
-        Raises:
-            DigitError: this cache does not hold that kind.
-        """
+        """Vocabulary and grid of a kind; a DigitError where this cache does not hold it."""
         if kind not in self.spaces:
             missing = "an encoder and a codebook" if kind == "semantic" else "a VQGAN"
             raise DigitError(
@@ -180,11 +161,7 @@ class TokenCache:
         return self.spaces[kind]
 
     def verify(self) -> None:
-        """Compare every file with the checksum of the day it was written.
-
-        Raises:
-            DigitError: names the first file that has changed.
-        """
+        """Compare every file with its checksum; a DigitError names the first that has changed since it was written."""
         for folder in self.shards:
             for name, checksum in read_json(folder / "checksums.json").items():
                 if sha256_of(folder / name) != checksum:
@@ -193,10 +170,8 @@ class TokenCache:
                     )
 
     def array(self, shard: int, name: str) -> NDArray[Any]:
-        """The memory-mapped array of a shard: "labels" (n,), or a kind of tokens (n, views, tokens an image).
-
-        Raises:
-            DigitError: the file is missing, damaged or of another shape.
+        """The memory-mapped array of a shard: "labels" (n,), or a kind of tokens (n, views, tokens an image). A
+        DigitError where the file is missing, damaged or of another shape.
         """
         if (shard, name) not in self._arrays:
             path = self.shards[shard] / f"{name}.npy"
@@ -214,11 +189,7 @@ class TokenCache:
 
 
 def open_token_cache(folder: str | Path) -> TokenCache:
-    """Open a cache made by ``digit cache-tokens``.
-
-    Raises:
-        DigitError: it is not one, it is not finished, or a shard is damaged.
-    """
+    """Open a cache made by ``digit cache-tokens``; a DigitError where it is not one, not finished, or damaged."""
     folder = Path(folder)
     if not (folder / "index.json").is_file():
         raise DigitError(f"{folder} is not a token cache: it has no index.json. Make one with: digit cache-tokens")

@@ -22,22 +22,15 @@ class DatasetWriter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.splits: dict[str, list[Shard]] = {}
-        self._sizes: set[tuple[int, int]] = set()
+        self.sizes: set[tuple[int, int]] = set()
 
     def add(
         self, split: str, key: str, data: bytes, extension: str, size: tuple[int, int], label: int = NO_LABEL
     ) -> None:
-        """Append an image.
-
-        Args:
-            split: such as "train".
-            key: unique within the split; its last part has no dot.
-            data: the bytes of the image file.
-            extension: "png" or "jpg".
-            size: (width, height) in pixels.
-            label: class id, or -1 for none.
+        """Append an image of ``size`` (width, height), whose file has the bytes ``data`` and the ``extension`` "png" or
+        "jpg". The ``key`` is unique within the split; its last part has no dot.
         """
-        self._sizes.add(size)
+        self.sizes.add(size)
         shards = self.splits.setdefault(split, [])
         if not shards or shards[-1].size >= SHARD_BYTES:
             self._end(shards)
@@ -59,11 +52,6 @@ class DatasetWriter:
             described[split] = {"count": len(index), "checksum": index.fingerprint(), "shards": files}
         return described
 
-    @property
-    def image_size(self) -> tuple[int, int] | None:
-        """The size all images have, or None."""
-        return next(iter(self._sizes)) if len(self._sizes) == 1 else None
-
     def _end(self, shards: list[Shard]) -> None:
         if shards:
             self._append(shards[-1], b"\0" * 2 * BLOCK)
@@ -78,13 +66,10 @@ class DatasetWriter:
 def write_dataset(
     path: str | Path, name: str, classes: Sequence[str], source: str, licence: str, filter: object = None
 ) -> Iterator[DatasetWriter]:
-    """Create a dataset folder; it appears when the block ends without an error, and else not at all.
-
-    An older dataset at ``path`` is replaced.
+    """Create a dataset folder; it appears when the block ends without an error, and else not at all. An older dataset
+    at ``path`` is replaced.
 
     Args:
-        path: the folder.
-        name: of the dataset.
         classes: class names, by id; empty if there are none.
         source: where the images came from, in words.
         licence: what may be done with them, in words.
@@ -107,7 +92,7 @@ def write_dataset(
             "version": VERSION,
             "name": name,
             "classes": list(classes),
-            "image_size": writer.image_size,
+            "image_size": writer.sizes.pop() if len(writer.sizes) == 1 else None,
             "source": source,
             "licence": licence,
             **({"filter": filter} if filter else {}),

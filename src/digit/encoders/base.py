@@ -47,11 +47,7 @@ class Preprocessing:
         return self.resize or self.image_size
 
     def check(self, images: Tensor) -> None:
-        """Refuse what is not a batch of images of the size in or the size seen.
-
-        Raises:
-            DigitError: says which shape was given and which is expected.
-        """
+        """Raise DigitError unless images are of the size in or the size seen."""
         sizes = sorted({self.image_size, self.seen}, reverse=True)
         if images.shape[1:] not in [(3, size, size) for size in sizes]:
             expected = " or ".join(f"(B, 3, {size}, {size})" for size in sizes)
@@ -61,8 +57,8 @@ class Preprocessing:
         """Normalise and resize (B, 3, H, W) in 0..1 to (B, 3, h, w)."""
         mean, std = (images.new_tensor(v).view(1, 3, 1, 1) for v in (self.mean, self.std))
         x = (images - mean) / std
-        size = self.resize
-        if size is None or (size, size) == tuple(x.shape[-2:]):
+        size = self.seen
+        if self.resize is None or (size, size) == tuple(x.shape[-2:]):
             return x
         return F.interpolate(x, size=(size, size), mode=self.interpolation, antialias=self.antialias)  # (B, 3, h, w)
 

@@ -105,10 +105,6 @@ class ConvEncoder(Component):
         return out
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in 0..1 to features (B, N, D), row by row.
-
-        Raises:
-            DigitError: images of another shape.
-        """
+        """Images (B, 3, S, S) in 0..1 to features (B, N, D), row by row; a DigitError for images of another shape."""
         self.preprocessing.check(images)
         return self.features(self.preprocessing(images).to(self.stem.weight.dtype))

@@ -64,10 +64,8 @@ _IDLE_FIELDS = {
 
 
 def plain_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The vision network's own config out of a `transformers` config.json.
-
-    Raises:
-        DigitError: a family that is not in :data:`FAMILIES`.
+    """The vision network's own config out of a `transformers` config.json; a DigitError for other families than those
+    of :data:`FAMILIES`.
     """
     if "vision_config" in values:  # SigLIP: an image and a text network in one file
         parent = str(values.get("model_type"))
@@ -80,11 +78,8 @@ def plain_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def network_config(hf_config: Mapping[str, Any], blocks: int | None = None) -> Any:
-    """A `transformers` config object.
-
-    Args:
-        hf_config: "model_type" and the family's fields; what is missing takes the family's default.
-        blocks: keep this many of its blocks; None keeps all.
+    """A `transformers` config object of "model_type" and the family's fields, where what is missing takes the family's
+    default; only the first ``blocks`` are kept.
 
     Raises:
         DigitError: an unknown family or a field that its config refuses.
@@ -111,7 +106,7 @@ def patch_side(config: Any) -> int:
 
 def build_network(family: Family, config: Any) -> nn.Module:
     """A network with random weights; on the meta device where that is torch's default."""
-    network: nn.Module = _transformers().MODEL_MAPPING[type(config)](config, **family.arguments)
+    network: nn.Module = _network_class(config)(config, **family.arguments)
     return network
 
 
@@ -122,7 +117,6 @@ def load_network(
     read.
 
     Args:
-        family: its facts.
         config: from :func:`network_config`.
         source: a folder with ``model.safetensors`` (or what else transformers reads), or tensors by their names on the
             hub.
@@ -132,22 +126,12 @@ def load_network(
     Raises:
         DigitError: tensors are missing or of another shape, or the file cannot be read; the message names them.
     """
-    in_memory = isinstance(source, Mapping)
+    folder, tensors = (None, dict(source)) if isinstance(source, Mapping) else (str(source), None)
+    how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
     try:
         with quiet_transformers():
-            network, info = (
-                _transformers()
-                .MODEL_MAPPING[type(config)]
-                .from_pretrained(
-                    None if in_memory else str(source),
-                    config=config,
-                    state_dict=dict(source) if isinstance(source, Mapping) else None,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                    local_files_only=True,
-                    **family.arguments,
-                )
-            )
+            kind = _network_class(config)
+            network, info = kind.from_pretrained(folder, config=config, state_dict=tensors, **how, **family.arguments)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, EOFError, SafetensorError) as error:
         raise DigitError(
             f"The weights of {where} could not be read: {str(error).strip().splitlines()[0]} "
@@ -180,6 +164,10 @@ def final_norm_name(network: nn.Module) -> str:
     """Where the norm after the last block lives: its dotted name in this version of transformers."""
     norms: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.LayerNorm)]
     return min((name for name in norms if not re.search(r"\d", name)), key=lambda name: (name.count("."), name))
+
+
+def _network_class(config: Any) -> Any:
+    return _transformers().MODEL_MAPPING[type(config)]
 
 
 def _transformers() -> Any:

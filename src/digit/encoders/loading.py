@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from digit.core.errors import DigitError
 from digit.core.files import read_json, sha256_of
@@ -135,12 +135,8 @@ def _tiled(size: int, hf_config: dict[str, Any]) -> int:
 def small_vit(
     image_size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3
 ) -> TransformersEncoder:
-    """A DINOv2 network of random weights for small images, with all its blocks and ready to train.
-
-    Args:
-        image_size: side of the images, a multiple of ``patch``.
-        patch: side of a patch; the features are a grid of ``image_size / patch``.
-        dim, depth, heads: width, blocks and attention heads.
+    """A DINOv2 network of random weights for small images, with all its blocks and ready to train; its features are a
+    grid of ``image_size / patch``.
     """
     hf_config = {
         "model_type": "dinov2",
@@ -150,17 +146,12 @@ def small_vit(
         "image_size": image_size,
         "patch_size": patch,
     }
-    return TransformersEncoder(
-        EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=Preprocessing(image_size=image_size))
-    )
-
-
-def small_conv(
-    image_size: int = 32,
-    widths: tuple[int, ...] = (32, 96, 192),
-    blocks: tuple[int, ...] = (1, 1, 2),
-    norm: Literal["batch", "group"] = "batch",
-) -> ConvEncoder:
-    """A convolutional encoder of random weights for small images (32 px to a grid of 8 x 8), ready to train."""
     preprocessing = Preprocessing(image_size=image_size)
-    return ConvEncoder(ConvEncoderConfig(widths=widths, blocks=blocks, norm=norm, preprocessing=preprocessing))
+    return TransformersEncoder(EncoderConfig(hf_config=hf_config, layer=-1, preprocessing=preprocessing))
+
+
+def small_conv(image_size: int = 32, **shape: Any) -> ConvEncoder:
+    """A convolutional encoder of random weights for small images (32 px to a grid of 8 x 8), ready to train; ``shape``
+    are fields of its :class:`~digit.encoders.conv.ConvEncoderConfig`.
+    """
+    return ConvEncoder(ConvEncoderConfig(preprocessing=Preprocessing(image_size=image_size), **shape))

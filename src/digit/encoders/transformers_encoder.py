@@ -75,10 +75,8 @@ class EncoderConfig:
         return max(self.layers, default=self.layer)
 
     def network_config(self) -> Any:
-        """The `transformers` config with the blocks up to the last chosen layer only.
-
-        Raises:
-            DigitError: an unknown family, or a layer that the network does not have.
+        """The `transformers` config with the blocks up to the last chosen layer only; a DigitError for an unknown
+        family, or a layer that the network does not have.
         """
         depth = network_config(self.hf_config).num_hidden_layers
         for layer in self.layers or (self.layer,):
@@ -99,12 +97,8 @@ class EncoderConfig:
 
 
 class TransformersEncoder(nn.Module):
-    """Images to the patch features of one layer of a `transformers` network, or of several.
-
-    Attributes:
-        network: the network up to the last chosen layer; blocks after it are not kept.
-        preprocessing: applied inside :meth:`forward`.
-        provenance: where the weights come from.
+    """Images to the patch features of one layer of a `transformers` network, or of several; blocks after the last
+    chosen one are not kept. ``provenance`` says where the weights come from.
     """
 
     provenance: dict[str, Any]
@@ -139,10 +133,7 @@ class TransformersEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S) in 0..1 to features (B, N, dim), row by row; S is the preprocessing's size in, or the
-        size seen.
-
-        Raises:
-            DigitError: images of another shape.
+        size seen, and a DigitError is raised for any other.
         """
         if not self.config.layers:
             features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
@@ -185,12 +176,9 @@ class TransformersEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> TransformersEncoder:
-        """Read a folder written by :meth:`save_pretrained`, in float32 and frozen.
-
-        Args:
-            folder: where it is.
-            changes: fields of :class:`EncoderConfig` to replace. An earlier layer than the saved one is always
-                possible; a later one only if the folder has its blocks.
+        """Read a folder written by :meth:`save_pretrained`, in float32 and frozen, with ``changes`` of fields of its
+        :class:`EncoderConfig`. An earlier layer than the saved one is always possible; a later one only if the folder
+        has its blocks.
 
         Raises:
             DigitError: files are missing or damaged, or do not fit; the message names them.
@@ -215,15 +203,12 @@ class TransformersEncoder(nn.Module):
 
 
 def offset_positions(embeddings: Any, _tokens: Tensor, height: int, width: int) -> Tensor:
-    """Positions (1, 1 + N, D) for another grid, stretched by (side + 0.1) / table side: bicubic, no antialiasing.
+    """Positions (1, 1 + N, D) of a DINOv2 or ViT embedding module for the grid of an image of ``height`` and ``width``
+    pixels, stretched by (side + 0.1) / table side: bicubic, no antialiasing.
 
     The 0.1 shifts every sample by a little, so this differs from a resize to the same grid. Source: DINOv2's first
-    published code, which the authors' vits.py keeps (DAMO-NLP-SG/DiGIT at cd6d8ca).
-
-    Args:
-        embeddings: a DINOv2 or ViT embedding module of transformers.
-        _tokens: (B, 1 + N, D), not used: the signature is that of the method this stands for.
-        height, width: of the image, in pixels.
+    published code, which the authors' vits.py keeps (DAMO-NLP-SG/DiGIT at cd6d8ca). The signature is that of the method
+    this stands for, which is given the tokens too.
     """
     table: Tensor = embeddings.position_embeddings  # (1, 1 + T * T, D)
     side = round((table.shape[1] - 1) ** 0.5)

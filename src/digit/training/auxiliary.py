@@ -1,14 +1,7 @@
 """What later works do to the inputs of token models: part of the ``objective`` section of a preset, off by default.
 
-| field | idea | from |
-|---|---|---|
-| ``token_noise`` | random tokens among the inputs, fewer and fewer | reAR [0] |
-| ``prefix_noise`` | a decoder's semantic prefix is swapped for neighbours, as a prior would err | RobusTok [1] |
-| ``order_annealing`` | a random-order prior ends row by row | RAR [2] |
-| ``centroid_embeddings`` | token vectors begin as the centroids, turned into the model's width | [0], this project |
-
-Sources: [0] He et al. 2025, arXiv 2510.04450, and QY-H00/reAR at 93ac0f0, modeling/rear.py; [1] arXiv 2509.12474; [2] Yu et al.
-2024, arXiv 2411.00776.
+Sources: reAR, He et al. 2025, arXiv 2510.04450, and QY-H00/reAR at 93ac0f0, modeling/rear.py; RobusTok, arXiv
+2509.12474; RAR, Yu et al. 2024, arXiv 2411.00776.
 """
 
 from __future__ import annotations
@@ -42,7 +35,7 @@ class Auxiliary:
     Attributes:
         token_noise: of the input tokens a share eps is replaced by random ones, eps uniform between 0 and
             ``token_noise * max(0, 1 - 4 t / 3)`` for each image, t the part of the run that is over. reAR: 1.
-        prefix_noise: share of the images whose prefix is disturbed. RobusTok: 0.1. Decoders only.
+        prefix_noise: share of the images whose prefix is disturbed, as a prior would err. RobusTok: 0.1. Decoders only.
         prefix_tokens: share of such an image's tokens that are replaced.
         prefix_neighbours: by one of how many nearest centroids; the number falls to its half in the course of the run.
         order_annealing: parts of the run between which the share of random orders falls evenly from 1 to 0; the others
@@ -94,13 +87,9 @@ class Auxiliary:
         return drawn
 
     def disturb(self, batch: Mapping[str, Tensor], progress: float, near: Tensor | None) -> Batch:
-        """What the network is shown instead of the truth: those of "inputs" (B, n), "prefix" (B, P) and "order"
-        (B, n) that are disturbed.
-
-        Args:
-            batch: with what :meth:`draw` gave.
-            progress: t, the part of the run that is over.
-            near: (K, m) the nearest other semantic tokens of each, for ``prefix_noise``.
+        """What the network is shown instead of the truth: those of "inputs" (B, n), "prefix" (B, P) and "order" (B, n)
+        that are disturbed, at the part ``progress`` of the run. ``batch`` has what :meth:`draw` gave, and ``near``
+        (K, m) holds the nearest other semantic tokens of each, for ``prefix_noise``.
         """
         shown = Batch()
         if self.token_noise:
@@ -121,11 +110,7 @@ class Auxiliary:
 
 
 def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An ``objective`` section without the losses that were removed, with a warning where they are off.
-
-    Raises:
-        DigitError: one of them is on.
-    """
+    """An ``objective`` section without the losses that were removed: a warning where they are off, else a DigitError."""
     for name in _REMOVED:
         if values.get(name):
             raise DigitError(f"{where} has {name} = {values[name]}; this loss was removed, for nothing used it.")
@@ -142,44 +127,37 @@ def neighbours(centroids: Tensor, count: int, depth: int = 1) -> Tensor:
     if depth > 1:
         tables = centroids.chunk(depth)
         return torch.cat([neighbours(table, count) + j * len(table) for j, table in enumerate(tables)])
-    x = centroids.double()
-    ids = []
-    rows = max(1, _CHUNK // len(x))
-    for start in range(0, len(x), rows):
-        distances = torch.cdist(x[start : start + rows], x)  # (r, K)
-        own = torch.arange(start, start + len(distances))
-        distances[own - start, own] = torch.inf
+    x, ids = centroids.double(), []
+    for rows in torch.split(torch.arange(len(x)), max(1, _CHUNK // len(x))):
+        distances = torch.cdist(x[rows], x)  # (r, K)
+        distances[torch.arange(len(rows)), rows] = torch.inf
         ids.append(distances.topk(min(count, len(x) - 1), largest=False).indices)
     return torch.cat(ids)
 
 
 @torch.no_grad()
 def set_embeddings(table: nn.Embedding, centroids: Tensor) -> None:
-    """Let token vectors (K, dim) begin as centroids (K, D): centred, turned by a random semi-orthogonal matrix, at the
-    same scale.
-    """
+    """Let token vectors (K, dim) begin as centroids (K, D): centred, turned at random, at the same scale."""
     turn = nn.init.orthogonal_(torch.empty(centroids.shape[1], table.weight.shape[1]))  # (D, dim)
     vectors = (centroids.float() - centroids.float().mean(0)) @ turn
     table.weight.copy_(vectors * (table.weight.std() / vectors.std()))
 
 
 def load_centroids(folder: str, kinds: set[str], cache: TokenCache) -> dict[str, Tensor]:
-    """The centroids (K, D) of kinds of tokens ("semantic", "vq").
-
-    Raises:
-        DigitError: the folder has none of a kind, or not as many as the cache has tokens.
+    """The centroids (K, D) of kinds of tokens ("semantic", "vq"); DigitError where the folder has none of a kind, or
+    not as many as the cache has tokens.
     """
     whole = (Path(folder) / INDEX).is_file()
     found = {}
     for kind in sorted(kinds):
-        name, part = ("Codebook", "codebook") if kind == "semantic" else ("VQGAN", "vqgan")
-        place = Path(folder) / part if whole else part_folder(folder)
-        if not (place / "config.json").is_file() or read_json(place / "config.json").get("type") != name:
+        part: type[Codebook | VQGAN] = Codebook if kind == "semantic" else VQGAN
+        place = Path(folder) / part.__name__.lower() if whole else part_folder(folder)
+        if not (place / "config.json").is_file() or read_json(place / "config.json").get("type") != part.__name__:
             raise DigitError(
-                f"objective.codebook = {folder} has no {name}, whose centroids the {kind} tokens stand for."
+                f"objective.codebook = {folder} has no {part.__name__}, whose centroids the {kind} tokens stand for."
             )
-        semantic = kind == "semantic"
-        vectors = Codebook.from_pretrained(place).centroids if semantic else VQGAN.from_pretrained(place).codebook
+        saved = part.from_pretrained(place)
+        vectors = saved.centroids if isinstance(saved, Codebook) else saved.codebook
         size = cache.space(kind).vocab_size  # type: ignore[arg-type]
         if len(vectors) != size:
             raise DigitError(

@@ -31,32 +31,11 @@ from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 _SECTIONS = {"component", "model", "objective", "data", "training"}
 
 
-def training_config(preset: Mapping[str, Any], where: str) -> TrainingConfig:
-    """The ``training`` section.
-
-    Raises:
-        DigitError: it is missing or wrong.
-    """
-    unknown = set(preset) - _SECTIONS
-    if unknown or "training" not in preset or "model" not in preset:
-        problem = f"unknown sections: {', '.join(sorted(unknown))}" if unknown else "'model' and 'training' are needed"
-        raise DigitError(
-            f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}."
-        )
-    return from_dict(TrainingConfig, preset["training"], f"{where}, training")
-
-
 @config
 class Request:
-    """What ``digit train`` was asked for: everything a run needs to begin or to go on, but its folder and device.
-
-    Attributes:
-        component: see :func:`build_task`.
-        preset: its name or file.
-        settings: the preset's sections, with the user's changes.
-        data: see :func:`build_task`.
-        model: a model folder or Hub id, for :func:`build_task`'s ``parts``.
-        start: from which saved part the weights begin.
+    """What ``digit train`` was asked for: everything a run needs to begin or to go on, but its folder and device. The
+    fields are as for :func:`build_task`; ``preset`` is its name or file, and ``settings`` its sections, with the user's
+    changes.
     """
 
     component: Literal["encoder", "vqgan", "prior", "decoder"]
@@ -81,12 +60,8 @@ def request_for(
     start: FineTune | None,
     changes: Sequence[str],
 ) -> Request:
-    """What the user asks for: what is given, and what is left out as the run that is resumed has it.
-
-    Args:
-        run: the folder of a run to resume; None begins one.
-        changes: ``a.b=c``, of the preset, or of the run's own settings.
-        component, preset, data, model, start: see :class:`Request`.
+    """What the user asks for: what is given, and what is left out as the run that is resumed in the folder ``run`` has
+    it. ``changes`` are ``a.b=c``, of the preset, or of the run's own settings.
 
     Raises:
         DigitError: something is neither given nor known, or the run is another component's or preset's.
@@ -107,11 +82,7 @@ def request_for(
 
 
 def change(settings: Mapping[str, Any], changes: Sequence[str], preset: str) -> dict[str, Any]:
-    """Sections of a preset with ``a.b=c`` applied. Steps take the place of epochs, and the other way round.
-
-    Raises:
-        DigitError: a path that is not in the preset, or not of the form.
-    """
+    """Sections of a preset with ``a.b=c`` applied. Steps take the place of epochs, and the other way round."""
     changed = copy.deepcopy(dict(settings))
     other = {"training.steps": "epochs", "training.epochs": "steps"}
     for item in changes:
@@ -150,7 +121,13 @@ def build_task(
         raise DigitError(
             f"The {where} is for the component '{preset.get('component')}', but '{component}' is to be trained."
         )
-    settings = training_config(preset, where)
+    unknown = set(preset) - _SECTIONS
+    if unknown or "training" not in preset or "model" not in preset:
+        problem = f"unknown sections: {', '.join(sorted(unknown))}" if unknown else "'model' and 'training' are needed"
+        raise DigitError(
+            f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}."
+        )
+    settings: TrainingConfig = from_dict(TrainingConfig, preset["training"], f"{where}, training")
     seed_everything(settings.seed)
     task: Any
     if component == "encoder":

@@ -38,13 +38,8 @@ _ADDED = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is in a checkpoint.
-
-    Attributes:
-        step: how many steps were done.
-        tensors: by file ("modules", "optimizers", "ema"), then by name.
-        run: the description and the training config it was made under.
-        numbers: further plain values of the loop.
+    """What is in a checkpoint: its tensors by file ("modules", "optimizers", "ema") and then by name, the description
+    and training config of its run, and further plain values of the loop.
     """
 
     step: int
@@ -59,10 +54,8 @@ def path_of(out: Path, step: int) -> Path:
 
 
 def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint of the run in ``out``, then remove all but the newest ``keep``.
-
-    Raises:
-        DigitError: it cannot be written, for one because the disk is full; the earlier checkpoints are untouched.
+    """Write a checkpoint of the run in ``out``, then remove all but the newest ``keep``. Where it cannot be written,
+    for one because the disk is full, a DigitError says so, and the earlier checkpoints are untouched.
     """
     folder = path_of(out, checkpoint.step)
     if not folder.exists():  # a run that stops where it has just saved
@@ -91,11 +84,7 @@ def latest(out: Path) -> Path | None:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read a checkpoint.
-
-    Raises:
-        DigitError: a file is missing or damaged, or it is from a newer release.
-    """
+    """Read a checkpoint; a DigitError where a file is missing or damaged, or it is from a newer release."""
     state = read_json(folder / "state.json")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DigitError(
@@ -106,13 +95,10 @@ def load(folder: Path) -> Checkpoint:
 
 
 def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], where: Path, extend: bool = False) -> None:
-    """See that a run goes on as it began.
+    """See that a run goes on as it began; a DigitError names the fields that differ, with both values.
 
     What only concerns speed, logs or memory may differ, and the length too, unless the schedule depends on it and
     ``extend`` is False.
-
-    Raises:
-        DigitError: names the fields that differ, with both values.
     """
     free = {f"training.{name}" for name in _FREE}
     if extend or saved.get("training", {}).get("schedule") != "cosine":

@@ -10,10 +10,8 @@ from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt
 
 @config
 class TrainingConfig:
-    """Everything about a run that is not the model or the data.
-
-    The defaults are the paper's stage 1 (section 4; DAMO-NLP-SG/DiGIT at cd6d8ca, config/stage1), except for the
-    length.
+    """Everything about a run that is not the model or the data. The defaults are the paper's stage 1 (section 4;
+    DAMO-NLP-SG/DiGIT at cd6d8ca, config/stage1), except for the length.
 
     Attributes:
         steps, epochs: the length of the run; exactly one of them.

@@ -8,6 +8,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,10 +34,8 @@ def seed_everything(*key: int) -> None:
 
 
 def check_launch() -> None:
-    """See that ``accelerate launch`` started as many processes as it was asked for.
-
-    Raises:
-        DigitError: on CPUs it needs MPI for more than one, and starts only one without a word.
+    """Raise DigitError unless ``accelerate launch`` started as many processes as it was asked for: on CPUs it needs MPI
+    for more than one, and starts only one without a word.
     """
     several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
@@ -80,14 +79,9 @@ class Engine:
                 module.checkpointing = config.gradient_checkpointing
         self._shard()
         fused = self.device.type == "cuda" if config.fused is None else config.fused
-        shared: dict[str, Any] = {
-            "lr": config.lr,
-            "betas": config.betas,
-            "eps": config.eps,
-            "weight_decay": config.weight_decay,
-        }
+        adamw = partial(torch.optim.AdamW, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
         groups = task.parameters_by_optimizer()
-        raw = {name: torch.optim.AdamW(some, **shared, fused=fused) for name, some in groups.items()}
+        raw = {name: adamw(some, lr=config.lr, fused=fused) for name, some in groups.items()}
         self.trained = {name: _named(self.networks, optimizer) for name, optimizer in raw.items()}
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in raw.items()}
         self.ema = EMA(self.trained["model"], config.ema_decay) if config.ema_decay else None
@@ -126,10 +120,6 @@ class Engine:
                 module.set_requires_gradient_sync(not local)
             yield
 
-    def zero_gradients(self, name: str) -> None:
-        """Forget the gradients of an optimizer's parameters, those that other losses left behind too."""
-        self.optimizers[name].zero_grad(set_to_none=True)
-
     def clip(self, name: str) -> Tensor:
         """Clip the gradients of an optimizer's parameters; their norm () before that."""
         self.accelerator.unscale_gradients(self.optimizers[name])
@@ -140,17 +130,15 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While the block runs, the networks hold the averaged weights, whole where they are sharded.
-
-        All processes must enter together.
+        """While the block runs, the networks hold the averaged weights, whole where they are sharded; all processes
+        enter together.
         """
         with self.ema.applied() if self.ema else nullcontext(), sharding.assembled(self.networks):
             yield
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint, whole and on the CPU, for the main process; nothing for the others.
-
-        All processes must call this together. The optimizers' tensors are named ``OPTIMIZER/PARAMETER/KEY``.
+        """The tensors of a checkpoint, whole and on the CPU, for the main process; nothing for the others, which call
+        this together with it. The optimizers' are named ``OPTIMIZER/PARAMETER/KEY``.
         """
         parts = {"modules": self.networks.state_dict(), "optimizers": {}}
         for name, optimizer in self.optimizers.items():
@@ -193,9 +181,9 @@ class Engine:
             )
         if self.config.precision == "fp16":
             raise DigitError("training.shard needs precision 'bf16' or 'no': the loss scaling of 'fp16' is for DDP.")
-        for network in self.networks.values():
+        self._sharded = list(self.networks.values())
+        for network in self._sharded:
             sharding.shard(network, self.device)
-            self._sharded.append(network)
 
     def _wrap(self, task: Task) -> None:
         ours = {id(p) for parameters in self.trained.values() for p in parameters.values()}

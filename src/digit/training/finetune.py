@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 from digit.core.config import NonNegativeInt, config, to_dict
 from digit.core.errors import DigitError
-from digit.data.token_cache import TokenCache
+from digit.data.token_cache import TokenCache, TokenSpace
 from digit.models.component import weights_checksum
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.pipeline.assembly import part_folder
@@ -60,11 +60,8 @@ class FineTune:
 
 
 def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
-    """The folder of a saved part, and the class names that a whole model says.
-
-    Args:
-        source: see :class:`FineTune`.
-        role: "encoder", "vqgan", "prior" (of any role), or a decoder's kind.
+    """The folder of a saved part, "encoder", "vqgan", "prior" (of any role) or a decoder's kind, and the class names
+    that a whole model says.
 
     Raises:
         DigitError: nothing there, or a model without such a part.
@@ -82,12 +79,8 @@ def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
 
 
 def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) -> None:
-    """Go on with what only training has (a discriminator, a projection head) of the run that made the saved part.
-
-    Args:
-        modules: of the new run.
-        run: the other's folder; nothing is taken where it has no checkpoint.
-        names: of the modules; one that the run has not, or of another shape, stays as it is.
+    """Go on with what only training has (a discriminator, a projection head) of the run in the folder ``run``, where it
+    has a checkpoint; a module that it has not, or in another shape, stays as it is.
     """
     last = checkpoint.latest(Path(run))
     if last is None:
@@ -103,16 +96,11 @@ def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) 
 def saved_part(
     start: FineTune, role: str, load: Callable[[Path], M], fits: Callable[[M], bool], may_freeze: str = ""
 ) -> tuple[M, dict[str, Any]]:
-    """The saved encoder, VQGAN or feed-forward decoder that a run begins with, and what to note about it.
-
-    Args:
-        start: which; of its parts none but ``may_freeze`` may stay as it is.
-        role: see :func:`start_folder`.
-        load: opens the part's folder.
-        fits: whether it is of the preset's shape.
+    """The saved encoder, VQGAN or feed-forward decoder that a run begins with, opened by ``load``, and what to note
+    about it. Of its parts none but ``may_freeze`` may stay as it is.
 
     Raises:
-        DigitError: nothing there, it does not fit, or something else is to be frozen.
+        DigitError: nothing there, not of the preset's shape (``fits`` says), or something else is to be frozen.
     """
     if start.lora or set(start.freeze) - {may_freeze}:
         but = f", or with --freeze {may_freeze}" if may_freeze else ""
@@ -128,13 +116,8 @@ def saved_part(
 def start_model(
     start: FineTune, values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str
 ) -> tuple[TokenModel, dict[str, Any]]:
-    """A saved token model, ready to be trained on a cache, and what to note about it.
-
-    Args:
-        start: which, and what may move.
-        values: the ``model`` section of the preset.
-        cache, data: what it is to learn.
-        where: the preset's name, for messages.
+    """A saved token model, ready to be trained on a cache, and what to note about it. ``values`` is the preset's
+    ``model`` section.
 
     Raises:
         DigitError: it has another vocabulary or length than the cache, another role, or nothing would move.
@@ -173,31 +156,23 @@ def start_model(
 
 
 def check_vocabulary(model: TokenModelConfig, cache: TokenCache, data: TokenData, source: str) -> None:
-    """See that a model speaks the tokens of a cache.
-
-    Raises:
-        DigitError: another vocabulary or another number of tokens; says both.
-    """
-    target = cache.space(data.target)
-    pairs = [(f"{data.target} tokens", (model.vocab_size, model.length), (target.vocab_size, target.length))]
-    prefix = cache.space(data.prefix) if data.prefix else None
-    wanted = (prefix.vocab_size, prefix.length) if prefix else (0, 0)
-    pairs.append(("semantic tokens in front", (model.prefix_vocab_size, model.prefix_length), wanted))
-    for what, (has, length), (given, count) in pairs:
-        if (has, length) != (given, count):
+    """Raise DigitError unless a model speaks the tokens of a cache: their vocabulary and their number."""
+    target, prefix = cache.space(data.target), cache.space(data.prefix) if data.prefix else TokenSpace(0, (0, 0))
+    for what, has, length, space in (
+        (f"{data.target} tokens", model.vocab_size, model.length, target),
+        ("semantic tokens in front", model.prefix_vocab_size, model.prefix_length, prefix),
+    ):
+        if (has, length) != (space.vocab_size, space.length):
             raise DigitError(
                 f"{source} knows {length} {what} per image, from a vocabulary of {has:,}; the cache {cache.folder} has "
-                f"{count} from {given:,}. A token means nothing to a model of another vocabulary: make the cache with "
-                "the tokenizers that the model was trained with (digit cache-tokens --model ...), or train anew."
+                f"{space.length} from {space.vocab_size:,}. A token means nothing to a model of another vocabulary: "
+                "make the cache with the tokenizers that the model was trained with (digit cache-tokens --model ...), "
+                "or train anew."
             )
 
 
 def freeze(model: TokenModel, parts: Sequence[str]) -> None:
-    """Let parts of a model stay as they are; see :class:`FineTune`.
-
-    Raises:
-        DigitError: an unknown part, or more blocks than there are.
-    """
+    """Let parts of a model stay as they are, those of :class:`FineTune`; DigitError for any other."""
     blocks = list(model.backbone.blocks)
     for part in parts:
         name, _, number = part.partition(":")
@@ -233,8 +208,7 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: TokenModel, rank: int) -> None:
-    """Freeze a model but for its classes, and give the matrices of its blocks changes of low rank that are trained.
-
+    """Freeze a model but for its classes, and give the matrices of its blocks changes of low rank that are trained;
     :func:`digit.training.tasks.tokens.merged` merges them.
     """
     model.requires_grad_(False)

@@ -19,15 +19,11 @@ _WINDOW, _ENOUGH = 50, 20
 
 
 class Guard:
-    """Stops a run when a loss is no longer finite, or jumps.
+    """Stops the run in ``out`` when a loss is no longer finite, or is above ``max_spike`` times the median of the last
+    50; ``scaled``: fp16's loss scaling skips steps whose gradients overflow by itself.
 
     Losses stay on their device until :meth:`check`, which the loop calls before it logs, validates or saves: so no
     step waits for the device, and nothing is written after a step that went wrong.
-
-    Args:
-        out: the run folder, where ``diverged.json`` goes.
-        max_spike: a loss above this many times the median of the last 50 stops the run; 0 never does.
-        scaled: fp16's loss scaling is on; it skips steps whose gradients overflow by itself.
     """
 
     def __init__(self, out: Path, max_spike: float = 0.0, scaled: bool = False) -> None:
@@ -40,10 +36,8 @@ class Guard:
         self._noted.append((torch.stack([loss.float(), norm.float()]), batch["index"], step, optimizer))
 
     def check(self) -> None:
-        """Look at all that was noted since the last check.
-
-        Raises:
-            DigitError: names the first step that went wrong, the images of its batch, and the last checkpoint.
+        """Look at all that was noted since the last check; a DigitError names the first step that went wrong, the
+        images of its batch, and the last checkpoint.
         """
         noted, self._noted = self._noted, []
         values = torch.stack([value for value, *_ in noted]).tolist() if noted else []
@@ -81,22 +75,20 @@ class Guard:
 
 
 class Counts:
-    """What frequencies alone know of token sequences: the baselines that a model must beat.
-
-    ``parts`` are training tokens (B, N) int64 below ``vocab_size``.
+    """What frequencies alone know of token sequences, the baselines that a model must beat. ``parts`` are training
+    tokens (B, N) int64 below ``vocab_size``.
     """
 
     def __init__(self, parts: Iterable[Tensor], vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.ones = torch.zeros(vocab_size, dtype=torch.long)
-        keys, counts = [], []
+        pairs = []
         for tokens in parts:
             self.ones += torch.bincount(tokens.flatten(), minlength=vocab_size)
-            found = torch.unique(tokens[:, :-1] * vocab_size + tokens[:, 1:], return_counts=True)
-            keys.append(found[0])
-            counts.append(found[1])
-        self._keys, where = torch.unique(torch.cat(keys), return_inverse=True)  # the pairs that occur, ascending
-        self._pairs = torch.zeros(len(self._keys), dtype=torch.long).index_add_(0, where, torch.cat(counts))
+            pairs.append(torch.unique(tokens[:, :-1] * vocab_size + tokens[:, 1:], return_counts=True))
+        keys, counts = map(torch.cat, zip(*pairs, strict=True))
+        self._keys, where = torch.unique(keys, return_inverse=True)  # the pairs that occur, ascending
+        self._pairs = torch.zeros(len(self._keys), dtype=torch.long).index_add_(0, where, counts)
         self._log_share = (self.ones.double() + 1).log() - (self.ones.double() + 1).sum().log()  # one added to each
 
     @property

@@ -34,7 +34,13 @@ class Log:
             tensorboard = require("torch.utils.tensorboard", "train", "writing TensorBoard events")
             self._board = tensorboard.SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
             if os.environ.get("WANDB_PROJECT"):
-                self._wandb = _wandb_run(out, description)
+                # a run that is resumed goes on under the same id
+                path = out / "wandb_id.txt"
+                if not path.is_file():
+                    write_bytes(path, uuid.uuid4().hex[:8].encode())
+                wandb = require("wandb", "train", "writing to Weights & Biases")
+                about = {"name": out.name, "config": dict(description)}
+                self._wandb = wandb.init(dir=str(out), id=path.read_text(), resume="allow", **about)
         except MissingPackageError:
             pass
 
@@ -67,15 +73,6 @@ class Log:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _wandb_run(out: Path, description: Mapping[str, Any]) -> Any:
-    """A run of the project that ``WANDB_PROJECT`` names; one that is resumed goes on under the same id."""
-    wandb = require("wandb", "train", "writing to Weights & Biases")
-    path = out / "wandb_id.txt"
-    if not path.is_file():
-        write_bytes(path, uuid.uuid4().hex[:8].encode())
-    return wandb.init(dir=str(out), id=path.read_text(), resume="allow", name=out.name, config=dict(description))
 
 
 class Averages:

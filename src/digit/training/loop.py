@@ -47,11 +47,8 @@ _VALIDATION, _SAMPLE = 1 << 62, (1 << 62) + 1  # keys of the random state that n
 
 
 class Interrupted(DigitError):
-    """A run was stopped by a signal after it had saved a checkpoint.
-
-    Attributes:
-        exit_code: what a shell expects, 128 + the signal: 143 for SIGTERM, 130 for SIGINT.
-        checkpoint: the folder that was saved.
+    """A run was stopped by a signal after it had saved the folder ``checkpoint``; ``exit_code`` is what a shell
+    expects, 128 + the signal: 143 for SIGTERM, 130 for SIGINT.
     """
 
     def __init__(self, signum: int, step: int, total: int, checkpoint: Path) -> None:
@@ -259,7 +256,7 @@ class _Run:
                     continue  # every generator is run to its end
                 if not values:
                     name = loss.optimizer
-                    engine.zero_gradients(name)
+                    engine.optimizers[name].zero_grad(set_to_none=True)  # those that other losses left behind too
                 engine.accelerator.backward(loss.value / len(generators))
             values.append(loss.value.detach())
             self.averages.add({_metric(name, "loss"): loss.value, **loss.metrics})
@@ -329,16 +326,14 @@ class _Run:
         tensors, sums = self.engine.state(), self.averages.state()
         totals = self.engine.mean({name: total for name, (total, _) in sums.items()})
         if self.is_main:
-            averages = {name: [totals[name], count] for name, (_, count) in sums.items()}
             numbers = {
-                "averages": averages,
+                "averages": {name: [totals[name], count] for name, (_, count) in sums.items()},
                 "validated": self.validated,
                 "best": list(self.best),
                 "recent": list(self.guard.recent),
             }
-            scaler = self.engine.accelerator.scaler
-            if scaler is not None:
-                numbers["scaler"] = scaler.state_dict()
+            if self.engine.accelerator.scaler is not None:
+                numbers["scaler"] = self.engine.accelerator.scaler.state_dict()
             state = Checkpoint(self.done, tensors, self.description, numbers)
             checkpoint.save(self.out, state, self.config.keep_checkpoints)
         self.engine.accelerator.wait_for_everyone()

@@ -31,14 +31,9 @@ adds ``"discriminator"``. A group may have ``weight_decay`` and ``lr_scale`` (a 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Which batches a process is to see.
-
-    Attributes:
-        start, stop: the steps, ``stop`` excluded.
-        batch_size: examples in the *global* batch.
-        seed: of the order and of every random choice.
-        rank, world: this process and how many there are.
-        workers: data loading threads; 0 loads in this one. They change the speed, never the batches.
+    """Which batches a process is to see: those of the steps from ``start``, ``stop`` excluded, of ``batch_size``
+    examples over all processes. ``seed`` is of the order and of every random choice; ``workers`` threads load data (0:
+    this one), which changes the speed, never the batches.
     """
 
     start: int

@@ -117,16 +117,7 @@ def draw_views(count: int, views: Views, generator: torch.Generator) -> ViewDraw
 
 
 def apply_views(images: Tensor, draws: ViewDraws, size: int) -> Tensor:
-    """Make the views that were drawn.
-
-    Args:
-        images: (B, 3, H, W) in 0..1, on any device.
-        draws: for the same B images, on the same device.
-        size: side of the views.
-
-    Returns:
-        (B, 3, size, size) in 0..1.
-    """
+    """The views (B, 3, size, size) of images (B, 3, H, W), both in 0..1, by draws on the same device."""
     grid = F.affine_grid(draws.crop, [len(images), 3, size, size], align_corners=False)  # (B, size, size, 2)
     x = F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     x = _recolor(x, draws.color, draws.contrast)

@@ -42,9 +42,7 @@ def lecam(real: Sequence[Tensor], fake: Sequence[Tensor], averages: Tensor) -> T
 
 
 def gradient_ratio(loss: Tensor, adversarial: Tensor, at: Tensor, limit: float) -> Tensor:
-    """() norm of the gradient of ``loss`` with respect to ``at``, in units of that of ``adversarial``; at most
-    ``limit`` [1].
-    """
+    """() norm of the gradient of ``loss`` at ``at``, in units of that of ``adversarial``; at most ``limit`` [1]."""
     ours, theirs = (torch.autograd.grad(value, at, retain_graph=True)[0].norm() for value in (loss, adversarial))
     ratio: Tensor = (ours / (theirs + 1e-6)).clamp(max=limit).detach()
     return ratio

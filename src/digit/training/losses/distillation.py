@@ -145,15 +145,10 @@ def _with_heads(encoder: TrainableEncoder, objective: DistillationObjective) -> 
     heads = require("lightly.models.modules.heads", "train", "training an encoder")
 
     def head() -> nn.Module:
+        widths = encoder.dim, objective.hidden, objective.bottleneck, objective.prototypes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # lightly's head uses torch's older weight_norm
-            made: nn.Module = heads.DINOProjectionHead(
-                encoder.dim,
-                objective.hidden,
-                objective.bottleneck,
-                objective.prototypes,
-                batch_norm=objective.batch_norm,
-            )
+            made: nn.Module = heads.DINOProjectionHead(*widths, batch_norm=objective.batch_norm)
         return made
 
     return Projection(encoder, head(), head() if objective.patch_weight else None)

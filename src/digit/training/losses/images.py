@@ -14,16 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share, config
+from digit.encoders.loading import load_encoder
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.training.losses.adversarial import (
-    Augmentation,
-    augment,
-    discriminator_hinge,
-    generator_hinge,
-    gradient_ratio,
-    lecam,
-    ramp,
-)
+from digit.training.losses import adversarial
+from digit.training.losses.adversarial import Augmentation
 from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
 from digit.training.task import Batch, Groups, Loss, Step
 
@@ -98,11 +92,8 @@ class ImageObjective:
 
 
 class ImageLoss:
-    """The frozen networks of an objective, and its losses.
-
-    Attributes:
-        discriminator: to be trained beside the generator, as an entry of the task's ``modules``; None without one.
-        frozen: the networks that only compare.
+    """The frozen networks of an objective, which only compare, and its losses. A ``discriminator`` is to be trained
+    beside the generator, as an entry of the task's ``modules``.
     """
 
     def __init__(self, objective: ImageObjective, resolution: int, last: Tensor | None = None) -> None:
@@ -114,9 +105,8 @@ class ImageLoss:
         """
         self.objective, self.last = objective, last
         self.lpips = LpipsDistance() if objective.perceptual == "lpips" else None
-        self.view: EncoderView | None = None
-        if objective.perceptual_encoder is not None:
-            self.view = EncoderView.from_pretrained(objective.perceptual_encoder, resolution)
+        eyes = objective.perceptual_encoder
+        self.view = None if eyes is None else EncoderView(load_encoder(eyes), resolution)
         self.frozen = [network for network in (self.lpips, self.view) if network is not None]
         self.discriminator: Discriminator | None = None
         if objective.gan_weight:
@@ -147,9 +137,7 @@ class ImageLoss:
 
         Args:
             loss, metrics: what the generator pays otherwise.
-            rebuilt: (B', 3, S, S), B' >= B; what is beyond the first B has no image to be like.
-            images: (B, 3, S, S).
-            batch, step: of the step.
+            rebuilt: (B', 3, S, S), B' >= B; what is beyond the first B ``images`` has no image to be like.
             modules: the task's, whose "discriminator" the loop may have wrapped.
             matched: how many of the images must come back in every way. The others pay the deeper half of the
                 perceptual features (shallow layers see colours) and ``unmatched_pixels`` of the pixels' loss.
@@ -209,12 +197,12 @@ class ImageLoss:
         step: Step,
     ) -> Iterator[Loss]:
         objective = self.objective
-        g_loss = generator_hinge(discriminator(*self._shown(rebuilt, seen)))
+        g_loss = adversarial.generator_hinge(discriminator(*self._shown(rebuilt, seen)))
         metrics = {**metrics, "g_loss": g_loss.detach()}
-        weight: float | Tensor = ramp(step.progress, objective.gan_start + objective.gan_alone, objective.gan_warmup)
-        weight = objective.gan_weight * weight
+        begin, last = objective.gan_start + objective.gan_alone, rebuilt if self.last is None else self.last
+        weight: float | Tensor = objective.gan_weight * adversarial.ramp(step.progress, begin, objective.gan_warmup)
         if objective.gan_adaptive and weight:
-            ratio = gradient_ratio(loss, g_loss, rebuilt if self.last is None else self.last, objective.gan_adaptive)
+            ratio = adversarial.gradient_ratio(loss, g_loss, last, objective.gan_adaptive)
             weight, metrics = weight * ratio, {**metrics, "gan_ratio": ratio}
         yield Loss("model", loss + weight * g_loss, metrics)
         for _ in range(objective.discriminator_steps):
@@ -228,7 +216,7 @@ class ImageLoss:
         """Images and their features as the discriminator gets them."""
         features = self.objective.discriminator.feature_channels
         if self.objective.augment:
-            images = augment(images, self.objective.augment)
+            images = adversarial.augment(images, self.objective.augment)
             seen = self._see(images) if features else ()
         return images, seen if features else ()
 
@@ -236,13 +224,13 @@ class ImageLoss:
         """The discriminator's own loss from maps of logits, of which the first ``real`` rows are of images."""
         assert self.discriminator is not None
         true, false = zip(*((one[:real].float(), one[real:].float()) for one in logits), strict=True)
-        loss = hinge = discriminator_hinge(true, false)
-        means = [-generator_hinge(some).detach() for some in (true, false)]
+        loss = hinge = adversarial.discriminator_hinge(true, false)
+        means = [-adversarial.generator_hinge(some).detach() for some in (true, false)]
         metrics = {"hinge": hinge.detach(), "logits_real": means[0], "logits_fake": means[1]}
         weight = self.objective.discriminator.lecam
         if weight:
             averages = self.discriminator.averages
-            penalty = lecam(true, false, averages.clone())
+            penalty = adversarial.lecam(true, false, averages.clone())
             now = [torch.stack([r.detach().mean(), f.detach().mean()]) for r, f in zip(true, false, strict=True)]
             averages.lerp_(torch.stack(now), _LECAM_SPEED)
             loss, metrics = hinge + weight * penalty, {**metrics, "lecam": penalty.detach()}

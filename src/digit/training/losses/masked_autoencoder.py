@@ -66,21 +66,17 @@ class MaskedAutoencoder(nn.Module):
         pixels = self.encoder.preprocessing(images)
         tokens = network.embeddings(pixels)  # (B, 1 + N, D)
         seen, hidden = order[:, : self.visible], order[:, self.visible :]  # (B, V), (B, N - V)
-        chosen = torch.cat([tokens[:, :1], gather(tokens[:, self.encoder.prefix :], seen)], 1)  # (B, 1 + V, D)
+        visible = torch.take_along_dim(tokens[:, self.encoder.prefix :], seen[..., None], 1)  # (B, V, D)
+        chosen = torch.cat([tokens[:, :1], visible], 1)  # (B, 1 + V, D)
         states = network.layernorm(network.encoder(chosen).last_hidden_state)
         known = self.embed(states[:, 1:]) + self.positions[seen]  # (B, V, d)
         asked = self.hidden_token + self.positions[hidden]  # (B, N - V, d)
         rebuilt = self.to_pixels(self.decoder(torch.cat([known, asked.to(known.dtype)], 1))[:, self.visible :])
         size = self.encoder.patch
         patches = F.unfold(images, size, stride=size).transpose(1, 2)  # (B, N, 3 * size * size)
-        target = gather(patches, hidden)
+        target = torch.take_along_dim(patches, hidden[..., None], 1)
         target = F.layer_norm(target, target.shape[-1:], eps=1e-6)
         return F.mse_loss(rebuilt.float(), target)
-
-
-def gather(x: Tensor, index: Tensor) -> Tensor:
-    """Rows ``index`` (B, n) of ``x`` (B, N, D): (B, n, D)."""
-    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[-1]))
 
 
 class MaskedAutoencoderMethod(Method):

@@ -8,6 +8,7 @@ by their location as in [3] Bardes et al. 2022, arXiv 2210.01571 (VICRegL).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -52,20 +53,16 @@ class PairMethod(Method):
         heads = require("lightly.models.modules.heads", "train", "training an encoder")
         losses = require("lightly.loss", "train", "training an encoder")
         self.encoder, self.objective = encoder, objective
-        head = heads.SimCLRProjectionHead(encoder.dim, objective.hidden, objective.dim)
-        dense_head = None
-        if objective.dense:
-            dense_head = heads.SimCLRProjectionHead(encoder.dim, objective.hidden, objective.dim)
+        shape = encoder.dim, objective.hidden, objective.dim
+        head = heads.SimCLRProjectionHead(*shape)
+        dense_head = heads.SimCLRProjectionHead(*shape) if objective.dense else None
         self.modules: dict[str, nn.Module] = {"student": Projection(encoder, head, dense_head)}
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if objective.method == "simclr":
-            self.criterion = losses.NTXentLoss(objective.temperature, gather_distributed=several)
-        else:
-            self.criterion = losses.VICRegLoss(gather_distributed=several)
-        self.dense_criterion = losses.NTXentLoss(objective.temperature)
-        self.side = (
-            encoder.grid[0] * objective.views.size // encoder.preprocessing.image_size
-        )  # patches of a view's row
+        contrast = partial(losses.NTXentLoss, objective.temperature)
+        self.criterion = (contrast if objective.method == "simclr" else losses.VICRegLoss)(gather_distributed=several)
+        self.dense_criterion = contrast()
+        # patches of a view's row
+        self.side = encoder.grid[0] * objective.views.size // encoder.preprocessing.image_size
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """The random numbers of both views and, for the dense term, an order of a view's patches (count, N)."""
@@ -99,13 +96,11 @@ def matched_places(first: Tensor, second: Tensor, order: Tensor, side: int, plac
     """Patches of two views that show the same place of an image.
 
     A patch of the first view is matched with the patch of the second whose centre is nearest in the image, where that
-    is at most one patch of the first view away.
+    is at most one patch of the first view away. At most ``places`` of an image are taken.
 
     Args:
         first, second: the views' crops (B, 2, 3), in ``affine_grid``'s coordinates.
-        order: (B, N) which patches of the first view are preferred, lowest first.
-        side: patches along a side of a view; N = side * side.
-        places: how many are taken of an image, at most.
+        order: (B, N) which patches of the first view are preferred, lowest first; N = side * side.
 
     Returns:
         (2 n,) indices into the 2 B * N patches of all first views and then all second ones: n patches of first views,

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from digit.core.errors import DigitError
 from digit.encoders.conv import ConvEncoder
-from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.lpips import load_lpips
 
@@ -27,11 +26,7 @@ class LpipsDistance(nn.Module):
     """LPIPS with VGG16."""
 
     def __init__(self) -> None:
-        """Load the weights.
-
-        Raises:
-            DigitError: the package or the weights are missing.
-        """
+        """Load the weights; a DigitError where the package or the weights are missing."""
         super().__init__()
         try:
             self.network = load_lpips("vgg").network
@@ -48,13 +43,8 @@ class EncoderView(nn.Module):
     """The layers of features that a frozen encoder sees in an image, for the distance and the discriminator."""
 
     def __init__(self, encoder: ConvEncoder | TransformersEncoder, size: int) -> None:
-        """Take an encoder and the side of the images.
-
-        Raises:
-            DigitError: the encoder is for images of another size.
-        """
+        """Take an encoder and the side of the images; a DigitError where the encoder is for images of another size."""
         super().__init__()
-        self.encoder: ConvEncoder | TransformersEncoder
         if encoder.preprocessing.image_size != size:
             raise DigitError(
                 f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, those "
@@ -66,11 +56,6 @@ class EncoderView(nn.Module):
             self.dims = [
                 width for width, n in zip(encoder.config.widths, encoder.config.blocks, strict=True) for _ in range(n)
             ]
-
-    @classmethod
-    def from_pretrained(cls, source: str, size: int) -> EncoderView:
-        """See :func:`digit.encoders.loading.load_encoder`."""
-        return cls(load_encoder(source), size)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place.

@@ -77,11 +77,7 @@ class Projection(nn.Module):
 
 
 def check_trainable(encoder: TrainableEncoder, masks: bool) -> None:
-    """See that a network can be trained by a method; one that ``masks`` patches takes a ViT with a mask token.
-
-    Raises:
-        DigitError: it cannot.
-    """
+    """Raise DigitError unless a method can train a network; one that ``masks`` patches takes a ViT with a mask token."""
     if encoder.preprocessing.resize is not None:
         raise DigitError("An encoder is trained on views of its own size: leave preprocessing.resize out.")
     network: Any = getattr(encoder, "network", None)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from digit.clustering.streams import summed, together
 from digit.models.codebook import nearest
 
 _KMEANS_STEPS = 5
@@ -47,10 +48,9 @@ class EmaQuantizer(nn.Module):
         gradient: Literal["straight-through", "rotation"],
         normalize: bool = False,
     ) -> None:
-        """Take a codebook.
+        """Take a codebook (V, D) without gradients.
 
         Args:
-            codebook: (V, D) without gradients.
             decay: of the moving averages; less at first, min(decay, (1 + k) / (10 + k)) at update k, while latents move
                 fast.
             dead_below: a code whose average use falls below this share of the mean use is put on a recent latent.
@@ -72,23 +72,21 @@ class EmaQuantizer(nn.Module):
         self._begun = False  # whether the codes are on data, known without asking the device at every step
 
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise.
-
-        Args:
-            latents: (B, D, h, w).
-
-        Returns:
-            Codes (B, D, h, w) through which gradients pass, tokens (B, h * w) int64, and the commitment loss (): the
-            mean squared distance of a latent's elements from its code's.
+        """Quantise latents (B, D, h, w): codes of that shape through which gradients pass, tokens (B, h * w) int64, and
+        the commitment loss (), the mean squared distance of a latent's elements from its code's.
         """
         with torch.autocast(latents.device.type, enabled=False):
             z = self._scaled(latents.float().flatten(2).transpose(1, 2))  # (B, M, D)
+            flat = z.detach().flatten(0, 1)  # (B M, D)
             if self.training and not self._begun:
-                self._start(z.detach().flatten(0, 1))
+                self._start(flat)
             tokens = nearest(z.detach(), self.codebook)  # (B, M)
             codes = F.embedding(tokens, self.codebook)  # (B, M, D)
             if self.training:
-                self._count(z.detach().flatten(0, 1), tokens.flatten())
+                uses, sums = _totals(flat, tokens.flatten(), len(self.codebook))
+                self._batch_uses += uses
+                self._batch_sums += sums
+                self._recent.append(flat)
             commitment = F.mse_loss(z, codes)
             passed = z + (codes - z).detach() if self.gradient == "straight-through" else rotate(z, codes)
             return passed.transpose(1, 2).reshape(latents.shape), tokens, commitment
@@ -124,16 +122,10 @@ class EmaQuantizer(nn.Module):
         self.uses.copy_(torch.where(which, uses, self.uses))
         self.sums.copy_(torch.where(which[:, None], self.codebook * uses, self.sums))
 
-    def _count(self, latents: Tensor, tokens: Tensor) -> None:
-        uses, sums = _totals(latents, tokens, len(self.codebook))
-        self._batch_uses += uses
-        self._batch_sums += sums
-        self._recent.append(latents)
-
     @torch.no_grad()
     def update(self) -> None:
         """Move the codebook by what the step's batch took, and revive dead codes. Once a step, on every process."""
-        uses, sums = _over_processes(self._batch_uses), _over_processes(self._batch_sums)
+        uses, sums = summed(self._batch_uses), summed(self._batch_sums)
         weight = 1 - ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         self.updates += 1
         self.uses.lerp_(uses, weight)
@@ -158,10 +150,8 @@ class EmaQuantizer(nn.Module):
         """Share of the codes in use, and the perplexity of their average use (V if all are used alike)."""
         share = self.uses / self.uses.sum().clamp(min=_SMOOTH)
         perplexity = torch.exp(-(share * (share + 1e-10).log()).sum())
-        return {
-            "codebook_use": (self.uses >= self.dead_below * self.uses.mean()).float().mean(),
-            "perplexity": perplexity,
-        }
+        used = self.uses >= self.dead_below * self.uses.mean()
+        return {"codebook_use": used.float().mean(), "perplexity": perplexity}
 
 
 def rotate(z: Tensor, codes: Tensor) -> Tensor:
@@ -190,14 +180,8 @@ def _totals(latents: Tensor, tokens: Tensor, codes: int) -> tuple[Tensor, Tensor
     return uses, sums
 
 
-def _over_processes(total: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    return total
-
-
 def _from_first_process(value: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.contiguous()
+    value = value.contiguous()
+    if together():
         torch.distributed.broadcast(value, 0)
     return value

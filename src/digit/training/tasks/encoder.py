@@ -39,7 +39,7 @@ class ConvModel:
 
     def build(self) -> TrainableEncoder:
         """The network, with random weights."""
-        return small_conv(self.image_size, self.widths, self.blocks, self.norm)
+        return small_conv(self.image_size, widths=self.widths, blocks=self.blocks, norm=self.norm)
 
 
 @config
@@ -82,30 +82,22 @@ _OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def model_from(values: Mapping[str, Any], where: str) -> Model:
-    """The ``model`` section of an encoder preset.
-
-    Raises:
-        DigitError: an unknown kind or a wrong field.
-    """
-    model: Model = from_dict(_chosen(_MODELS, values, "kind", where), values, where)
+    """The ``model`` section of an encoder preset; a DigitError for an unknown kind or a wrong field."""
+    model: Model = _chosen(_MODELS, values, "kind", where)
     return model
 
 
 def objective_from(values: Mapping[str, Any], where: str) -> Objective:
-    """The ``objective`` section of an encoder preset.
-
-    Raises:
-        DigitError: an unknown method or a wrong field.
-    """
-    objective: Objective = from_dict(_chosen(_OBJECTIVES, values, "method", where), values, where)
+    """The ``objective`` section of an encoder preset; a DigitError for an unknown method or a wrong field."""
+    objective: Objective = _chosen(_OBJECTIVES, values, "method", where)
     return objective
 
 
-def _chosen(known: Mapping[str, type[Any]], values: Mapping[str, Any], field: str, where: str) -> type[Any]:
-    name = values.get(field)
+def _chosen(known: Mapping[str, type[Any]], values: Mapping[str, Any], field: str, where: str) -> Any:
+    name = str(values.get(field))
     if name not in known:
-        raise DigitError(f"{where} has {field} {name!r}; expected one of {', '.join(known)}.")
-    return known[str(name)]
+        raise DigitError(f"{where} has {field} {values.get(field)!r}; expected one of {', '.join(known)}.")
+    return from_dict(known[name], values, where)
 
 
 def build_method(model: Model, objective: Objective) -> Method:
@@ -141,13 +133,8 @@ class EncoderTask(Task):
         self.size = model.image_size
         self.memory = some_images(train, memory)
         self.held_out = held_out
-        self.description = {
-            "component": "encoder",
-            "model": to_dict(model),
-            "objective": to_dict(objective),
-            "data": described(train),
-            **origin,
-        }
+        about = {"model": to_dict(model), "objective": to_dict(objective), "data": described(train)}
+        self.description = {"component": "encoder", **about, **origin}
 
     def _start(self, start: FineTune) -> dict[str, Any]:
         """Begin with saved weights; what to note about them."""
@@ -182,9 +169,7 @@ class EncoderTask(Task):
         self.method.after_step(self.modules, step)
 
     def validate(self) -> dict[str, float]:
-        """20-NN accuracy of the mean patch feature on held-out images, and how spread these features are (0 is
-        collapse).
-        """
+        """20-NN accuracy of the mean patch feature on held-out images, and how spread these are (0 is collapse)."""
         if self.held_out is None:
             return {}
         queries = self._pooled(self.held_out)
@@ -206,12 +191,7 @@ class EncoderTask(Task):
 
 
 def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> EncoderTask:
-    """The task of an encoder preset over a dataset, with random weights from torch's global generator or those of a
-    saved encoder.
-
-    Raises:
-        DigitError: a section is wrong, the dataset cannot be opened, or ``start`` does not fit.
-    """
+    """The task of an encoder preset over a dataset; see :func:`digit.training.build.build_task`."""
     model = model_from(preset["model"], f"{where}, model")
     objective = objective_from(preset.get("objective") or {}, f"{where}, objective")
     choice: EncoderData = from_dict(EncoderData, preset.get("data") or {}, f"{where}, data")

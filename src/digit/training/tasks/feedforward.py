@@ -125,13 +125,9 @@ class OnePassTask(ImageTask):
         vqgan: VQGAN | None = None,
         start: Mapping[str, Any] | None = None,
     ) -> None:
-        """Set up.
+        """Train ``model`` for ``objective`` on images whose tokens the frozen ``tokenizer`` makes.
 
         Args:
-            model: to be trained.
-            objective: what for.
-            tokenizer: makes the tokens, frozen.
-            train: images to learn from.
             held_out: what the decoder is measured on; None measures nothing.
             data: whether the class is learned.
             cache: the tokens of ``train`` in the views "center" and "flip", if they are at hand.
@@ -249,9 +245,7 @@ class OnePassTask(ImageTask):
     # -- parts of a step
 
     def _noise(self, images: Tensor) -> tuple[int, Tensor, Tensor, dict[str, Tensor]]:
-        """How many of the images must come back pixel by pixel, all the noise (B, d), and what the posterior put into
-        it.
-        """
+        """How many images must come back pixel by pixel, all the noise (B, d), and what the posterior put into it."""
         fresh = torch.randn(len(images), self.model.config.noise_dim, device=images.device)
         if "posterior" not in self.modules:
             return len(images), fresh, fresh.new_zeros(()), {}
@@ -261,9 +255,7 @@ class OnePassTask(ImageTask):
         return half, torch.cat([own, fresh[half:]]), information, {"information": information.detach()}
 
     def _rebuild(self, tokens: Tensor, own: Tensor, labels: Tensor | None, images: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of the VQ tokens (0 for pixels), and what is made (B', 3, S, S) of tokens, of which the first have
-        ``images``.
-        """
+        """The loss of the VQ tokens (0 for pixels), and what is made (B', 3, S, S); its first rows have ``images``."""
         out = self.modules["model"](tokens, own, labels).float()
         if self.vqgan is None or self.model.config.pixels is not None:
             return out.new_zeros(()), out
@@ -304,18 +296,8 @@ def build(
     parts: DigitPipeline | None,
     start: FineTune | None = None,
 ) -> OnePassTask:
-    """The task of a preset over a dataset, with random weights from torch's global generator or those of a saved
-    decoder.
-
-    Args:
-        preset: its sections.
-        data: the dataset.
-        where: the preset's name, for messages.
-        parts: a model with encoder and codebook, and with a VQGAN for the head "vq".
-        start: the saved decoder to begin with.
-
-    Raises:
-        DigitError: a section is wrong or does not fit the model, or the dataset cannot be opened.
+    """The task of a preset over a dataset, and the encoder, codebook and (for the head "vq") VQGAN of ``parts``; see
+    :func:`digit.training.build.build_task`.
     """
     if parts is None or parts.encoder is None or parts.codebook is None:
         raise DigitError(

@@ -55,14 +55,9 @@ class ImageData:
 def image_batches(
     images: ImageDataset, size: int, stream: Stream, draw: Callable[[int, torch.Generator], Batch]
 ) -> Iterator[Batch]:
-    """Shuffled batches of "images" (B, 3, size, size) uint8, center-cropped, with the random numbers of each example.
-
-    Args:
-        images: to train on.
-        size: side of the images.
-        stream: which batches.
-        draw: (examples, generator) -> named tensors of one row an example. It is called for the global batch and cut
-            afterwards, so the numbers do not depend on how many processes there are.
+    """Shuffled batches of "images" (B, 3, size, size) uint8, center-cropped, with the random numbers of each example:
+    ``draw`` makes named tensors of one row an example. It is called for the global batch and cut afterwards, so the
+    numbers do not depend on how many processes there are.
     """
     sampler = StepSampler(len(images), stream.batch_size, stream.seed, stream.rank, stream.world)
     how: dict[str, Any] = {"start": stream.start, "stop": stream.stop, "workers": stream.workers}
@@ -93,11 +88,8 @@ def described(images: ImageDataset) -> dict[str, Any]:
 
 
 class ImageTask(Task):
-    """A network that makes images learns from images, by the losses of an :class:`ImageObjective`.
-
-    Attributes:
-        resolution: side of the images.
-        frozen: networks that only serve.
+    """A network that makes images of side ``resolution`` learns from images, by the losses of an
+    :class:`ImageObjective`; ``frozen`` networks only serve.
     """
 
     def __init__(

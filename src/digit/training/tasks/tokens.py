@@ -41,9 +41,8 @@ from digit.training.auxiliary import Auxiliary
 from digit.training.health import Counts
 from digit.training.task import Batch, Loss, Step, Stream, Task
 
-_HELD_OUT_SEED = (
-    20241031  # which images are held out never changes, or a resumed or repeated run would learn its own test
-)
+# which images are held out never changes, or a resumed or repeated run would learn its own test
+_HELD_OUT_SEED = 20241031
 _MASK_SEED = 7  # of the masks that validation hides tokens with
 _VALIDATION_BATCH = 64
 _COUNTED = 50_000  # images whose tokens are counted for the baselines of validation
@@ -75,14 +74,8 @@ class TokenData:
 
 
 def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str) -> TokenModelConfig:
-    """The config of a model for a cache: vocabularies, lengths and classes that ``values`` leaves out come from the
-    cache.
-
-    Args:
-        values: fields of :class:`TokenModelConfig`.
-        cache: what it is to be trained on.
-        data: which part of that.
-        where: what ``values`` were read from, for the message.
+    """The config of a model for a cache: vocabularies, lengths and classes that ``values``, read from ``where``, leaves
+    out come from the cache.
 
     Raises:
         DigitError: a field is wrong, or is given and does not fit the cache.
@@ -100,11 +93,7 @@ def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: Token
 
 
 def fitted(values: Mapping[str, Any], known: Mapping[str, Any], where: str, what: str) -> dict[str, Any]:
-    """Fields of a model with those that its data decide.
-
-    Raises:
-        DigitError: a field is given in ``where`` and differs from what is ``known`` from ``what``.
-    """
+    """Fields of a model with those that are ``known`` from ``what``; DigitError where one in ``where`` differs."""
     wrong = [
         f"{name} = {values[name]} (expected: {value})"
         for name, value in known.items()
@@ -122,17 +111,9 @@ class TokenLoss(nn.Module):
         super().__init__()
         self.model, self.z_loss = model, z_loss
 
-    def forward(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        prefix: Tensor | None = None,
-        mask: Tensor | None = None,
-        inputs: Tensor | None = None,
-        order: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, tokens: Tensor, **batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`TokenModel.loss`."""
-        return self.model.loss(tokens, labels, prefix, mask, self.z_loss if self.training else 0.0, inputs, order)
+        return self.model.loss(tokens, z_loss=self.z_loss if self.training else 0.0, **batch)
 
 
 def merged(model: TokenModel) -> TokenModel:
@@ -156,8 +137,7 @@ class TokenTask(Task):
         component: "prior" or "decoder", as the user calls it.
         z_loss: see :meth:`TokenModel.loss`.
         vqgan: turns samples of VQ tokens into images for the log; without it they are shown as coloured cells.
-        auxiliary: how inputs are disturbed.
-        near: (K, m) the nearest other semantic tokens of each, for ``auxiliary.prefix_noise``.
+        auxiliary, near: how inputs are disturbed; see :meth:`Auxiliary.disturb`.
         start: for the run's description, from which weights it begins, if not from random ones.
     """
 
@@ -183,14 +163,14 @@ class TokenTask(Task):
         self._held_out, self._train = np.sort(shuffled[:held_out]), np.sort(shuffled[held_out:])
         self._views = _view_numbers(cache, data.views)
         self.examples = len(self._train)
+        # named only where there is something to name, so that a run without them is the same as ever
+        more = {"objective": self.auxiliary.chosen, "start": dict(start or {})}
         self.description = {
             "component": component,
             "model": to_dict(model.config),
             "data": {**to_dict(data), "cache": cache.fingerprint},
+            **{name: value for name, value in more.items() if value},
         }
-        # named only where there is something to name, so that a run without them is the same as ever
-        more = {"objective": self.auxiliary.chosen, "start": dict(start or {})}
-        self.description = {**self.description, **{name: value for name, value in more.items() if value}}
 
     def to_device(self, device: str) -> None:
         """Move the model, and the VQGAN that shows its samples."""
@@ -243,17 +223,10 @@ class TokenTask(Task):
             sums = {name: total + float(metrics[name]) * count for name, total in sums.items()}
             weight += count
         nll, accuracy = sums["nll"] / weight, sums["accuracy"] / weight
-        return {
-            "nll": nll,
-            "accuracy": accuracy,
-            "perplexity": _exp(nll),
-            **self._baselines,
-        }
+        return {"nll": nll, "accuracy": accuracy, "perplexity": _exp(nll), **self._baselines}
 
     def sample(self, step: Step) -> Image.Image | None:  # noqa: ARG002 - the image does not depend on it
-        """Sixteen samples of seed 0: the classes in turn; for a decoder, from the semantic tokens of held-out
-        images.
-        """
+        """Sixteen samples of seed 0: the classes in turn; for a decoder, from semantic tokens of held-out images."""
         numbers, c = range(_SAMPLES), self.model.config
         labels = torch.tensor([i % c.num_classes for i in numbers]) if c.num_classes else None
         prefix = None
@@ -269,12 +242,9 @@ class TokenTask(Task):
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
         """Write the token model."""
-        more = {
-            "space": self.data.target,
-            "class_names": self.cache.classes if self.data.labels else [],
-            "source": self.cache.info["source"],
-        }
-        save_component(folder, merged(self.model), self.model.config, {**provenance, **more})
+        names = self.cache.classes if self.data.labels else []
+        facts = {**provenance, "space": self.data.target, "class_names": names, "source": self.cache.info["source"]}
+        save_component(folder, merged(self.model), self.model.config, facts)
 
     # -- batches
 
@@ -314,13 +284,11 @@ class TokenTask(Task):
 
 
 def random_masks(batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """MaskGIT's training masks: a share cos(pi u / 2) of the tokens, u uniform, at random places.
+    """MaskGIT's training masks (batch, length) bool, True where a token is hidden: a share cos(pi u / 2) of the tokens,
+    u uniform, at random places.
 
-    As DAMO-NLP-SG/DiGIT at cd6d8ca has it: floor(length * cos(pi u / 2) + 1) tokens, at most all, at the lowest of
-    random scores.
-
-    Returns:
-        (batch, length) bool, True where the token is hidden; at least one in every row.
+    As DAMO-NLP-SG/DiGIT at cd6d8ca has it: floor(length * cos(pi u / 2) + 1) tokens, at least one and at most all, at
+    the lowest of random scores.
     """
     u = torch.rand(batch, generator=generator)
     hidden = (length * torch.cos(math.pi * u / 2) + 1).floor().clamp(1, length)  # (B,)

@@ -60,15 +60,10 @@ class VqganTask(ImageTask):
         held_out: ImageDataset | None = None,
         start: FineTune | None = None,
     ) -> None:
-        """Set up.
+        """Make the VQGAN ``model``, which learns from ``train`` and is measured on ``held_out`` (None: not at all).
 
-        Args:
-            model: the VQGAN to make.
-            objective: what it is trained for.
-            train: what on.
-            held_out: what its reconstructions are measured on; None measures nothing.
-            start: the saved VQGAN to begin with, with the discriminator of its run where there is one. Where it freezes
-                "tokens", encoder and codebook stay, so tokens and all that was trained on them keep their meaning.
+        With ``start`` it begins as a saved VQGAN, with the discriminator of its run where there is one. Where that
+        freezes "tokens", encoder and codebook stay, so tokens and all that was trained on them keep their meaning.
 
         Raises:
             DigitError: the perceptual network is missing or does not fit, or the saved VQGAN is of another shape.
@@ -125,9 +120,7 @@ class VqganTask(ImageTask):
             self.quantizer.update()
 
     def validate(self) -> dict[str, float]:
-        """PSNR in dB (mean over images) and mean absolute error of held-out reconstructions, and how they use the
-        codes.
-        """
+        """PSNR in dB (mean over images) and mean absolute error of held-out reconstructions, and their use of codes."""
         if self.held_out is None:
             return {}
         psnr, error, uses = 0.0, 0.0, torch.zeros(self.vqgan.config.codes)
@@ -160,13 +153,7 @@ class VqganTask(ImageTask):
 
 
 def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> VqganTask:
-    """The task of a VQGAN preset over a dataset, with random weights from torch's global generator or those of a saved
-    VQGAN.
-
-    Raises:
-        DigitError: a section is wrong, the dataset cannot be opened, the perceptual network is missing, or ``start``
-            does not fit.
-    """
+    """The task of a VQGAN preset over a dataset; see :func:`digit.training.build.build_task`."""
     model: VQGANConfig = from_dict(VQGANConfig, preset["model"], f"{where}, model")
     objective: VqganObjective = from_dict(VqganObjective, preset.get("objective") or {}, f"{where}, objective")
     images: ImageData = from_dict(ImageData, preset.get("data") or {}, f"{where}, data")
