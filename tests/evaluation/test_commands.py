@@ -4,11 +4,10 @@ import json
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from typer.testing import CliRunner
 
-from digit.cli import evaluate, evaluate_model
+from digit.cli.app import app
 from digit.core.errors import DigitError
 from digit.core.files import write_tensors
 from digit.core.images import save_png
@@ -17,22 +16,13 @@ from digit.pipeline.generation import generate_folder
 from digit.pipeline.pipeline import DigitPipeline
 
 
-@pytest.fixture(scope="module")
-def app():
-    commands = typer.Typer()
-    evaluate_model.add_to(commands)
-    commands.command(name="fidelity")(evaluate.fidelity)
-    commands.command(name="statistics")(evaluate.statistics)
-    return commands
-
-
 @pytest.fixture
-def run(app, monkeypatch):
+def run(monkeypatch):
     """Run a command; errors for users come out as they are."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def call(*words):
-        result = CliRunner().invoke(app, [str(word) for word in words])
+        result = CliRunner().invoke(app, ["evaluate", *(str(word) for word in words)])
         if result.exception is not None:
             raise result.exception
         return result.stdout

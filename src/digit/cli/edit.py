@@ -7,27 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from digit.cli.options import (
-    Decoder,
-    Device,
-    Dtype,
-    Images,
-    Labels,
-    Out,
-    RequiredModel,
-    Seed,
-    load,
-    num_option,
-    parse_labels,
-    read_images,
-    with_settings,
-)
+from digit.cli import options
+from digit.core.errors import DigitError
 
 
-@with_settings("steps", "cfg_scale", "temperature", "top_k")
+@options.with_settings("steps", "cfg_scale", "temperature", "top_k")
 def edit(
-    model: RequiredModel,
-    images: Images,
+    model: options.RequiredModel,
+    images: options.Images,
     mask: Annotated[
         Path | None, typer.Option(help="An image, white where to sample anew and black where to keep.")
     ] = None,
@@ -37,13 +24,13 @@ def edit(
     vary: Annotated[
         float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")
     ] = None,
-    out: Out = Path("edited"),
-    num: Annotated[int, num_option("Results for each image.")] = 4,
-    labels: Labels = None,
-    seed: Seed = 0,
-    decoder: Decoder = None,
-    dtype: Dtype = "float32",
-    device: Device = None,
+    out: options.Out = Path("edited"),
+    num: Annotated[int, options.num("Results for each image.")] = 4,
+    labels: options.Labels = None,
+    seed: options.Seed = 0,
+    decoder: options.Decoder = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
     **settings: Any,
 ) -> None:
     """Edit images: sample a region anew (--mask), continue from the first rows (--prefix), or make variations
@@ -58,7 +45,6 @@ def edit(
 
       digit edit cifar10 cat.png --vary 0.3 --out variations
     """
-    from digit.core.errors import DigitError
     from digit.pipeline.editing import edit_images
     from digit.sampling.request import SampleRequest
 
@@ -66,8 +52,8 @@ def edit(
         raise DigitError(
             "Say what to do with the images: exactly one of --mask FILE, --prefix ROWS or --vary FRACTION."
         )
-    pipe = load(model, device, dtype)
-    files, pixels = read_images(images, pipe.image_size)
+    pipe = options.load(model, device, dtype)
+    files, pixels = options.read_images(images, pipe.image_size)
     request = SampleRequest(seed=seed, decoder=decoder, settings=settings)
-    sheet = edit_images(pipe, files, pixels, out, num, request, parse_labels(labels, pipe), mask, prefix, vary)
+    sheet = edit_images(pipe, files, pixels, out, num, request, options.parse_labels(labels, pipe), mask, prefix, vary)
     typer.echo(f"{len(files) * num} images: {out}; side by side in {sheet}")

@@ -7,19 +7,14 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.options import out_option
-
-
-def add_to(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command()(report)
+from digit.cli import options
 
 
 def report(
     folders: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Run folders; everything below them is looked at.")
     ],
-    out: Annotated[Path, out_option("The HTML page to write.")] = Path("report.html"),
+    out: Annotated[Path, options.out("The HTML page to write.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "digit report",
     curves: Annotated[
         list[Path] | None, typer.Option(help="A folder with more reference curves; may be repeated.")

@@ -15,7 +15,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from typer.testing import CliRunner
 
-from digit.cli.evaluate import app
+from digit.cli.app import app
 from digit.core.errors import DigitError
 from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import open_dataset
@@ -412,7 +412,7 @@ def test_command_on_saved_statistics(tmp_path, halves, pooling):
         "--out",
         str(tmp_path / "r.json"),
     ]
-    done = CliRunner().invoke(app, ["fidelity", *arguments], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, ["evaluate", "fidelity", *arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "r.json").read_text())
     assert f"{written['values']['fid']:.4f}" in done.output
@@ -425,13 +425,15 @@ def test_commands_from_images_to_fid(tmp_path, folder, random_inception):
     torch.save(random_inception.tensors, tmp_path / "weights.pth")
     (tmp_path / "weights.pth").rename(weights := folder.parent / "weights.pth")
     common = ["--num", "2", "--weights", str(weights), "--backend", "torch"]
-    made = CliRunner().invoke(app, ["statistics", str(folder), "--out", str(folder.parent / "s.npz"), *common])
+    made = CliRunner().invoke(
+        app, ["evaluate", "statistics", str(folder), "--out", str(folder.parent / "s.npz"), *common]
+    )
     assert made.exit_code == 0, made.output
     statistics = load_statistics(folder.parent / "s.npz")
     assert statistics.n == 2
     assert statistics.metadata["weights_sha256"] == random_inception.sha256
     arguments = [str(folder), "--no-fid", "--isc", "--out", str(folder.parent / "r.json"), *common]
-    done = CliRunner().invoke(app, ["fidelity", *arguments], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, ["evaluate", "fidelity", *arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     assert "there are 2 images" in done.output
 

@@ -173,7 +173,7 @@ class TorchExtractor:
         return _Layers(self.weights).to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Activations:  # noqa: D102 - of the protocol
+    def __call__(self, images: Tensor) -> Activations:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             is_grey = images.ndim == 4 and images.shape[1] == 1
             grey = " Grey images must be repeated to three channels first." if is_grey else ""

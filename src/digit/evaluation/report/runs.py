@@ -27,7 +27,23 @@ _WHAT = ("component", "model", "objective")
 _SPEED = {"gradient_norm", "lr", "examples_per_second", "tokens_per_second", "mfu", "memory_gib"}
 """How a training went, not how well; drawn last."""
 
+_NAMES = {
+    "psnr": "PSNR (dB)",
+    "l1": "mean absolute error",
+    "nll": "nats per token",
+    "neighbour_accuracy": "20-NN accuracy",
+    "feature_spread": "spread of the features (0 is collapse)",
+    "codebook_use": "share of the codebook in use",
+    "agreement": "tokens found again in the image",
+}
+
 Points = list[tuple[int, float]]
+
+
+def label(name: str) -> str:
+    """A metric's name in words."""
+    base = name.removeprefix("validation/")
+    return _NAMES.get(base, base.replace("_", " "))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +70,6 @@ class Generation(Result):
         )
 
     def rows(self) -> Rows:
-        """One row."""
         names = {"num": "Images", "decoder": "Decoder", "labels": "Labels", "seed": "Seed", "seconds": "Seconds",
                  "images_per_second": "Images per second"}  # fmt: skip
         known = {title: self.values[name] for name, title in names.items() if self.values.get(name) is not None}
@@ -63,7 +78,6 @@ class Generation(Result):
         ]
 
     def provenance(self) -> str:
-        """The model and its settings."""
         return provenance(model={"name": str(self.values["model"])}, sampling=self.values)
 
 
@@ -98,7 +112,6 @@ class Training(Result):
     references: tuple[Curve, ...] = ()
 
     def rows(self) -> Rows:
-        """A row for each metric."""
         rows = []
         for name, values in self.values.items():
             finite = [(value, step) for step, value in values if math.isfinite(value)]
@@ -116,30 +129,28 @@ class Training(Result):
         return rows
 
     def figure(self) -> Any:
-        """A panel for each metric that has more than a point, the loss first; references in grey."""
         bases = dict.fromkeys(name.removeprefix("validation/") for name in self.values)
         drawn = [n for n in bases if any(len(self.values.get(key, [])) > 1 for key in (n, f"validation/{n}"))]
         drawn.sort(key=lambda name: (name.rpartition("/")[2] in _SPEED, name != "loss", not name.endswith("loss")))
         if not drawn:
             return None
-        figure, places = panels(len(drawn))
+        figure, places = panels(len(drawn), columns=min(3, len(drawn)))
         for axes, name in zip(places, drawn, strict=True):
-            for label, key, color in (("training", name, OURS), ("validation", f"validation/{name}", OTHER)):
+            for kind, key, color in (("training", name, OURS), ("validation", f"validation/{name}", OTHER)):
                 for curve in self.references:
                     if key in curve.metrics and key in self.values:
                         axes.plot(
-                            *zip(*curve.metrics[key], strict=True), "--", color=PAPER, label=f"{curve.name}, {label}"
+                            *zip(*curve.metrics[key], strict=True), "--", color=PAPER, label=f"{curve.name}, {kind}"
                         )
                 if values := self.values.get(key):
                     style = "o-" if len(values) <= 12 else "-"
-                    axes.plot(*zip(*values, strict=True), style, color=color, label=label, markersize=4)
-            axes.set(title=name.replace("_", " "), xlabel="step")
+                    axes.plot(*zip(*values, strict=True), style, color=color, label=kind, markersize=4)
+            axes.set(title=label(name), xlabel="step")
             axes.margins(y=0.1)
         legend(places)
         return figure
 
     def provenance(self) -> str:
-        """How far it is, and its data."""
         total = (self.settings.get("training") or {}).get("steps")
         steps = f"step {shown(self.last)} of {shown(total) if total else 'an unknown number'}"
         return "finished" if self.finished else f"not finished: {steps}"

@@ -34,14 +34,12 @@ class AblationResult(Result):
         return rows
 
     def provenance(self) -> str:
-        """Images, reference and network; how a variant was sampled stands in its row."""
         measured, s = any("fid" in line for line in self.values), self.settings
         reference = {"name": s["fid_reference"], "weights": s.get("fid_weights")} if measured else None
         count = f"; {shown(s['fid_images'])} generated images per variant" if measured else ""
         return provenance(data=self.data, reference=reference) + count
 
     def figure(self) -> Any:
-        """Bars of what was measured, and the probe by layer where priors differ."""
         if self.settings["what"] == "decoder":
             return comparison(self.values, ("decoder_nats", "fid"), layers=False)
         return comparison(self.values, ("best", "saved", "fid"))

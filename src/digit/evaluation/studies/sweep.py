@@ -92,9 +92,8 @@ def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, g
     """Measure every point, going on where an earlier run into the folder ``out`` stopped.
 
     Args:
-        run: the model, number of images, seed, and the settings that stay.
+        run: with the settings that stay.
         axes: setting -> values, such as ``{"top_k": [0, 50], "decoder_top_p": [0.8, 1.0]}``.
-        reference: the real images.
         grid: all combinations instead of one axis at a time.
 
     Raises:
@@ -137,7 +136,6 @@ class Sweep(Result):
     kind: str = "sweep"
 
     def rows(self) -> Rows:
-        """A row for each point."""
         points = self.values["points"]
         return [
             {"Settings": settings_text(p["settings"]), **point_cells(p), "Seconds": round(p["seconds"])} for p in points
@@ -152,7 +150,7 @@ class Sweep(Result):
         metrics = measured(points)
         if not shown or not metrics:
             return None
-        figure, places = panels(len(metrics), rows=len(shown))
+        figure, places = panels(len(shown) * len(metrics), columns=len(metrics))
         for place, (name, metric) in zip(places, itertools.product(shown, metrics), strict=True):
             lines: dict[str, dict[Any, float]] = {}
             for point in (p for p in points if name in p["settings"]):
