@@ -13,14 +13,12 @@ from digit.cli import (
     convert,
     data,
     doctor,
-    edit,
     evaluate,
     evaluate_images,
     evaluate_model,
     generate,
     model,
     presets,
-    report,
     serve,
     train,
 )
@@ -53,8 +51,8 @@ def _options(
 
 
 for command in (
-    generate.generate, edit.edit, generate.tokenize, generate.decode, generate.reconstruct, model.assemble, model.tour,
-    train.fit_codebook, train.cache_tokens, train.train, presets.presets, model.info, report.report, serve.serve,
+    generate.generate, generate.edit, generate.tokenize, generate.decode, generate.reconstruct, model.assemble, model.tour,
+    train.fit_codebook, train.cache_tokens, train.train, presets.presets, model.info, evaluate.report, serve.serve,
     serve.atlas, model.card, model.push, doctor.doctor,
 ):  # fmt: skip
     app.command()(command)

@@ -1,4 +1,4 @@
-"""``digit evaluate`` of images that are there, the paper's commands, and the toy figure."""
+"""``digit evaluate`` of images that are there, the paper's commands, the toy figure, and the report of it all."""
 
 from __future__ import annotations
 
@@ -170,3 +170,32 @@ def pca_lda(
     from digit.evaluation.metrics.toy import ToyConfig, toy
 
     toy(ToyConfig(samples=samples, repeats=repeats, seed=seed)).save(out).show(out)
+
+
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Run folders; everything below them is looked at.")
+    ],
+    out: Annotated[Path, options.out("The HTML page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "digit report",
+    curves: Annotated[
+        list[Path] | None, typer.Option(help="A folder with more reference curves; may be repeated.")
+    ] = None,
+    save_curve: Annotated[
+        Path | None, typer.Option(help="Write the one training run under DIR as a reference curve here, and no page.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: results beside the paper's figures, loss curves, images, settings,
+    hardware.
+
+    Example:  digit report runs --out report.html
+    """
+    from digit.evaluation.report import save_only_run, write_report
+
+    if save_curve is not None:
+        typer.echo(f"Reference curve written to {save_only_run(folders, save_curve)}")
+        return
+    made = write_report(folders, out, title, curves or [])
+    for problem in made.problems:
+        typer.echo(f"Not readable: {problem.place.rstrip('/')}: {problem.reason}")
+    typer.echo(f"{len(made.found)} results in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")

@@ -404,15 +404,9 @@ def test_a_result_names_everything(halves, pooling):
 def test_command_on_saved_statistics(tmp_path, halves, pooling):
     for name, images in zip(("a", "b"), halves, strict=True):
         save_statistics(tmp_path / f"{name}.npz", measure([images], pooling).statistics)
-    arguments = [
-        str(tmp_path / "a.npz"),
-        "--reference",
-        str(tmp_path / "b.npz"),
-        "--kid",
-        "--out",
-        str(tmp_path / "r.json"),
-    ]
-    done = CliRunner().invoke(app, ["evaluate", "fidelity", *arguments], env={"COLUMNS": "200"})
+    files = [tmp_path / name for name in ("a.npz", "b.npz", "r.json")]
+    command = "evaluate fidelity {} --reference {} --kid --out {}".format(*files)
+    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "r.json").read_text())
     assert f"{written['values']['fid']:.4f}" in done.output

@@ -23,7 +23,7 @@ from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
 from digit.evaluation.metrics.features import measure
 from digit.evaluation.metrics.fidelity import compare
-from digit.evaluation.metrics.inception import FeatureExtractor
+from digit.evaluation.metrics.inception import TorchExtractor
 from digit.evaluation.metrics.noise import perturb_tokens
 from digit.evaluation.metrics.reconstruction import RFID, Pair, Reconstructed, reconstruction
 from digit.evaluation.metrics.stability import SPACES, token_spaces
@@ -182,7 +182,7 @@ def codebook_values(counts: Tensor) -> dict[str, float]:
 def model_reconstruction(
     pipe: DigitPipeline,
     dataset: ImageDataset,
-    extractor: FeatureExtractor | None,
+    extractor: TorchExtractor | None,
     lpips: Lpips | None,
     reasons: Mapping[str, str] | None = None,
     perturb: bool = False,

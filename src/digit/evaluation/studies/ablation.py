@@ -27,13 +27,12 @@ from digit.data.token_cache import Views
 from digit.encoders import load_encoder
 from digit.evaluation import paper
 from digit.evaluation.metrics.fidelity import FidelityOptions
-from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor
+from digit.evaluation.metrics.inception import TorchExtractor, open_extractor
 from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
 from digit.evaluation.results import shown, stage_text
-from digit.evaluation.studies.ablation_result import AblationResult, result_notes
 from digit.evaluation.studies.points import Reference
-from digit.evaluation.studies.stages import Stages, predictability
+from digit.evaluation.studies.stages import AblationResult, Stages, predictability, result_notes
 from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.card import describe_model
@@ -221,7 +220,7 @@ def run_ablation(
     out: str | Path,
     metrics: Sequence[str] = METRICS,
     reference: str | None = None,
-    weights: str | FeatureExtractor = "auto",
+    weights: str | TorchExtractor = "auto",
     device: str | None = None,
 ) -> AblationResult:
     """Make and measure every variant; a run that was interrupted goes on.

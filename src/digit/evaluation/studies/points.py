@@ -15,7 +15,7 @@ from digit.core.config import to_dict
 from digit.core.progress import bar
 from digit.evaluation.metrics.features import Source, measure
 from digit.evaluation.metrics.fidelity import TITLES, FidelityOptions, compare
-from digit.evaluation.metrics.inception import FeatureExtractor
+from digit.evaluation.metrics.inception import TorchExtractor
 from digit.evaluation.metrics.statistics import FeatureSet
 from digit.evaluation.model_source import SamplingRun
 from digit.evaluation.steps import Step, Steps
@@ -33,12 +33,12 @@ class Reference:
     """What generated images are compared with, measured once, and how."""
 
     features: FeatureSet
-    extractor: FeatureExtractor
+    extractor: TorchExtractor
     options: FidelityOptions
 
     @classmethod
     def of(
-        cls, source: Source, extractor: FeatureExtractor, options: FidelityOptions, split: str | None = None
+        cls, source: Source, extractor: TorchExtractor, options: FidelityOptions, split: str | None = None
     ) -> Reference:
         """Measure real images, or read their statistics."""
         features = measure(source, extractor, options.metrics, batch_size=options.batch_size, split=split)
