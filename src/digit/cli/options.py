@@ -182,20 +182,12 @@ def load(
 
 
 def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
-    """Classes by number or name, such as "3,5", "cat,ship" or "none", to numbers, -1 for none.
-
-    Raises:
-        DigitError: a name that is not a class.
-    """
+    """Classes by number or name, such as "3,5", "cat,ship" or "none", to numbers, -1 for none."""
     return None if text is None else [pipe.class_number(word.strip()) for word in text.split(",")]
 
 
 def numbers(text: str, option: str) -> list[float]:
-    """Comma separated numbers.
-
-    Raises:
-        DigitError: something else.
-    """
+    """Comma separated numbers."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

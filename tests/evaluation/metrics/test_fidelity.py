@@ -26,7 +26,6 @@ from digit.evaluation.metrics.statistics import (
     FeatureSet,
     FeatureStatistics,
     load_set,
-    load_statistics,
     save_statistics,
 )
 from digit.pipeline.image_array import write_image_array
@@ -293,7 +292,7 @@ def test_cifar10s_statistics_come_with_the_package():
     assert packaged_statistics()["cifar10-train"].stat().st_size < 4.5e6
     original = SHARED / "stats" / "cifar10_train_inception.npz"
     if original.is_file():  # the exact covariance, 34 MB, is not in the repository
-        exact = load_statistics(original)
+        exact = load_set(original).statistics
         assert np.abs(found.statistics.sigma - exact.sigma).max() < 2e-5
         assert np.abs(found.statistics.mu - exact.mu).max() < 1e-6
 
@@ -423,7 +422,7 @@ def test_commands_from_images_to_fid(tmp_path, folder, random_inception):
         app, ["evaluate", "statistics", str(folder), "--out", str(folder.parent / "s.npz"), *common]
     )
     assert made.exit_code == 0, made.output
-    statistics = load_statistics(folder.parent / "s.npz")
+    statistics = load_set(folder.parent / "s.npz").statistics
     assert statistics.n == 2
     assert statistics.metadata["weights_sha256"] == random_inception.sha256
     arguments = [str(folder), "--no-fid", "--isc", "--out", str(folder.parent / "r.json"), *common]

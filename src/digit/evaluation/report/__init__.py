@@ -20,11 +20,11 @@ from PIL import Image
 
 from digit import __version__
 from digit.core.errors import DigitError, MissingPackageError, require
-from digit.core.files import write_bytes
+from digit.core.files import write_bytes, write_json
 from digit.evaluation.paper import SOURCE
 from digit.evaluation.report import beside
 from digit.evaluation.report.collect import Collection, Found, Problem, collect
-from digit.evaluation.report.runs import Training, known_curves, save_curve
+from digit.evaluation.report.runs import Training, known_curves
 from digit.evaluation.results import COLORS, Result, Rows, columns, flatten, is_numeric, shown
 
 _LARGEST_FILE, _LARGEST_SIDE = 1_500_000, 1600  # bytes and pixels that go into the page as they are
@@ -133,8 +133,15 @@ def save_only_run(folders: Sequence[str | Path], path: str | Path) -> Path:
     Raises:
         DigitError: there is none, or more than one, or it is not finished.
     """
-    runs = [(item.place, item.result) for item in collect(folders).of("training")]
-    return save_curve([(place, run) for place, run in runs if isinstance(run, Training)], path)
+    runs = collect(folders).of("training")
+    if len(runs) != 1:
+        names = ", ".join(item.place for item in runs) or "none"
+        raise DigitError(f"A reference curve is made from one training run; found: {names}.")
+    run = runs[0].result
+    if not (isinstance(run, Training) and run.settings and run.finished and run.values):
+        raise DigitError(f"{runs[0].place} is not a finished training run, so it cannot be a reference.")
+    made = {"software": run.versions, "hardware": run.hardware}
+    return write_json(path, {"config": run.settings, "metrics": run.values, **made})
 
 
 def page(collection: Collection, title: str) -> str:
@@ -189,9 +196,6 @@ def _item(collection: Collection, given: Found | Callable[[Collection], Result |
 def charts(result: Result) -> list[Markup]:
     """Each axes of a result's figure as an SVG of its own, so that they find room on narrow screens; the colours that all
     figures share become those of the reader's scheme.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
     """
     matplotlib = require("matplotlib", "eval", "Drawing figures")
     with matplotlib.rc_context(

@@ -86,11 +86,7 @@ class Collection:
 
 
 def collect(folders: Sequence[str | Path]) -> Collection:
-    """Look through folders and everything below them; links are not followed.
-
-    Raises:
-        DigitError: a folder does not exist.
-    """
+    """Look through folders and everything below them; links are not followed."""
     collection, seen = Collection(), set()
     for given in map(Path, folders):
         if not given.is_dir():

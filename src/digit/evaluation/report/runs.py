@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from digit.core.errors import DigitError
-from digit.core.files import read_json, write_json
+from digit.core.files import read_json
 from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, flatten, legend, panels, provenance, shown
 
 POINTS = 200
@@ -183,22 +183,6 @@ def _thin(values: Points, most: int) -> Points:
     width = -(-len(values) // most)
     parts = [values[i : i + width] for i in range(0, len(values), width)]
     return [(part[-1][0], sum(v for _, v in part) / len(part)) for part in parts]
-
-
-def save_curve(runs: Sequence[tuple[str, Training]], path: str | Path) -> Path:
-    """Make the only training run of some, given as (place, run), a reference.
-
-    Raises:
-        DigitError: there is none, or more than one, or it is not finished.
-    """
-    if len(runs) != 1:
-        names = ", ".join(place for place, _ in runs) or "none"
-        raise DigitError(f"A reference curve is made from one training run; found: {names}.")
-    place, run = runs[0]
-    if not (run.settings and run.finished and run.values):
-        raise DigitError(f"{place} is not a finished training run, so it cannot be a reference.")
-    made = {"software": run.versions, "hardware": run.hardware}
-    return write_json(path, {"config": run.settings, "metrics": run.values, **made})
 
 
 def known_curves(folders: Sequence[str | Path] = ()) -> list[Curve]:

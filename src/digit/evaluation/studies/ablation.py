@@ -101,11 +101,7 @@ class Variant:
     paper: Mapping[str, float | None]
 
     def preset(self, part: Literal["prior", "decoder"]) -> dict[str, Any]:
-        """The training preset of a token model, without the fields that follow from the tokens.
-
-        Raises:
-            DigitError: there is none of that name, it is another component's, or a change does not fit it.
-        """
+        """The training preset of a token model, without the fields that follow from the tokens."""
         name = getattr(self.recipe, part)
         values = load_preset(name, getattr(self.recipe, f"{part}_set"))
         if values.get("component") != part:
@@ -115,11 +111,7 @@ class Variant:
         return {**values, "model": {k: v for k, v in values["model"].items() if k not in _FROM_CACHE}}
 
     def check(self) -> None:
-        """Try all presets.
-
-        Raises:
-            DigitError: one does not fit, or does not exist.
-        """
+        """Try all presets."""
         recipe = self.recipe
         target = (self.preset("prior").get("data") or {}).get("target", "semantic")
         wanted = "vq" if recipe.encoder is None else "semantic"
@@ -142,11 +134,7 @@ def is_preset(source: str) -> bool:
 
 
 def load_ablation(name: str, overrides: Sequence[str] = ()) -> Ablation:
-    """Read a packaged ablation or a YAML file; ``overrides`` are changes ``a.b=c``.
-
-    Raises:
-        DigitError: an unknown name or field, or a value that is wrong.
-    """
+    """Read a packaged ablation or a YAML file; ``overrides`` are changes ``a.b=c``."""
     return from_dict(Ablation, load_preset(name, overrides, "ablations"), f"ablation {name}")
 
 
@@ -194,11 +182,7 @@ def plan(ablation: Ablation) -> list[Variant]:
 
 
 def check_parts(variants: Sequence[Variant]) -> None:
-    """See that every part that is not trained here exists, for the last of them may be needed days later.
-
-    Raises:
-        DigitError: one does not.
-    """
+    """See that every part that is not trained here exists, for the last of them may be needed days later."""
     for recipe in (variant.recipe for variant in variants):
         if not is_preset(recipe.vqgan):
             part_folder(recipe.vqgan)

@@ -32,11 +32,7 @@ Axes = Mapping[str, Sequence[Any]]
 
 
 def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[Any]]:
-    """What the user typed, such as ``["top_k=0,50,200", "decoder_top_p=0.8,1"]``, as settings and their values.
-
-    Raises:
-        DigitError: nothing, not of that form, or a setting given twice.
-    """
+    """What the user typed, such as ``["top_k=0,50,200", "decoder_top_p=0.8,1"]``, as settings and their values."""
     axes: dict[str, list[Any]] = {}
     for item in items:
         name, separator, text = item.partition("=")
@@ -53,11 +49,7 @@ def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[A
 
 
 def parse_settings(items: Sequence[str] | None) -> dict[str, Any]:
-    """Settings that stay, such as ``["top_k=200"]``.
-
-    Raises:
-        DigitError: not of that form, or more than one value.
-    """
+    """Settings that stay, such as ``["top_k=200"]``."""
     axes = parse_axes(items, "--set") if items else {}
     if several := [name for name, values in axes.items() if len(values) > 1]:
         raise DigitError(
@@ -74,11 +66,7 @@ def plan(axes: Axes, grid: bool = False) -> list[dict[str, Any]]:
 
 
 def planned_runs(run: SamplingRun, axes: Axes, grid: bool = False) -> list[SamplingRun]:
-    """The run of every point of :func:`plan`, tried without sampling.
-
-    Raises:
-        DigitError: a setting that does not exist, or that the model cannot do.
-    """
+    """The run of every point of :func:`plan`, tried without sampling."""
     runs = [replace(run, settings={**run.settings, **point}) for point in plan(axes, grid)]
     for each in runs:
         each.check()
