@@ -92,7 +92,7 @@ def encoder(
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; by default as published.")] = None,
     positions: Annotated[
         Literal["hub", "dinov2-offset"] | None,
-        typer.Option(help="dinov2-offset: as the DiGIT authors; DINOv2's default."),
+        typer.Option(help="hub, or dinov2-offset as the DiGIT authors; DINOv2's default is theirs."),
     ] = None,
 ) -> None:
     """Convert a frozen encoder alone.

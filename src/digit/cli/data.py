@@ -21,7 +21,7 @@ def cifar10(
     out: Out,
     source: Annotated[
         Path | None,
-        typer.Option("--source", help="A folder or archive with the python pickles or the parquet files."),
+        typer.Option(help="A folder or archive with the python pickles or the parquet files."),
     ] = None,
 ) -> None:
     """Build CIFAR-10 (60,000 images of 32x32) and check it against frozen checksums.
@@ -46,7 +46,7 @@ def folder(
     out: Out,
     size: Annotated[
         int | None,
-        typer.Option("--size", min=1, help="Scale the shorter side to this and take the center crop."),
+        typer.Option(min=1, help="Scale the shorter side to this and take the center crop."),
     ] = None,
     filter: Annotated[str, typer.Option(help="How it is scaled: bicubic, bilinear, lanczos or box.")] = "bicubic",
 ) -> None:

@@ -27,9 +27,7 @@ _NEXT = {
 
 
 def fit_codebook(
-    encoder: Annotated[
-        str, typer.Option("--encoder", help="A folder (a training run too), a checkpoint file, or a Hub id.")
-    ],
+    encoder: Annotated[str, typer.Option(help="A folder (a training run too), a checkpoint file, or a Hub id.")],
     data: options.Data,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Tokens in the vocabulary, K.")],
     out: Annotated[Path, options.out("The codebook folder to write.")],
@@ -131,9 +129,7 @@ def fit_codebook(
 
 
 def cache_tokens(
-    model: Annotated[
-        str, typer.Option("--model", help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")
-    ],
+    model: Annotated[str, typer.Option(help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")],
     data: options.Data,
     out: Annotated[Path, options.out("The cache folder; one that was begun is finished.")],
     split: options.Split = "train",
@@ -194,7 +190,7 @@ def train(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Encoder, VQGAN, feed-forward decoder: a dataset. Others: a token cache."),
+        typer.Option(help="Encoder, VQGAN, feed-forward decoder: a dataset. Others: a token cache."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -208,9 +204,7 @@ def train(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", help="A model whose VQGAN shows samples; a feed-forward decoder is trained on its tokens."
-        ),
+        typer.Option(help="A model whose VQGAN shows samples; a feed-forward decoder is trained on its tokens."),
     ] = None,
     start: Annotated[
         str | None,
