@@ -93,9 +93,6 @@ class SamplingRun:
     """A run of generation, defined by its settings alone.
 
     Attributes:
-        pipe: the model.
-        num: images.
-        seed: of the run.
         labels: classes that the images take in turns; None: all classes in turns where the model has classes.
         decoder: its kind; None takes the model's default.
         batch_size: images at a time; does not change them.

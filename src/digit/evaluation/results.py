@@ -340,7 +340,7 @@ def lines_figure(shown: Mapping[str, Lines], xlabel: str, ylabel: str = "") -> A
 
 
 def legend(axes: Sequence[Any]) -> None:
-    """A legend under each axes that has more than one named thing; the figure grows by the longest of them."""
+    """A legend under each axes that has more than one named thing; every row grows by the longest of them."""
     lines = [0]
     for each in axes:
         names = each.get_legend_handles_labels()[1]
@@ -349,5 +349,5 @@ def legend(axes: Sequence[Any]) -> None:
             lines.append(-(-len(names) // columns))
             how = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5, "ncols": columns}
             each.legend(fontsize="small", frameon=False, **how)
-    figure = axes[0].figure
-    figure.set_figheight(figure.get_figheight() + 0.2 * max(lines))
+    figure, rows = axes[0].figure, axes[0].get_gridspec().nrows
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(lines) * rows)

@@ -73,7 +73,6 @@ class Report:
     """What went into a page.
 
     Attributes:
-        path: of the page.
         found: everything that was reported.
         problems: files that are missing, broken or not as expected; the page lists them too.
     """
@@ -105,8 +104,6 @@ def write_report(
 
     Args:
         folders: run folders; everything below them is looked at.
-        out: the page.
-        title: its heading.
         curves: folders with more reference curves than the packaged ones.
 
     Raises:

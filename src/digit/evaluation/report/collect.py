@@ -34,7 +34,6 @@ class Found:
     """Something to report.
 
     Attributes:
-        result: what was found.
         place: where, for people: from the given folder's name on.
         root: the given folder.
         folder: that holds it and its images.

@@ -210,16 +210,13 @@ def run_ablation(
     """Make and measure every variant; a run that was interrupted goes on.
 
     Args:
-        ablation: see :func:`load_ablation`.
         data: the dataset that encoder and VQGAN are trained on, where the ablation trains them.
         train_images: whose tokens prior and decoder learn; a part is held out for the loss, as their presets say.
         test_images: which the probe is tested on, and FID is measured against.
-        out: a folder.
         metrics: some of "nll", "probe" and "fid".
         reference: images or their ``.npz`` for FID; None: ``test_images``.
         weights: of the FID network, see :func:`~digit.evaluation.metrics.inception.load_inception`, or the network
             itself. Without them FID is not measured, and the result says why.
-        device: where everything runs.
 
     Raises:
         DigitError: before anything is trained: an unknown metric, a variant that does not fit, a part that is not

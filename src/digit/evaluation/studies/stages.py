@@ -43,7 +43,6 @@ class Stages:
     """The stages of a comparison in one folder.
 
     Attributes:
-        out: the folder.
         train_images: whose tokens are learnt.
         test_images: which the probe is tested on.
         batch_size: images at a time; does not change the values.
