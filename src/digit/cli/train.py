@@ -282,7 +282,8 @@ def _close(out: Path, request: Request) -> None:
         ]
         notes.append(f"expected is the end of the packaged run {curve.name}; {'; '.join(other) or 'same settings'}.")
     with suppress(MissingPackageError):  # matplotlib; TensorBoard shows them too
-        figure = replace(run, values={name: run.values[name] for name in ("loss", *names)}).figure()
+        kept = {name: values for name, values in run.values.items() if name == "loss" or name in names}
+        figure = replace(run, values=kept).figure()
         path = write_file(out / "curves.png", lambda aside: figure.savefig(aside, dpi=110, format="png"))
         notes.append(f"the curves are in {path}.")
     notes.append(f"all metrics: {out / 'metrics.jsonl'}, or tensorboard --logdir {shlex.quote(str(out))}")

@@ -129,8 +129,7 @@ class Training(Result):
         return rows
 
     def figure(self) -> Any:
-        bases = dict.fromkeys(name.removeprefix("validation/") for name in self.values)
-        drawn = [n for n in bases if any(len(self.values.get(key, [])) > 1 for key in (n, f"validation/{n}"))]
+        drawn = list(dict.fromkeys(name.removeprefix("validation/") for name in self.values))
         drawn.sort(key=lambda name: (name.rpartition("/")[2] in _SPEED, name != "loss", not name.endswith("loss")))
         if not drawn:
             return None
