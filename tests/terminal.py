@@ -8,7 +8,8 @@ from digit.cli.app import main
 
 
 def run(monkeypatch, *words) -> int:
-    """Run ``digit`` with these words; its exit code."""
+    """Run ``digit`` with these words, or with one command line; its exit code."""
+    words = words[0].split() if len(words) == 1 else words
     monkeypatch.setattr(sys, "argv", ["digit", *map(str, words)])
     try:
         main()

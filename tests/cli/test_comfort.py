@@ -63,7 +63,7 @@ def test_the_shell_completes(words, offered, model, tmp_path, monkeypatch, capsy
 def test_the_tree_of_a_model(model, monkeypatch, capsys):
     assert run(monkeypatch, "info", model, "--batch", 4) == 0
     tree = capsys.readouterr().out
-    for word in (
+    for word in [
         "encoder",
         "codebook",
         "prior",
@@ -72,7 +72,7 @@ def test_the_tree_of_a_model(model, monkeypatch, capsys):
         "memory for sampling",
         "float32",
         "bfloat16",
-    ):
+    ]:
         assert word in tree
     assert "classes: cat, dog, ship" in tree
 

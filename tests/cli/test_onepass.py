@@ -37,15 +37,8 @@ def test_from_training_to_images(cifar512, photo, tmp_path, monkeypatch, capsys)
     assert run(monkeypatch, "info", model) == 0
     assert "in one pass" in capsys.readouterr().out
 
-    samples = [
-        "--from",
-        tmp_path / "run",
-        "--set",
-        f"data.samples={pictures / 'tokens.npz'}",
-        "--out",
-        tmp_path / "post",
-    ]
-    assert run(monkeypatch, *train, "--device", "cpu", *samples) == 0
+    samples = f"--from {tmp_path / 'run'} --set data.samples={pictures / 'tokens.npz'} --out {tmp_path / 'post'}"
+    assert run(monkeypatch, *train, "--device", "cpu", *samples.split()) == 0
     assert list(DigitPipeline.from_pretrained(model).decoders) == ["onepass"]
 
 

@@ -11,58 +11,38 @@ POSITIONS = 1026
 NAMES = {"stage1": "stlm", "ar": "st2vtlm", "masked": "st2vtlm_nar", "vq": "st2vtlm_vq", "probe": "stlm_linearprobe"}
 
 
-def vit_shapes(dim: int, depth: int) -> dict[str, tuple[int, ...]]:
+Shapes = dict[str, tuple[int, ...]]
+
+
+def layer(name: str, out: int, *rest: int) -> Shapes:
+    """Weight and bias of a linear or convolutional layer, or of a norm."""
+    return {f"{name}.weight": (out, *rest), f"{name}.bias": (out,)}
+
+
+def vit_shapes(dim: int, depth: int) -> Shapes:
     shapes = {
         "cls_token": (1, 1, dim),
         "pos_embed": (1, 1370, dim),
         "register_tokens": (1, 4, dim),
         "mask_token": (1, dim),
-        "patch_embed.proj.weight": (dim, 3, 14, 14),
-        "patch_embed.proj.bias": (dim,),
-        "norm.weight": (dim,),
-        "norm.bias": (dim,),
     }
-    for n in range(depth):
-        for name, shape in {
-            "norm1.weight": (dim,),
-            "norm1.bias": (dim,),
-            "attn.qkv.weight": (3 * dim, dim),
-            "attn.qkv.bias": (3 * dim,),
-            "attn.proj.weight": (dim, dim),
-            "attn.proj.bias": (dim,),
-            "ls1.gamma": (dim,),
-            "norm2.weight": (dim,),
-            "norm2.bias": (dim,),
-            "mlp.fc1.weight": (4 * dim, dim),
-            "mlp.fc1.bias": (4 * dim,),
-            "mlp.fc2.weight": (dim, 4 * dim),
-            "mlp.fc2.bias": (dim,),
-            "ls2.gamma": (dim,),
-        }.items():
-            shapes[f"blocks.{n}.{name}"] = shape
+    shapes |= layer("patch_embed.proj", dim, 3, 14, 14) | layer("norm", dim)
+    for block in (f"blocks.{n}" for n in range(depth)):
+        shapes |= layer(f"{block}.norm1", dim) | layer(f"{block}.norm2", dim)
+        shapes |= layer(f"{block}.attn.qkv", 3 * dim, dim) | layer(f"{block}.attn.proj", dim, dim)
+        shapes |= layer(f"{block}.mlp.fc1", 4 * dim, dim) | layer(f"{block}.mlp.fc2", dim, 4 * dim)
+        shapes |= {f"{block}.ls1.gamma": (dim,), f"{block}.ls2.gamma": (dim,)}
     return shapes
 
 
-def vqgan_shapes(
-    channels: int, multipliers: list[int], blocks: int, codes: int, code_dim: int
-) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "encoder.conv_in.weight": (channels, 3, 3, 3),
-        "quantize.embedding.weight": (codes, code_dim),
-    }
+def vqgan_shapes(channels: int, multipliers: list[int], blocks: int, codes: int, code_dim: int) -> Shapes:
+    shapes: Shapes = {"encoder.conv_in.weight": (channels, 3, 3, 3), "quantize.embedding.weight": (codes, code_dim)}
 
     def block(name: str, before: int, width: int) -> None:
-        for kind in ("weight", "bias"):
-            shapes[f"{name}.norm1.{kind}"], shapes[f"{name}.norm2.{kind}"] = (before,), (width,)
+        shapes.update(layer(f"{name}.norm1", before) | layer(f"{name}.norm2", width))
         shapes[f"{name}.conv1.weight"], shapes[f"{name}.conv2.weight"] = (width, before, 3, 3), (width, width, 3, 3)
         if before != width:
             shapes[f"{name}.nin_shortcut.weight"] = (width, width, 1, 1)
-
-    def conv(name: str, before: int, width: int, kernel: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (width, before, kernel, kernel), (width,)
-
-    def norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (width,), (width,)
 
     widths = [channels * m for m in multipliers]
     before = channels
@@ -74,45 +54,31 @@ def vqgan_shapes(
     for side in ("encoder", "decoder"):
         for index in (1, 2):
             block(f"{side}.mid.block_{index}", last, last)
-    norm("encoder.norm_out", last)
-    conv("encoder.conv_out", last, code_dim, 1)
-    conv("decoder.conv_in", code_dim, last, 3)
+    shapes |= layer("encoder.norm_out", last) | layer("encoder.conv_out", code_dim, last, 1, 1)
+    shapes |= layer("decoder.conv_in", last, code_dim, 3, 3)
     for level in reversed(range(len(widths))):
         for index in range(blocks):
             block(f"decoder.up.{level}.block.{index}", before, widths[level])
             before = widths[level]
         if level:
-            conv(f"decoder.up.{level}.upsample.conv", before, before, 3)
-    norm("decoder.norm_out", before)
-    conv("decoder.conv_out", before, 3, 3)
-    return shapes
+            shapes |= layer(f"decoder.up.{level}.upsample.conv", before, before, 3, 3)
+    return shapes | layer("decoder.norm_out", before) | layer("decoder.conv_out", 3, before, 3, 3)
 
 
-def decoder_shapes(
-    kind: str, dim: int, depth: int, ffn: int, clusters: int, codes: int, classes: int
-) -> dict[str, Any]:
+def decoder_shapes(kind: str, dim: int, depth: int, ffn: int, clusters: int, codes: int, classes: int) -> Shapes:
     vocab = (clusters if kind in ("stage1", "probe") else codes) + 5
     rows = vocab + classes + (clusters + 5 if kind in ("ar", "masked") else 0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "version": (1,),
-        "embed_tokens.weight": (rows, dim),
-        "embed_positions.weight": (POSITIONS, dim),
-        "output_projection.weight": (vocab, dim),
-    }
+    shapes: Shapes = {"version": (1,), "embed_tokens.weight": (rows, dim), "embed_positions.weight": (POSITIONS, dim)}
+    shapes["output_projection.weight"] = (vocab, dim)
     if kind in ("ar", "masked"):
         shapes["embed_positions_1.weight"] = (POSITIONS, dim)
     if kind not in ("stage1", "probe"):
-        shapes |= {"layer_norm.weight": (dim,), "layer_norm.bias": (dim,)}
-    for n in range(depth):
-        for x in "kvq":
-            shapes[f"layers.{n}.self_attn.{x}_proj.weight"] = (dim, dim)
-            shapes[f"layers.{n}.self_attn.{x}_proj.bias"] = (dim,)
-        shapes[f"layers.{n}.self_attn.out_proj.weight"] = (dim, dim)
-        shapes[f"layers.{n}.self_attn.out_proj.bias"] = (dim,)
-        for norm in ("self_attn_layer_norm", "final_layer_norm"):
-            shapes[f"layers.{n}.{norm}.weight"] = shapes[f"layers.{n}.{norm}.bias"] = (dim,)
-        shapes[f"layers.{n}.fc1.weight"], shapes[f"layers.{n}.fc1.bias"] = (ffn, dim), (ffn,)
-        shapes[f"layers.{n}.fc2.weight"], shapes[f"layers.{n}.fc2.bias"] = (dim, ffn), (dim,)
+        shapes |= layer("layer_norm", dim)
+    for block in (f"layers.{n}" for n in range(depth)):
+        for x in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            shapes |= layer(f"{block}.self_attn.{x}", dim, dim)
+        shapes |= layer(f"{block}.self_attn_layer_norm", dim) | layer(f"{block}.final_layer_norm", dim)
+        shapes |= layer(f"{block}.fc1", ffn, dim) | layer(f"{block}.fc2", dim, ffn)
     return shapes
 
 
@@ -140,7 +106,7 @@ class Upstream:
         self.centroids = self._random({"centroids": (clusters, vit_dim)}, seed + 2)["centroids"]
 
     @staticmethod
-    def _random(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    def _random(shapes: Shapes, seed: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(seed)
         return {name: torch.empty(shape).uniform_(-0.05, 0.05, generator=generator) for name, shape in shapes.items()}
 

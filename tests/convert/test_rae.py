@@ -95,16 +95,8 @@ def test_centroids_are_means_of_what_the_decoder_reads(folder):
 
 def test_assembled_saved_and_loaded_it_makes_the_same_images(folder, tmp_path):
     whole(encoder_of(autoencoder())).save_pretrained(tmp_path / "base")
-    command = [
-        "assemble",
-        "--base",
-        str(tmp_path / "base"),
-        "--decoder",
-        f"rae:{folder}",
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    command = f"assemble --base {tmp_path / 'base'} --decoder rae:{folder} --out {tmp_path / 'out'}"
+    result = CliRunner().invoke(app, command.split(), catch_exceptions=False)
     assert result.exit_code == 0, result.output
     pipe = assemble(base=str(tmp_path / "base"), decoders=[f"rae:{folder}"])
     again = DigitPipeline.from_pretrained(tmp_path / "out")

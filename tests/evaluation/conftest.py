@@ -9,6 +9,7 @@ import tiny
 from digit.core.files import cache_folder
 from digit.evaluation.metrics.inception import PUBLISHED, Activations, InceptionWeights, untrained
 from digit.evaluation.model_source import image_batches, open_images
+from digit.evaluation.studies.points import Reference
 from digit.models.codebook import Codebook
 from digit.pipeline.pipeline import DigitPipeline
 
@@ -107,3 +108,9 @@ def vq_pipe(cifar512):
 @pytest.fixture(scope="session")
 def model_folder(pipe, tmp_path_factory):
     return pipe.save_pretrained(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def reference(request, cifar512, pooling):
+    """The real images, measured as the ``OPTIONS`` of a test file say."""
+    return Reference.of(str(cifar512), pooling, request.module.OPTIONS)

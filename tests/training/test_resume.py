@@ -10,17 +10,15 @@ import time
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner, Result
 
-from digit.cli.train import add_to
+from digit.cli.app import app
 from digit.core.errors import DigitError
 from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
 from runs import curve, lines, same
 
-# the commands alone: others import more than training needs
-PROGRAM = "import torch, typer; torch.set_num_threads(1); from digit.cli.train import add_to; app = typer.Typer(); add_to(app); app()"
+PROGRAM = "import torch; torch.set_num_threads(1); from digit.cli.app import app; app()"
 SMALL = {
     "training.steps": 60, "training.batch_size": 16, "training.log_every": 1, "training.checkpoint_every": 25,
     "training.validate_every": 30, "training.accumulation": 2, "model.transformer.dim": 32, "model.transformer.depth": 2,
@@ -39,8 +37,6 @@ def process(arguments: list[str]) -> subprocess.Popen:
 
 
 def cli(*arguments: str, error: str = "") -> Result:
-    app = typer.Typer()
-    add_to(app)
     result = CliRunner().invoke(app, list(arguments))
     if error:
         assert isinstance(result.exception, DigitError), result.output

@@ -14,14 +14,12 @@ from digit.cli import (
     data,
     doctor,
     evaluate,
+    evaluate_images,
     evaluate_model,
     generate,
-    hub,
     model,
     presets,
-    report,
     serve,
-    toy,
     train,
 )
 from digit.core.errors import DigitError
@@ -52,12 +50,28 @@ def _options(
     _state["debug"] = debug
 
 
-for module in (generate, model, train, presets, convert, report, serve, hub, doctor):
-    module.add_to(app)
-evaluate_model.add_to(evaluate.app)
+for command in (
+    generate.generate, generate.edit, generate.tokenize, generate.decode, generate.reconstruct, model.assemble, model.tour,
+    train.fit_codebook, train.cache_tokens, train.train, presets.presets, model.info, evaluate.report, serve.serve,
+    serve.atlas, model.card, model.push, doctor.doctor,
+):  # fmt: skip
+    app.command()(command)
+evaluation, toy = typer.Typer(no_args_is_help=True), typer.Typer(no_args_is_help=True)
+for measurement in (
+    evaluate.fidelity, evaluate.statistics, evaluate_model.stability, evaluate_model.probe, evaluate_model.screen,
+    evaluate_model.tokens, evaluate_model.ablation, evaluate_images.reconstruction, evaluate_images.sweep,
+    evaluate_images.prefix, evaluate_images.robustness, evaluate.paper,
+):  # fmt: skip
+    evaluation.command()(measurement)
+toy.command()(evaluate.pca_lda)
+app.add_typer(
+    convert.converters,
+    name="convert",
+    help="Convert other people's checkpoints: DiGIT's authors, MAGE's VQGAN, encoders.",
+)
 app.add_typer(data.app, name="data", help="Build a dataset: CIFAR-10, or your own folder of images.")
-app.add_typer(evaluate.app, name="evaluate", help="Measure: fidelity, reconstruction, stability, probes, sweeps.")
-app.add_typer(toy.app, name="toy", help="The paper's toy figure.")
+app.add_typer(evaluation, name="evaluate", help="Measure: fidelity, reconstruction, stability, probes, sweeps.")
+app.add_typer(toy, name="toy", help="The paper's toy figure.")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``convert`` and ``info``: other people's checkpoints to ours, and what is in a model."""
+"""``convert``: other people's checkpoints to ours."""
 
 from __future__ import annotations
 
@@ -7,24 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from digit.cli.options import Model, Variant, out_option
+from digit.cli import options
+from digit.cli.model import info
 
 converters = typer.Typer(no_args_is_help=True)
 
 Given = Path | None
 
 
-def add_to(app: typer.Typer) -> None:
-    """Mount the commands."""
-    app.add_typer(
-        converters, name="convert", help="Convert other people's checkpoints: DiGIT's authors, MAGE's VQGAN, encoders."
-    )
-    app.command()(info)
-
-
 @converters.command("digit-upstream")
 def digit_upstream(
-    out: Annotated[Path, out_option("The model folder to write.")],
+    out: Annotated[Path, options.out("The model folder to write.")],
     stage1: Annotated[Given, typer.Option(help="Prior: fairseq checkpoint (also VQ-only, linear probe).")] = None,
     stage2: Annotated[Given, typer.Option(help="AR decoder: fairseq checkpoint.")] = None,
     stage2_masked: Annotated[Given, typer.Option(help="Masked decoder (NAR): fairseq checkpoint.")] = None,
@@ -70,7 +63,7 @@ def digit_upstream(
 @converters.command("vqgan")
 def vqgan(
     checkpoint: Annotated[Path, typer.Argument(help="MAGE's vqgan_jax_strongaug.ckpt.")],
-    out: Annotated[Path, out_option("The VQGAN folder to write.")],
+    out: Annotated[Path, options.out("The VQGAN folder to write.")],
     resolution: Annotated[int, typer.Option(min=16, help="Side of its images, in pixels.")] = 256,
 ) -> None:
     """Convert a VQGAN alone.
@@ -85,7 +78,7 @@ def vqgan(
 @converters.command("encoder")
 def encoder(
     source: Annotated[str, typer.Argument(help="A .pth of DINOv2, DINO, iBOT, MAE or MoCo v3; a folder; or a Hub id.")],
-    out: Annotated[Path, out_option("The encoder folder to write.")],
+    out: Annotated[Path, options.out("The encoder folder to write.")],
     layer: Annotated[int | None, typer.Option(help="Block whose output is taken, from the end. The paper: -3.")] = None,
     layers: Annotated[
         str | None, typer.Option(help="Several blocks instead of one, such as -4,-3,-2,-1; see --combine.")
@@ -98,46 +91,27 @@ def encoder(
     ] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="Attention heads; by default as published.")] = None,
     positions: Annotated[
-        str | None, typer.Option(help="hub, or dinov2-offset as the DiGIT authors; DINOv2's default is theirs.")
+        Literal["hub", "dinov2-offset"] | None,
+        typer.Option(help="hub, or dinov2-offset as the DiGIT authors; DINOv2's default is theirs."),
     ] = None,
 ) -> None:
     """Convert a frozen encoder alone.
 
     Example:  digit convert encoder facebook/dinov2-with-registers-base --out encoder
     """
-    from digit.cli.evaluate_model import numbers
-    from digit.core.errors import DigitError
     from digit.encoders import load_encoder
 
-    several = {"layers": tuple(map(int, numbers(layers, "--layers"))), "combine": combine} if layers else {}
-    if positions not in (None, "hub", "dinov2-offset"):
-        raise DigitError(f"--positions {positions} was given; expected hub or dinov2-offset.")
+    several = {"layers": tuple(map(int, options.numbers(layers, "--layers"))), "combine": combine} if layers else {}
     loaded = load_encoder(
         source,
         layer=layer,
-        **several,  # type: ignore[arg-type]  # checked above
+        **several,  # type: ignore[arg-type]
         image_size=image_size,
         resize=resize,
         family=family,
         heads=heads,
-        positions=positions,  # type: ignore[arg-type]  # checked above
+        positions=positions,
     )
     loaded.save_pretrained(out)
     rows, columns = loaded.grid
     typer.echo(f"Saved: {out} ({rows} x {columns} features of width {loaded.dim} an image)")
-
-
-def info(
-    model: Model = None,
-    variant: Variant = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory estimate.")] = 1,
-) -> None:
-    """Show the parts of a model: sizes, presets, where they come from, and the memory that sampling needs.
-
-    Example:  digit info digit-base --batch 16
-    """
-    from digit.core.progress import console
-    from digit.pipeline.hub import resolve_model
-    from digit.pipeline.info import model_tree
-
-    console().print(model_tree(resolve_model(model, variant=variant), batch))

@@ -8,11 +8,12 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.options import Num, Split, out_option
+from digit.cli import options
+from digit.core.errors import DigitError
 
 app = typer.Typer(help="Make datasets of images.", no_args_is_help=True)
 
-Out = Annotated[Path, out_option("The dataset folder to create; an older dataset there is replaced.")]
+Out = Annotated[Path, options.out("The dataset folder to create; an older dataset there is replaced.")]
 
 
 @app.command()
@@ -20,7 +21,7 @@ def cifar10(
     out: Out,
     source: Annotated[
         Path | None,
-        typer.Option("--source", help="A folder or archive with the python pickles or the parquet files."),
+        typer.Option(help="A folder or archive with the python pickles or the parquet files."),
     ] = None,
 ) -> None:
     """Build CIFAR-10 (60,000 images of 32x32) and check it against frozen checksums.
@@ -45,7 +46,7 @@ def folder(
     out: Out,
     size: Annotated[
         int | None,
-        typer.Option("--size", min=1, help="Scale the shorter side to this and take the center crop."),
+        typer.Option(min=1, help="Scale the shorter side to this and take the center crop."),
     ] = None,
     filter: Annotated[str, typer.Option(help="How it is scaled: bicubic, bilinear, lanczos or box.")] = "bicubic",
 ) -> None:
@@ -63,15 +64,14 @@ def folder(
 @app.command()
 def export(
     data: Annotated[str, typer.Argument(help="A dataset made by digit data, a folder, tar shards, or a Hub id.")],
-    out: Annotated[Path, out_option("The folder to create, with a folder for each class.")],
-    split: Split = "train",
-    num: Num = None,
+    out: Annotated[Path, options.out("The folder to create, with a folder for each class.")],
+    split: options.Split = "train",
+    num: options.Num = None,
 ) -> None:
     """Write the images of a dataset as PNG files.
 
     Example: digit data export data/cifar10 --split test --num 100 --out runs/photos
     """
-    from digit.core.errors import DigitError
     from digit.core.images import save_png
     from digit.core.progress import bar
     from digit.evaluation.model_source import open_images

@@ -7,11 +7,6 @@ import typer
 from digit.core.progress import console
 
 
-def add_to(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command()(doctor)
-
-
 def doctor() -> None:
     """Check this installation: devices, compiler, optional packages, write access, disk, Hub; and say what to do.
 

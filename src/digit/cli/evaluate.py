@@ -1,50 +1,26 @@
-"""``digit evaluate``: measurements, each a few lines over :mod:`digit.evaluation`; here the shared options and fidelity."""
+"""``digit evaluate`` of images that are there, the paper's commands, the toy figure, and the report of it all."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from digit.cli.options import (
-    Backend,
-    BatchSize,
-    Decoder,
-    Device,
-    LabelsPerClass,
-    RunLabels,
-    Weights,
-    load,
-    num_option,
-    out_option,
-    parse_labels,
-    set_option,
-)  # fmt: skip
+from digit.cli import options
+from digit.core.errors import DigitError
 from digit.core.files import write_json
-
-if TYPE_CHECKING:
-    from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.results import Result
-
-app = typer.Typer(no_args_is_help=True, help="Measure generated images, tokens and models.")
+from digit.core.hub import INDEX, packaged_models
 
 TestSplit = Annotated[str, typer.Option(help="Split that the probe is tested on.")]
 Holdout = Annotated[
     float,
     typer.Option(min=0, max=1, help="Test on this share of the training split instead; for data without a test split."),
 ]
-OutFile = Annotated[Path | None, out_option("Write the whole result here as JSON.")]
-Settings = Annotated[list[str] | None, set_option("A setting of sampling, such as top_k=200")]
+Settings = Annotated[list[str] | None, options.changes("A setting of sampling, such as top_k=200")]
 
 
-def save_and_show(result: Result, out: Path) -> None:
-    """Write a result into a folder and print it."""
-    result.save(out).show(out)
-
-
-@app.command()
 def fidelity(
     source: Annotated[
         str | None,
@@ -65,22 +41,22 @@ def fidelity(
     isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
     num: Annotated[
         int | None,
-        num_option("At most so many images of the source, a model makes as many; the reference stays whole.", 2),
+        options.num("At most so many images of the source, a model makes as many; the reference stays whole.", 2),
     ] = None,
     reference_num: Annotated[
         int | None, typer.Option(min=2, help="At most so many real images, spread over theirs.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of a model's generation.")] = 0,
-    labels: RunLabels = None,
-    labels_per_class: LabelsPerClass = None,
-    decoder: Decoder = None,
+    labels: options.RunLabels = None,
+    labels_per_class: options.LabelsPerClass = None,
+    decoder: options.Decoder = None,
     settings: Settings = None,
-    batch_size: BatchSize = 64,
+    batch_size: options.BatchSize = 64,
     kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
-    weights: Weights = "auto",
-    backend: Backend = "auto",
-    device: Device = None,
-    out: OutFile = None,
+    weights: options.Weights = "auto",
+    backend: options.Backend = "auto",
+    device: options.Device = None,
+    out: Annotated[Path | None, options.out("Write the whole result here as JSON.")] = None,
 ) -> None:
     """Compare images with a reference: FID, sFID, KID, precision and recall, Inception Score.
 
@@ -91,31 +67,42 @@ def fidelity(
       digit evaluate fidelity --images samples.npz --reference VIRTUAL_imagenet256_labeled.npz
     """
     from digit.core.devices import pick_device
-    from digit.core.errors import DigitError
     from digit.evaluation.metrics.features import is_statistics
     from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
     from digit.evaluation.metrics.inception import open_extractor
+    from digit.evaluation.model_source import SamplingRun
+    from digit.evaluation.studies.sweep import parse_settings
     from digit.pipeline.card import describe_model
+    from digit.pipeline.generation import run_labels
 
     if (source is None) == (images is None):
         raise DigitError("Give what is measured once: a folder, data set or model, or a .npz of images with --images.")
     against, adm = reference is not None, images is not None
-    source = str(images or source)
+    source, run = str(images or source), None
     wanted = {"fid": fid and against, "sfid": sfid or (adm and against), "kid": kid, "prc": prc or (adm and against)}
     metrics = tuple(name for name, on in {**wanted, "isc": isc or adm}.items() if on)
-    options = FidelityOptions(metrics=metrics, batch_size=batch_size, kid_subset_size=kid_subset_size)
     saved = is_statistics(source, metrics) and (reference is None or is_statistics(reference, metrics))
-    asked = (num, seed, labels, labels_per_class, decoder, settings, batch_size, device)
-    run, labelling = _sampling_run(source, *asked)
+    if (Path(source) / INDEX).is_file() or source in packaged_models():
+        if num is None and labels_per_class is None:
+            raise DigitError("How many images the model should generate is not said; give --num, such as --num 10000.")
+        pipe = options.load(source, device)
+        given = labels if labels == "random" else options.parse_labels(labels, pipe)
+        chosen, num, labelling = run_labels(pipe.num_classes, num, given, labels_per_class, seed)
+        run = SamplingRun(pipe, num, seed, chosen, decoder, batch_size, parse_settings(settings))
+        run.check()
+    elif decoder or settings or labels or labels_per_class:
+        raise DigitError(
+            f"--decoder, --labels and --set are for models, and {source} is none: there is no {INDEX} in it."
+        )
     result = measure_fidelity(
         run.batches() if run else source,
         reference,
         extractor=None if saved else open_extractor(weights, backend, str(pick_device(device))),
-        options=options,
+        options=FidelityOptions(metrics=metrics, batch_size=batch_size, kid_subset_size=kid_subset_size),
         source_name=run.pipe.name if run else None,
         source_split=split,
-        total=run.num if run else num,
+        total=num,
         reference_split=reference_split,
         reference_total=reference_num,
     )
@@ -126,46 +113,11 @@ def fidelity(
         typer.echo(f"Written to {write_json(out, result.to_dict())}")
 
 
-def _sampling_run(
-    source: str,
-    num: int | None,
-    seed: int,
-    labels: str | None,
-    labels_per_class: int | None,
-    decoder: str | None,
-    settings: list[str] | None,
-    batch_size: int,
-    device: str | None,
-) -> tuple[SamplingRun | None, str]:
-    """A run of generation where the source is a model (a folder, or the name of a packaged one), and its labels in words."""
-    from digit.core.errors import DigitError
-    from digit.core.hub import INDEX, packaged_models
-    from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.sweep import parse_settings
-    from digit.pipeline.generation import run_labels
-
-    if not (Path(source) / INDEX).is_file() and source not in packaged_models():
-        if decoder or settings or labels or labels_per_class:
-            raise DigitError(
-                f"--decoder, --labels and --set are for models, and {source} is none: there is no {INDEX} in it."
-            )
-        return None, ""
-    if num is None and labels_per_class is None:
-        raise DigitError("How many images the model should generate is not said; give --num, such as --num 10000.")
-    pipe = load(source, device)
-    given = labels if labels == "random" else parse_labels(labels, pipe)
-    chosen, num, labelling = run_labels(pipe.num_classes, num, given, labels_per_class, seed)
-    run = SamplingRun(pipe, num, seed, chosen, decoder, batch_size, parse_settings(settings))
-    run.check()
-    return run, labelling
-
-
-@app.command()
 def statistics(
     images: Annotated[str, typer.Argument(help="A folder of images, tar shards, a data set or a .npz of images.")],
-    out: Annotated[Path, out_option("The .npz to write.")],
+    out: Annotated[Path, options.out("The .npz to write.")],
     split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
-    num: Annotated[int | None, num_option("Take at most so many images, the first ones.", 2)] = None,
+    num: Annotated[int | None, options.num("Take at most so many images, the first ones.", 2)] = None,
     size: Annotated[
         int | None, typer.Option(min=1, help="Scale the shorter side to this and cut out the middle.")
     ] = None,
@@ -176,10 +128,10 @@ def statistics(
         bool, typer.Option("--features", help="Keep every image's features, which KID and --prc need: 8 KB an image.")
     ] = False,
     compact: Annotated[bool, typer.Option("--compact", help="4 MB in place of 67: FID alone, to 1e-4.")] = False,
-    batch_size: BatchSize = 64,
-    weights: Weights = "auto",
-    backend: Backend = "auto",
-    device: Device = None,
+    batch_size: options.BatchSize = 64,
+    weights: options.Weights = "auto",
+    backend: options.Backend = "auto",
+    device: options.Device = None,
 ) -> None:
     """Make a reference: the Inception statistics of real images, as a file for --reference.
 
@@ -199,3 +151,51 @@ def statistics(
     spatial = None if compact else found.spatial
     save_statistics(out, found.statistics, found.features if features else None, spatial, compact)
     typer.echo(f"Statistics of {found.statistics.n:,} images written to {out}")
+
+
+def paper() -> None:
+    """Print the command behind every table, figure and claim of the paper, at its scale and at a small one."""
+    from digit.evaluation.paper import claims_table
+
+    typer.echo(claims_table(), nl=False)
+
+
+def pca_lda(
+    out: Annotated[Path, options.out("Folder for pca-lda.png and result.json.")],
+    samples: Annotated[int, typer.Option(min=2, help="Points a class.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Fresh draws to average over.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
+) -> None:
+    """Draw two overlapping classes and their PCA and LDA projections, and the accuracy of each under growing noise."""
+    from digit.evaluation.metrics.toy import ToyConfig, toy
+
+    toy(ToyConfig(samples=samples, repeats=repeats, seed=seed)).save(out).show(out)
+
+
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Run folders; everything below them is looked at.")
+    ],
+    out: Annotated[Path, options.out("The HTML page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "digit report",
+    curves: Annotated[
+        list[Path] | None, typer.Option(help="A folder with more reference curves; may be repeated.")
+    ] = None,
+    save_curve: Annotated[
+        Path | None, typer.Option(help="Write the one training run under DIR as a reference curve here, and no page.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: results beside the paper's figures, loss curves, images, settings,
+    hardware.
+
+    Example:  digit report runs --out report.html
+    """
+    from digit.evaluation.report import save_only_run, write_report
+
+    if save_curve is not None:
+        typer.echo(f"Reference curve written to {save_only_run(folders, save_curve)}")
+        return
+    made = write_report(folders, out, title, curves or [])
+    for problem in made.problems:
+        typer.echo(f"Not readable: {problem.place.rstrip('/')}: {problem.reason}")
+    typer.echo(f"{len(made.found)} results in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")

@@ -1,4 +1,4 @@
-"""``digit evaluate reconstruction``, ``sweep`` and ``prefix``: measurements of the images that a model makes."""
+"""``digit evaluate reconstruction``, ``sweep``, ``prefix`` and ``robustness``: measurements of the images that a model makes."""
 
 from __future__ import annotations
 
@@ -8,76 +8,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from digit.cli.evaluate import Settings, save_and_show
-from digit.cli.evaluate_model import numbers
-from digit.cli.options import (
-    Backend,
-    BatchSize,
-    Data,
-    Decoder,
-    Device,
-    Labels,
-    Num,
-    Out,
-    RequiredModel,
-    Seed,
-    Split,
-    Variant,
-    Weights,
-    load,
-    num_option,
-    parse_labels,
-)  # fmt: skip
+from digit.cli import options
+from digit.cli.evaluate import Settings
+from digit.core.errors import DigitError
 
 if TYPE_CHECKING:
-    from digit.evaluation.metrics.fidelity import FidelityOptions
     from digit.evaluation.studies.points import Reference
 
 Metrics = Annotated[
     str, typer.Option(help="Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
 ]
 ReferenceSplit = Annotated[str | None, typer.Option(help="Split of the reference.")]
-Images = Annotated[int, num_option("Images per point.", 2)]
+Images = Annotated[int, options.num("Images per point.", 2)]
 RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Mount the commands."""
-    for command in (reconstruction, sweep, prefix):
-        app.command()(command)
-
-
-def fidelity_options(metrics: str, batch_size: int) -> FidelityOptions:
-    """Options from comma separated metrics.
-
-    Raises:
-        DigitError: an unknown metric, or none.
-    """
-    from digit.core.errors import DigitError
+def _open_reference(
+    reference: str, split: str | None, metrics: str, batch_size: int, weights: str, backend: str, device: str | None
+) -> Reference:
+    """The real images, measured now."""
+    from digit.core.devices import pick_device
     from digit.evaluation.metrics.fidelity import METRICS, FidelityOptions
+    from digit.evaluation.metrics.inception import open_extractor
+    from digit.evaluation.studies.points import Reference
 
     chosen = tuple(part.strip() for part in metrics.split(",") if part.strip())
     if not chosen or not set(chosen) <= set(METRICS):
         raise DigitError(f"--metrics {metrics} was given; expected some of {', '.join(METRICS)}.")
-    return FidelityOptions(metrics=chosen, batch_size=batch_size)
-
-
-def open_reference(
-    reference: str, split: str | None, options: FidelityOptions, weights: str, backend: str, device: str | None
-) -> Reference:
-    """The real images, measured now."""
-    from digit.core.devices import pick_device
-    from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.studies.points import Reference
-
-    return Reference.of(reference, open_extractor(weights, backend, str(pick_device(device))), options, split)
+    how = FidelityOptions(metrics=chosen, batch_size=batch_size)
+    return Reference.of(reference, open_extractor(weights, backend, str(pick_device(device))), how, split)
 
 
 def reconstruction(
-    model: RequiredModel,
-    data: Data,
-    split: Split = "test",
-    num: Num = None,
+    model: options.RequiredModel,
+    data: options.Data,
+    split: options.Split = "test",
+    num: options.Num = None,
     rfid: Annotated[bool, typer.Option(help="Measure FID against the originals.")] = True,
     lpips: Annotated[str, typer.Option(help="Backbone of LPIPS: alex or vgg; none leaves it out.")] = "alex",
     lpips_weights: Annotated[str, typer.Option(help="Weights of the backbone: auto or a file.")] = "auto",
@@ -85,13 +51,13 @@ def reconstruction(
     shares: Annotated[
         str | None, typer.Option(help="For --perturb: shares of replaced tokens, comma separated.")
     ] = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    weights: Weights = "auto",
-    backend: Backend = "auto",
-    out: Out = Path("reconstruction"),
-    device: Device = None,
-    variant: Variant = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    weights: options.Weights = "auto",
+    backend: options.Backend = "auto",
+    out: options.Out = Path("reconstruction"),
+    device: options.Device = None,
+    variant: options.Variant = None,
 ) -> None:
     """How well real images come back, through the VQGAN and through semantic tokens and each decoder (ceilings of tables 3
     and 4): rFID, PSNR, SSIM, LPIPS, use of the codebook and entropy of the tokens.
@@ -101,11 +67,11 @@ def reconstruction(
     from digit.evaluation.metrics.model_reconstruction import SHARES, model_reconstruction
     from digit.evaluation.model_source import open_images
 
-    images, pipe = open_images(data, split, num), load(model, device, variant=variant)
+    images, pipe = open_images(data, split, num), options.load(model, device, variant=variant)
     networks = _networks(rfid, lpips, lpips_weights, weights, backend, str(pipe.device))
-    chosen = SHARES if shares is None else numbers(shares, "--shares")
+    chosen = SHARES if shares is None else options.numbers(shares, "--shares")
     result = model_reconstruction(pipe, images, *networks, perturb, chosen, seed=seed, batch_size=batch_size)
-    save_and_show(result, out)
+    result.save(out).show(out)
 
 
 def _networks(
@@ -114,7 +80,6 @@ def _networks(
     """The networks of rFID and LPIPS; where one cannot be had, None and the reason, for the other values are still
     worth it.
     """
-    from digit.core.errors import DigitError
     from digit.evaluation.metrics.inception import open_extractor
     from digit.models.lpips import load_lpips
 
@@ -134,7 +99,7 @@ def _networks(
 
 
 def sweep(
-    model: RequiredModel,
+    model: options.RequiredModel,
     reference: RealImages,
     vary: Annotated[
         list[str],
@@ -145,15 +110,15 @@ def sweep(
     fixed: Settings = None,
     metrics: Metrics = "fid,isc,prc",
     reference_split: ReferenceSplit = None,
-    labels: Labels = None,
-    decoder: Decoder = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    weights: Weights = "auto",
-    backend: Backend = "auto",
-    out: Out = Path("sweep"),
-    device: Device = None,
-    variant: Variant = None,
+    labels: options.Labels = None,
+    decoder: options.Decoder = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    weights: options.Weights = "auto",
+    backend: options.Backend = "auto",
+    out: options.Out = Path("sweep"),
+    device: options.Device = None,
+    variant: options.Variant = None,
 ) -> None:
     """Fidelity over top-k, top-p, temperature, guidance, steps (figure 6). Repeat an interrupted command to go on.
 
@@ -165,22 +130,21 @@ def sweep(
     from digit.evaluation.studies.sweep import sweep as measure
 
     axes, settings = parse_axes(vary), parse_settings(fixed)
-    pipe = load(model, device, variant=variant)
-    run = SamplingRun(pipe, num, seed, parse_labels(labels, pipe), decoder, batch_size, settings)
+    pipe = options.load(model, device, variant=variant)
+    run = SamplingRun(pipe, num, seed, options.parse_labels(labels, pipe), decoder, batch_size, settings)
     planned_runs(run, axes, grid)  # now, and not after the reference was measured
-    options = fidelity_options(metrics, batch_size)
-    real = open_reference(reference, reference_split, options, weights, backend, device)
-    save_and_show(measure(run, axes, real, out, grid), out)
+    real = _open_reference(reference, reference_split, metrics, batch_size, weights, backend, device)
+    measure(run, axes, real, out, grid).save(out).show(out)
 
 
 def prefix(
-    model: RequiredModel,
-    data: Data,
+    model: options.RequiredModel,
+    data: options.Data,
     baseline: Annotated[
         str | None, typer.Option(help="A second model for comparison, such as one over VQ tokens.")
     ] = None,
-    split: Split = "test",
-    num: Num = None,
+    split: options.Split = "test",
+    num: options.Num = None,
     shares: Annotated[
         str, typer.Option(help="Shares of the tokens that are given, comma separated.")
     ] = "0,0.125,0.25,0.5,0.75,1",
@@ -190,13 +154,13 @@ def prefix(
     reference_split: ReferenceSplit = None,
     fixed: Settings = None,
     metrics: Metrics = "fid,isc",
-    decoder: Decoder = None,
-    seed: Seed = 0,
-    batch_size: BatchSize = 64,
-    weights: Weights = "auto",
-    backend: Backend = "auto",
-    out: Out = Path("prefix"),
-    device: Device = None,
+    decoder: options.Decoder = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    weights: options.Weights = "auto",
+    backend: options.Backend = "auto",
+    out: options.Out = Path("prefix"),
+    device: options.Device = None,
 ) -> None:
     """Fidelity against the length of a given prefix of real tokens (figure 4b). Repeat an interrupted command to go on.
 
@@ -208,14 +172,51 @@ def prefix(
     from digit.evaluation.studies.sweep import parse_settings
 
     images, settings = open_images(data, split, num), parse_settings(fixed)
-    pipes = [load(name, device) for name in (model, baseline) if name]
+    pipes = [options.load(name, device) for name in (model, baseline) if name]
     runs = as_runs(pipes, seed=seed, batch_size=batch_size, settings=settings)
     if decoder:  # the first model's; a baseline has none
         first = next(iter(runs))
         runs[first] = replace(runs[first], decoder=decoder)
-    options, given = fidelity_options(metrics, batch_size), numbers(shares, "--shares")
+    given = options.numbers(shares, "--shares")
     for run in runs.values():
         run.check()  # now, and not after the reference was measured
     source = (data, split) if reference is None else (reference, reference_split)
-    real = open_reference(*source, options, weights, backend, device)
-    save_and_show(measure(runs, images, real, out, given), out)
+    real = _open_reference(*source, metrics, batch_size, weights, backend, device)
+    measure(runs, images, real, out, given).save(out).show(out)
+
+
+def robustness(
+    model: options.RequiredModel,
+    reference: RealImages,
+    decoders: Annotated[
+        str | None, typer.Option(help="Kinds, comma separated; all of the model's if left out.")
+    ] = None,
+    rates: Annotated[str, typer.Option(help="Shares of replaced tokens, comma separated.")] = "0,0.05,0.1,0.2,0.3,0.5",
+    num: Images = 1000,
+    fixed: Settings = None,
+    metrics: Metrics = "fid",
+    reference_split: ReferenceSplit = None,
+    labels: options.Labels = None,
+    seed: options.Seed = 0,
+    batch_size: options.BatchSize = 64,
+    weights: options.Weights = "auto",
+    backend: options.Backend = "auto",
+    out: options.Out = Path("robustness"),
+    device: options.Device = None,
+    variant: options.Variant = None,
+) -> None:
+    """Damaged tokens through each decoder: FID and agreement while semantic tokens are replaced. Repeat an interrupted
+    command to go on.
+
+    Example:  digit evaluate robustness cifar10 --num 1000 --reference cifar10-train.npz --out runs/robustness
+    """
+    from digit.evaluation.model_source import SamplingRun
+    from digit.evaluation.studies.robustness import robustness as measure
+    from digit.evaluation.studies.sweep import parse_settings
+
+    pipe = options.load(model, device, variant=variant)
+    run = SamplingRun(pipe, num, seed, options.parse_labels(labels, pipe), None, batch_size, parse_settings(fixed))
+    run.check()  # now, and not after the reference was measured
+    kinds, shares = decoders.split(",") if decoders else [], options.numbers(rates, "--rates")
+    real = _open_reference(reference, reference_split, metrics, batch_size, weights, backend, device)
+    measure(run, real, out, kinds, shares).save(out).show(out)

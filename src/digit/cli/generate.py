@@ -1,4 +1,4 @@
-"""``generate``, ``tokenize``, ``decode`` and ``reconstruct``: what one does with a model."""
+"""``generate``, ``edit``, ``tokenize``, ``decode`` and ``reconstruct``: what one does with a model."""
 
 from __future__ import annotations
 
@@ -9,49 +9,25 @@ from typing import Annotated, Any
 
 import typer
 
-from digit.cli.edit import edit
-from digit.cli.options import (
-    Decoder,
-    Device,
-    Dtype,
-    Images,
-    LabelsPerClass,
-    Model,
-    Out,
-    RequiredModel,
-    RunLabels,
-    Seed,
-    Variant,
-    load,
-    num_option,
-    out_option,
-    parse_labels,
-    read_images,
-    with_settings,
-)
+from digit.cli import options
+from digit.core.errors import DigitError
 
 
-def add_to(app: typer.Typer) -> None:
-    """Mount the commands."""
-    for command in (generate, edit, tokenize, decode, reconstruct):
-        app.command()(command)
-
-
-@with_settings(
+@options.with_settings(
     "steps", "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p",
     "decoder_temperature", "decoder_top_k", "decoder_top_p", "decoder_steps",
 )  # fmt: skip
 def generate(
-    model: Model = None,
-    out: Out = Path("generated"),
-    num: Annotated[int | None, num_option("How many images. Default: 64.")] = None,
-    labels: RunLabels = None,
-    labels_per_class: LabelsPerClass = None,
+    model: options.Model = None,
+    out: options.Out = Path("generated"),
+    num: Annotated[int | None, options.num("How many images. Default: 64.")] = None,
+    labels: options.RunLabels = None,
+    labels_per_class: options.LabelsPerClass = None,
     npz: Annotated[
         Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
     ] = None,
-    seed: Seed = 0,
-    decoder: Decoder = None,
+    seed: options.Seed = 0,
+    decoder: options.Decoder = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images at a time; does not change the results.")
     ] = None,
@@ -68,9 +44,9 @@ def generate(
         str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    variant: Variant = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    variant: options.Variant = None,
     **settings: Any,
 ) -> None:
     """Generate images into a folder: 00000.png ..., grid.png, generation.json.
@@ -87,10 +63,10 @@ def generate(
     """
     from digit.pipeline.generation import generate_folder
 
-    pipe = load(model, device, dtype, variant)
+    pipe = options.load(model, device, dtype, variant)
     try:
         record = generate_folder(
-            pipe, out, num, labels if labels == "random" else parse_labels(labels, pipe), seed, decoder, batch_size,
+            pipe, out, num, labels if labels == "random" else options.parse_labels(labels, pipe), seed, decoder, batch_size,
             save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -110,11 +86,59 @@ def generate(
             typer.echo(f"All images in one array: {npz}")
 
 
+@options.with_settings("steps", "cfg_scale", "temperature", "top_k")
+def edit(
+    model: options.RequiredModel,
+    images: options.Images,
+    mask: Annotated[
+        Path | None, typer.Option(help="An image, white where to sample anew and black where to keep.")
+    ] = None,
+    prefix: Annotated[
+        int | None, typer.Option(min=0, help="Keep the first rows of tokens and continue from them.")
+    ] = None,
+    vary: Annotated[
+        float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")
+    ] = None,
+    out: options.Out = Path("edited"),
+    num: Annotated[int, options.num("Results for each image.")] = 4,
+    labels: options.Labels = None,
+    seed: options.Seed = 0,
+    decoder: options.Decoder = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    **settings: Any,
+) -> None:
+    """Edit images: sample a region anew (--mask), continue from the first rows (--prefix), or make variations
+    (--vary).
+
+    Writes NAME-0.png ... for each image, and edits.png: each image and its results in a row.
+
+    Examples:
+      digit edit cifar10 cat.png --mask hole.png --decoder masked --out repaired
+
+      digit edit cifar10 cat.png --prefix 8 --num 6 --out continued
+
+      digit edit cifar10 cat.png --vary 0.3 --out variations
+    """
+    from digit.pipeline.editing import edit_images
+    from digit.sampling.request import SampleRequest
+
+    if sum(way is not None for way in (mask, prefix, vary)) != 1:
+        raise DigitError(
+            "Say what to do with the images: exactly one of --mask FILE, --prefix ROWS or --vary FRACTION."
+        )
+    pipe = options.load(model, device, dtype)
+    files, pixels = options.read_images(images, pipe.image_size)
+    request = SampleRequest(seed=seed, decoder=decoder, settings=settings)
+    sheet = edit_images(pipe, files, pixels, out, num, request, options.parse_labels(labels, pipe), mask, prefix, vary)
+    typer.echo(f"{len(files) * num} images: {out}; side by side in {sheet}")
+
+
 def tokenize(
-    model: RequiredModel,
-    images: Images,
-    out: Annotated[Path, out_option("The .npz file to write.")] = Path("tokens.npz"),
-    device: Device = None,
+    model: options.RequiredModel,
+    images: options.Images,
+    out: Annotated[Path, options.out("The .npz file to write.")] = Path("tokens.npz"),
+    device: options.Device = None,
 ) -> None:
     """Turn images into tokens: semantic (B, N) and, where the model has a VQGAN, vq (B, M), in one .npz file.
 
@@ -123,22 +147,22 @@ def tokenize(
     from digit.pipeline.tokenizer import VQTokenizer
     from digit.pipeline.tokens import Tokens, save_tokens_file
 
-    pipe = load(model, device)
+    pipe = options.load(model, device)
     tokenizers = {pipe.space: pipe.prior_tokenizer}
     if pipe.vqgan is not None:
         tokenizers["vq"] = VQTokenizer(pipe.vqgan)
-    files, pixels = read_images(images, pipe.image_size)
+    files, pixels = options.read_images(images, pipe.image_size)
     save_tokens_file(out, Tokens.of({space: tokenizer.encode(pixels) for space, tokenizer in tokenizers.items()}))
     typer.echo(f"Tokens of {len(files)} images: {out}")
 
 
 def decode(
-    model: RequiredModel,
+    model: options.RequiredModel,
     tokens: Annotated[Path, typer.Argument(help="A file made by digit tokenize, or by digit generate --save-tokens.")],
-    out: Out = Path("decoded"),
-    seed: Seed = 0,
-    decoder: Decoder = None,
-    device: Device = None,
+    out: options.Out = Path("decoded"),
+    seed: options.Seed = 0,
+    decoder: options.Decoder = None,
+    device: options.Device = None,
 ) -> None:
     """Turn tokens back into images: semantic tokens through a decoder, or VQ tokens alone where there are no others.
     Labels in the file count where the decoder knows classes.
@@ -149,7 +173,7 @@ def decode(
     from digit.core.images import save_png, to_pil
     from digit.pipeline.tokens import load_tokens_file
 
-    pipe = load(model, device)
+    pipe = options.load(model, device)
     given = load_tokens_file(tokens)
     first = getattr(given, pipe.space)
     pixels = pipe.to_pixels(given) if first is None else pipe.decode(first, seed, decoder, given.labels)
@@ -161,9 +185,13 @@ def decode(
 
 
 def reconstruct(
-    model: RequiredModel, images: Images, out: Out = Path("reconstructed"), seed: Seed = 0, decoder: Decoder = None,
-    device: Device = None,
-) -> None:  # fmt: skip
+    model: options.RequiredModel,
+    images: options.Images,
+    out: options.Out = Path("reconstructed"),
+    seed: options.Seed = 0,
+    decoder: options.Decoder = None,
+    device: options.Device = None,
+) -> None:
     """Send images through the model: one row each of image, semantic tokens, VQGAN alone, full path.
 
     Example:  digit reconstruct cifar10 photos/ --out reconstructed
@@ -171,8 +199,8 @@ def reconstruct(
     from digit.core.images import save_png
     from digit.pipeline.reconstruction import reconstruction_sheet
 
-    pipe = load(model, device)
-    files, pixels = read_images(images, pipe.image_size)
+    pipe = options.load(model, device)
+    files, pixels = options.read_images(images, pipe.image_size)
     sheet, made = reconstruction_sheet(pipe, pixels, seed, decoder)
     for file, image in zip(files, made, strict=True):
         save_png(image, out / f"{file.stem}.png")

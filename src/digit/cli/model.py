@@ -1,4 +1,4 @@
-"""``assemble`` and ``tour``: put trained parts together, and the whole chain from raw photographs."""
+"""``assemble``, ``info``, ``card``, ``push`` and ``tour``: models, from trained parts to the Hub."""
 
 from __future__ import annotations
 
@@ -7,20 +7,13 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.options import StoredDtype, out_option
-
-
-def add_to(app: typer.Typer) -> None:
-    """Mount the commands."""
-    app.command()(assemble)
-    app.command()(tour)
-
+from digit.cli import options
 
 Part = Path | None
 
 
 def assemble(
-    out: Annotated[Path, out_option("The model folder to write.")],
+    out: Annotated[Path, options.out("The model folder to write.")],
     encoder: Annotated[Part, typer.Option(help="Encoder: a folder made by digit train encoder (or convert).")] = None,
     codebook: Annotated[Part, typer.Option(help="Codebook: a folder made by digit fit-codebook.")] = None,
     vqgan: Annotated[Part, typer.Option(help="VQGAN: a folder made by digit train vqgan (or convert).")] = None,
@@ -34,7 +27,7 @@ def assemble(
         typer.Option(help="A default of sampling, such as prior.cfg_scale=1.5 or ar.top_p=0.9; repeatable."),
     ] = None,
     default_decoder: Annotated[str | None, typer.Option(help="Kind of decoder used when none is asked for.")] = None,
-    dtype: StoredDtype = "float32",
+    dtype: options.StoredDtype = "float32",
 ) -> None:
     """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for
     caching tokens.
@@ -57,8 +50,79 @@ def assemble(
     typer.echo(f"Saved: {out}")
 
 
+def info(
+    model: options.Model = None,
+    variant: options.Variant = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory estimate.")] = 1,
+) -> None:
+    """Show the parts of a model: sizes, presets, where they come from, and the memory that sampling needs.
+
+    Example:  digit info digit-base --batch 16
+    """
+    from digit.core.progress import console
+    from digit.pipeline.hub import resolve_model
+    from digit.pipeline.info import model_tree
+
+    console().print(model_tree(resolve_model(model, variant=variant), batch))
+
+
+def card(
+    model: Annotated[Path, typer.Argument(help="A model folder; its README.md and index are written anew.")],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="Measurements of this model: a folder or a JSON file of digit evaluate; may be repeated."),
+    ] = None,
+    license: Annotated[
+        str | None, typer.Option(help="Of the weights, by the Hub's identifier, such as mit or cc-by-4.0.")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Hub id of the training data; may be repeated.")] = None,
+) -> None:
+    """Write the card of a model: what it is, its parts and training, what was measured, licence, whom to cite.
+
+    What is not given stays as it was. A measurement counts if it was made with the very weights in the folder.
+
+    Example:  digit card runs/model --results runs --license mit --data uoft-cs/cifar10
+    """
+    from digit.pipeline.card import with_facts
+    from digit.pipeline.pipeline import DigitPipeline
+
+    pipe = with_facts(DigitPipeline.from_folder(model), results or [], license, data or [])
+    pipe.write_index(model)
+    typer.echo(
+        f"{len(pipe.card.results)} measured numbers, licence {pipe.card.license or 'not stated'}: {model / 'README.md'}"
+    )
+
+
+def push(
+    model: options.RequiredModel,
+    repository: Annotated[str, typer.Argument(help="Where to: OWNER/NAME; made if it does not exist.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository readable by its owner alone.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to write to, made if it does not exist. Default: main.")
+    ] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Folder of the repository, for one that holds several models.")
+    ] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
+    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
+) -> None:
+    """Publish a model on the Hub, as one commit. The token is the one of hf auth login, or $HF_TOKEN.
+
+    Example:  digit push runs/model somebody/cifar10-digit --private
+    """
+    from digit.pipeline.hub import push_folder, resolve_model
+
+    address = push_folder(
+        resolve_model(model), repository, private, None, revision, variant=variant, message=message, create_pr=create_pr
+    )
+    typer.echo(f"Published: {address}")
+    typer.echo(f'Load it with: DigitPipeline.from_pretrained("{repository}")')
+
+
 def tour(
-    out: Annotated[Path, out_option("Folder for the models and images.")] = Path("runs/tour"),
+    out: Annotated[Path, options.out("Folder for the models and images.")] = Path("runs/tour"),
     data: Annotated[
         Path | None, typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")
     ] = None,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from digit.core.config import preset_names
+from digit.core.errors import DigitError
 from digit.core.hub import INDEX, packaged_models
 from digit.pipeline.index import read_index
 from digit.sampling.request import sampling_settings
@@ -70,17 +71,17 @@ def complete_presets(incomplete: str) -> list[str]:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def out_option(help: str) -> Any:
+def out(help: str) -> Any:
     """``--out``, ``-o``."""
     return typer.Option("--out", "-o", help=help)
 
 
-def num_option(help: str, least: int = 1) -> Any:
+def num(help: str, least: int = 1) -> Any:
     """``--num``, ``-n``."""
     return typer.Option("--num", "-n", min=least, help=help)
 
 
-def set_option(help: str) -> Any:
+def changes(help: str) -> Any:
     """``--set``, which may be repeated."""
     return typer.Option("--set", help=f"{help}; may be repeated.")
 
@@ -94,12 +95,12 @@ _MODEL = "A model folder, a Hub id, or the name of a packaged model"
 Model = Annotated[str | None, typer.Argument(help=f"{_MODEL}; the packaged one if left out.", autocompletion=_models)]
 RequiredModel = Annotated[str, typer.Argument(help=f"{_MODEL}.", autocompletion=_models)]
 Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")]
-Out = Annotated[Path, out_option("Folder for the results.")]
+Out = Annotated[Path, out("Folder for the results.")]
 Data = Annotated[
     str, typer.Option("--data", help="Images: a dataset made by digit data, a folder, tar shards, or a Hub id.")
 ]
 Split = Annotated[str, typer.Option(help="Split of the images.")]
-Num = Annotated[int | None, num_option("How many images, spread over the dataset; all if left out.", 2)]
+Num = Annotated[int | None, num("How many images, spread over the dataset; all if left out.", 2)]
 Labels = Annotated[
     str | None,
     typer.Option(
@@ -181,17 +182,20 @@ def load(
 
 
 def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
-    """Classes by number or name, such as "3,5", "cat,ship" or "none", to numbers, -1 for none.
-
-    Raises:
-        DigitError: a name that is not a class.
-    """
+    """Classes by number or name, such as "3,5", "cat,ship" or "none", to numbers, -1 for none."""
     return None if text is None else [pipe.class_number(word.strip()) for word in text.split(",")]
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Comma separated numbers."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise DigitError(f"{option} {text} was given; expected numbers separated by commas, such as 0.5,1.") from error
 
 
 def read_images(paths: list[Path], size: int) -> tuple[list[Path], Tensor]:
     """Paths of images and folders, and the images (B, 3, size, size)."""
-    from digit.core.errors import DigitError
     from digit.core.images import EXTENSIONS, load_images
 
     files: list[Path] = []

@@ -8,17 +8,16 @@ import typer
 import yaml
 from rich.table import Table
 
-from digit.cli.options import complete_presets
+from digit.cli import options
 from digit.core.config import load_preset, preset_names, preset_summary
 from digit.core.progress import console
 
-Name = Annotated[str | None, typer.Argument(help="Name of a preset, or a YAML file.", autocompletion=complete_presets)]
-Other = Annotated[str | None, typer.Argument(help="A second one to compare it with.", autocompletion=complete_presets)]
-
-
-def add_to(app: typer.Typer) -> None:
-    """Mount the command."""
-    app.command()(presets)
+Name = Annotated[
+    str | None, typer.Argument(help="Name of a preset, or a YAML file.", autocompletion=options.complete_presets)
+]
+Other = Annotated[
+    str | None, typer.Argument(help="A second one to compare it with.", autocompletion=options.complete_presets)
+]
 
 
 def presets(name: Name = None, other: Other = None) -> None:

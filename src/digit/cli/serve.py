@@ -6,17 +6,12 @@ from typing import Annotated
 
 import typer
 
-from digit.cli.options import Data, Device, Dtype, Model, RequiredModel, Split, Variant, num_option
-
-
-def add_to(app: typer.Typer) -> None:
-    """Mount the commands."""
-    app.command()(serve)
-    app.command()(atlas)
+from digit.cli import options
+from digit.core.errors import DigitError, require
 
 
 def serve(
-    model: Model = None,
+    model: options.Model = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
     auth: Annotated[
@@ -35,9 +30,9 @@ def serve(
     max_pictures: Annotated[int, typer.Option(min=1, help="Images per request.")] = 16,
     max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may run.")] = 120.0,
     max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded image.")] = 10,
-    dtype: Dtype = "float32",
-    device: Device = None,
-    variant: Variant = None,
+    dtype: options.Dtype = "float32",
+    device: options.Device = None,
+    variant: options.Variant = None,
 ) -> None:
     """Serve a model as a page (generate, inspect tokens, edit) and as a JSON API, see docs/serving.md.
 
@@ -48,9 +43,7 @@ def serve(
 
       DIGIT_AUTH=me:secret digit serve cifar10 --host 0.0.0.0
     """
-    from digit.cli.options import load
     from digit.core.config import from_dict
-    from digit.core.errors import DigitError, require
     from digit.pipeline.hub import resolve_model
 
     if auth is not None and not all(auth.partition(":")[::2]):
@@ -73,7 +66,7 @@ def serve(
             f"Warning: everybody who can reach {host} can use this server; --auth asks for a password.", err=True
         )
     folder = resolve_model(model, variant=variant)
-    pipe = load(str(folder), device, dtype)
+    pipe = options.load(str(folder), device, dtype)
     service = Service(pipe, limits, open_atlas(folder, pipe))
     user, _, password = (auth or "").partition(":")
     hosts = LOCAL if local and not share else None
@@ -81,12 +74,12 @@ def serve(
 
 
 def atlas(
-    model: RequiredModel,
-    data: Data,
-    split: Split = "train",
-    num: Annotated[int, num_option("How many images to look through, spread over the dataset.")] = 5000,
+    model: options.RequiredModel,
+    data: options.Data,
+    split: options.Split = "train",
+    num: Annotated[int, options.num("How many images to look through, spread over the dataset.")] = 5000,
     each: Annotated[int, typer.Option(min=1, help="Patches a cluster.")] = 8,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Find what each cluster looks like: the patches of real images nearest to its centroid. The page of digit serve
     shows them.
@@ -95,14 +88,13 @@ def atlas(
 
     Example:  digit atlas runs/model --data data/cifar10
     """
-    from digit.cli.options import load
     from digit.clustering.patches import FILE, build_atlas
     from digit.core.progress import track
     from digit.evaluation.model_source import image_batches, open_images
     from digit.pipeline.hub import resolve_model
 
     folder = resolve_model(model)
-    tokenizer = load(str(folder), device).tokenizer
+    tokenizer = options.load(str(folder), device).tokenizer
     images = open_images(data, split)
     images = open_images(data, split, min(num, len(images)))
     batches = image_batches(images, tokenizer.image_size, 64)

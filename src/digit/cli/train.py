@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from digit.cli.options import (
-    BatchSize,
-    Data,
-    Device,
-    Split,
-    Workers,
-    complete_presets,
-    out_option,
-    set_option,
-)
+from digit.cli import options
+from digit.core.errors import DigitError, MissingPackageError
 
 if TYPE_CHECKING:
     from digit.training.build import Request
 
-_NAMES = {
-    "psnr": "PSNR (dB)",
-    "l1": "mean absolute error",
-    "nll": "nats per token",
-    "neighbour_accuracy": "20-NN accuracy",
-    "feature_spread": "spread of the features (0 is collapse)",
-    "codebook_use": "share of the codebook in use",
-    "agreement": "tokens found again in the image",
-}
 _NEXT = {
     "encoder": "digit fit-codebook --encoder {out} --data {data} --clusters 256 --out {beside}codebook",
     "vqgan": "digit assemble --encoder ENCODER --codebook CODEBOOK --vqgan {out} --out {beside}tokenizers",
@@ -43,21 +26,12 @@ _NEXT = {
 }
 
 
-def add_to(app: typer.Typer) -> None:
-    """Mount the commands."""
-    app.command(name="fit-codebook")(fit_codebook)
-    app.command(name="cache-tokens")(cache_tokens)
-    app.command()(train)
-
-
 def fit_codebook(
-    encoder: Annotated[
-        str, typer.Option("--encoder", help="A folder (a training run too), a checkpoint file, or a Hub id.")
-    ],
-    data: Data,
+    encoder: Annotated[str, typer.Option(help="A folder (a training run too), a checkpoint file, or a Hub id.")],
+    data: options.Data,
     clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Tokens in the vocabulary, K.")],
-    out: Annotated[Path, out_option("The codebook folder to write.")],
-    split: Split = "train",
+    out: Annotated[Path, options.out("The codebook folder to write.")],
+    split: options.Split = "train",
     images: Annotated[int | None, typer.Option(min=1, help="Use this many random images; all if left out.")] = None,
     random_crops: Annotated[
         bool,
@@ -96,8 +70,8 @@ def fit_codebook(
         Literal["k-means++", "random"],
         typer.Option(help="First centroids: random vectors, as in the paper; k-means++ takes much longer."),
     ] = "random",
-    workers: Workers = 2,
-    device: Device = None,
+    workers: options.Workers = 2,
+    device: options.Device = None,
 ) -> None:
     """Fit the codebook of semantic tokens: k-means over an encoder's patch features.
 
@@ -155,12 +129,10 @@ def fit_codebook(
 
 
 def cache_tokens(
-    model: Annotated[
-        str, typer.Option("--model", help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")
-    ],
-    data: Data,
-    out: Annotated[Path, out_option("The cache folder; one that was begun is finished.")],
-    split: Split = "train",
+    model: Annotated[str, typer.Option(help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")],
+    data: options.Data,
+    out: Annotated[Path, options.out("The cache folder; one that was begun is finished.")],
+    split: options.Split = "train",
     flip: Annotated[bool, typer.Option(help="Cache the horizontal flip of the center crop too.")] = True,
     crops: Annotated[
         int, typer.Option(min=0, help="Random crops of each image besides; the paper cropped anew in every epoch.")
@@ -169,12 +141,12 @@ def cache_tokens(
         Literal["random", "random-resized"], typer.Option(help="random: anywhere. random-resized: of varying size too.")
     ] = "random",
     seed: Annotated[int, typer.Option(min=0, help="Of the random crops.")] = 0,
-    batch_size: BatchSize = 64,
+    batch_size: options.BatchSize = 64,
     shard_size: Annotated[
         int, typer.Option(min=1, help="Images per shard; a shard is written whole or not at all.")
     ] = 8192,
-    workers: Workers = 2,
-    device: Device = None,
+    workers: options.Workers = 2,
+    device: options.Device = None,
 ) -> None:
     """Tokenize a dataset once, so that training reads integers only. Interrupted, the same command goes on.
 
@@ -184,12 +156,11 @@ def cache_tokens(
 
     Example:  digit cache-tokens --model runs/tokenizers --data data/photos --crops 8 --device cuda --out runs/tokens
     """
-    from digit.cli.options import load
     from digit.data.dataset import open_dataset
     from digit.data.token_cache import Views, build_token_cache
 
     cache = build_token_cache(
-        load(model, device),
+        options.load(model, device),
         open_dataset(data, split),
         out,
         Views(flip=flip, crops=crops, crop=crop, seed=seed),
@@ -210,18 +181,20 @@ def cache_tokens(
 
 def train(
     component: Annotated[Literal["encoder", "vqgan", "prior", "decoder"], typer.Argument(help="What to train.")],
-    out: Annotated[Path, out_option("The run's folder: config, checkpoints, metrics, and the model.")],
+    out: Annotated[Path, options.out("The run's folder: config, checkpoints, metrics, and the model.")],
     preset: Annotated[
         str | None,
-        typer.Option("--preset", "-p", autocompletion=complete_presets, help="Name of a preset, or a YAML file."),
+        typer.Option(
+            "--preset", "-p", autocompletion=options.complete_presets, help="Name of a preset, or a YAML file."
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="Encoder, VQGAN, feed-forward decoder: a dataset. Others: a token cache."),
+        typer.Option(help="Encoder, VQGAN, feed-forward decoder: a dataset. Others: a token cache."),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        set_option("Change a field of the preset, such as training.steps=1000"),
+        options.changes("Change a field of the preset, such as training.steps=1000"),
     ] = None,
     resume: Annotated[
         bool,
@@ -231,9 +204,7 @@ def train(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", help="A model whose VQGAN shows samples; a feed-forward decoder is trained on its tokens."
-        ),
+        typer.Option(help="A model whose VQGAN shows samples; a feed-forward decoder is trained on its tokens."),
     ] = None,
     start: Annotated[
         str | None,
@@ -250,7 +221,7 @@ def train(
         typer.Option(min=0, help="With --from, train changes of this rank instead of the weights (LoRA); 0 is off."),
     ] = 0,
     workers: Annotated[int | None, typer.Option(min=0, help="Data loading threads; default: the preset's.")] = None,
-    device: Device = None,
+    device: options.Device = None,
 ) -> None:
     """Train a part of the pipeline. Ctrl-C or SIGTERM saves a checkpoint, and prints the command that goes on exactly.
 
@@ -266,7 +237,6 @@ def train(
 
     On several GPUs:  accelerate launch --num_processes 8 -m digit train prior --preset ... --data ... --out ...
     """
-    from digit.core.errors import DigitError
     from digit.training.build import request_for
     from digit.training.finetune import FineTune
     from digit.training.loop import Interrupted
@@ -292,57 +262,36 @@ def train(
 
 def _close(out: Path, request: Request) -> None:
     """Print what a finished run reached, beside the packaged run of its preset, where its curves are, and what is next."""
-    import yaml
-
-    from digit.core.errors import MissingPackageError
-    from digit.evaluation.report.runs import differences, known_curves, matching, points
+    from digit.core.files import write_file
+    from digit.evaluation.report.collect import training_run
+    from digit.evaluation.report.runs import differences, known_curves, label
     from digit.evaluation.results import Result, shown
-    from digit.training.logs import read_metrics
 
-    found = points(read_metrics(out))
-    config = yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))
-    curve = next(iter(matching(config, known_curves())), None)
-    names = [name for name in found if name.startswith("validation/")]
-    rows = []
+    run = training_run(out).beside(known_curves())
+    curve = next(iter(run.references), None)
+    names = [name for name in run.values if name.startswith("validation/")]
+    rows: list[dict[str, Any]] = []
     for name in names or ["loss"]:
-        label = name.removeprefix("validation/")
-        row: dict[str, Any] = {"": _NAMES.get(label, label.replace("_", " ")), "this run": shown(found[name][-1][1])}
+        rows.append({"": label(name), "this run": shown(run.values[name][-1][1])})
         if curve is not None:
-            row["expected"] = shown(curve.metrics[name][-1][1] if name in curve.metrics else None)
-        rows.append(row)
+            rows[-1]["expected"] = shown(curve.metrics[name][-1][1] if name in curve.metrics else None)
     notes = []
     if curve is not None:
-        other = [text for text in differences(config, curve.config) if text.startswith(("training.", "data.name"))]
+        other = [
+            text for text in differences(run.settings, curve.config) if text.startswith(("training.", "data.name"))
+        ]
         notes.append(f"expected is the end of the packaged run {curve.name}; {'; '.join(other) or 'same settings'}.")
     with suppress(MissingPackageError):  # matplotlib; TensorBoard shows them too
-        notes.append(f"the curves are in {_draw(found, curve.metrics if curve else {}, out / 'curves.png')}.")
+        kept = {name: values for name, values in run.values.items() if name == "loss" or name in names}
+        figure = replace(run, values=kept).figure()
+        path = write_file(out / "curves.png", lambda aside: figure.savefig(aside, dpi=110, format="png"))
+        notes.append(f"the curves are in {path}.")
     notes.append(f"all metrics: {out / 'metrics.jsonl'}, or tensorboard --logdir {shlex.quote(str(out))}")
     typer.echo(f"Trained: {out / 'model'}")
     title = "Validation" if names else "The last steps"
-    Result(title=title, values=rows, data=config.get("data"), notes=tuple(notes)).show()
+    Result(title=title, values=rows, data=run.settings.get("data"), notes=tuple(notes)).show()
     given = {"data": request.data, "model": request.model or "TOKENIZERS"}
     typer.echo(f"Next: {_next(request.component, out, **given)}")
-
-
-def _draw(found: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> Path:
-    """Draw the loss and what was validated against the step, with the expected curves dashed."""
-    from digit.core.files import write_file
-    from digit.evaluation.results import OURS, PAPER, legend, panels
-
-    names = [name for name in found if name == "loss" or name.startswith("validation/")]
-    figure, axes = panels(min(3, len(names)), rows=-(-len(names) // 3))
-    for name, each in zip(names, axes, strict=False):
-        for label, curves, how in (("this run", found, "-"), ("expected", expected, "--")):
-            if name in curves:
-                style = {"color": OURS if how == "-" else PAPER, "linestyle": how, "label": label}
-                each.plot(*zip(*curves[name], strict=True), marker="." if len(curves[name]) < 13 else "", **style)
-        short = name.removeprefix("validation/")
-        each.set(title=_NAMES.get(short, short.replace("_", " ")), xlabel="step")
-    for each in axes[len(names) :]:
-        each.set_visible(False)
-    legend(axes[:1])
-    write_file(path, lambda aside: figure.savefig(aside, dpi=110, format="png"))
-    return path
 
 
 def _next(component: str, out: Path, **given: str) -> str:

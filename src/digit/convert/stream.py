@@ -27,8 +27,6 @@ class Component:
 
     Attributes:
         type: name of our class.
-        config: its config.
-        parts: its tensors.
         provenance: facts to keep with it.
         file: that it comes from; its name and checksum join the provenance.
     """

@@ -71,13 +71,8 @@ def encode_all(pipe: DigitPipeline, dataset: ImageDataset, batch_size: int) -> T
     """The tokens (n, N) that the prior of ``pipe`` would have to predict for real images."""
     batches = image_batches(dataset, pipe_size(pipe), batch_size)
     total = -(-len(dataset) // batch_size)
-    return torch.cat([prior_tokens(pipe, b.images).cpu() for b in track(batches, "Tokenizing", total, "batches")])
-
-
-@torch.inference_mode()
-def prior_tokens(pipe: DigitPipeline, images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) to tokens (B, N) of the space that the prior works in."""
-    return pipe.prior_tokenizer.encode(images)
+    shown = track(batches, "Tokenizing", total, "batches")
+    return torch.cat([pipe.prior_tokenizer.encode(batch.images).cpu() for batch in shown])
 
 
 def pipe_size(pipe: DigitPipeline) -> int:
@@ -106,9 +101,6 @@ class SamplingRun:
     """A run of generation, defined by its settings alone.
 
     Attributes:
-        pipe: the model.
-        num: images.
-        seed: of the run.
         labels: classes that the images take in turns; None: all classes in turns where the model has classes.
         decoder: its kind; None takes the model's default.
         batch_size: images at a time; does not change them.
@@ -125,11 +117,7 @@ class SamplingRun:
 
     @cached_property
     def request(self) -> SampleRequest:
-        """What is asked for, checked.
-
-        Raises:
-            DigitError: see :meth:`~digit.sampling.request.SampleRequest.validate`.
-        """
+        """What is asked for, checked."""
         labels = self.labels
         if labels is None and self.pipe.num_classes:
             labels = range(self.pipe.num_classes)

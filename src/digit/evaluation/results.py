@@ -298,15 +298,20 @@ def stage_text(values: Mapping[str, Any]) -> str:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8), rows: int = 1) -> tuple[Any, list[Any]]:
-    """A matplotlib Figure with rows of ``count`` axes of ``size`` inches each, and all axes, row by row.
+def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8), columns: int = 0) -> tuple[Any, list[Any]]:
+    """A matplotlib Figure with ``count`` axes of ``size`` inches each in rows of ``columns`` (0: one row), and the axes.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
     """
     module = require("matplotlib.figure", "eval", "Drawing figures")
-    figure = module.Figure((size[0] * count, size[1] * rows), layout="constrained")
-    axes = list(figure.subplots(rows, count, squeeze=False).flat)
+    columns = columns or count
+    rows = -(-count // columns)
+    figure = module.Figure((size[0] * columns, size[1] * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in axes[count:]:
+        unused.remove()
+    axes = axes[:count]
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
         each.grid(visible=True, alpha=0.3)
@@ -314,8 +319,29 @@ def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8), rows: int = 1
     return figure, axes
 
 
+Lines = Mapping[str, Sequence[tuple[float, float]]]
+
+
+def lines_figure(shown: Mapping[str, Lines], xlabel: str, ylabel: str = "") -> Any:
+    """A matplotlib Figure of a panel for each quantity, by its label, and a line for each named thing, which keeps its colour;
+    None where there is nothing to draw.
+    """
+    if not shown:
+        return None
+    figure, places = panels(len(shown), (5.2, 4.0), len(shown) if len(shown) <= 3 else -(-len(shown) // 2))
+    names = list(dict.fromkeys(name for lines in shown.values() for name in lines))
+    for axes, (title, lines) in zip(places, shown.items(), strict=True):
+        for name, points in lines.items():
+            color = COLORS[1 + names.index(name) % (len(COLORS) - 1)]
+            axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
+        axes.set(xlabel=xlabel, ylabel=ylabel or title, title=title.rstrip(" ↓↑"))
+        axes.margins(y=0.12)
+    legend(places)
+    return figure
+
+
 def legend(axes: Sequence[Any]) -> None:
-    """A legend under each axes that has more than one named thing; the figure grows by the longest of them."""
+    """A legend under each axes that has more than one named thing; every row grows by the longest of them."""
     lines = [0]
     for each in axes:
         names = each.get_legend_handles_labels()[1]
@@ -324,5 +350,5 @@ def legend(axes: Sequence[Any]) -> None:
             lines.append(-(-len(names) // columns))
             how = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "borderaxespad": 4.5, "ncols": columns}
             each.legend(fontsize="small", frameon=False, **how)
-    figure = axes[0].figure
-    figure.set_figheight(figure.get_figheight() + 0.2 * max(lines))
+    figure, rows = axes[0].figure, axes[0].get_gridspec().nrows
+    figure.set_figheight(figure.get_figheight() + 0.2 * max(lines) * rows)

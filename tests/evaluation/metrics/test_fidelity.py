@@ -15,7 +15,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 from typer.testing import CliRunner
 
-from digit.cli.evaluate import app
+from digit.cli.app import app
 from digit.core.errors import DigitError
 from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import open_dataset
@@ -26,7 +26,6 @@ from digit.evaluation.metrics.statistics import (
     FeatureSet,
     FeatureStatistics,
     load_set,
-    load_statistics,
     save_statistics,
 )
 from digit.pipeline.image_array import write_image_array
@@ -293,7 +292,7 @@ def test_cifar10s_statistics_come_with_the_package():
     assert packaged_statistics()["cifar10-train"].stat().st_size < 4.5e6
     original = SHARED / "stats" / "cifar10_train_inception.npz"
     if original.is_file():  # the exact covariance, 34 MB, is not in the repository
-        exact = load_statistics(original)
+        exact = load_set(original).statistics
         assert np.abs(found.statistics.sigma - exact.sigma).max() < 2e-5
         assert np.abs(found.statistics.mu - exact.mu).max() < 1e-6
 
@@ -404,15 +403,9 @@ def test_a_result_names_everything(halves, pooling):
 def test_command_on_saved_statistics(tmp_path, halves, pooling):
     for name, images in zip(("a", "b"), halves, strict=True):
         save_statistics(tmp_path / f"{name}.npz", measure([images], pooling).statistics)
-    arguments = [
-        str(tmp_path / "a.npz"),
-        "--reference",
-        str(tmp_path / "b.npz"),
-        "--kid",
-        "--out",
-        str(tmp_path / "r.json"),
-    ]
-    done = CliRunner().invoke(app, ["fidelity", *arguments], env={"COLUMNS": "200"})
+    files = [tmp_path / name for name in ("a.npz", "b.npz", "r.json")]
+    command = "evaluate fidelity {} --reference {} --kid --out {}".format(*files)
+    done = CliRunner().invoke(app, command.split(), env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "r.json").read_text())
     assert f"{written['values']['fid']:.4f}" in done.output
@@ -425,13 +418,15 @@ def test_commands_from_images_to_fid(tmp_path, folder, random_inception):
     torch.save(random_inception.tensors, tmp_path / "weights.pth")
     (tmp_path / "weights.pth").rename(weights := folder.parent / "weights.pth")
     common = ["--num", "2", "--weights", str(weights), "--backend", "torch"]
-    made = CliRunner().invoke(app, ["statistics", str(folder), "--out", str(folder.parent / "s.npz"), *common])
+    made = CliRunner().invoke(
+        app, ["evaluate", "statistics", str(folder), "--out", str(folder.parent / "s.npz"), *common]
+    )
     assert made.exit_code == 0, made.output
-    statistics = load_statistics(folder.parent / "s.npz")
+    statistics = load_set(folder.parent / "s.npz").statistics
     assert statistics.n == 2
     assert statistics.metadata["weights_sha256"] == random_inception.sha256
     arguments = [str(folder), "--no-fid", "--isc", "--out", str(folder.parent / "r.json"), *common]
-    done = CliRunner().invoke(app, ["fidelity", *arguments], env={"COLUMNS": "200"})
+    done = CliRunner().invoke(app, ["evaluate", "fidelity", *arguments], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     assert "there are 2 images" in done.output
 

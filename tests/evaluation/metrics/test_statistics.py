@@ -14,7 +14,6 @@ from digit.evaluation.metrics.statistics import (
     FeatureStatistics,
     Moments,
     load_set,
-    load_statistics,
     save_statistics,
 )
 
@@ -84,7 +83,7 @@ def test_other_width(rows):
 def test_round_trip_keeps_every_bit(tmp_path, rows):
     statistics = gathered(rows, [200])
     statistics.metadata.update(tool="torch-fidelity 0.4.0", source="rows")
-    read = load_statistics(save_statistics(tmp_path / "made" / "rows.npz", statistics))
+    read = load_set(save_statistics(tmp_path / "made" / "rows.npz", statistics)).statistics
     assert np.array_equal(read.mu, statistics.mu)
     assert np.array_equal(read.sigma, statistics.sigma)
     assert read.n == 200
@@ -136,7 +135,7 @@ def broken_files(folder):
 def test_unusable_files_are_explained(tmp_path, name, sentence):
     broken_files(tmp_path)
     with pytest.raises(DigitError, match=sentence):
-        load_statistics(tmp_path / name)
+        load_set(tmp_path / name)
 
 
 def test_features_are_kept_where_asked(tmp_path, rows):
@@ -145,7 +144,7 @@ def test_features_are_kept_where_asked(tmp_path, rows):
     path = save_statistics(tmp_path / "f.npz", statistics, rows.float())
     assert torch.equal(load_set(path, features=True).features, rows.float())
     assert load_set(path).features is None
-    assert np.array_equal(load_statistics(path).mu, statistics.mu)
+    assert np.array_equal(load_set(path).statistics.mu, statistics.mu)
 
 
 @pytest.mark.parametrize(

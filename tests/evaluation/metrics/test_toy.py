@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from digit.cli.toy import app
+from digit.cli.app import app
 from digit.evaluation.metrics.toy import ToyConfig, draw, fit, toy
 
 
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_numbers():
 
 
 def test_command_writes_image_and_numbers(tmp_path):
-    done = CliRunner().invoke(app, ["pca-lda", "--out", str(tmp_path), "--samples", "100", "--repeats", "2"])
+    done = CliRunner().invoke(app, ["toy", "pca-lda", "--out", str(tmp_path), "--samples", "100", "--repeats", "2"])
     assert done.exit_code == 0, done.output
     written = json.loads((tmp_path / "result.json").read_text())
     assert written["settings"]["samples"] == 100

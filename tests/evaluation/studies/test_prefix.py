@@ -13,11 +13,6 @@ from digit.evaluation.studies.prefix import as_runs, prefix
 OPTIONS = FidelityOptions(metrics=("fid", "isc"), isc_splits=2)
 
 
-@pytest.fixture
-def reference(cifar512, pooling):
-    return Reference.of(str(cifar512), pooling, OPTIONS)
-
-
 @pytest.fixture(scope="module")
 def images(cifar512):
     return open_images(cifar512, num=24)

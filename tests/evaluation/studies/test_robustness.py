@@ -14,11 +14,6 @@ from digit.evaluation.studies.robustness import replaced, robustness
 OPTIONS = FidelityOptions(metrics=("fid",))
 
 
-@pytest.fixture
-def reference(cifar512, pooling):
-    return Reference.of(str(cifar512), pooling, OPTIONS)
-
-
 def test_what_is_replaced_depends_on_seed_image_and_rate_alone():
     tokens = torch.randint(0, 12, (40, 16), generator=torch.Generator().manual_seed(0))
     half = replaced(tokens, 0.5, 12, range(40), seed=3)

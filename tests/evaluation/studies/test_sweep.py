@@ -17,11 +17,6 @@ OPTIONS = FidelityOptions(metrics=("fid", "isc", "prc"), isc_splits=2, batch_siz
 
 
 @pytest.fixture
-def reference(cifar512, pooling):
-    return Reference.of(str(cifar512), pooling, OPTIONS)
-
-
-@pytest.fixture
 def run(pipe):
     return SamplingRun(pipe, 20, seed=1, batch_size=10)
 

@@ -17,7 +17,7 @@ from digit.core.files import cache_folder
 from digit.core.progress import bar
 from digit.core.transforms import center_crop, resize_shorter
 from digit.data.dataset import ImageDataset, open_dataset
-from digit.evaluation.metrics.inception import PREPROCESSING, FeatureExtractor, tool_name
+from digit.evaluation.metrics.inception import PREPROCESSING, TorchExtractor, tool_name
 from digit.evaluation.metrics.statistics import (
     FeatureFile,
     FeatureSet,
@@ -40,7 +40,7 @@ PACKAGED = Path(__file__).parents[2] / "packaged"
 class Collector:
     """Takes images batch by batch and keeps what the wanted metrics need: moments for FID, rows only for the others."""
 
-    def __init__(self, extractor: FeatureExtractor, metrics: Iterable[str] = ("fid",)) -> None:
+    def __init__(self, extractor: TorchExtractor, metrics: Iterable[str] = ("fid",)) -> None:
         wanted = set(metrics)
         self.extractor = extractor
         self.moments = Moments()
@@ -168,7 +168,7 @@ def dataset_batches(
 
 def measure(
     source: Source,
-    extractor: FeatureExtractor | None,
+    extractor: TorchExtractor | None,
     metrics: Iterable[str] = ("fid",),
     *,
     batch_size: int = 64,
@@ -242,7 +242,7 @@ def measure(
 
 def _gather(
     batches: Iterable[Tensor],
-    extractor: FeatureExtractor | None,
+    extractor: TorchExtractor | None,
     wanted: set[str],
     name: str,
     total: int | None,

@@ -21,7 +21,7 @@ from digit.core.config import config, to_dict
 from digit.core.errors import DigitError, require
 from digit.core.files import read_json
 from digit.evaluation.metrics.features import FEW, Source, is_statistics, measure
-from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor, tool_name
+from digit.evaluation.metrics.inception import TorchExtractor, open_extractor, tool_name
 from digit.evaluation.metrics.statistics import FeatureSet, FeatureStatistics, npz_arrays
 from digit.evaluation.results import Result, Rows, provenance
 from digit.pipeline.image_array import ImageArray
@@ -118,7 +118,7 @@ def fidelity(
     source: Source,
     reference: Source | None,
     *,
-    extractor: FeatureExtractor | None = None,
+    extractor: TorchExtractor | None = None,
     options: FidelityOptions | None = None,
     source_name: str | None = None,
     source_split: str | None = None,

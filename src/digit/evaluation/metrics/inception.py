@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,17 +92,6 @@ class Activations(NamedTuple):
     """(B, S) for sFID; S = 2023."""
 
 
-class FeatureExtractor(Protocol):
-    """What every metric needs of the network; ``width`` is D."""
-
-    weights: InceptionWeights
-    backend: str
-    width: int
-
-    def __call__(self, images: Tensor, /) -> Activations:
-        """What it says of (B, 3, H, W) uint8 RGB images."""
-
-
 def load_inception(weights: str | Path = "auto") -> InceptionWeights:
     """The weights of the FID network, see :meth:`~digit.models.weights.PublishedWeights.load`; "wheel" is the cached file
     without a classifier head.
@@ -158,7 +147,7 @@ class _Layers(nn.Module):
 
 
 class TorchExtractor:
-    """torch-fidelity's network on any device: the reference."""
+    """torch-fidelity's network on any device: the reference. Takes (B, 3, H, W) uint8 RGB images; ``width`` is D."""
 
     width = FEATURE_WIDTH
     at_once: int | None = None
@@ -173,7 +162,7 @@ class TorchExtractor:
         return _Layers(self.weights).to(self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Activations:  # noqa: D102 - of the protocol
+    def __call__(self, images: Tensor) -> Activations:
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             is_grey = images.ndim == 4 and images.shape[1] == 1
             grey = " Grey images must be repeated to three channels first." if is_grey else ""
@@ -231,7 +220,7 @@ def _onnx_file(weights: InceptionWeights) -> Path:
 
 def open_extractor(
     weights: str | Path | InceptionWeights = "auto", backend: str = "auto", device: str = "cpu"
-) -> FeatureExtractor:
+) -> TorchExtractor:
     """The FID network, ready to run by "torch" on a device, by "onnx", or "auto": ONNX Runtime on a CPU where it is installed.
 
     Raises:

@@ -23,12 +23,12 @@ from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
 from digit.evaluation.metrics.features import measure
 from digit.evaluation.metrics.fidelity import compare
-from digit.evaluation.metrics.inception import FeatureExtractor
+from digit.evaluation.metrics.inception import TorchExtractor
 from digit.evaluation.metrics.noise import perturb_tokens
 from digit.evaluation.metrics.reconstruction import RFID, Pair, Reconstructed, reconstruction
 from digit.evaluation.metrics.stability import SPACES, token_spaces
 from digit.evaluation.model_source import as_uint8, describe_data, image_batches, pipe_size, pixels_of
-from digit.evaluation.results import COLORS, Result, Rows, legend, panels, shown
+from digit.evaluation.results import Result, Rows, lines_figure, shown
 from digit.models.lpips import Lpips
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline, Tokens
@@ -64,7 +64,6 @@ class Reconstruction(Result):
         return list(self.settings.get("perturbation") or ())
 
     def rows(self) -> Rows:
-        """A row for each path, for each pFID, and for the paper's ceilings."""
         rows: Rows = [
             {"Path": one.name, **{title: _cell(one, key) for key, title in METRICS.items()}, "Images": one.images}
             for one in self.values
@@ -78,22 +77,13 @@ class Reconstruction(Result):
         ]
 
     def figure(self) -> Any:
-        """FID over the share of perturbed tokens; None where that was not measured."""
-        if not self.perturbed:
-            return None
-        figure, axes = panels(len(self.perturbed), (5.2, 4.0))
-        for panel, row in zip(axes, self.perturbed, strict=True):
-            sizes = dict.fromkeys(point["neighbours"] for point in row["points"])
-            for color, size in enumerate(sizes, 1):
-                mine = [point for point in row["points"] if point["neighbours"] == size]
-                x, y = [100 * p["share"] for p in mine], [p["fid"] for p in mine]
-                name = f"{size} nearest of {shown(row['codes'])} codes"
-                panel.plot(x, y, "o-", color=COLORS[(color - 1) % 6 + 1], label=name)
-            panel.set(title=f"{SPACES[row['space']]}: pFID {row['pfid']:.2f}", xlabel="replaced tokens, %")
-            panel.set(ylabel="FID against the originals (lower is better)")
-            panel.margins(y=0.12)
-        legend(axes)
-        return figure
+        shown_lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for row in self.perturbed:
+            lines = shown_lines.setdefault(f"{SPACES[row['space']]}: pFID {row['pfid']:.2f} ↓", {})
+            for point in row["points"]:
+                name = f"{point['neighbours']} nearest of {shown(row['codes'])} codes"
+                lines.setdefault(name, []).append((100 * point["share"], point["fid"]))
+        return lines_figure(shown_lines, "replaced tokens, %", "FID against the originals (lower is better)")
 
 
 def _cell(one: Reconstructed, metric: str) -> str | None:
@@ -192,7 +182,7 @@ def codebook_values(counts: Tensor) -> dict[str, float]:
 def model_reconstruction(
     pipe: DigitPipeline,
     dataset: ImageDataset,
-    extractor: FeatureExtractor | None,
+    extractor: TorchExtractor | None,
     lpips: Lpips | None,
     reasons: Mapping[str, str] | None = None,
     perturb: bool = False,

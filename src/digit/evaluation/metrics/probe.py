@@ -105,7 +105,6 @@ class Probe(Result):
         return max(self.values.layers, key=lambda layer: layer.accuracy)
 
     def rows(self) -> Rows:
-        """A row for each layer, and the encoder's last."""
         named = [(f"state {s.state}" + " (embedding)" * (s.state == 0), s) for s in self.values.layers]
         named += [("encoder", self.values.encoder)] if self.values.encoder else []
         return [
@@ -119,7 +118,6 @@ class Probe(Result):
         ]
 
     def figure(self) -> Any:
-        """Accuracy by layer."""
         layers, encoder = self.values.layers, self.values.encoder
         x = [layer.state for layer in layers]
         figure, (axes,) = panels(1, (6.4, 4.2))

@@ -13,7 +13,7 @@ from digit.core.progress import bar, track
 from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset
 from digit.data.sampling import Batches, OrderedSampler, StepSampler
-from digit.evaluation.model_source import pipe_size, prior_tokens
+from digit.evaluation.model_source import pipe_size
 from digit.models.probe import mean_states
 from digit.pipeline.pipeline import DigitPipeline
 
@@ -33,7 +33,7 @@ Of = Callable[[DigitPipeline, Tensor], Tensor]
 def prior_features(pipe: DigitPipeline, images: Tensor) -> Tensor:
     """Mean states (L + 1, B, D) of the prior over images (B, 3, S, S): all positions, the start included."""
     if pipe.space != "semantic":
-        return mean_states(pipe.part("prior").states(prior_tokens(pipe, images)))
+        return mean_states(pipe.part("prior").states(pipe.prior_tokenizer.encode(images)))
     features = pipe.part("encoder")(images)  # which, unlike the tokenizer, also takes the size that it sees
     return mean_states(pipe.part("prior").states(pipe.part("codebook").tokens(features)))
 

@@ -104,7 +104,6 @@ class Stability(Result):
     values: tuple[Row, ...]
 
     def rows(self) -> Rows:
-        """The paper's values stand beside those of its noise levels."""
         return [
             {
                 "Tokens": SPACES[row.space],
@@ -117,7 +116,6 @@ class Stability(Result):
         ]
 
     def figure(self) -> Any:
-        """Changed tokens and cosines over the noise level with the paper's, and bars for the other changes."""
         noise = sorted((r for r in self.values if r.kind == "noise" and math.isfinite(r.level)), key=lambda r: r.level)
         others = [row for row in self.values if row.kind != "noise"]
         figure, axes = panels(2 * bool(noise) + bool(others))

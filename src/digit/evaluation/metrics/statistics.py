@@ -199,11 +199,6 @@ def load_set(path: str | Path, features: bool = False) -> FeatureSet:
     return FeatureSet(path.name, whole, None if rows is None else torch.from_numpy(rows), spatial=spatial)
 
 
-def load_statistics(path: str | Path) -> FeatureStatistics:
-    """The statistics alone, see :func:`load_set`."""
-    return load_set(path).statistics
-
-
 def npz_arrays(path: str | Path) -> set[str]:
     """The names of the arrays in a ``.npz`` file.
 

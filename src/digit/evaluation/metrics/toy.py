@@ -63,7 +63,6 @@ class Toy(Result):
     values: ToyValues
 
     def rows(self) -> Rows:
-        """A row for each method."""
         levels = [f"noise {level:g}" for level in self.values.noise]
         return [
             {"Accuracy": method, **{level: f"{value:.1%}" for level, value in zip(levels, values, strict=True)}}
@@ -71,7 +70,6 @@ class Toy(Result):
         ]
 
     def figure(self) -> Any:
-        """The classes with both directions, the two projections, and accuracy against noise."""
         settings = from_dict(ToyConfig, self.settings, "The toy figure")
         points, labels = draw(settings, np.random.default_rng([settings.seed, 0]))
         figure, (plane, *histograms, curve) = panels(4, (3.9, 3.7))

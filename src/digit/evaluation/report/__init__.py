@@ -20,49 +20,52 @@ from PIL import Image
 
 from digit import __version__
 from digit.core.errors import DigitError, MissingPackageError, require
-from digit.core.files import write_bytes
+from digit.core.files import write_bytes, write_json
 from digit.evaluation.paper import SOURCE
 from digit.evaluation.report import beside
 from digit.evaluation.report.collect import Collection, Found, Problem, collect
-from digit.evaluation.report.runs import Training, known_curves, save_curve
+from digit.evaluation.report.runs import Training, known_curves
 from digit.evaluation.results import COLORS, Result, Rows, columns, flatten, is_numeric, shown
 
 _LARGEST_FILE, _LARGEST_SIDE = 1_500_000, 1600  # bytes and pixels that go into the page as they are
-_SECTIONS = (
-    ("samples", "Generated images", "", ("generation",)),
-    ("fidelity", "Fidelity", "", ("fidelity",)),
-    ("understanding", "Understanding and generation", "The area of a circle is the number of the prior's parameters.", ()),
+_SECTIONS: tuple[tuple[str, str, str, str, tuple[Callable[[Collection], Result | None], ...]], ...] = (
+    ("samples", "Generated images", "", "generation", ()),
+    ("fidelity", "Fidelity", "", "fidelity", (beside.fidelity,)),
+    (
+        "understanding", "Understanding and generation", "The area of a circle is the number of the prior's parameters.",
+        "", (beside.understanding, beside.conditional),
+    ),
     (
         "stability", "Stability of tokens",
         "Share of an image's tokens that change, and cosine before and after; means over images with 95% intervals.",
-        ("stability",),
+        "stability", (),
     ),
-    ("probe", "Linear probes", "", ("probe",)),
-    ("sweeps", "Sweeps of sampling settings", "The paper's figure 6 shows curves without their values.", ("sweep",)),
+    ("probe", "Linear probes", "", "probe", (beside.probes,)),
+    ("sweeps", "Sweeps of sampling settings", "The paper's figure 6 shows curves without their values.", "sweep", ()),
     (
         "prefix", "Fidelity against the given prefix",
-        "Real tokens are given, the prior continues. The paper's figure 4b shows curves without their values.", ("prefix",),
+        "Real tokens are given, the prior continues. The paper's figure 4b shows curves without their values.", "prefix", (),
     ),
     (
         "robustness", "Robustness of decoders",
-        "The same prior and tokens through each decoder, while a share of the tokens is replaced.", ("robustness",),
+        "The same prior and tokens through each decoder, while a share of the tokens is replaced.", "robustness", (),
     ),
     (
         "reconstruction", "Reconstruction",
-        "The best that generation could reach with these tokens: real images, encoded and decoded.", ("reconstruction",),
+        "The best that generation could reach with these tokens: real images, encoded and decoded.", "reconstruction", (),
     ),
-    ("ablations", "Ablations", "One thing is varied, everything else is shared.", ("ablation",)),
+    ("ablations", "Ablations", "One thing is varied, everything else is shared.", "ablation", ()),
     (
         "screen", "Which tokens to train on",
         "Each candidate's tokens were learnt briefly by the same small prior and probed, or ridge regression decoded them.",
-        ("screen",),
+        "screen", (),
     ),
-    ("toy", "Toy figure: PCA and LDA", "", ("toy",)),
-    ("others", "Other measurements", "", ()),
-    ("training", "Training runs", "Dashed grey: the reference run of the same preset, where there is one.", ("training",)),
-    ("paper", "The paper's ablations", "", ()),
+    ("toy", "Toy figure: PCA and LDA", "", "toy", ()),
+    ("others", "Other measurements", "", "", ()),
+    ("training", "Training runs", "Dashed grey: the reference run of the same preset, where there is one.", "training", ()),
+    ("paper", "The paper's ablations", "", "", (beside.additive, beside.encoders)),
 )  # fmt: skip
-"""Anchor, title, introduction and kinds of results, in the order of the page."""
+"""Anchor, title, introduction, kind of results and comparisons with the paper, in the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,6 @@ class Report:
     """What went into a page.
 
     Attributes:
-        path: of the page.
         found: everything that was reported.
         problems: files that are missing, broken or not as expected; the page lists them too.
     """
@@ -102,8 +104,6 @@ def write_report(
 
     Args:
         folders: run folders; everything below them is looked at.
-        out: the page.
-        title: its heading.
         curves: folders with more reference curves than the packaged ones.
 
     Raises:
@@ -130,8 +130,15 @@ def save_only_run(folders: Sequence[str | Path], path: str | Path) -> Path:
     Raises:
         DigitError: there is none, or more than one, or it is not finished.
     """
-    runs = [(item.place, item.result) for item in collect(folders).of("training")]
-    return save_curve([(place, run) for place, run in runs if isinstance(run, Training)], path)
+    runs = collect(folders).of("training")
+    if len(runs) != 1:
+        names = ", ".join(item.place for item in runs) or "none"
+        raise DigitError(f"A reference curve is made from one training run; found: {names}.")
+    run = runs[0].result
+    if not (isinstance(run, Training) and run.settings and run.finished and run.values):
+        raise DigitError(f"{runs[0].place} is not a finished training run, so it cannot be a reference.")
+    made = {"software": run.versions, "hardware": run.hardware}
+    return write_json(path, {"config": run.settings, "metrics": run.values, **made})
 
 
 def page(collection: Collection, title: str) -> str:
@@ -150,55 +157,42 @@ def page(collection: Collection, title: str) -> str:
 
 def _sections(collection: Collection) -> Iterable[tuple[str, str, str, list[Item]]]:
     """Anchor, title, introduction and items of every section that has any."""
-    known = {kind for _, _, _, kinds in _SECTIONS for kind in kinds}
-    for anchor, title, intro, kinds in _SECTIONS:
-        found = [item for item in collection.found if item.result.kind in kinds]
-        more: list[Callable[[], Any]] = []  # comparisons with the paper, first
-        if anchor == "fidelity":
-            more = [lambda found=found: beside.fidelity(found)]  # type: ignore[misc]
-        elif anchor == "probe":
-            more = [lambda found=found: beside.probes(found)]  # type: ignore[misc]
-        elif anchor == "understanding":
-            more = [lambda: beside.understanding(collection), lambda: beside.conditional(collection)]
-        elif anchor == "paper":
-            more = [lambda n=n: beside.ablations()[n] for n in range(2)]  # type: ignore[misc]
-        elif anchor == "others":
-            found = [item for item in collection.found if item.result.kind not in known]
-        items = [_item(collection, each.place, lambda each=each: each.result, each) for each in found]  # type: ignore[misc]
-        items = [_item(collection, "", make) for make in more] + items
+    known = {kind for _, _, _, kind, _ in _SECTIONS}
+    for anchor, title, intro, kind, comparisons in _SECTIONS:
+        items = [_item(collection, compare) for compare in comparisons]
+        for found in collection.found:
+            if found.result.kind == kind or (anchor == "others" and found.result.kind not in known):
+                items.append(_item(collection, found))
         shown_items = [item for item in items if item is not None]
         if shown_items:
             yield anchor, title, intro, shown_items
 
 
-def _item(
-    collection: Collection, place: str, make: Callable[[], Result | None], found: Found | None = None
-) -> Item | None:
+def _item(collection: Collection, given: Found | Callable[[Collection], Result | None]) -> Item | None:
     """A result made ready; one that does not hold what it should becomes a problem."""
+    found = given if isinstance(given, Found) else None
     try:
-        result = make()
+        result = given.result if isinstance(given, Found) else given(collection)
         if result is None:
             return None
         rows, told = result.rows(), result.provenance()
         drawn = charts(result)
     except Exception as error:  # whatever a damaged file may hold
-        if found is None and not collection.problems:
-            raise
-        if found is not None:  # a comparison fails with the result that it is made of, which is named
+        if found is not None:
             reason = f"this {found.result.kind} result is not as expected: {type(error).__name__}, {error}."
-            collection.problem(place, str(error) if isinstance(error, MissingPackageError) else reason, found.folder)
-        return None
-    names = result.plots if found is not None and (not drawn or result.kind in ("generation", "training")) else ()
-    images = [image for name in names if (image := _image(collection, found, name))]  # type: ignore[arg-type]
-    return Item(result, place, rows, drawn, images, told)
+            said = str(error) if isinstance(error, MissingPackageError) else reason
+            collection.problem(found.place, said, found.folder)
+        elif not collection.problems:
+            raise
+        return None  # a comparison fails with the result that it is made of, which is named
+    names = result.plots if found and (not drawn or result.kind in ("generation", "training")) else ()
+    images = [image for name in names if found and (image := _image(collection, found, name))]
+    return Item(result, found.place if found else "", rows, drawn, images, told)
 
 
 def charts(result: Result) -> list[Markup]:
     """Each axes of a result's figure as an SVG of its own, so that they find room on narrow screens; the colours that all
     figures share become those of the reader's scheme.
-
-    Raises:
-        MissingPackageError: matplotlib is not installed.
     """
     matplotlib = require("matplotlib", "eval", "Drawing figures")
     with matplotlib.rc_context(

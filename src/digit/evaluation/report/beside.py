@@ -27,20 +27,18 @@ class Beside(Result):
     about: str = f"The paper's values are those of {paper.SOURCE}."
 
     def rows(self) -> Rows:
-        """As they are."""
         return self.values
 
     def provenance(self) -> str:
-        """The paper."""
         return self.about
 
 
 # ---- tables 2 to 4 ---------------------------------------------------------------------------------------------------
 
 
-def fidelity(items: Sequence[Found]) -> Beside | None:
+def fidelity(collection: Collection) -> Beside | None:
     """Our values above the rows of Tables 3 and 4, and whatever forbids comparing them."""
-    results = [item.result for item in items if isinstance(item.result, Fidelity)]
+    results = [item.result for item in collection.found if isinstance(item.result, Fidelity)]
     if not results:
         return None
     extra = [key for key in _EXTRA if any(key in r.values for r in results)]
@@ -76,13 +74,14 @@ def _fidelity_row(result: Fidelity, extra: Sequence[str]) -> dict[str, Any]:
     ]
     count = result.source.get("images")
     labels = (result.sampling or {}).get("labels") or DASH
-    row = (str(result.source["name"]), _size(result), *cells, shown(count), where, str(labels), HERE)
+    row = (str(result.source["name"]), millions(_size(result)), *cells, shown(count), where, str(labels), HERE)
     return {**dict(zip(_HEAD, row, strict=True)), **{TITLES[key]: shown(values.get(key)) for key in extra}}
 
 
-def _size(result: Result) -> str:
+def _size(result: Result) -> float | None:
+    """Parameters of the prior in millions, where they are known."""
     prior = ((result.model or {}).get("parts") or {}).get("prior")
-    return millions(prior["parameters"] / 1e6) if prior else DASH
+    return prior["parameters"] / 1e6 if prior else None
 
 
 def warnings(results: Sequence[Fidelity]) -> list[str]:
@@ -107,9 +106,9 @@ def warnings(results: Sequence[Fidelity]) -> list[str]:
     return lines
 
 
-def probes(items: Sequence[Found]) -> Beside | None:
+def probes(collection: Collection) -> Beside | None:
     """The best layer of each probe above the rows of Table 2."""
-    results = [item.result for item in items if isinstance(item.result, Probe)]
+    results = [item.result for item in collection.found if isinstance(item.result, Probe)]
     if not results:
         return None
     head = ("Model", "Tokens", "Width", "Parameters", "Top-1, % ↑", "Images", "From")
@@ -118,7 +117,7 @@ def probes(items: Sequence[Found]) -> Beside | None:
         data = result.data or {}
         where = f"{data['train']['name']}, {shown(data['classes'])} classes"
         name, best = (result.model or {})["name"], 100 * result.best.accuracy
-        rows.append((name, DASH, DASH, _size(result), shown(best, 3), where, HERE))
+        rows.append((name, DASH, DASH, millions(_size(result)), shown(best, 3), where, HERE))
     rows += [
         (r.method, r.tokens, r.width, millions(r.parameters), shown(r.accuracy, 3), "ImageNet", "Paper, Table 2")
         for r in paper.PROBE
@@ -165,8 +164,20 @@ class Bubbles(Beside):
     models: tuple[Model, ...]
     axes: tuple[str, str]
 
+    def rows(self) -> Rows:
+        return [
+            {
+                "Model": m.name,
+                self.axes[0]: shown(m.x),
+                self.axes[1]: shown(m.y),
+                "Parameters": millions(m.parameters),
+                "Source": m.source,
+                "From": HERE if m.here else "Paper",
+            }
+            for m in sorted(self.models, key=lambda m: not m.here)
+        ]
+
     def figure(self) -> Any:
-        """A circle for each model, whose area stands for its parameters; ours in colour."""
         figure, (axes,) = panels(1, (5.2, 4.2))
         largest = max((model.parameters or 0 for model in self.models), default=0) or 1
         areas = [
@@ -220,13 +231,11 @@ def understanding(collection: Collection) -> Bubbles | None:
     paired: list[Fidelity] = []
     foreign = False
     for probe in collection.of("probe"):
-        fid = _fid_of(collection, probe)
-        if fid is not None and isinstance(probe.result, Probe) and isinstance(fid.result, Fidelity):
-            result, parts = probe.result, (probe.result.model or {}).get("parts") or {}
-            size = parts["prior"]["parameters"] / 1e6 if "prior" in parts else None
-            source = f"{probe.place}; {fid.place}"
-            name = str((result.model or {})["name"])
-            ours.append(Model(name, 100 * result.best.accuracy, fid.result.values["fid"], size, source, here=True))
+        fid, result = _fid_of(collection, probe), probe.result
+        if fid is not None and isinstance(result, Probe) and isinstance(fid.result, Fidelity):
+            name, place = str((result.model or {})["name"]), f"{probe.place}; {fid.place}"
+            x, y = 100 * result.best.accuracy, fid.result.values["fid"]
+            ours.append(Model(name, x, y, _size(result), place, here=True))
             foreign = foreign or not _of_imagenet(result)
             paired.append(fid.result)
     if not ours:
@@ -235,22 +244,26 @@ def understanding(collection: Collection) -> Bubbles | None:
         Model(b.name, b.accuracy, b.fid, b.parameters, "read off figure 1" if b.read_off else "Tables 2 and 3")
         for b in paper.BUBBLES
     ]
-    notes = [*warnings(paired), *([_FOREIGN] if foreign else [])]
-    axes = ("linear probe, top-1 in %", "FID, lower is better")
-    return _bubbles("FID against linear probe (figure 1a)", (*theirs, *ours), axes, notes)
+    return Bubbles(
+        title="FID against linear probe (figure 1a)",
+        values=[],
+        models=(*theirs, *ours),
+        axes=("linear probe, top-1 in %", "FID, lower is better"),
+        notes=(*warnings(paired), *([_FOREIGN] if foreign else [])),
+    )
 
 
 def conditional(collection: Collection) -> Bubbles | None:
     """Figure 1b: Inception Score against FID, class-conditional; None where no model with labels has both."""
-    items = collection.of("fidelity")
-    found = [item for item in items if isinstance(item.result, Fidelity) and _has_labels(item.result)]
-    ours = []
-    for item in found:
-        values, parts = item.result.values, (item.result.model or {}).get("parts") or {}
-        if {"fid", "is_mean"} <= values.keys():
-            size = parts["prior"]["parameters"] / 1e6 if "prior" in parts else None
-            name = _model_of(collection, item) or item.place
-            ours.append(Model(name, values["fid"], values["is_mean"], size, item.place, here=True))
+    ours: list[Model] = []
+    labelled: list[Fidelity] = []
+    for item in collection.of("fidelity"):
+        result = item.result
+        if isinstance(result, Fidelity) and (result.sampling or {}).get("labels") not in (None, "none"):
+            labelled.append(result)
+            if {"fid", "is_mean"} <= result.values.keys():
+                name, values = _model_of(collection, item) or item.place, result.values
+                ours.append(Model(name, values["fid"], values["is_mean"], _size(result), item.place, here=True))
     if not ours:
         return None
     theirs = [
@@ -258,28 +271,13 @@ def conditional(collection: Collection) -> Bubbles | None:
         for row in paper.CONDITIONAL
         if row.inception is not None and row.method.startswith(("DiGIT", "VQGAN", "MaskGIT", "VAR", "ADM", "DiT"))
     ]
-    notes = warnings([item.result for item in found if isinstance(item.result, Fidelity)])
-    axes = ("class-conditional FID, lower is better", "Inception Score, higher is better")
-    return _bubbles("Inception Score against FID (figure 1b)", (*theirs, *ours), axes, notes)
-
-
-def _bubbles(title: str, models: tuple[Model, ...], axes: tuple[str, str], notes: Sequence[str]) -> Bubbles:
-    rows = [
-        {
-            "Model": m.name,
-            axes[0]: shown(m.x),
-            axes[1]: shown(m.y),
-            "Parameters": millions(m.parameters),
-            "Source": m.source,
-            "From": HERE if m.here else "Paper",
-        }
-        for m in sorted(models, key=lambda m: not m.here)
-    ]
-    return Bubbles(title=title, values=rows, models=models, axes=axes, notes=tuple(notes))
-
-
-def _has_labels(result: Fidelity) -> bool:
-    return (result.sampling or {}).get("labels") not in (None, "none")
+    return Bubbles(
+        title="Inception Score against FID (figure 1b)",
+        values=[],
+        models=(*theirs, *ours),
+        axes=("class-conditional FID, lower is better", "Inception Score, higher is better"),
+        notes=tuple(warnings(labelled)),
+    )
 
 
 def _fid_of(collection: Collection, probe: Found) -> Found | None:
@@ -305,9 +303,9 @@ def _model_of(collection: Collection, item: Found) -> str | None:
 # ---- the paper's ablations -------------------------------------------------------------------------------------------
 
 
-def ablations() -> list[Beside]:
-    """Figures 3a and 4a, which own ablations stand beside."""
-    steps: Rows = [
+def additive(_: Collection) -> Beside:
+    """Figure 3a, which own ablations stand beside."""
+    rows: Rows = [
         {
             "": r.method,
             "Parameters": millions(r.parameters),
@@ -317,13 +315,15 @@ def ablations() -> list[Beside]:
         }
         for r in paper.ADDITIVE
     ]
-    encoders: Rows = [
+    return Beside(title="Figure 3a: what each step adds, class-unconditional", values=rows)
+
+
+def encoders(_: Collection) -> Beside:
+    """Figure 4a, likewise."""
+    rows: Rows = [
         {"Encoder": r.encoder, "Kind": r.kind or DASH, "FID ↓": _two(r.fid), "IS ↑": _two(r.inception),
          "Probe of the prior, %": _two(r.probe), "Probe of the encoder, %": _two(r.own)}
         for r in paper.ENCODERS
     ]  # fmt: skip
     kinds = "P patch, R reconstructive, G global, D discriminative."
-    return [
-        Beside(title="Figure 3a: what each step adds, class-unconditional", values=steps),
-        Beside(title="Figure 4a: which encoder, class-unconditional", values=encoders, about=kinds),
-    ]
+    return Beside(title="Figure 4a: which encoder, class-unconditional", values=rows, about=kinds)

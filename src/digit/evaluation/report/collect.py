@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +34,6 @@ class Found:
     """Something to report.
 
     Attributes:
-        result: what was found.
         place: where, for people: from the given folder's name on.
         root: the given folder.
         folder: that holds it and its images.
@@ -60,6 +60,14 @@ class Collection:
     found: list[Found] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
 
+    @contextmanager
+    def reading(self, place: str, folder: Path) -> Iterator[None]:
+        """What is wrong with a file is noted, and the rest goes on."""
+        try:
+            yield
+        except (DigitError, OSError, ValueError, TypeError, AttributeError, yaml.YAMLError, RecursionError) as error:
+            self.problem(place, error, folder)
+
     def of(self, kind: str) -> list[Found]:
         """What is of a kind."""
         return [item for item in self.found if item.result.kind == kind]
@@ -77,48 +85,37 @@ class Collection:
 
 
 def collect(folders: Sequence[str | Path]) -> Collection:
-    """Look through folders and everything below them; links are not followed.
-
-    Raises:
-        DigitError: a folder does not exist.
-    """
+    """Look through folders and everything below them; links are not followed."""
     collection, seen = Collection(), set()
     for given in map(Path, folders):
         if not given.is_dir():
             raise DigitError(f"There is no folder {given} to report on; give run folders, such as runs/tour.")
         root = given.resolve()
-        for folder, names in _walk(root):
+        for walked, below, names in os.walk(root):
+            below[:] = sorted(name for name in below if name not in _SKIPPED and not name.startswith("."))
+            folder = Path(walked)
             if folder not in seen:
                 seen.add(folder)
                 place = "/".join((root.name, *folder.relative_to(root).parts))
-                _look(folder, names, place, root, collection)
+                _look(folder, set(names), place, root, collection)
     return collection
-
-
-def _walk(root: Path) -> Iterator[tuple[Path, set[str]]]:
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if name not in _SKIPPED and not name.startswith("."))
-        yield Path(folder), set(names)
 
 
 def _look(folder: Path, names: set[str], place: str, root: Path, collection: Collection) -> None:
     if "metrics.jsonl" in names:
-        collection.found.append(Found(_training(folder, place, collection), place, root, folder))
+        collection.found.append(Found(training_run(folder, place, collection), place, root, folder))
     for name in sorted(names):
         if not name.endswith(".json") or name.startswith("."):
             continue
         where, known = f"{place}/{name}", name in (RESULT, GENERATION)
-        try:
+        with collection.reading(where, folder):
             if (folder / name).stat().st_size > _LARGEST:
                 raise DigitError("it is larger than 64 MB, and no result is.")
             result = _result(name, read_json(folder / name))
-        except (DigitError, OSError, RecursionError) as error:
-            collection.problem(where, error, folder)
-            continue
-        if result is not None:
-            collection.found.append(Found(result, place if known else where, root, folder))
-        elif known:
-            collection.problem(where, "it is not a result: 'kind', 'title' and 'values' are expected.")
+            if result is not None:
+                collection.found.append(Found(result, place if known else where, root, folder))
+            elif known:
+                raise DigitError("it is not a result: 'kind', 'title' and 'values' are expected.")
 
 
 def _result(name: str, data: Any) -> Result | None:
@@ -132,29 +129,25 @@ def _result(name: str, data: Any) -> Result | None:
     return None
 
 
-def _training(folder: Path, place: str, collection: Collection) -> Training:
+def training_run(folder: Path, place: str = "", collection: Collection | None = None) -> Training:
+    """A run of ``digit train``; what cannot be read of it is noted in ``collection``."""
+    collection = collection or Collection()
     lines, settings, provenance = [], {}, {}
-    try:
+    with collection.reading(f"{place}/metrics.jsonl", folder):
         found = read_metrics(folder)
         written = sum(1 for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() if line.strip())
         lines = [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
         if len(lines) < written:
             raise DigitError(f"only {len(lines)} of its {written} lines are readable.")
-    except (DigitError, OSError, UnicodeDecodeError, RecursionError) as error:
-        collection.problem(f"{place}/metrics.jsonl", error, folder)
-    try:
-        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            settings = {}
+    with collection.reading(f"{place}/config.yaml", folder):
+        found_settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        if not isinstance(found_settings, dict):
             raise DigitError("it holds no settings.")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, DigitError, RecursionError) as error:
-        collection.problem(f"{place}/config.yaml", error, folder)
+        settings = found_settings
     exported = folder / "model" / "config.json"
     if exported.is_file():  # otherwise the run is not finished
-        try:
+        with collection.reading(f"{place}/model/config.json", folder):
             provenance = dict(read_json(exported).get("provenance") or {})
-        except (DigitError, AttributeError, TypeError, ValueError) as error:
-            collection.problem(f"{place}/model/config.json", error, folder)
     samples = sorted(folder.glob("samples/step-*.png"))
     return Training(
         title=f"Training of {settings.get('component', 'an unknown component')}",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from digit.core.errors import DigitError
-from digit.core.files import read_json, write_json
+from digit.core.files import read_json
 from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, flatten, legend, panels, provenance, shown
 
 POINTS = 200
@@ -27,7 +27,23 @@ _WHAT = ("component", "model", "objective")
 _SPEED = {"gradient_norm", "lr", "examples_per_second", "tokens_per_second", "mfu", "memory_gib"}
 """How a training went, not how well; drawn last."""
 
+_NAMES = {
+    "psnr": "PSNR (dB)",
+    "l1": "mean absolute error",
+    "nll": "nats per token",
+    "neighbour_accuracy": "20-NN accuracy",
+    "feature_spread": "spread of the features (0 is collapse)",
+    "codebook_use": "share of the codebook in use",
+    "agreement": "tokens found again in the image",
+}
+
 Points = list[tuple[int, float]]
+
+
+def label(name: str) -> str:
+    """A metric's name in words."""
+    base = name.removeprefix("validation/")
+    return _NAMES.get(base, base.replace("_", " "))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +70,6 @@ class Generation(Result):
         )
 
     def rows(self) -> Rows:
-        """One row."""
         names = {"num": "Images", "decoder": "Decoder", "labels": "Labels", "seed": "Seed", "seconds": "Seconds",
                  "images_per_second": "Images per second"}  # fmt: skip
         known = {title: self.values[name] for name, title in names.items() if self.values.get(name) is not None}
@@ -63,7 +78,6 @@ class Generation(Result):
         ]
 
     def provenance(self) -> str:
-        """The model and its settings."""
         return provenance(model={"name": str(self.values["model"])}, sampling=self.values)
 
 
@@ -98,7 +112,6 @@ class Training(Result):
     references: tuple[Curve, ...] = ()
 
     def rows(self) -> Rows:
-        """A row for each metric."""
         rows = []
         for name, values in self.values.items():
             finite = [(value, step) for step, value in values if math.isfinite(value)]
@@ -116,30 +129,27 @@ class Training(Result):
         return rows
 
     def figure(self) -> Any:
-        """A panel for each metric that has more than a point, the loss first; references in grey."""
-        bases = dict.fromkeys(name.removeprefix("validation/") for name in self.values)
-        drawn = [n for n in bases if any(len(self.values.get(key, [])) > 1 for key in (n, f"validation/{n}"))]
+        drawn = list(dict.fromkeys(name.removeprefix("validation/") for name in self.values))
         drawn.sort(key=lambda name: (name.rpartition("/")[2] in _SPEED, name != "loss", not name.endswith("loss")))
         if not drawn:
             return None
-        figure, places = panels(len(drawn))
+        figure, places = panels(len(drawn), columns=min(3, len(drawn)))
         for axes, name in zip(places, drawn, strict=True):
-            for label, key, color in (("training", name, OURS), ("validation", f"validation/{name}", OTHER)):
+            for kind, key, color in (("training", name, OURS), ("validation", f"validation/{name}", OTHER)):
                 for curve in self.references:
                     if key in curve.metrics and key in self.values:
                         axes.plot(
-                            *zip(*curve.metrics[key], strict=True), "--", color=PAPER, label=f"{curve.name}, {label}"
+                            *zip(*curve.metrics[key], strict=True), "--", color=PAPER, label=f"{curve.name}, {kind}"
                         )
                 if values := self.values.get(key):
                     style = "o-" if len(values) <= 12 else "-"
-                    axes.plot(*zip(*values, strict=True), style, color=color, label=label, markersize=4)
-            axes.set(title=name.replace("_", " "), xlabel="step")
+                    axes.plot(*zip(*values, strict=True), style, color=color, label=kind, markersize=4)
+            axes.set(title=label(name), xlabel="step")
             axes.margins(y=0.1)
         legend(places)
         return figure
 
     def provenance(self) -> str:
-        """How far it is, and its data."""
         total = (self.settings.get("training") or {}).get("steps")
         steps = f"step {shown(self.last)} of {shown(total) if total else 'an unknown number'}"
         return "finished" if self.finished else f"not finished: {steps}"
@@ -172,22 +182,6 @@ def _thin(values: Points, most: int) -> Points:
     width = -(-len(values) // most)
     parts = [values[i : i + width] for i in range(0, len(values), width)]
     return [(part[-1][0], sum(v for _, v in part) / len(part)) for part in parts]
-
-
-def save_curve(runs: Sequence[tuple[str, Training]], path: str | Path) -> Path:
-    """Make the only training run of some, given as (place, run), a reference.
-
-    Raises:
-        DigitError: there is none, or more than one, or it is not finished.
-    """
-    if len(runs) != 1:
-        names = ", ".join(place for place, _ in runs) or "none"
-        raise DigitError(f"A reference curve is made from one training run; found: {names}.")
-    place, run = runs[0]
-    if not (run.settings and run.finished and run.values):
-        raise DigitError(f"{place} is not a finished training run, so it cannot be a reference.")
-    made = {"software": run.versions, "hardware": run.hardware}
-    return write_json(path, {"config": run.settings, "metrics": run.values, **made})
 
 
 def known_curves(folders: Sequence[str | Path] = ()) -> list[Curve]:

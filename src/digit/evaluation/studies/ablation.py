@@ -27,13 +27,12 @@ from digit.data.token_cache import Views
 from digit.encoders import load_encoder
 from digit.evaluation import paper
 from digit.evaluation.metrics.fidelity import FidelityOptions
-from digit.evaluation.metrics.inception import FeatureExtractor, open_extractor
+from digit.evaluation.metrics.inception import TorchExtractor, open_extractor
 from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
 from digit.evaluation.results import shown, stage_text
-from digit.evaluation.studies.ablation_result import AblationResult, result_notes
 from digit.evaluation.studies.points import Reference
-from digit.evaluation.studies.stages import Stages, predictability
+from digit.evaluation.studies.stages import AblationResult, Stages, predictability, result_notes
 from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.card import describe_model
@@ -102,11 +101,7 @@ class Variant:
     paper: Mapping[str, float | None]
 
     def preset(self, part: Literal["prior", "decoder"]) -> dict[str, Any]:
-        """The training preset of a token model, without the fields that follow from the tokens.
-
-        Raises:
-            DigitError: there is none of that name, it is another component's, or a change does not fit it.
-        """
+        """The training preset of a token model, without the fields that follow from the tokens."""
         name = getattr(self.recipe, part)
         values = load_preset(name, getattr(self.recipe, f"{part}_set"))
         if values.get("component") != part:
@@ -116,11 +111,7 @@ class Variant:
         return {**values, "model": {k: v for k, v in values["model"].items() if k not in _FROM_CACHE}}
 
     def check(self) -> None:
-        """Try all presets.
-
-        Raises:
-            DigitError: one does not fit, or does not exist.
-        """
+        """Try all presets."""
         recipe = self.recipe
         target = (self.preset("prior").get("data") or {}).get("target", "semantic")
         wanted = "vq" if recipe.encoder is None else "semantic"
@@ -143,11 +134,7 @@ def is_preset(source: str) -> bool:
 
 
 def load_ablation(name: str, overrides: Sequence[str] = ()) -> Ablation:
-    """Read a packaged ablation or a YAML file; ``overrides`` are changes ``a.b=c``.
-
-    Raises:
-        DigitError: an unknown name or field, or a value that is wrong.
-    """
+    """Read a packaged ablation or a YAML file; ``overrides`` are changes ``a.b=c``."""
     return from_dict(Ablation, load_preset(name, overrides, "ablations"), f"ablation {name}")
 
 
@@ -195,11 +182,7 @@ def plan(ablation: Ablation) -> list[Variant]:
 
 
 def check_parts(variants: Sequence[Variant]) -> None:
-    """See that every part that is not trained here exists, for the last of them may be needed days later.
-
-    Raises:
-        DigitError: one does not.
-    """
+    """See that every part that is not trained here exists, for the last of them may be needed days later."""
     for recipe in (variant.recipe for variant in variants):
         if not is_preset(recipe.vqgan):
             part_folder(recipe.vqgan)
@@ -221,22 +204,19 @@ def run_ablation(
     out: str | Path,
     metrics: Sequence[str] = METRICS,
     reference: str | None = None,
-    weights: str | FeatureExtractor = "auto",
+    weights: str | TorchExtractor = "auto",
     device: str | None = None,
 ) -> AblationResult:
     """Make and measure every variant; a run that was interrupted goes on.
 
     Args:
-        ablation: see :func:`load_ablation`.
         data: the dataset that encoder and VQGAN are trained on, where the ablation trains them.
         train_images: whose tokens prior and decoder learn; a part is held out for the loss, as their presets say.
         test_images: which the probe is tested on, and FID is measured against.
-        out: a folder.
         metrics: some of "nll", "probe" and "fid".
         reference: images or their ``.npz`` for FID; None: ``test_images``.
         weights: of the FID network, see :func:`~digit.evaluation.metrics.inception.load_inception`, or the network
             itself. Without them FID is not measured, and the result says why.
-        device: where everything runs.
 
     Raises:
         DigitError: before anything is trained: an unknown metric, a variant that does not fit, a part that is not

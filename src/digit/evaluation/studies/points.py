@@ -15,10 +15,9 @@ from digit.core.config import to_dict
 from digit.core.progress import bar
 from digit.evaluation.metrics.features import Source, measure
 from digit.evaluation.metrics.fidelity import TITLES, FidelityOptions, compare
-from digit.evaluation.metrics.inception import FeatureExtractor
+from digit.evaluation.metrics.inception import TorchExtractor
 from digit.evaluation.metrics.statistics import FeatureSet
 from digit.evaluation.model_source import SamplingRun
-from digit.evaluation.results import COLORS, legend, panels
 from digit.evaluation.steps import Step, Steps
 from digit.pipeline.tokens import Tokens, load_tokens_file, save_tokens_file
 
@@ -34,12 +33,12 @@ class Reference:
     """What generated images are compared with, measured once, and how."""
 
     features: FeatureSet
-    extractor: FeatureExtractor
+    extractor: TorchExtractor
     options: FidelityOptions
 
     @classmethod
     def of(
-        cls, source: Source, extractor: FeatureExtractor, options: FidelityOptions, split: str | None = None
+        cls, source: Source, extractor: TorchExtractor, options: FidelityOptions, split: str | None = None
     ) -> Reference:
         """Measure real images, or read their statistics."""
         features = measure(source, extractor, options.metrics, batch_size=options.batch_size, split=split)
@@ -100,27 +99,3 @@ def measured(points: Sequence[Point]) -> list[str]:
 def point_cells(point: Point) -> dict[str, Any]:
     """The cells of a point's row: its values, as far as it has them."""
     return {title: point["values"][key] for key, title in SHOWN.items() if key in point["values"]}
-
-
-Lines = Mapping[str, Sequence[tuple[float, float]]]
-
-
-def lines_figure(shown: Mapping[str, Lines], xlabel: str) -> Any:
-    """A matplotlib Figure of a panel for each quantity, by its label, and a line for each named thing, which keeps its colour;
-    None where there is nothing to draw.
-    """
-    if not shown:
-        return None
-    rows = 1 if len(shown) <= 3 else 2
-    figure, places = panels(-(-len(shown) // rows), (5.2, 4.0), rows)
-    for unused in places[len(shown) :]:
-        unused.remove()
-    places, names = places[: len(shown)], list(dict.fromkeys(name for lines in shown.values() for name in lines))
-    for axes, (title, lines) in zip(places, shown.items(), strict=True):
-        for name, points in lines.items():
-            color = COLORS[1 + names.index(name) % (len(COLORS) - 1)]
-            axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
-        axes.set(xlabel=xlabel, ylabel=title, title=title.rstrip(" ↓↑"))
-        axes.margins(y=0.12)
-    legend(places)
-    return figure

@@ -21,9 +21,9 @@ from digit.core.progress import bar
 from digit.data.dataset import ImageDataset
 from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun, describe_data, encode_all
-from digit.evaluation.results import Result, Rows
+from digit.evaluation.results import Result, Rows, lines_figure
 from digit.evaluation.steps import Steps
-from digit.evaluation.studies.points import SPACES, Point, Reference, lines_figure, measured, point_cells, point_notes
+from digit.evaluation.studies.points import SPACES, Point, Reference, measured, point_cells, point_notes
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 
@@ -37,7 +37,6 @@ class Prefix(Result):
     kind: str = "prefix"
 
     def rows(self) -> Rows:
-        """A row for each model and length."""
         return [
             {"Model": curve["name"], "Given": f"{p['share']:.1%}", "Tokens": p["given"], **point_cells(p)}
             for curve in self.values
@@ -45,7 +44,6 @@ class Prefix(Result):
         ]
 
     def figure(self) -> Any:
-        """A panel for each metric, a line for each model."""
         shown = {
             TITLES[metric]: {
                 f"{c['name']} ({SPACES[c['space']]})": [(100 * p["share"], p["values"][metric]) for p in c["points"]]
@@ -69,8 +67,6 @@ def prefix(
         runs: name -> model, seed and settings, such as a model and the baseline over VQ tokens. The number of images and
             their labels follow from ``dataset``: every image is completed under its own class.
         dataset: the images whose first tokens are given.
-        reference: what completions are compared with.
-        out: a folder.
         shares: of the tokens that are given, 0 to 1.
 
     Raises:

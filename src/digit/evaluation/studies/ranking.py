@@ -65,7 +65,6 @@ class Ranking(Result):
     kind: str = "screen"
 
     def rows(self) -> Rows:
-        """A row for each candidate."""
         return [{"Rank": rank, "Candidate": line["name"], **cells(line)} for rank, line in enumerate(self.values, 1)]
 
     def figure(self) -> Any:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ from digit.core.errors import DigitError
 from digit.core.progress import bar
 from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun, as_uint8
-from digit.evaluation.results import Result, Rows
+from digit.evaluation.results import Result, Rows, lines_figure
 from digit.evaluation.steps import Steps
 from digit.evaluation.studies.points import (
     Point,
     Reference,
-    lines_figure,
     measured,
     point_cells,
     point_notes,
@@ -44,7 +43,6 @@ class Robustness(Result):
     kind: str = "robustness"
 
     def rows(self) -> Rows:
-        """A row for each decoder and rate."""
         return [
             {"Decoder": curve["decoder"], "Replaced tokens": f"{100 * p['rate']:g}%", **point_cells(p), **_agreement(p)}
             for curve in self.values
@@ -52,24 +50,21 @@ class Robustness(Result):
         ]
 
     def figure(self) -> Any:
-        """A panel for each metric and each agreement, a line for each decoder."""
         points = [point for curve in self.values for point in curve["points"]]
-        keys = [*((TITLES[metric], metric) for metric in measured(points)), *((t, k) for k, t in _AGREEMENT.items())]
-        shown: dict[str, dict[str, list[tuple[float, float]]]] = {}
-        for title, key in keys:
-            for curve in self.values:
-                found = [(100 * p["rate"], {**p["values"], **_scaled(p)}[key]) for p in curve["points"]]
-                if all(value is not None for _, value in found):
-                    shown.setdefault(title, {})[f"{curve['decoder']} decoder"] = found
-        return lines_figure(shown, "replaced semantic tokens, %")
+        titles = [*(TITLES[metric] for metric in measured(points)), *_AGREEMENT.values()]
+        shown: dict[str, dict[str, list[tuple[float, float]]]] = {title: {} for title in titles}
+        for curve in self.values:
+            for point in curve["points"]:
+                for title, value in {**point_cells(point), **_agreement(point)}.items():
+                    if title in shown:
+                        line = shown[title].setdefault(f"{curve['decoder']} decoder", [])
+                        line.append((100 * point["rate"], value))
+        return lines_figure({title: lines for title, lines in shown.items() if lines}, "replaced semantic tokens, %")
 
 
-def _scaled(point: Point) -> dict[str, float | None]:
-    return {"vq": None if point["vq"] is None else 100 * point["vq"], "pixels": point["pixels"]}
-
-
-def _agreement(point: Point) -> dict[str, Any]:
-    return {_AGREEMENT[key]: value for key, value in _scaled(point).items() if value is not None}
+def _agreement(point: Point) -> dict[str, float]:
+    values = {"vq": point["vq"] and 100 * point["vq"], "pixels": point["pixels"]}
+    return {_AGREEMENT[key]: value for key, value in values.items() if value is not None}
 
 
 def replaced(tokens: Tensor, rate: float, vocab: int, images: Sequence[int], seed: int) -> Tensor:
@@ -79,18 +74,6 @@ def replaced(tokens: Tensor, rate: float, vocab: int, images: Sequence[int], see
     chosen, other = uniforms(seed, images, "robustness", (2, tokens.shape[1])).unbind(1)  # (B, N) each, in [0, 1)
     moved = (tokens + 1 + (other.to(tokens.device) * (vocab - 1)).long()) % vocab
     return torch.where(chosen.to(tokens.device) < rate, moved, tokens)
-
-
-@dataclass
-class _Agreement:
-    """Sums over images of what stays."""
-
-    images: int = 0
-    vq: list[Tensor] = field(default_factory=list)  # per image, the share of equal tokens
-    pixels: float = 0.0
-
-    def value(self) -> dict[str, float | None]:
-        return {"vq": float(torch.cat(self.vq).mean()) if self.vq else None, "pixels": self.pixels / self.images}
 
 
 def robustness(
@@ -103,9 +86,7 @@ def robustness(
     """Measure every decoder at every rate, going on where an earlier run into the folder ``out`` stopped.
 
     Args:
-        run: the model, number of images, seed and settings; every decoder gets the tokens of its prior.
-        reference: the real images.
-        out: a folder.
+        run: every decoder gets the tokens of its prior.
         decoders: kinds; all of the model's if there are none.
         rates: of the tokens that are replaced, 0 to 1; agreement is with the decode of undamaged tokens, by the same
             random numbers.
@@ -155,22 +136,21 @@ def robustness(
 
 
 def _point(run: SamplingRun, tokens: Tensor, rate: float, reference: Reference) -> dict[str, Any]:
-    agreement = _Agreement()
-    found = reference.measure(_images(run, tokens, rate, agreement), run.num, f"{run.decoder} at {rate:g}")
-    return {**found, **agreement.value()}
-
-
-@torch.inference_mode()
-def _images(run: SamplingRun, tokens: Tensor, rate: float, agreement: _Agreement) -> Iterator[Tensor]:
-    """Images (B, 3, S, S) uint8 of damaged tokens (num, N), batch by batch; ``agreement`` is told about each."""
+    """Fidelity of the prior's ``tokens`` (num, N) with damage, and how far it is from the decode of whole ones."""
     pipe, vocab = run.pipe, run.pipe.part("prior").config.vocab_size
-    for part in run.request.batches(run.batch_size):
-        first = tokens[list(part.images)]
-        damaged = replaced(first, rate, vocab, part.images, run.seed)
-        whole, broken = (pipe.complete(each, part) for each in (first, damaged))
-        images, others = (as_uint8(pipe.to_pixels(each)) for each in (broken, whole))
-        if whole.vq is not None and broken.vq is not None:
-            agreement.vq.append((whole.vq == broken.vq).float().mean(1).cpu())
-        agreement.pixels += float((images.float() - others.float()).abs().mean((1, 2, 3)).sum())
-        agreement.images += len(images)
-        yield images
+    same, moved = [], []  # of each image: the share of equal VQ tokens, and the mean change of pixels
+
+    @torch.inference_mode()
+    def damaged() -> Iterator[Tensor]:
+        for part in run.request.batches(run.batch_size):
+            first = tokens[list(part.images)]
+            whole = pipe.complete(first, part)
+            broken = pipe.complete(replaced(first, rate, vocab, part.images, run.seed), part)
+            images, others = (as_uint8(pipe.to_pixels(each)) for each in (broken, whole))
+            if whole.vq is not None and broken.vq is not None:
+                same.append((whole.vq == broken.vq).float().mean(1).cpu())
+            moved.append((images.float() - others.float()).abs().mean((1, 2, 3)))
+            yield images
+
+    found = reference.measure(damaged(), run.num, f"{run.decoder} at {rate:g}")
+    return {**found, "vq": float(torch.cat(same).mean()) if same else None, "pixels": float(torch.cat(moved).mean())}

@@ -22,8 +22,9 @@ from digit.core.transforms import Transform
 from digit.data.dataset import ImageDataset
 from digit.data.sampling import Batches, OrderedSampler
 from digit.data.token_cache import Views, build_token_cache
+from digit.evaluation import paper
 from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, score_features
-from digit.evaluation.results import COLORS, OURS, PAPER, legend, panels
+from digit.evaluation.results import COLORS, OURS, PAPER, Result, Rows, legend, panels, provenance, shown
 from digit.evaluation.steps import Step, Steps
 from digit.models.codebook import Codebook
 from digit.models.token_model import TokenModel
@@ -42,7 +43,6 @@ class Stages:
     """The stages of a comparison in one folder.
 
     Attributes:
-        out: the folder.
         train_images: whose tokens are learnt.
         test_images: which the probe is tested on.
         batch_size: images at a time; does not change the values.
@@ -177,6 +177,7 @@ _PANELS = {
     "worth": ("bits saved per bit spent", "What the bits buy"),
 }
 _PAPER = {"best": "probe", "fid": "fid"}
+_THEIRS = "Paper (ImageNet, no classes):"
 
 
 def cells(line: Line) -> dict[str, Any]:
@@ -186,13 +187,13 @@ def cells(line: Line) -> dict[str, Any]:
 
 def comparison(lines: Sequence[Line], keys: Sequence[str], layers: bool = True) -> Any:
     """A figure of bars for each of ``keys`` that some line has, the paper's values beside them, and the probe by layer."""
-    shown = [key for key in keys if any(key in line for line in lines)]
+    drawn = [key for key in keys if any(key in line for line in lines)]
     layers = layers and any("probe" in line for line in lines)
-    if not shown and not layers:
+    if not drawn and not layers:
         return None
-    figure, places = panels(len(shown) + layers, (5.4, 0.42 * len(lines) + 2.6))
+    figure, places = panels(len(drawn) + layers, (5.4, 0.42 * len(lines) + 2.6))
     rows, names = range(len(lines)), [line["name"] for line in lines]
-    for index, (key, axes) in enumerate(zip(shown, places, strict=False)):
+    for index, (key, axes) in enumerate(zip(drawn, places, strict=False)):
         scale = COLUMNS[key][1]
         axes.barh(rows, [scale * line.get(key, math.nan) for line in lines], color=OURS, label="here")
         theirs = [(line.get("paper", {}).get(_PAPER.get(key)), row) for row, line in zip(rows, lines, strict=True)]
@@ -211,3 +212,60 @@ def comparison(lines: Sequence[Line], keys: Sequence[str], layers: bool = True) 
         places[-1].xaxis.get_major_locator().set_params(integer=True)
     legend(places)
     return figure
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationResult(Result):
+    """``values``: a line for each variant in the order of the ablation."""
+
+    kind: str = "ablation"
+
+    def rows(self) -> Rows:
+        """A row for each variant: what its FID was measured against, how it was sampled, and the paper's values, none of
+        which were sampled with classes.
+        """
+        rows = []
+        for line in self.values:
+            row = {"Variant": line["name"], **cells(line)}
+            if "against" in line:
+                stages = ", ".join(f"{stage}: {text}" for stage, text in line["sampling"].items())
+                row |= {"FID against": line["against"], "Classes": line["classes"] or "none", "Sampling": stages}
+            row |= {f"{_THEIRS} {key}": line["paper"][key] for key in ("probe", "fid") if line["paper"].get(key)}
+            rows.append(row)
+        return rows
+
+    def provenance(self) -> str:
+        measured, s = any("fid" in line for line in self.values), self.settings
+        reference = {"name": s["fid_reference"], "weights": s.get("fid_weights")} if measured else None
+        count = f"; {shown(s['fid_images'])} generated images per variant" if measured else ""
+        return provenance(data=self.data, reference=reference) + count
+
+    def figure(self) -> Any:
+        if self.settings["what"] == "decoder":
+            return comparison(self.values, ("decoder_nats", "fid"), layers=False)
+        return comparison(self.values, ("best", "saved", "fid"))
+
+
+def result_notes(what: str, lines: Sequence[Line], named: bool) -> list[str]:
+    """What a reader of the table should know; ``named``: it holds values of the paper."""
+    decoders = {line.get("decoder") for line in lines if "decoder_nats" in line}
+    notes = {
+        "Nats a token of different vocabularies cannot be compared; bits an image and the saved part of log K can.": True,
+        "A masked decoder's loss is that of hidden tokens at random shares, an AR decoder's of all in order: not one scale.": (
+            len(decoders) > 1
+        ),
+        "The variants have different numbers of tokens an image, so they differ in more than the thing that is varied.": (
+            len({line["tokens"] for line in lines}) > 1
+        ),
+        f"The paper's values ({paper.SOURCE}) are of ImageNet 256 x 256, class-unconditional, at its scale.": named,
+        "The models here are sampled with classes, those of the paper were not.": (
+            named and any(line.get("classes") for line in lines)
+        ),
+        "Not all variants are sampled with the same filters; the column Sampling has them.": (
+            len({line["sampling"]["prior"] for line in lines if "sampling" in line}) > 1
+        ),
+        "The paper's step from 219M to 732M changes the encoder and K too; here the prior alone changes.": (
+            what == "prior-size"
+        ),
+    }
+    return [note for note, applies in notes.items() if applies]

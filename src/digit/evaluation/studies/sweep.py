@@ -32,11 +32,7 @@ Axes = Mapping[str, Sequence[Any]]
 
 
 def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[Any]]:
-    """What the user typed, such as ``["top_k=0,50,200", "decoder_top_p=0.8,1"]``, as settings and their values.
-
-    Raises:
-        DigitError: nothing, not of that form, or a setting given twice.
-    """
+    """What the user typed, such as ``["top_k=0,50,200", "decoder_top_p=0.8,1"]``, as settings and their values."""
     axes: dict[str, list[Any]] = {}
     for item in items:
         name, separator, text = item.partition("=")
@@ -53,11 +49,7 @@ def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[A
 
 
 def parse_settings(items: Sequence[str] | None) -> dict[str, Any]:
-    """Settings that stay, such as ``["top_k=200"]``.
-
-    Raises:
-        DigitError: not of that form, or more than one value.
-    """
+    """Settings that stay, such as ``["top_k=200"]``."""
     axes = parse_axes(items, "--set") if items else {}
     if several := [name for name, values in axes.items() if len(values) > 1]:
         raise DigitError(
@@ -74,11 +66,7 @@ def plan(axes: Axes, grid: bool = False) -> list[dict[str, Any]]:
 
 
 def planned_runs(run: SamplingRun, axes: Axes, grid: bool = False) -> list[SamplingRun]:
-    """The run of every point of :func:`plan`, tried without sampling.
-
-    Raises:
-        DigitError: a setting that does not exist, or that the model cannot do.
-    """
+    """The run of every point of :func:`plan`, tried without sampling."""
     runs = [replace(run, settings={**run.settings, **point}) for point in plan(axes, grid)]
     for each in runs:
         each.check()
@@ -92,9 +80,8 @@ def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, g
     """Measure every point, going on where an earlier run into the folder ``out`` stopped.
 
     Args:
-        run: the model, number of images, seed, and the settings that stay.
+        run: with the settings that stay.
         axes: setting -> values, such as ``{"top_k": [0, 50], "decoder_top_p": [0.8, 1.0]}``.
-        reference: the real images.
         grid: all combinations instead of one axis at a time.
 
     Raises:
@@ -137,7 +124,6 @@ class Sweep(Result):
     kind: str = "sweep"
 
     def rows(self) -> Rows:
-        """A row for each point."""
         points = self.values["points"]
         return [
             {"Settings": settings_text(p["settings"]), **point_cells(p), "Seconds": round(p["seconds"])} for p in points
@@ -152,7 +138,7 @@ class Sweep(Result):
         metrics = measured(points)
         if not shown or not metrics:
             return None
-        figure, places = panels(len(metrics), rows=len(shown))
+        figure, places = panels(len(shown) * len(metrics), columns=len(metrics))
         for place, (name, metric) in zip(places, itertools.product(shown, metrics), strict=True):
             lines: dict[str, dict[Any, float]] = {}
             for point in (p for p in points if name in p["settings"]):

@@ -5,7 +5,6 @@ Each stage prints the command that does the same alone, and is skipped when an e
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -18,17 +17,16 @@ from rich.console import Console
 from digit.clustering.kmeans import fit_codebook
 from digit.core.config import load_preset
 from digit.core.devices import bf16_is_fast, pick_device
-from digit.core.files import write_file, write_json
+from digit.core.files import read_json, write_file, write_json
 from digit.core.grids import image_grid
 from digit.core.images import save_png, to_tensor
 from digit.data.cifar10 import build_cifar10
-from digit.data.dataset import ImageDataset, open_dataset, read_description
+from digit.data.dataset import open_dataset, read_description
 from digit.data.token_cache import Views, build_token_cache
 from digit.encoders import load_encoder
 from digit.evaluation.results import OURS, panels
 from digit.evaluation.steps import Steps
 from digit.pipeline.assembly import assemble, part_folder
-from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.reconstruction import reconstruction_sheet
 from digit.sampling import SamplingParams
 from digit.training.build import build_task
@@ -57,7 +55,7 @@ class _Stages:
         self.done = 0.0  # share of the work that was done here, in `spent` seconds
         self.spent = 0.0
 
-    def run(self, name: str, command: str, work: Callable[[], object], **inputs: Any) -> None:
+    def run(self, name: str, command: str, work: Callable[[], None], **inputs: Any) -> None:
         """Do a stage unless it is finished; another input than that of an earlier run is another stage."""
         number, left = list(SHARES).index(name) + 1, 1 - sum(list(SHARES.values())[: list(SHARES).index(name)])
         rest = f", about {max(1, round(self.spent / self.done * left / 60))} min left" if self.done else ""
@@ -65,10 +63,7 @@ class _Stages:
         Console(stderr=True, highlight=False).print(told, soft_wrap=True)
         began = time.perf_counter()
 
-        def logged(_: Path) -> None:
-            work()
-
-        step = self.steps.run(name, inputs, logged)
+        step = self.steps.run(name, inputs, lambda _: work())
         self.seconds[name] = round(time.perf_counter() - began, 1)
         if not step.reused:
             self.done, self.spent = self.done + SHARES[name], self.spent + self.seconds[name]
@@ -113,90 +108,70 @@ def run_tour(
         command = f"digit train {component} --preset {name} --data {where} --out {out / run}{given}"
         stages.run(run, command, work, preset=preset)
 
+    def fit() -> None:
+        some = images.subset(range(min(CODEBOOK_IMAGES, len(images))))
+        pixels, _ = some.arrays()
+        batches = (to_tensor(pixels[i : i + 128]) for i in range(0, len(some), 128))
+        facts: dict[str, Any] = {"total": len(some), "provenance": {"data": some.fingerprint}}
+        book = fit_codebook(load_encoder(part_folder(out / "encoder")), batches, CLUSTERS, seed=seed, **facts)
+        book.save_pretrained(out / "codebook")
+
+    def cache() -> None:
+        tokenizers = assemble(out / "encoder", out / "codebook", out / "vqgan", name="tour")
+        tokenizers.save_pretrained(out / "tokenizers")
+        some = images.subset(range(min(CACHE_IMAGES, len(images))))
+        build_token_cache(tokenizers, some, out / "tokens", Views(center=True, flip=False))
+
     train_part("encoder", "encoder", source)
     command = (
         f"digit fit-codebook --encoder {out / 'encoder'} --data {source} --clusters {CLUSTERS} --out {out / 'codebook'}"
     )
-    stages.run("codebook", command, lambda: _fit(images, out, seed), clusters=CLUSTERS, seed=seed)
+    stages.run("codebook", command, fit, clusters=CLUSTERS, seed=seed)
     train_part("vqgan", "vqgan", source)
     command = f"digit cache-tokens --model {out / 'tokenizers'} --data {source} --out {out / 'tokens'}"
-    stages.run("tokens", command, lambda: _cache(images, out), images=CACHE_IMAGES, seed=seed)
+    stages.run("tokens", command, cache, images=CACHE_IMAGES, seed=seed)
     for run, component in (("prior", "prior"), ("ar", "decoder"), ("masked", "decoder")):
         train_part(run, component, out / "tokens")
-
-    losses = {run: _losses(out / run) for run in RUNS}
-
-    def show() -> None:
-        pipe = _put_together(out)
-        _samples(pipe, out / "samples.png", seed)
-        _reconstructions(pipe, source, out / "reconstructions.png")
-        _plot(losses, out / "loss.png")
-
-    stages.run("samples", f"digit generate {out / 'model'} --out {out / 'more'}", show, seed=seed)
+    losses = {run: [(line["step"], line["loss"]) for line in read_metrics(out / run) if "loss" in line] for run in RUNS}
+    stages.run(
+        "samples",
+        f"digit generate {out / 'model'} --out {out / 'more'}",
+        lambda: _show(out, source, seed, losses),
+        seed=seed,
+    )
     summary = {
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_by_stage": stages.seconds,
         "images": len(images),
         "clusters": CLUSTERS,
-        "codebook": json.loads((out / "codebook" / "config.json").read_text())["provenance"],
-        "parts": {run: _outcome(out / run, losses[run]) for run in RUNS},
+        "codebook": read_json(out / "codebook" / "config.json")["provenance"],
+        "parts": {
+            run: {"first_loss": pairs[0][1], "last_loss": pairs[-1][1], "last_metrics": last_metrics(out / run)}
+            for run, pairs in losses.items()
+        },
         "machine": {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__},
     }
     write_json(out / "summary.json", summary)
     return summary
 
 
-def _fit(images: ImageDataset, out: Path, seed: int) -> None:
-    some = images.subset(range(min(CODEBOOK_IMAGES, len(images))))
-    pixels, _ = some.arrays()
-    batches = (to_tensor(pixels[i : i + 128]) for i in range(0, len(some), 128))
-    encoder = load_encoder(part_folder(out / "encoder"))
-    book = fit_codebook(encoder, batches, CLUSTERS, seed=seed, total=len(some), provenance={"data": some.fingerprint})
-    book.save_pretrained(out / "codebook")
-
-
-def _cache(images: ImageDataset, out: Path) -> None:
-    tokenizers = assemble(out / "encoder", out / "codebook", out / "vqgan", name="tour")
-    tokenizers.save_pretrained(out / "tokenizers")
-    some = images.subset(range(min(CACHE_IMAGES, len(images))))
-    build_token_cache(tokenizers, some, out / "tokens", Views(center=True, flip=False))
-
-
-def _put_together(out: Path) -> DigitPipeline:
+def _show(out: Path, source: Path, seed: int, losses: dict[str, list[tuple[int, float]]]) -> None:
+    """The whole model, and its images: eight classes, one a row; photographs that no part was trained on, where the dataset
+    keeps some apart, beside what becomes of them; and the losses.
+    """
     pipe = assemble(
         out / "encoder", out / "codebook", out / "vqgan", out / "prior", [out / "ar", out / "masked"], name="tour"
     ).with_parts(settings={"prior": SamplingParams(cfg_scale=1.5, top_k=100), "ar": SamplingParams(top_p=0.9)})
     pipe.save_pretrained(out / "model")
-    return pipe
-
-
-def _samples(pipe: DigitPipeline, path: Path, seed: int) -> None:
-    """Eight classes, one a row."""
     labels = [row % pipe.num_classes for row in range(ROWS) for _ in range(COLUMNS)]
     titles = [pipe.class_names[labels[row * COLUMNS]] for row in range(ROWS)]
-    save_png(image_grid(pipe(labels, seed=seed), COLUMNS, row_titles=titles), path)
-
-
-def _reconstructions(pipe: DigitPipeline, source: Path, path: Path) -> None:
-    """Images that no part was trained on, where the dataset keeps some apart, beside what becomes of them."""
+    save_png(image_grid(pipe(labels, seed=seed), COLUMNS, row_titles=titles), out / "samples.png")
     splits = read_description(source)["splits"]
     test = open_dataset(source, "test" if "test" in splits else "train")
     pixels = torch.stack([to_tensor(test[i].image) for i in range(min(ROWS, len(test)))])
-    save_png(reconstruction_sheet(pipe, pixels)[0], path)
-
-
-def _losses(run: Path) -> list[tuple[int, float]]:
-    """(step, training loss) as logged."""
-    return [(line["step"], line["loss"]) for line in read_metrics(run) if "loss" in line]
-
-
-def _outcome(run: Path, losses: list[tuple[int, float]]) -> dict[str, Any]:
-    return {"first_loss": losses[0][1], "last_loss": losses[-1][1], "last_metrics": last_metrics(run)}
-
-
-def _plot(losses: dict[str, list[tuple[int, float]]], path: Path) -> None:
+    save_png(reconstruction_sheet(pipe, pixels)[0], out / "reconstructions.png")
     figure, places = panels(len(losses), (3.2, 3.0))
     for axes, (run, points) in zip(places, losses.items(), strict=True):
         axes.plot(*zip(*points, strict=True), color=OURS)
         axes.set(title=run, xlabel="step", ylabel="training loss")
-    write_file(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
+    write_file(out / "loss.png", lambda aside: figure.savefig(aside, format="png", dpi=110))
