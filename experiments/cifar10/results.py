@@ -433,8 +433,8 @@ Ranked without training a prior or decoder, by bits saved per bit spent; `docs/m
 
 {results.discretisers()}
 ## Fewer passes
-`steps.py`: priors in raster order, in random order and masked, 2,000 images of all classes a point through the packaged feed-forward decoder,
-guidance 2 and top-p .95.
+`steps.py`: priors in raster order, in random order and masked, images of all classes through the packaged feed-forward
+decoder, guidance 2 and top-p .95.
 
 {results.passes()}
 ## What was trained
