@@ -189,7 +189,8 @@ def main() -> None:
         )
     if speedup:
         print(
-            f"one pass: {speedup['seconds_per_image']} times as fast by the clock, {speedup['cpu_seconds_per_image']} by CPU time"
+            f"one pass: {speedup['seconds_per_image']} times as fast by the clock, {speedup['cpu_seconds_per_image']} "
+            "by CPU time"
         )
     print(json.dumps({
         "benchmark": "onepass", "size": args.size, "device": args.device, "dtype": args.dtype, "batch": args.batch,

@@ -255,7 +255,8 @@ def rows(contenders: list[Contender], speeds: list[dict[str, float]], model: Tok
             "tokens_per_second": batch * length / statistics.median(c.seconds),
             "milliseconds_per_step": 1e3 * statistics.median(took),
             "times_hf_generate": statistics.median(ratio),
-            "times_authors_loop": AUTHORS * batch / statistics.median(c.seconds) if (batch, length) == (8, 256) else None,
+            "times_authors_loop": AUTHORS * batch / statistics.median(c.seconds) if (batch, length) == (8,
+                256) else None,
             "weight_bandwidth_share": statistics.median(bound),
             "bandwidth_share": statistics.median(traffic),
             "matmul_share": statistics.median(flops),
@@ -267,7 +268,8 @@ def rows(contenders: list[Contender], speeds: list[dict[str, float]], model: Tok
 
 
 def show(table: list[dict]) -> None:
-    heads = ("batch", "contender", "s/image", "images/s", "tokens/s", "ms/step", "x HF", "x authors", "MB/step", "of weight bound",
+    heads = ("batch", "contender", "s/image", "images/s", "tokens/s", "ms/step", "x HF", "x authors", "MB/step",
+        "of weight bound",
              "of bandwidth", "of matmul", "peak MB", "compile s")  # fmt: skip
     print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for r in table:
@@ -275,7 +277,8 @@ def show(table: list[dict]) -> None:
             f"| {r['batch']} | {r['contender']} | {r['seconds_per_image']:.3f} | {r['images_per_second']:.2f} | "
             f"{r['tokens_per_second']:,.0f} | "
             f"{r['milliseconds_per_step']:.2f} | {r['times_hf_generate']:.2f} | "
-            f"{'' if r['times_authors_loop'] is None else format(r['times_authors_loop'], '.2f')} | {r['megabytes_per_step']:.0f} | "
+            f"{'' if r['times_authors_loop'] is None else format(r['times_authors_loop'], '.2f')} | "
+            f"{r['megabytes_per_step']:.0f} | "
             f"{r['weight_bandwidth_share']:.0%} | {r['bandwidth_share']:.0%} | {r['matmul_share']:.0%} | "
             f"{r['peak_megabytes']:,.0f} | {r['compile_seconds']:.0f} |"
         )
@@ -312,7 +315,8 @@ def cpu(
     found = {name: statistics.median(v[name] for v in speeds) for name in speeds[0]}
     print(
         f"\nread {found['read'] / 1e9:.1f} GB/s, copy {found['copy'] / 1e9:.1f} GB/s (read + write), matmul "
-        f"{found['flops_fp32'] / 1e9:.0f} GFLOP/s fp32, {found['flops_bf16'] / 1e9:.0f} bf16, {torch.get_num_threads()} threads; "
+        f"{found['flops_fp32'] / 1e9:.0f} GFLOP/s fp32, {found['flops_bf16'] / 1e9:.0f} bf16, "
+        f"{torch.get_num_threads()} threads; "
         f"other programs took {found['others']:.0%} of the processors"
     )
     return {"size": size, "weights": step_weights(model), "machine": found, "rounds": speeds, "rows": table}
@@ -454,7 +458,8 @@ def main() -> None:
     }
     batches = [1, 4] if args.quick else [1, 8, 64]
     result["small"] = cpu(
-        "quick" if args.quick else "small", batches if args.batches is None else args.batches, 2 if args.quick else args.rounds,
+        "quick" if args.quick else "small", batches if args.batches is None else args.batches,
+        2 if args.quick else args.rounds,
         args.only, args.patience, [json.loads(path.read_text())["small"] for path in args.earlier],
     )  # fmt: skip
     if torch.cuda.is_available() and not args.quick:

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 IMAGES = Path(__file__).resolve().parent.parent / "tests" / "assets" / "cifar512"
-STAGES = ("decode images", "encoder", "codebook fit", "tokenize", "vqgan encode", "prior", "ar decoder", "masked decoder",
+STAGES = ("decode images", "encoder", "codebook fit", "tokenize", "vqgan encode", "prior", "ar decoder",
+    "masked decoder",
           "vqgan decode", "generate (ar)", "generate (masked)", "train prior", "train vqgan")  # fmt: skip
 
 
@@ -44,7 +45,8 @@ def networks():
         return TokenModel(from_dict(TokenModelConfig, {**load_preset(preset)["model"], **sizes}, preset)).eval()
 
     stage2 = {
-        "vocab_size": vqgan.config.codes, "length": vqgan.num_tokens, "prefix_vocab_size": clusters, "prefix_length": length
+        "vocab_size": vqgan.config.codes, "length": vqgan.num_tokens, "prefix_vocab_size": clusters,
+        "prefix_length": length
     }  # fmt: skip
     return DigitPipeline(
         encoder=encoder,

@@ -218,7 +218,8 @@ def main() -> None:
             torch.cuda.reset_peak_memory_stats(device)
         found = results[name] = measure_preset(name, args)
         print(
-            f"{name:26} {found['parameters']:12,} {found['images_per_second']:10,.1f} {found['tokens_per_second']:12,.0f} "
+            f"{name:26} {found['parameters']:12,} {found['images_per_second']:10,.1f} "
+            f"{found['tokens_per_second']:12,.0f} "
             f"{found['teraflops']:9.3f} {found['mfu']:6.1%} {found['peak_GiB']:6.2f}", flush=True,
         )  # fmt: skip
     cache = None if args.no_cache else measure_cache(args)
@@ -230,7 +231,8 @@ def main() -> None:
         )
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     machine = {
-        "device": name, "precision": args.precision, "threads": args.threads, "core_seconds": args.core_seconds, "torch": torch.__version__,
+        "device": name, "precision": args.precision, "threads": args.threads, "core_seconds": args.core_seconds,
+        "torch": torch.__version__,
         "python": platform.python_version(), "peak_flops": peak_flops(device, args.precision),
     }  # fmt: skip
     print(json.dumps({"benchmark": "training", "machine": machine, "presets": results, "cache": cache}))

@@ -1,8 +1,8 @@
 """The blocks of code in the documentation, and how each is marked.
 
 An HTML comment in the line before a block says what becomes of it: ``<!-- run -->`` (the tests run it),
-``<!-- run, slow -->`` (the slow tests do, with short trainings), or ``<!-- needs: SOMETHING -->`` (it cannot run here, and
-why).
+``<!-- run, slow -->`` (the slow tests do, with short trainings), or ``<!-- needs: SOMETHING -->`` (it cannot run here,
+and why).
 """
 
 from __future__ import annotations

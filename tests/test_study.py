@@ -98,8 +98,8 @@ def test_spread_and_ratio():
     text = kept.headline()
     assert "| VQ prior (baseline) | 42.00 ± 2.83 | 2 | 100 |" in text
     assert (
-        "**2.00 (2.00, 2.00 seed by seed) with the AR decoder, 1.33 with the masked decoder, 1.43 with the feed-forward decoder**"
-        in text
+        "**2.00 (2.00, 2.00 seed by seed) with the AR decoder, 1.33 with the masked decoder, 1.43 with the "
+        "feed-forward decoder**" in text
     )
     assert "| semantic prior + AR decoder, with a class | 12.50 | 1 | 100 |" in text
     assert "FID(MaskGIT) / FID(semantic prior + masked decoder): **1.50**" in text

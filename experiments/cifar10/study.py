@@ -84,17 +84,20 @@ PROFILES = {
     "cpu": {},
     "gpu": {
         "encoder-vit": "model.depth=12",
-        "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=100 training.batch_size=256 "
+        "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=100 "
+        "training.batch_size=256 "
         "training.lr=3e-4",
         "prior": f"{LARGER} {PRIOR_EPOCHS['gpu']}",
         "decoder": f"{LARGER} training.epochs=100",
         "onepass": "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6 "
-        "model.transformer.ffn_dim=1536 model.transformer.dropout=0.1 model.pixels.widths=[256,128] training.epochs=100 "
+        "model.transformer.ffn_dim=1536 model.transformer.dropout=0.1 model.pixels.widths=[256,128] "
+        "training.epochs=100 "
         "training.batch_size=256 training.lr=5e-4",
     },
     "short": {
         "encoder-vit": "objective.local_count=2 training.epochs=40 training.warmup_steps=100",
-        "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=10 training.batch_size=256 "
+        "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=10 "
+        "training.batch_size=256 "
         "training.lr=3e-4",
         "prior": f"{LARGER} {PRIOR_EPOCHS['short']}",
         "decoder": f"{LARGER} training.epochs=20",
@@ -372,7 +375,8 @@ class Study:
         }
         for name, options in trials.items():
             model = self.out / "models" / name.removesuffix("-ar").removesuffix("-onepass")
-            command = f"evaluate fidelity {model} --num 5000 --no-fid --kid --prc --reference {features} --batch-size 250{options}"
+            command = f"evaluate fidelity {model} --num 5000 --no-fid --kid --prc --reference {features}"
+            command += f" --batch-size 250{options}"
             yield Step(
                 group, f"similarity-{name}", f"{command} --out {self.out / 'results' / f'similarity-{name}.json'}"
             )
@@ -413,7 +417,8 @@ class Study:
 
     def _fidelity(self, group: str, name: str, model: str, options: str = "", images: int | None = None) -> Step:
         path = self.out / "results" / f"fidelity-{name}.json"
-        command = f"evaluate fidelity {self.out / 'models' / model} --num {images or self.images} --reference {self.reference}"
+        command = f"evaluate fidelity {self.out / 'models' / model} --num {images or self.images}"
+        command += f" --reference {self.reference}"
         return Step(group, f"fidelity-{name}", f"{command} --batch-size 250 {options} --out {path}".replace("  ", " "))
 
 
@@ -474,7 +479,8 @@ def main() -> None:
     parser.add_argument(
         "groups",
         nargs="*",
-        help="tokenizers, core, headline, plain, baselines, ceiling, sizes, vocabularies, similarity, curves; or names of steps",
+        help="tokenizers, core, headline, plain, baselines, ceiling, sizes, vocabularies, similarity, curves; or "
+        "names of steps",
     )
     parser.add_argument("--list", action="store_true", help="show the steps and which are done")
     parser.add_argument("--restore", action="store_true", help="take what the packaged model has as trained already")

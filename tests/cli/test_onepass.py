@@ -8,8 +8,10 @@ from digit import DigitPipeline
 from terminal import run
 
 SMALL = (
-    "model.transformer={dim: 32, depth: 1, heads: 2, causal: false}", "model.pixels={resolution: 32, widths: [8, 8], patch: 4}",
-    "data.held_out_split=null", "training.steps=2", "training.batch_size=8", "training.sample_every=2", "objective.gan_start=0",
+    "model.transformer={dim: 32, depth: 1, heads: 2, causal: false}",
+    "model.pixels={resolution: 32, widths: [8, 8], patch: 4}",
+    "data.held_out_split=null", "training.steps=2", "training.batch_size=8", "training.sample_every=2",
+    "objective.gan_start=0",
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""docs/architecture.md names files and functions; they exist, and its rooms are those that `make lint` holds in order."""
+"""docs/architecture.md names files and functions that exist; its rooms are those that `make lint` holds in order."""
 
 from __future__ import annotations
 

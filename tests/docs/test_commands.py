@@ -78,7 +78,7 @@ def clone(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def place(clone, cifar512) -> Path:
-    """A clone with what other pages than the first ones suppose: a model, a dataset, and a folder of the reader's own."""
+    """A clone with what later pages suppose: a model, a dataset, and a folder of the reader's own."""
     images = open_dataset(cifar512, "train")
     classes = list(images.classes)
     pipe = tiny.pipeline().with_parts(prior=tiny.token_model("prior", num_classes=len(classes)), class_names=classes)

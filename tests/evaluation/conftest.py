@@ -28,8 +28,9 @@ def users_cache(monkeypatch):
 
 
 class PoolingExtractor:
-    """A small real network in place of InceptionV3: 4 x 4 average pooling, 48 features, a fixed linear classifier, and 12
-    spatial features from 2 x 2 pooling."""
+    """A small real network in place of InceptionV3: 4 x 4 average pooling, 48 features, a fixed linear classifier, and
+    12 spatial features from 2 x 2 pooling.
+    """
 
     width = 48
     backend = "pooling"

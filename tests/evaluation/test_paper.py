@@ -50,7 +50,8 @@ def place(pipe, vq_pipe, cifar512, tmp_path_factory) -> Path:
     cond, free = (pipe.with_parts(prior=tiny.token_model("prior", **part), class_names=[]) for part in parts)
     masked = tiny.token_model("masked", num_classes=10, prefix_vocab_size=0, prefix_length=0)
     for name, model in {
-        "digit-base": free, "digit-large": free, "digit-base-cond": cond, "digit-large-cond": cond, "cifar10-tiny": pipe,
+        "digit-base": free, "digit-large": free, "digit-base-cond": cond, "digit-large-cond": cond,
+        "cifar10-tiny": pipe,
         "digit-base-vq": vq_pipe, "cifar10-vq": vq_pipe, "digit-base-vq-masked": vq_pipe.with_parts(prior=masked),
         "cifar10-vq-masked": vq_pipe.with_parts(prior=masked), "digit-base-vq-cond": vq_pipe,
         "digit-base-vq-masked-cond": vq_pipe.with_parts(prior=masked),
@@ -83,7 +84,7 @@ def place(pipe, vq_pipe, cifar512, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run(place, pooling, monkeypatch):
-    """Run a command of the table there, with few images, short trainings and a small network in place of InceptionV3."""
+    """Run a command of the table, with few images, short trainings and a small network in place of InceptionV3."""
     monkeypatch.chdir(place)
     for module in ("digit.evaluation.metrics.inception", "digit.evaluation.studies.ablation"):
         monkeypatch.setattr(f"{module}.open_extractor", lambda *_, **__: pooling)

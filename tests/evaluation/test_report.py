@@ -130,7 +130,7 @@ def test_measured_values_stand_beside_the_papers(run, page):
 
 
 def test_each_result_says_what_it_depends_on(run, page):
-    """Number of images, reference, network, labels and guidance under each table, and hardware and settings on demand."""
+    """Number of images, reference, network, labels, guidance under each table; hardware and settings on demand."""
     made = [path.parent.name for path in run.glob("*/result.json")]
     assert len(made) == 7
     made += ["fid.json", "samples", "prior"]  # and generation.json, and the exported model of the training

@@ -293,7 +293,9 @@ def _assets(folder: Path) -> Path:
 
 @pytest.mark.parametrize("folder", [folder for folder in CHECKPOINTS if _assets(folder).is_dir()], ids=_name)
 def test_the_encoder_of_the_documented_command_makes_the_authors_tokens(folder, tmp_path):
-    """``digit convert encoder dinov2_vitb14_reg4_pretrain.pth --out runs/encoder`` of docs/paper.md, and their centroids."""
+    """``digit convert encoder dinov2_vitb14_reg4_pretrain.pth --out runs/encoder`` of docs/paper.md, and their
+    centroids.
+    """
     about, assets, outputs = json.loads((folder / "meta.json").read_text()), _assets(folder), np.load(folder / "io.npz")
     if "sem_ids" not in outputs:
         pytest.skip("this kind has no encoder")

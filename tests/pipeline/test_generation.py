@@ -125,7 +125,8 @@ def test_two_processes_make_the_same_files(pipe, reference, tmp_path):
     code = (
         "import sys, torch; torch.set_num_threads(1)\n"
         "from digit import DigitPipeline; from digit.pipeline.generation import generate_folder\n"
-        "r = generate_folder(DigitPipeline.from_pretrained(sys.argv[1]), sys.argv[2], 11, [0, 1, 2], seed=4, batch_size=2,"
+        "r = generate_folder(DigitPipeline.from_pretrained(sys.argv[1]), sys.argv[2], 11, [0, 1, 2], seed=4, "
+        "batch_size=2,"
         " save_tokens=True, top_k=5)\n"
         "print(r['made'], r['finished'])"
     )

@@ -1,4 +1,6 @@
-"""What Python users type: the arguments that users of diffusers know, images and labels of every kind, and sentences for mistakes."""
+"""What Python users type: the arguments that users of diffusers know, images and labels of every kind, and sentences
+for mistakes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is asked of a model: the checks before anything is sampled, and labels on their way to decoders that know classes."""
+"""What is asked of a model: the checks before anything is sampled, and labels on their way to decoders that know
+classes.
+"""
 
 import pytest
 import torch

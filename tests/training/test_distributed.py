@@ -36,7 +36,8 @@ for out, preset, data, changes, resume in json.loads(sys.argv[1]):
 SMALL = [
     "training.steps=12", "training.batch_size=16", "training.log_every=1", "training.checkpoint_every=4",
     "training.keep_checkpoints=9", "training.validate_every=4", "training.warmup_steps=4", "training.ema_decay=0.9",
-    "model.transformer.dim=32", "model.transformer.depth=2", "model.transformer.dropout=0.0", "training.schedule=constant",
+    "model.transformer.dim=32", "model.transformer.depth=2", "model.transformer.dropout=0.0",
+    "training.schedule=constant",
 ]  # fmt: skip
 Run = tuple[str, str, str, list[str], bool]
 

@@ -32,7 +32,8 @@ RUNS = {
     ),
     "ibot": (
         VIT,
-        {"method": "dino", "hidden": 64, "bottleneck": 32, "prototypes": 64, "koleo_weight": 0.1, "teacher_momentum": 0.9},
+        {"method": "dino", "hidden": 64, "bottleneck": 32, "prototypes": 64, "koleo_weight": 0.1,
+        "teacher_momentum": 0.9},
     ),
     "multi-crop": (
         VIT,

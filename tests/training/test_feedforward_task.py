@@ -40,7 +40,8 @@ def parts() -> DigitPipeline:
 
 
 def build(
-    images: ImageDataset, parts: DigitPipeline, seed: int = 0, held_out: ImageDataset | None = None, head: str = "pixels",
+    images: ImageDataset, parts: DigitPipeline, seed: int = 0, held_out: ImageDataset | None = None,
+    head: str = "pixels",
     samples: torch.Tensor | None = None, noise_dim: int = 8, **objective: object,
 ) -> OnePassTask:  # fmt: skip
     torch.manual_seed(seed)

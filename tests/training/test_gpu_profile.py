@@ -28,7 +28,8 @@ SPEC.loader.exec_module(study)
 IMAGES = {"gpu": 50_000, "short": 20_000}
 # what makes two steps of a training small without touching its networks
 TRAIN = {
-    "training.steps": 2, "training.batch_size": 2, "training.precision": "no", "training.workers": 0, "training.sample_every": 0,
+    "training.steps": 2, "training.batch_size": 2, "training.precision": "no", "training.workers": 0,
+    "training.sample_every": 0,
     "data.held_out": 4,
 }  # fmt: skip
 EVALUATE = {"--num": "4", "--batch-size": "4", "--epochs": "1", "--images": "64", "--layers": "1"}

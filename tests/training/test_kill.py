@@ -141,8 +141,10 @@ def test_training_survives_kill_9(token_cache: TokenCache, tmp_path: Path) -> No
     """Every start goes on from a whole checkpoint, and the last weights are those of a run that was left alone, bit for
     bit."""
     small = [
-        f"training.steps={STEPS}", "training.batch_size=8", "training.log_every=20", "training.checkpoint_every=5", "data.held_out=16",
-        "training.validate_every=100", "model.transformer.dim=32", "model.transformer.depth=1", "model.transformer.heads=2",
+        f"training.steps={STEPS}", "training.batch_size=8", "training.log_every=20", "training.checkpoint_every=5",
+        "data.held_out=16",
+        "training.validate_every=100", "model.transformer.dim=32", "model.transformer.depth=1",
+        "model.transformer.heads=2",
     ]  # fmt: skip
     undisturbed = Worker("learn", token_cache.folder, tmp_path / "whole", *small, errors=tmp_path / "whole.txt")
     seconds = undisturbed.seconds()

@@ -375,7 +375,8 @@ def test_nothing_waits_for_the_device_between_two_log_lines(tmp_path: Path, monk
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
     with reading:  # fused, as on a GPU: else AdamW reads its own step count, which lies on the CPU
-        run(tmp_path, task, steps=20, log_every=5, validate_every=10, checkpoint_every=10, ema_decay=0.9, accumulation=2,
+        run(tmp_path, task, steps=20, log_every=5, validate_every=10, checkpoint_every=10, ema_decay=0.9,
+            accumulation=2,
             max_spike=9, fused=True)  # fmt: skip
     assert reading.steps - {0} == {5, 10, 15, 20}
 

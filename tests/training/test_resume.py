@@ -21,7 +21,8 @@ from runs import curve, lines, same
 PROGRAM = "import torch; torch.set_num_threads(1); from digit.cli.app import app; app()"
 SMALL = {
     "training.steps": 60, "training.batch_size": 16, "training.log_every": 1, "training.checkpoint_every": 25,
-    "training.validate_every": 30, "training.accumulation": 2, "model.transformer.dim": 32, "model.transformer.depth": 2,
+    "training.validate_every": 30, "training.accumulation": 2, "model.transformer.dim": 32,
+    "model.transformer.depth": 2,
 }  # fmt: skip
 
 

@@ -51,7 +51,8 @@ def _options(
 
 
 for command in (
-    generate.generate, generate.edit, generate.tokenize, generate.decode, generate.reconstruct, model.assemble, model.tour,
+    generate.generate, generate.edit, generate.tokenize, generate.decode, generate.reconstruct, model.assemble,
+    model.tour,
     train.fit_codebook, train.cache_tokens, train.train, presets.presets, model.info, evaluate.report, serve.serve,
     serve.atlas, model.card, model.push, doctor.doctor,
 ):  # fmt: skip

@@ -1,4 +1,6 @@
-"""``digit evaluate reconstruction``, ``sweep``, ``prefix`` and ``robustness``: measurements of the images that a model makes."""
+"""``digit evaluate reconstruction``, ``sweep``, ``prefix`` and ``robustness``: measurements of the images that a model
+makes.
+"""
 
 from __future__ import annotations
 
@@ -59,8 +61,8 @@ def reconstruction(
     device: options.Device = None,
     variant: options.Variant = None,
 ) -> None:
-    """How well real images come back, through the VQGAN and through semantic tokens and each decoder (ceilings of tables 3
-    and 4): rFID, PSNR, SSIM, LPIPS, use of the codebook and entropy of the tokens.
+    """How well real images come back, through the VQGAN and through semantic tokens and each decoder (ceilings of
+    tables 3 and 4): rFID, PSNR, SSIM, LPIPS, use of the codebook and entropy of the tokens.
 
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """

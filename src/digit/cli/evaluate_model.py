@@ -1,4 +1,6 @@
-"""``digit evaluate stability``, ``probe``, ``screen``, ``tokens`` and ``ablation``: measurements of tokens and of the prior."""
+"""``digit evaluate stability``, ``probe``, ``screen``, ``tokens`` and ``ablation``: measurements of tokens and of the
+prior.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,7 @@ def _train_and_test(
 def _candidates(
     models: Sequence[str], clusters: str | None, stages: Stages, kinds: Sequence[Discretisation] = ()
 ) -> dict[str, DigitPipeline]:
-    """The tokenizers of some models under their short names, with codebooks of each kind and size fitted where asked."""
+    """The tokenizers of some models by their short names, with codebooks of each kind and size fitted where asked."""
     from digit.clustering.discretisers import Discretisation
     from digit.evaluation.studies.ranking import candidates
 
@@ -187,7 +189,8 @@ def tokens(
     out: options.Out = Path("tokens"),
     device: options.Device = None,
 ) -> None:
-    """Rank tokens without training: use, entropy, stability, neighbours, and what ridge regression decodes for the bits.
+    """Rank tokens without training: use, entropy, stability, neighbours, and what ridge regression decodes for the
+    bits.
 
     Example:  digit evaluate tokens cifar10 --data data/cifar10 --kinds kmeans,spherical,pca,residual,fsq
         --clusters 256,1024 --num 4000 --test-num 1000 --out runs/tokens

@@ -66,7 +66,8 @@ def generate(
     pipe = options.load(model, device, dtype, variant)
     try:
         record = generate_folder(
-            pipe, out, num, labels if labels == "random" else options.parse_labels(labels, pipe), seed, decoder, batch_size,
+            pipe, out, num, labels if labels == "random" else options.parse_labels(labels, pipe), seed, decoder,
+            batch_size,
             save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
         )  # fmt: skip
     except KeyboardInterrupt:

@@ -131,7 +131,8 @@ def tour(
     """Take raw photographs through every stage at a small preset: encoder, codebook, VQGAN, tokens, prior, decoders,
     images.
 
-    Leaves samples.png, reconstructions.png, loss.png, summary.json and the model. Takes ten to thirty minutes on two cores.
+    Leaves samples.png, reconstructions.png, loss.png, summary.json and the model. Takes ten to thirty minutes on two
+    cores.
     """
     from digit.evaluation.studies.tour import run_tour
 

@@ -1,4 +1,6 @@
-"""Options that several commands share, their completion in the shell, and those of sampling, made from a request's fields."""
+"""Options that several commands share, their completion in the shell, and those of sampling, made from a request's
+fields.
+"""
 
 from __future__ import annotations
 

@@ -62,7 +62,8 @@ def fit_codebook(
     mode: Annotated[
         Literal["sample", "whole", "mini-batch"],
         typer.Option(
-            help="sample: of 256 vectors per token. whole: each iteration reads all images again. mini-batch: so it does, "
+            help="sample: of 256 vectors per token. whole: each iteration reads all images again. mini-batch: so it "
+            "does, "
             "and the centroids move after every batch."
         ),
     ] = "sample",
@@ -111,7 +112,8 @@ def fit_codebook(
             return Batches(dataset, sampler, transform, seed=seed, workers=workers)
 
         codebook = fit(
-            network, passes, clusters, discretiser=Discretisation(kind=kind, pca=pca, depth=depth), mode=mode, start=start,
+            network, passes, clusters, discretiser=Discretisation(kind=kind, pca=pca, depth=depth), mode=mode,
+            start=start,
             seed=seed, iterations=iterations, device=place, total=len(dataset), provenance=facts, show=rank == 0,
         )  # fmt: skip
     if rank:
@@ -213,7 +215,8 @@ def train(
     freeze: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head; of a VQGAN, tokens."
+            help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head; of a "
+            "VQGAN, tokens."
         ),
     ] = None,
     lora: Annotated[
@@ -261,7 +264,7 @@ def train(
 
 
 def _close(out: Path, request: Request) -> None:
-    """Print what a finished run reached, beside the packaged run of its preset, where its curves are, and what is next."""
+    """Print what a run reached beside the packaged run of its preset, where its curves are, and what is next."""
     from digit.core.files import write_file
     from digit.evaluation.report.collect import training_run
     from digit.evaluation.report.runs import differences, known_curves, label

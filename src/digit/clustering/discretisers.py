@@ -1,9 +1,9 @@
 """Other ways than plain k-means to cut the feature space into tokens.
 
 All but residual k-means end in a plain codebook, for the nearest centroid in the encoder's own space gives the same
-tokens: centroids in the space of some principal components are carried back into the full one, where the distance to them
-grows by what the components leave out, which is the same for all; and to centroids of equal length the nearest is the one of
-the smallest angle. So nothing but centroids is saved, and whatever takes a codebook takes these.
+tokens: centroids in the space of some principal components are carried back into the full one, where the distance to
+them grows by what the components leave out, which is the same for all; and to centroids of equal length the nearest is
+the one of the smallest angle. So nothing but centroids is saved, and whatever takes a codebook takes these.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Discretisation:
     """Which way to cut the feature space.
 
     Attributes:
-        kind: kmeans: plain. spherical: by angle. pca: k-means in the space of ``pca`` principal components. residual: k-means,
-            and again of what is left, ``depth`` tokens a place. fsq: a fixed grid over few components (finite scalar
-            quantisation, Mentzer et al. 2023, arXiv 2309.15505).
+        kind: kmeans: plain. spherical: by angle. pca: k-means in the space of ``pca`` principal components. residual:
+            k-means, and again of what is left, ``depth`` tokens a place. fsq: a fixed grid over few components (finite
+            scalar quantisation, Mentzer et al. 2023, arXiv 2309.15505).
         pca: principal components that every kind but fsq works in; None: all, and for kind pca a quarter of the width.
         depth: tokens a place of kind residual.
     """

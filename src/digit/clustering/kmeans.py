@@ -2,15 +2,16 @@
 
 Source: the paper's section 3 and the authors' preprocess/ (DAMO-NLP-SG/DiGIT at cd6d8ca): 20 iterations of Lloyd's
 algorithm, plain squared distance, random first centroids, at most 256 vectors a centroid. They write every feature to
-disk, about 100 GB; here those 256 a centroid alone are kept. Three modes begin with one pass over the images that draws a
-uniform sample of the features:
+disk, about 100 GB; here those 256 a centroid alone are kept. Three modes begin with one pass over the images that draws
+a uniform sample of the features:
 
 * ``sample``: Lloyd's iterations over that sample, as the authors do it;
 * ``whole``: each of Lloyd's iterations runs all images through the encoder again;
 * ``mini-batch``: so does each iteration here, but the centroids move after every batch (Sculley 2010, section 3).
 
 Several processes (``torchrun``) share the images. They add up sums and counts, so that they find what one process
-finds, up to rounding. A cluster that no vector is nearest to starts again at a vector that is far from its own centroid.
+finds, up to rounding. A cluster that no vector is nearest to starts again at a vector that is far from its own
+centroid.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Fit(NamedTuple):
         """What a codebook's provenance says of it.
 
         Returns:
-            "inertia"; "used_clusters", "dead_clusters": with and without any vector; "perplexity": exp of the entropy of
-            the ids, between 1 and K.
+            "inertia"; "used_clusters", "dead_clusters": with and without any vector; "perplexity": exp of the entropy
+            of the ids, between 1 and K.
         """
         share = self.counts[self.counts > 0] / self.counts.sum()
         return {
@@ -174,7 +175,8 @@ def fit_codebook(
     """
     if clusters < 1 or iterations < 1 or max_points_per_centroid < 1:
         raise DigitError(
-            f"clusters={clusters}, iterations={iterations}, max_points_per_centroid={max_points_per_centroid}: each must be "
+            f"clusters={clusters}, iterations={iterations}, max_points_per_centroid={max_points_per_centroid}: each "
+            "must be "
             "at least 1."
         )
     if not callable(batches) and mode != "sample":

@@ -55,8 +55,8 @@ class Vectors(NamedTuple):
 
 
 class PassSampler(OrderedSampler):
-    """All images once, in a random order that depends on (seed, number of the pass); every process gets its part of each
-    batch.
+    """All images once, in a random order that depends on (seed, number of the pass); every process gets its part of
+    each batch.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int, number: int, rank: int = 0, world: int = 1) -> None:

@@ -122,8 +122,8 @@ def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component
     """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out.
 
     Args:
-        keys: the backbone's tensors: of :func:`read_backbone`, or ``keys.under("pretrained_encoder.")`` of a checkpoint.
-            The caller calls their ``check()``.
+        keys: the backbone's tensors: of :func:`read_backbone`, or ``keys.under("pretrained_encoder.")`` of a
+            checkpoint. The caller calls their ``check()``.
         heads: attention heads; None takes width / 64, as every published DINOv2 has.
         fields: of :class:`~digit.encoders.transformers_encoder.EncoderConfig`, where they are not the authors'.
     """

@@ -5,7 +5,7 @@ Vocabulary of theirs, and what becomes of it (fairseq 0.12.2 with DAMO-NLP-SG/Di
 | their row | what it is | ours |
 |---|---|---|
 | 0, 1, 4 | ``<s>``, padding, ``<n>``: never used | dropped |
-| 2 | end of sequence; as an input it starts the sequence | ``start`` (the output row is dropped: our sequences have a length) |
+| 2 | end of sequence; as an input it starts the sequence | ``start`` (no output row: our sequences have a length) |
 | 3 | unknown; the masked decoder's mask | ``mask_vector`` of a masked decoder, else dropped |
 | 5 + i | symbol i | row i of ``token_embedding`` and of ``head`` |
 | behind them, stage 1 | class c | row c of ``class_embedding`` |
@@ -150,7 +150,8 @@ def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Com
     prefix_vocab = rest - SPECIALS if role != "prior" else 0
     if vocab < 1 or rest < 0 or (role != "prior" and prefix_vocab < 1):
         raise DigitError(
-            f"{file.path}: decoder.embed_tokens.weight has {rows} rows and decoder.output_projection.weight {vocab + SPECIALS}; "
+            f"{file.path}: decoder.embed_tokens.weight has {rows} rows and decoder.output_projection.weight "
+            f"{vocab + SPECIALS}; "
             f"these do not make a {'prior' if role == 'prior' else 'decoder with a semantic prefix'}."
         )
     for name, size in (("target_vocab_size", vocab), ("source_vocab_size", prefix_vocab)):

@@ -16,8 +16,9 @@ Parts = Mapping[str, Sequence[Tensor]]
 copied."""
 
 Renames = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
-"""Substitutions (pattern, replacement) that make their name of ours, one after the other. ``{a,b}`` in a name stands for
-two tensors, which ours joins."""
+"""Substitutions (pattern, replacement) that make their name of ours, one after the other. ``{a,b}`` in a name stands
+for two tensors, which ours joins.
+"""
 
 _SHOWN = 30
 

@@ -1,8 +1,8 @@
 """Open a foreign torch file: nothing in it is run, nothing is read before it is used, and refusals are sentences.
 
 A torch file is a pickle, and a pickle can carry code. It is read with ``weights_only=True``. Training checkpoints also
-hold settings (argparse, OmegaConf) and NumPy scalars; for those, and nothing else, there are stub classes here that only
-keep what they are given, so neither those packages nor their code take part.
+hold settings (argparse, OmegaConf) and NumPy scalars; for those, and nothing else, there are stub classes here that
+only keep what they are given, so neither those packages nor their code take part.
 """
 
 from __future__ import annotations
@@ -117,8 +117,10 @@ def read_torch_file(path: str | Path) -> Any:
                 asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) or asked
             if asked:
                 raise DigitError(
-                    f"{path} is refused: its pickle asks to run or build {', '.join(sorted(asked)[:4])}, which is code and not "
-                    "weights. digit loads tensors and plain settings only. If you trust the file, open it where it was made "
+                    f"{path} is refused: its pickle asks to run or build {', '.join(sorted(asked)[:4])}, which is "
+                    "code and not "
+                    "weights. digit loads tensors and plain settings only. If you trust the file, open it where it "
+                    "was made "
                     "and save its state dict alone with torch.save."
                 ) from error
             reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__

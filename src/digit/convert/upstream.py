@@ -77,7 +77,8 @@ def convert_upstream(
             found.add_checkpoint(_open(path, role), role)
     if not found.offers:
         raise DigitError(
-            "No file to convert was given; expected --stage1, --stage2, --stage2-masked, --codebook, --vqgan or --encoder."
+            "No file to convert was given; expected --stage1, --stage2, --stage2-masked, --codebook, --vqgan or "
+            "--encoder."
         )
     found.check()
     parts = {place: offers[0] for place, offers in found.offers.items()}
@@ -160,7 +161,8 @@ def _open(path: str | Path, role: Role) -> Checkpoint:
     right = _ROLE_OF_KIND.get(file.kind or "", role if role != "prior" else "ar")
     if right != role:
         raise DigitError(
-            f"{path} was given as {_OPTION[role]}, but it is a {file.kind or 'stage 2'} checkpoint; give it as {_OPTION[right]}."
+            f"{path} was given as {_OPTION[role]}, but it is a {file.kind or 'stage 2'} checkpoint; give it as "
+            f"{_OPTION[right]}."
         )
     return file
 

@@ -1,4 +1,4 @@
-"""Names that a user gives of models, encoders and datasets: which can be on the Hub, and whether the Hub can be asked."""
+"""Names of models, encoders and datasets that a user gives: which can be on the Hub, and whether it can be asked."""
 
 from __future__ import annotations
 

@@ -46,8 +46,8 @@ def decode(
 ) -> Decoded:
     """Read any image Pillow knows as upright 8-bit RGB.
 
-    Palettes, CMYK, grey and 16 bits are converted; transparency is composited on white; the EXIF orientation is applied;
-    of an animation the first frame is taken.
+    Palettes, CMYK, grey and 16 bits are converted; transparency is composited on white; the EXIF orientation is
+    applied; of an animation the first frame is taken.
 
     Args:
         source: a path, or the bytes of a file.
@@ -74,7 +74,8 @@ def decode(
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DigitError(
-            f"{name or source} has more than {max_pixels:,} pixels, which is refused as a safeguard; scale it down first."
+            f"{name or source} has more than {max_pixels:,} pixels, which is refused as a safeguard; scale it down "
+            "first."
         ) from error
     except UnidentifiedImageError as error:
         known = "any format that Pillow can read" if formats is None else f"one of the formats {', '.join(formats)}"

@@ -38,7 +38,7 @@ class Bar:
         self._task: TaskID | None = display.add_task(description, total=total, facts="") if display else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """Say that ``count`` more units are done; ``note`` (such as "loss 3.21") stands beside the bar until the next."""
+        """Say that ``count`` more units are done; a ``note`` ("loss 3.21") stands beside the bar until the next."""
         self._done, self._note = self._done + count, note or self._note
         if self._display and self._task is not None:
             self._display.update(self._task, completed=self._done, facts=self._facts(time.monotonic() - self._began))

@@ -13,7 +13,8 @@ B = TypeVar("B")
 
 
 def map_ahead(function: Callable[[A], B], items: Iterable[A], workers: int, ahead: int) -> Iterator[B]:
-    """``map`` with threads: the results come in order, and at most ``ahead`` of them are made before they are asked for.
+    """``map`` with threads: the results come in order, and at most ``ahead`` of them are made before they are asked
+    for.
 
     Args:
         function: may run in many threads at a time; what it raises comes out here.

@@ -47,7 +47,10 @@ CHECKSUMS: dict[str, tuple[str, ...]] = {
 bytes."""
 
 HUB_DATASET = "uoft-cs/cifar10"
-LICENCE = "No licence was stated; the authors ask to cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
+LICENCE = (
+    "No licence was stated; the authors ask to cite: A. Krizhevsky, Learning Multiple Layers of Features from Tiny "
+    "Images, 2009"
+)
 
 _NAMES = re.compile(r"data_batch_[1-5]|test_batch|(train|test).*\.parquet")
 _MOST_MEMBER_BYTES = 1 << 30
@@ -143,7 +146,8 @@ def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
         known = {block_checksum(block): block for block in blocks}
         if set(known) != set(CHECKSUMS[name]):
             raise DigitError(
-                f"{where}: the {name} split does not match CIFAR-10's checksums: pixels or labels differ, or images are in "
+                f"{where}: the {name} split does not match CIFAR-10's checksums: pixels or labels differ, or images "
+                "are in "
                 "another order."
             )
         ordered[name] = _joined(known[checksum] for checksum in CHECKSUMS[name])
@@ -166,7 +170,7 @@ def block_checksum(block: Split) -> str:
 
 
 def _list_files(path: Path) -> Files:
-    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are never used as paths."""
+    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are no paths here."""
     if path.is_dir():
         found = [item for pattern in ("*", "*/*") for item in sorted(path.glob(pattern)) if item.is_file()]
         return {item.name: item.read_bytes for item in reversed(found)}

@@ -129,7 +129,8 @@ def import_folder(
         if not report.used:
             first, reason = next(iter(report.skipped.items()))
             raise DigitError(
-                f"Of {_numbered(report.files, 'file')} in {source} none is an image that can be used; the first, {first}: "
+                f"Of {_numbered(report.files, 'file')} in {source} none is an image that can be used; the first, "
+                f"{first}: "
                 f"{reason}"
             )
         write_json(writer.folder / "report.json", asdict(report))

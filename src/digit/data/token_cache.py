@@ -320,7 +320,8 @@ def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
     differing = {names.get(key, "another dataset") for key in info if saved.get(key) != info[key]}
     if differing:
         raise DigitError(
-            f"{out} holds a token cache of {' and '.join(sorted(differing))}; tokens of different caches are never mixed. "
+            f"{out} holds a token cache of {' and '.join(sorted(differing))}; tokens of different caches are never "
+            "mixed. "
             "Choose another --out, or give what it was begun with."
         )
     for aside in out.glob(".shard-*.tmp"):

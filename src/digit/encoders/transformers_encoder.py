@@ -41,8 +41,8 @@ class EncoderConfig:
     Attributes:
         hf_config: the network as `transformers` describes it ("model_type", "hidden_size", ...), with all its blocks.
         layer: the block whose output is taken, counted from the end. The paper: -3, the third-last.
-        layers: several blocks whose outputs are taken instead, such as (-4, -3, -2, -1); ``combine`` says how they become one
-            feature: "sum", "mean", or "concat", in the order given, which is as many times as wide.
+        layers: several blocks whose outputs are taken instead, such as (-4, -3, -2, -1); ``combine`` says how they
+            become one feature: "sum", "mean", or "concat", in the order given, which is as many times as wide.
         final_norm: apply the norm that follows the last block, as the paper does; to the output of each block.
         positions: how learned positions stretch to another grid: "hub" as transformers does for this family;
             "dinov2-offset" as DINOv2's first code and, with registers too, the DiGIT authors' do: see

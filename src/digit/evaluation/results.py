@@ -1,6 +1,8 @@
-"""What every measurement returns: its values, one table, one figure, and all that decides whether values may be compared.
+"""What every measurement returns: its values, one table, one figure, and all that decides whether values may be
+compared.
 
-Terminal, Markdown, ``result.json`` and the HTML report show :meth:`Result.rows` and :meth:`Result.figure`, nothing else.
+Terminal, Markdown, ``result.json`` and the HTML report show :meth:`Result.rows` and :meth:`Result.figure`, nothing
+else.
 """
 
 from __future__ import annotations
@@ -164,7 +166,7 @@ class Result:
         return table
 
     def show(self, out: str | Path | None = None) -> None:
-        """Print table, provenance and notes, and where the files are; not cut to a width where stdout is no terminal."""
+        """Print table, provenance, notes, and where the files are; not cut to a width where stdout is no terminal."""
         screen = console()
         screen.print(self.table(), soft_wrap=False)
         lines = [self.provenance(), *(f"Note: {note}" for note in self.notes)]
@@ -238,7 +240,8 @@ def provenance(
         data: one image set with ``name``, ``split``, ``images`` and the ``filter`` of its resize, or several by name.
         reference: an image set; its ``weights`` are the feature network's checksum.
         network: the feature network, in words.
-        sampling: ``num``, ``labels``, ``decoder`` and the ``stages`` (or ``settings``) of a run, or several runs by name.
+        sampling: ``num``, ``labels``, ``decoder`` and the ``stages`` (or ``settings``) of a run, or several runs by
+            name.
     """
     facts = [f"model {model['name']}"] if model and isinstance(model.get("name"), str) else []
     sets = {"": data} if data and isinstance(data.get("name"), str) else dict(data or {})
@@ -299,7 +302,8 @@ def stage_text(values: Mapping[str, Any]) -> str:
 
 
 def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8), columns: int = 0) -> tuple[Any, list[Any]]:
-    """A matplotlib Figure with ``count`` axes of ``size`` inches each in rows of ``columns`` (0: one row), and the axes.
+    """A matplotlib Figure with ``count`` axes of ``size`` inches each in rows of ``columns`` (0: one row), and the
+    axes.
 
     Raises:
         MissingPackageError: matplotlib is not installed.
@@ -323,8 +327,8 @@ Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
 def lines_figure(shown: Mapping[str, Lines], xlabel: str, ylabel: str = "") -> Any:
-    """A matplotlib Figure of a panel for each quantity, by its label, and a line for each named thing, which keeps its colour;
-    None where there is nothing to draw.
+    """A matplotlib Figure of a panel for each quantity, by its label, and a line for each named thing, which keeps its
+    colour; None where there is nothing to draw.
     """
     if not shown:
         return None

@@ -26,9 +26,9 @@ class Step:
 class Steps:
     """The steps of one piece of work.
 
-    A step is named by everything that it depends on, so another setting never meets the values of this one, and steps with the
-    same inputs are one. ``FOLDER/KIND/KEY.json`` (inputs, value, seconds) appears when a step is finished; until then what lies
-    in ``FOLDER/KIND/KEY`` is for its next attempt to go on with.
+    A step is named by everything that it depends on, so another setting never meets the values of this one, and steps
+    with the same inputs are one. ``FOLDER/KIND/KEY.json`` (inputs, value, seconds) appears when a step is finished;
+    until then what lies in ``FOLDER/KIND/KEY`` is for its next attempt to go on with.
 
     Attributes:
         folder: where.

@@ -61,7 +61,8 @@ class CodebookConfig:
     Attributes:
         depth: tokens a place, d; more than 1 in a residual codebook, which has K centroids for each.
         half_precision: assign in float16, as the authors' runs did; see :func:`nearest`.
-        positions: of the encoder whose features it was fitted on; None if that has no such choice, or nobody wrote it down.
+        positions: of the encoder whose features it was fitted on; None if that has no such choice, or nobody wrote it
+            down.
     """
 
     clusters: PositiveInt
@@ -120,13 +121,15 @@ class Codebook(Component):
         fitted = self.config.positions or (self.provenance.get("encoder") or {}).get("positions")
         if given and fitted and given != fitted:
             raise DigitError(
-                f"The codebook was fitted on features of an encoder with positions '{fitted}', and this encoder has '{given}': "
-                f"a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions {fitted}"
+                f"The codebook was fitted on features of an encoder with positions '{fitted}', and this encoder has "
+                f"'{given}': "
+                "a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions "
+                f"{fitted}"
             )
 
     def tokens(self, features: Float[Tensor, "B N D"]) -> Int[Tensor, "B n"]:
-        """What a prior reads, n = d N ids in [0, d K): place by place, and at a place depth by depth. Those of depth j begin
-        at j K, as the centroids do.
+        """What a prior reads, n = d N ids in [0, d K): place by place, and at a place depth by depth. Those of depth j
+        begin at j K, as the centroids do.
         """
         ids = self.assign(features)
         if self.config.depth == 1:

@@ -71,7 +71,8 @@ class PixelHeadConfig:
 
 @config
 class FeedForwardConfig:
-    """What a feed-forward decoder reads and gives. Names are those of :class:`~digit.models.token_model.TokenModelConfig`.
+    """What a feed-forward decoder reads and gives. Names are those of
+    :class:`~digit.models.token_model.TokenModelConfig`.
 
     Attributes:
         prefix_vocab_size: K, the semantic vocabulary.
@@ -112,7 +113,8 @@ class FeedForwardConfig:
             if any(side != self.pixels.resolution for side in sides):
                 raise ValueError(
                     f"a grid of {self.grid[0]} x {self.grid[1]} tokens becomes {sides[0]} x {sides[1]} pixels with "
-                    f"{len(self.pixels.widths)} widths and patch={self.pixels.patch}, not resolution={self.pixels.resolution}"
+                    f"{len(self.pixels.widths)} widths and patch={self.pixels.patch}, not "
+                    f"resolution={self.pixels.resolution}"
                 )
 
     @property

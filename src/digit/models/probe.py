@@ -1,7 +1,8 @@
 """The linear probe: one linear classifier per hidden state of a frozen prior, over the mean of its positions.
 
 Source: the paper's linear probing; DAMO-NLP-SG/DiGIT at cd6d8ca: classifier n reads state n averaged over all
-positions, the start position included. State 0 is the embedding, state n the output of block n; the output of the last block is not probed.
+positions, the start position included. State 0 is the embedding, state n the output of block n; the output of the last
+block is not probed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The decoder of a representation autoencoder (stage 2): centroids of semantic tokens to pixels, in a single pass.
 
 RAE (Zheng et al. 2025, arXiv 2510.11690) trains a ViT to turn an encoder's features back into images. A centroid is
-such a feature, averaged, so a decoder that was trained on the codebook's encoder makes images of tokens without any training
-here. The network is diffusers' own; :mod:`digit.convert.rae` reads it out of an ``AutoencoderRAE``.
+such a feature, averaged, so a decoder that was trained on the codebook's encoder makes images of tokens without any
+training here. The network is diffusers' own; :mod:`digit.convert.rae` reads it out of an ``AutoencoderRAE``.
 """
 
 from __future__ import annotations

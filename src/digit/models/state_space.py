@@ -7,8 +7,8 @@ the input x and a state of N x P numbers (all of B, C, x and the step size dt de
     y_t = C_t^T h_t + D x_t
 
 Sampling follows these equations, a token a step. Training and prefill compute all places at once, as masked attention
-whose weights are C_t^T B_s exp(dt_(s+1) A + ... + dt_t A), in one piece: time grows with the square of the length, which
-is less than the rest of a block for the few hundred tokens of an image.
+whose weights are C_t^T B_s exp(dt_(s+1) A + ... + dt_t A), in one piece: time grows with the square of the length,
+which is less than the rest of a block for the few hundred tokens of an image.
 
 Source: Dao & Gu 2024, arXiv 2405.21060 (Mamba-2), sections 5 to 7, with one group of B and C for all heads; layout and
 random weights as in state-spaces/mamba (Mamba2). Its CUDA kernels are not used.
@@ -204,7 +204,7 @@ class StateSpaceBlock(nn.Module):
 
 
 class StateSpace(nn.Module):
-    """A stack of blocks over vectors (B, T, D), with the interface of :class:`~digit.models.transformer.Transformer`."""
+    """Blocks over vectors (B, T, D), with the interface of :class:`~digit.models.transformer.Transformer`."""
 
     def __init__(self, config: StateSpaceConfig) -> None:
         super().__init__()

@@ -15,7 +15,8 @@ Of role "random" the sequence is ``[start | where, token, where, token, ...]``: 
 which place it stands, so tokens may come in any order, and a cache may be asked for several places at once.
 
 Ids are plain: 0..vocab_size-1. Start, class and mask are embeddings of their own. The null class of classifier-free
-guidance *is* the start vector: dropping a label in training (``class_dropout``) and generating without one are the same.
+guidance *is* the start vector: dropping a label in training (``class_dropout``) and generating without one are the
+same.
 
 Sources: the paper's section 3 and, for the arithmetic, DAMO-NLP-SG/DiGIT at cd6d8ca; Chang et al. 2022, arXiv
 2202.04200 (MaskGIT); Ho & Salimans 2022, arXiv 2207.12598 (label dropout); Pang et al. 2024, arXiv 2412.01827 (RandAR:
@@ -63,9 +64,10 @@ class TokenModelConfig:
     Attributes:
         role: see the module's table. It fixes ``transformer.causal``.
         vocab_size: how many ids there are (K for a prior over semantic tokens, V over VQ tokens).
-        codebook_depth: tokens a place, d; more than 1 for a prior over the tokens of a residual codebook. Token i is then one
-            of the vocab_size / d ids of depth i mod d, which alone have logits. Lee et al. 2022, arXiv 2203.01941, predict
-            them in this order too, with a small network of its own for the depths; here they are one sequence.
+        codebook_depth: tokens a place, d; more than 1 for a prior over the tokens of a residual codebook. Token i is
+            then one of the vocab_size / d ids of depth i mod d, which alone have logits. Lee et al. 2022, arXiv
+            2203.01941, predict them in this order too, with a small network of its own for the depths; here they are
+            one sequence.
         length: tokens an image (256 for 16 x 16).
         prefix_vocab_size, prefix_length: vocabulary and number of the semantic tokens in front; 0 for none.
         num_classes: 0 for an unconditional model.
@@ -74,8 +76,9 @@ class TokenModelConfig:
             are not.
         label_smoothing: of the training loss.
         init: how random weights are drawn. "normal", the default, is GPT-2's: std 0.02, tables that are scaled
-            1 / sqrt(dim); all packaged models began so. "authors" is fairseq's, for runs to be compared with the paper's:
-            std 1 / sqrt(dim) for every table and the head, see :func:`~digit.models.transformer.init_as_fairseq`.
+            1 / sqrt(dim); all packaged models began so. "authors" is fairseq's, for runs to be compared with the
+            paper's: std 1 / sqrt(dim) for every table and the head, see
+            :func:`~digit.models.transformer.init_as_fairseq`.
         transformer, state_space: the network between embeddings and head, one of the two.
     """
 
@@ -100,7 +103,8 @@ class TokenModelConfig:
             raise ValueError("expected either transformer or state_space, and null for the other")
         if self.state_space is not None and (self.role not in ("prior", "ar") or self.init != "normal"):
             raise ValueError(
-                f"a state-space model reads row by row; expected role prior or ar, and init normal, not role '{self.role}' and "
+                "a state-space model reads row by row; expected role prior or ar, and init normal, not role "
+                f"'{self.role}' and "
                 f"init '{self.init}'"
             )
         if self.transformer is not None and self.transformer.causal == (self.role == "masked"):
@@ -339,8 +343,8 @@ class TokenModel(Component):
         return torch.where(drop, torch.full_like(labels, NO_LABEL), labels)
 
     def new_cache(self, batch: int, spare: int = 0) -> Cache:
-        """An empty cache for ``batch`` sequences of full length and ``spare`` positions, on the model's device and in its
-        dtype.
+        """An empty cache for ``batch`` sequences of full length and ``spare`` positions, on the model's device and in
+        its dtype.
         """
         if self.config.state_space is not None:
             return StateCache(self.config.state_space, batch, self.start.device, self.start.dtype)

@@ -1,4 +1,6 @@
-"""Weights that others publish as one file: given as a file, found in the cache or on the Hub, or fetched from their address."""
+"""Weights that others publish as one file: given as a file, found in the cache or on the Hub, or fetched from their
+address.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ class PublishedWeights:
         title: what messages call it.
         url: the publisher's address.
         sha256: of the published file, or its first digits.
-        cached: safetensors files in the cache folder that may hold these tensors; the first is written after a download.
+        cached: safetensors files in the cache folder that may hold these tensors; the first is written after a
+            download.
         prefix: the names of the tensors that are kept in the cache begin with this.
     """
 
@@ -45,8 +48,8 @@ class PublishedWeights:
         """The tensors, and where they come from.
 
         Args:
-            source: "auto": the cache, else the publisher's address; "public": the address's own file, from the cache or now;
-                a ``.pth`` or ``.safetensors`` file; or a file on the Hub, ``hf://OWNER/NAME/FILE``.
+            source: "auto": the cache, else the publisher's address; "public": the address's own file, from the cache or
+                now; a ``.pth`` or ``.safetensors`` file; or a file on the Hub, ``hf://OWNER/NAME/FILE``.
 
         Raises:
             DigitError: nothing usable; the message says what was tried.
@@ -83,7 +86,8 @@ class PublishedWeights:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of one written by ``torch.save``, whose pickle may hold nothing but tensors.
+    """The tensors of a ``.safetensors`` file or of one written by ``torch.save``, whose pickle may hold nothing but
+    tensors.
 
     Raises:
         DigitError: no such file, or another kind of file.

@@ -1,7 +1,7 @@
 """Images as one array: an ``.npz`` with one ``arr_0`` (n, H, W, 3) uint8, the layout of guided-diffusion's evaluator.
 
-It is written and read image by image, so 50,000 images of 256 x 256 (10 GB) need the memory of a batch. What is known of the
-images (how they were sampled) stands in the comment of the zip archive, which other readers do not look at.
+It is written and read image by image, so 50,000 images of 256 x 256 (10 GB) need the memory of a batch. What is known
+of the images (how they were sampled) stands in the comment of the zip archive, which other readers do not look at.
 """
 
 from __future__ import annotations

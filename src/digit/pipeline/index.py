@@ -10,7 +10,8 @@ from digit.core.files import read_json
 from digit.core.hub import INDEX as INDEX
 
 FORMAT = 2
-"""Of 1, which is read too, parts, decoders and class names are lists; diffusers takes lists for components of its own."""
+"""Of 1, which is read too, parts, decoders and class names are lists; diffusers takes lists for components of its own.
+"""
 CLASS_NAME = ("pipeline", "DigitDiffusionPipeline")  # the file and the class that diffusers looks for
 CODE = """# for diffusers: DiffusionPipeline.from_pretrained(ID, custom_pipeline=ID, trust_remote_code=True)
 try:

@@ -59,7 +59,8 @@ class RunFolder:
             self._compare(read_json(record))
         elif any(self.path.glob("[0-9]*.png")):
             raise DigitError(
-                f"The folder {path} holds images and no {RECORD} that says how they were made; choose another --out, or "
+                f"The folder {path} holds images and no {RECORD} that says how they were made; choose another --out, "
+                "or "
                 "--overwrite."
             )
         else:

@@ -32,8 +32,9 @@ FITTED = 16
 """Noise vectors that are tried for an edited image, to meet the colours of the pixels that are kept."""
 
 Callback = Callable[[str, int, Tensor], None]
-"""Told (stage, done, tokens (B, length)) while sampling, stage being "prior" or the decoder's kind: after each token, or
-after each step of a model that takes steps, where open tokens are -1. It may raise to stop."""
+"""Told (stage, done, tokens (B, length)) while sampling, stage being "prior" or the decoder's kind: after each token,
+or after each step of a model that takes steps, where open tokens are -1. It may raise to stop.
+"""
 
 Kept = tuple[Float[Tensor, "B 3 S S"], Bool[Tensor, "B M"]]
 """Images of which cells are kept, and True for the cells to make anew."""

@@ -1,7 +1,7 @@
 """How many images at a time: as many as memory holds, found by measuring; and what to do when that was too many.
 
-``accelerate.utils.find_executable_batch_size`` only halves after a failure; on a CPU the system ends the process instead
-of failing, so the first batch is measured here.
+``accelerate.utils.find_executable_batch_size`` only halves after a failure; on a CPU the system ends the process
+instead of failing, so the first batch is measured here.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ class Batcher:
     def _halve(self, tried: int) -> None:
         if tried == 1:
             raise DigitError(
-                f"Not even one image at a time fits into the memory of {self.device}. Use a smaller model, --dtype bf16, or "
+                f"Not even one image at a time fits into the memory of {self.device}. Use a smaller model, --dtype "
+                "bf16, or "
                 "another --device."
             ) from None
         self.size = tried // 2

@@ -23,7 +23,9 @@ _DECODER = "decoder_"
 _OTHER_NAMES = {"guidance_scale": "cfg_scale"}
 
 Sampled = Callable[..., Any]
-"""Told (tokens known or steps done, tokens (B, length)), and by a model that takes steps which of them are open (B, length)."""
+"""Told (tokens known or steps done, tokens (B, length)), and by a model that takes steps which of them are open (B,
+length).
+"""
 
 
 @config
@@ -63,7 +65,8 @@ class SamplingParams:
             raise ValueError(f"cfg_interval={self.cfg_interval}: expected two fractions 0 <= low < high <= 1")
 
     def of(self, role: str, tokens: int) -> SamplingParams:
-        """With steps and choice temperature filled in, where a model of this role reads them, for images of so many tokens.
+        """With steps and choice temperature filled in, where a model of this role reads them, for images of so many
+        tokens.
 
         A masked model takes 8 steps at temperature 4.5 for 16 x 16 tokens, as MaskGIT does. A token is told by its
         neighbours, and each step carries what is known a few tokens further, so the steps go with the side of the grid,

@@ -110,7 +110,7 @@ class Auxiliary:
 
 
 def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An ``objective`` section without the losses that were removed: a warning where they are off, else a DigitError."""
+    """An ``objective`` section without the removed losses: a warning where they are off, else a DigitError."""
     for name in _REMOVED:
         if values.get(name):
             raise DigitError(f"{where} has {name} = {values[name]}; this loss was removed, for nothing used it.")

@@ -35,7 +35,8 @@ from digit.training.tasks.tokens import TokenData, token_model_config
 M = TypeVar("M", bound=nn.Module)
 _TRAINING_FIELDS = ("class_dropout", "label_smoothing")
 _EMBEDDINGS = (
-    "token_embedding", "position_embedding", "mask_vector", "instruction", "prefix_embedding", "prefix_position_embedding"
+    "token_embedding", "position_embedding", "mask_vector", "instruction", "prefix_embedding",
+    "prefix_position_embedding"
 )  # fmt: skip
 _CLASSES = ("class_embedding", "start")
 _HEAD = ("backbone.norm", "head")

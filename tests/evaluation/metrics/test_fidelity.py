@@ -72,8 +72,10 @@ def test_values_are_torch_fidelitys(halves, pooling):
 
 
 def test_sfid_and_adms_inception_score_are_their_definitions(halves, pooling, monkeypatch):
-    """The distance of two Gaussians (Dowson and Landau 1982) by scipy's matrix root, on spatial features; exp of the mean KL
-    divergence (Salimans et al. 2016), over parts of the images in order, as openai/guided-diffusion at 1b61a43 has them."""
+    """The distance of two Gaussians (Dowson and Landau 1982) by scipy's matrix root, on spatial features; exp of the
+    mean KL divergence (Salimans et al. 2016), over parts of the images in order, as openai/guided-diffusion at 1b61a43
+    has them.
+    """
     monkeypatch.setattr("digit.evaluation.metrics.fidelity.ADM_SPLIT", 100)
     found = fidelity([halves[0]], [halves[1]], extractor=pooling, options=SMALL).values
     a, b = (pooling(half).spatial.double().numpy() for half in halves)
@@ -90,7 +92,9 @@ def test_sfid_and_adms_inception_score_are_their_definitions(halves, pooling, mo
 
 @pytest.mark.parametrize("shift", [0.0, 1.5])
 def test_fid_infinity_of_gaussians_is_the_known_distance(shift):
-    """FID of few samples is too high; the extrapolation comes near the distance of the Gaussians that they are drawn from."""
+    """FID of few samples is too high; the extrapolation comes near the distance of the Gaussians that they are drawn
+    from.
+    """
     rng, width = np.random.default_rng(0), 40
     root = rng.standard_normal((width, width)) / 6
     sigma, mu = root @ root.T, np.zeros(width)
@@ -471,8 +475,9 @@ def test_fid_agrees_with_torch_fidelitys_own_path(halves, users_cache, tmp_path)
 @pytest.mark.network
 @pytest.mark.timeout(10800)
 def test_cifar10_test_against_train_is_the_literatures_value(users_cache, tmp_path):
-    """FID(CIFAR-10 test, 10k; train, 50k) = 3.15 in the literature, 3.1508 with these weights. The images in one array give the
-    same, and the packaged statistics of the training images nearly so."""
+    """FID(CIFAR-10 test, 10k; train, 50k) = 3.15 in the literature, 3.1508 with these weights. The images in one array
+    give the same, and the packaged statistics of the training images nearly so.
+    """
     reference = SHARED / "stats" / "cifar10_train_inception.npz"
     data = Path(os.environ.get("DIGIT_CIFAR10") or Path(__file__).parents[3] / "data" / "cifar10")
     for path, name in ((reference, "DIGIT_SHARED"), (data, "DIGIT_CIFAR10")):

@@ -17,8 +17,9 @@ GUIDED = SamplingParams(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
 
 
 def test_compiled_and_plain_steps_give_the_same_tokens(tiny):
-    """A decoder, so that the prefix is in it; with and without guidance; neither other settings nor changed weights need a
-    new compilation."""
+    """A decoder, so that the prefix is in it; with and without guidance; neither other settings nor changed weights
+    need a new compilation.
+    """
     model = tiny("ar", prefix=6, depth=1)
     labels, prefix = torch.arange(5) % 4, torch.arange(30).view(5, 6) % 9
     requests = [SamplingParams(top_k=10), SamplingParams(top_k=10, temperature=0.7), GUIDED]

@@ -97,8 +97,10 @@ class Collector:
 
 def _mixed_sizes(first: tuple[int, ...], other: tuple[int, ...], where: str) -> str:
     return (
-        f"The images have different sizes: {first[0]}x{first[1]} at first, {other[0]}x{other[1]} in {where}. FID compares sets "
-        "of one size; bring them to one size first (digit data folder SRC --size N --out DIR), for the way of resizing changes "
+        f"The images have different sizes: {first[0]}x{first[1]} at first, {other[0]}x{other[1]} in {where}. FID "
+        "compares sets "
+        "of one size; bring them to one size first (digit data folder SRC --size N --out DIR), for the way of "
+        "resizing changes "
         "the value."
     )
 
@@ -112,7 +114,9 @@ def packaged_statistics() -> dict[str, Path]:
 
 
 def is_statistics(source: Source | None, metrics: Iterable[str] = ("fid",)) -> bool:
-    """Whether a source has all that the metrics need without the network: statistics, with features for KID and precision."""
+    """Whether a source has all that the metrics need without the network: statistics, with features for KID and
+    precision.
+    """
     if isinstance(source, FeatureStatistics):
         return True
     if not isinstance(source, (str, Path)) or (path := _statistics_file(source)) is None:
@@ -130,8 +134,8 @@ def _statistics_file(source: str | Path) -> Path | None:
 
 
 def open_images_of(path: str | Path, split: str | None) -> ImageDataset:
-    """A data set or a folder of images. In a folder made by ``digit generate`` or ``digit decode`` (00000.png and so on) the
-    overview ``grid.png`` is left out.
+    """A data set or a folder of images. In a folder made by ``digit generate`` or ``digit decode`` (00000.png and so
+    on) the overview ``grid.png`` is left out.
     """
     dataset = open_dataset(path, split or "train")
     if not Path(path, "00000.png").is_file():
@@ -186,7 +190,8 @@ def measure(
         source: a folder of images or a data set; an ``.npz`` of statistics, of images, or of both; the name of packaged
             statistics; statistics; or any iterator of (B, 3, H, W) uint8 batches, such as a sampling run.
         extractor: the network; not needed for statistics.
-        metrics: what it will be used for: fid and sfid need statistics alone, kid and prc every feature, isc every logit.
+        metrics: what it will be used for: fid and sfid need statistics alone, kid and prc every feature, isc every
+            logit.
         batch_size: images a step of the network; the values do not depend on it.
         name: how the result calls it; by default the path's last part.
         split: of a data set, such as ``"test"``.

@@ -1,9 +1,9 @@
 """How close generated images are to real ones: FID, sFID, KID, Inception Score, precision and recall.
 
-torch-fidelity's functions compute all but sFID, which is the same distance of spatial features (arXiv 2103.03841), and FID∞
-(arXiv 1911.07023). The paper measures with torch-fidelity against ImageNet's validation images; most others measure with
-ADM's evaluator against the training images. Numbers of the two must not be compared, so a result always names tool,
-weights, reference, counts and preprocessing. ``docs/evaluation.md`` has the details.
+torch-fidelity's functions compute all but sFID, which is the same distance of spatial features (arXiv 2103.03841), and
+FID∞ (arXiv 1911.07023). The paper measures with torch-fidelity against ImageNet's validation images; most others
+measure with ADM's evaluator against the training images. Numbers of the two must not be compared, so a result always
+names tool, weights, reference, counts and preprocessing. ``docs/evaluation.md`` has the details.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def fidelity(
         source: what is measured; what both sides may be, with their names and splits, says
             :func:`~digit.evaluation.metrics.features.measure`.
         reference: the real images, whose statistics are cached; None measures the Inception Score alone.
-        extractor: the network; by default :func:`~digit.evaluation.metrics.inception.open_extractor` where it is needed.
+        extractor: the network; by default :func:`~digit.evaluation.metrics.inception.open_extractor` where it is
+            needed.
         total: take at most so many source images.
         reference_total: take at most so many real images, spread over theirs.
 
@@ -232,7 +233,8 @@ def _check_width(reference: FeatureSet, width: int) -> None:
     found = len(reference.statistics.mu)
     if found != width:
         raise DigitError(
-            f"The reference {reference.name} has features of width {found}, the images' have {width}; expected statistics of "
+            f"The reference {reference.name} has features of width {found}, the images' have {width}; expected "
+            "statistics of "
             "the same network (InceptionV3 pool features have 2048)."
         )
 
@@ -250,7 +252,8 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
         if metric == "sfid":
             if given.spatial is None:
                 return (
-                    f"the {side} {given.name} has no spatial statistics (mu_s, sigma_s); ask for sfid when measuring it, or "
+                    f"the {side} {given.name} has no spatial statistics (mu_s, sigma_s); ask for sfid when measuring "
+                    "it, or "
                     "make the file with digit evaluate statistics."
                 )
         elif rows is None:
@@ -266,7 +269,8 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
             )
         elif metric == "prc" and len(rows) <= options.prc_neighbours:
             return (
-                f"precision and recall look at {options.prc_neighbours} neighbours of each image and the {side} {given.name} "
+                f"precision and recall look at {options.prc_neighbours} neighbours of each image and the {side} "
+                f"{given.name} "
                 f"has {len(rows)} images."
             )
     return ""
@@ -279,7 +283,8 @@ def _reason_against_isc(ours: FeatureSet, options: FidelityOptions) -> str:
         return f"the source {ours.name} was measured without keeping logits; ask for isc when measuring it."
     if ours.logits is None:
         return (
-            "the weights in use have no classifier head, which the Inception Score needs; use torch-fidelity's full file "
+            "the weights in use have no classifier head, which the Inception Score needs; use torch-fidelity's full "
+            "file "
             "(--weights public, or its path)."
         )
     if len(ours.logits) < options.isc_splits:
@@ -332,8 +337,8 @@ def _frechet(ours: FeatureStatistics, theirs: FeatureStatistics) -> float:
 def fid_infinity(features: Tensor, reference: FeatureStatistics, seed: int = 0, points: int = 15) -> float:
     """FID extrapolated to infinitely many images: a line through the FIDs of random subsets over 1 / size, at 0.
 
-    The trace of the covariances' root is the sum of the singular values of the centred features times the reference's root.
-    Source: Chong and Forsyth 2020, arXiv 1911.07023, who take 15 sizes from a tenth of the images to all of them.
+    The trace of the covariances' root is the sum of the singular values of the centred features times the reference's
+    root. Source: Chong and Forsyth 2020, arXiv 1911.07023, who take 15 sizes from a tenth of the images to all of them.
 
     Args:
         features: (n, D) of the generated images.
@@ -376,12 +381,14 @@ def _notes(ours: FeatureSet, theirs: FeatureSet | None, values: dict[str, float]
             notes.append(f"The {side} {given.name} does not say how many images it was made from.")
         elif n <= width:
             notes.append(
-                f"The {side} has {n} images: a covariance of {width} features from so few is singular and FID comes out "
+                f"The {side} has {n} images: a covariance of {width} features from so few is singular and FID comes "
+                "out "
                 "too high. Compare only with values from as many images; 10,000 to 50,000 are usual."
             )
     if "fid_infinity" in values:
         notes.append(
-            f"FID∞ is FID extrapolated from {ours.statistics.n:,} images to infinitely many, a line over 1/n (Chong and "
+            f"FID∞ is FID extrapolated from {ours.statistics.n:,} images to infinitely many, a line over 1/n (Chong "
+            "and "
             "Forsyth 2020); the fewer there are, the rougher it is."
         )
     made_by = {side: given.statistics.metadata.get("weights_sha256") for side, given in sides.items()}

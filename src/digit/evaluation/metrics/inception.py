@@ -1,8 +1,9 @@
 """The FID network: InceptionV3 of the TensorFlow graph 2015-12-05, its weights, and two ways to run it.
 
 The network, its TensorFlow-1 resize to 299 x 299 and its scaling (x - 128) / 128 are torch-fidelity's [1]. ONNX Runtime
-runs the same layers about 2.7 times as fast on a CPU. sFID's spatial features [2] are the first 7 channels of the graph's
-"mixed_6/conv", which torch-fidelity calls Mixed_6d.branch1x1: 17 x 17 x 7 = 2023 numbers in the order (row, column, channel).
+runs the same layers about 2.7 times as fast on a CPU. sFID's spatial features [2] are the first 7 channels of the
+graph's "mixed_6/conv", which torch-fidelity calls Mixed_6d.branch1x1: 17 x 17 x 7 = 2023 numbers in the order (row,
+column, channel).
 
 [1] https://github.com/toshas/torch-fidelity (feature_extractor_inceptionv3.py, release 0.4.0)
 [2] Nash et al. 2021, arXiv 2103.03841, as in openai/guided-diffusion at 1b61a43, evaluations/evaluator.py
@@ -46,8 +47,8 @@ class InceptionWeights:
     Attributes:
         tensors: its state dict; ``fc.*`` may be missing.
         source: where they come from, for the record.
-        sha256: of the values of the feature layers in the order of the network. It names the weights, not the file: the same
-            weights from a ``.pth`` and from a ``.safetensors`` have the same checksum.
+        sha256: of the values of the feature layers in the order of the network. It names the weights, not the file: the
+            same weights from a ``.pth`` and from a ``.safetensors`` have the same checksum.
     """
 
     tensors: dict[str, Tensor]
@@ -72,7 +73,8 @@ class InceptionWeights:
         wrong = [key for key in needed if key not in tensors or tensors[key].shape != expected[key]]
         if wrong:
             raise DigitError(
-                f"{source} does not hold the weights of torch-fidelity's InceptionV3: {len(wrong)} of {len(needed)} tensors "
+                f"{source} does not hold the weights of torch-fidelity's InceptionV3: {len(wrong)} of {len(needed)} "
+                "tensors "
                 f"are missing or of another shape, the first is {wrong[0]}. Expected {PUBLISHED.name}."
             )
         digest = hashlib.sha256()
@@ -93,8 +95,8 @@ class Activations(NamedTuple):
 
 
 def load_inception(weights: str | Path = "auto") -> InceptionWeights:
-    """The weights of the FID network, see :meth:`~digit.models.weights.PublishedWeights.load`; "wheel" is the cached file
-    without a classifier head.
+    """The weights of the FID network, see :meth:`~digit.models.weights.PublishedWeights.load`; "wheel" is the cached
+    file without a classifier head.
 
     Raises:
         DigitError: no source works, the message says what was tried; or the tensors are another network's.
@@ -167,7 +169,8 @@ class TorchExtractor:
             is_grey = images.ndim == 4 and images.shape[1] == 1
             grey = " Grey images must be repeated to three channels first." if is_grey else ""
             raise DigitError(
-                f"Images of shape {tuple(images.shape)} and type {images.dtype} were given; expected (B, 3, H, W) uint8 "
+                f"Images of shape {tuple(images.shape)} and type {images.dtype} were given; expected (B, 3, H, W) "
+                "uint8 "
                 f"RGB.{grey}"
             )
         resize, found = self._resize.interpolate_bilinear_2d_like_tensorflow1x, []
@@ -221,7 +224,8 @@ def _onnx_file(weights: InceptionWeights) -> Path:
 def open_extractor(
     weights: str | Path | InceptionWeights = "auto", backend: str = "auto", device: str = "cpu"
 ) -> TorchExtractor:
-    """The FID network, ready to run by "torch" on a device, by "onnx", or "auto": ONNX Runtime on a CPU where it is installed.
+    """The FID network, ready to run by "torch" on a device, by "onnx", or "auto": ONNX Runtime on a CPU where it is
+    installed.
 
     Raises:
         DigitError: no weights, an unknown backend, or a missing package.

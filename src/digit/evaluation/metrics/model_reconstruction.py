@@ -1,9 +1,10 @@
 """How well a model gives back real images: through the VQGAN alone, and through semantic tokens and each decoder.
 
-Each path has what is usual for tokenizers: rFID, PSNR, SSIM, LPIPS, and of its tokens the share of the codebook that occurs and
-the entropy, on the same center-cropped images. These are the ceilings of generation (last rows of tables 3 and 4): no prior makes
-better images than the decoders make of real tokens. Perturbed tokens show how forgiving decoders are: RobusTok (arXiv 2509.12474)
-calls the FID under random replacement of tokens by near ones pFID, the mean over shares and neighbourhoods.
+Each path has what is usual for tokenizers: rFID, PSNR, SSIM, LPIPS, and of its tokens the share of the codebook that
+occurs and the entropy, on the same center-cropped images. These are the ceilings of generation (last rows of tables 3
+and 4): no prior makes better images than the decoders make of real tokens. Perturbed tokens show how forgiving decoders
+are: RobusTok (arXiv 2509.12474) calls the FID under random replacement of tokens by near ones pFID, the mean over
+shares and neighbourhoods.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ VQGAN_ALONE = "VQGAN alone"
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction(Result):
-    """Every path from an image through a model and back; FIDs under perturbation are in ``settings["perturbation"]``."""
+    """Every path from an image through a model and back; ``settings["perturbation"]`` has FIDs under perturbation."""
 
     plot: ClassVar[str] = "perturbation.png"
     kind: str = "reconstruction"
@@ -112,7 +113,9 @@ class Way:
 
     @classmethod
     def of(cls, pipe: DigitPipeline, space: str, seed: int, kind: str | None = None) -> Way:
-        """Through "vq" tokens and the VQGAN, or through "semantic" ones and a decoder, the default one if none is named."""
+        """Through "vq" tokens and the VQGAN, or through "semantic" ones and a decoder, the default one if none is
+        named.
+        """
         if space == "vq":
             vqgan = pipe.part("vqgan")
             vq = VQTokenizer(vqgan)

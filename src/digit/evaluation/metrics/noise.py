@@ -71,8 +71,8 @@ class NoiseModel:
     """How an SNR becomes noise.
 
     Attributes:
-        signal: "power" is the mean square of an image's pixels in 0..1, "variance" the mean square about their mean. The
-            paper does not say which.
+        signal: "power" is the mean square of an image's pixels in 0..1, "variance" the mean square about their mean.
+            The paper does not say which.
         clip: cut the noisy pixels back to 0..1, as an image file would; the noise that remains is weaker than asked.
         seed: of the noise.
     """

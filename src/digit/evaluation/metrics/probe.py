@@ -1,10 +1,11 @@
-"""What a frozen prior knows: a linear classifier on the mean of each layer's states (the paper's Table 2 and figure 3b).
+"""What a frozen prior knows: a linear classifier on the mean of each layer's states (the paper's Table 2 and figure
+3b).
 
 The authors' protocol (DAMO-NLP-SG/DiGIT at cd6d8ca): classifier n reads state n averaged over all 1 + N positions, the
 embedding is state 0 and the last block's output is left out; SGD with momentum 0.9, lr 0.4 at a batch of 1,024, cosine
-to 0, no weight decay, no norm. Training images are random resized crops, new ones in each epoch; validation images are scaled
-as the model takes them, and their middle goes to the encoder at the size that it sees (256 and 224). Features of fixed views
-can be kept instead, so that every learning rate costs minutes. The prior is given no class label.
+to 0, no weight decay, no norm. Training images are random resized crops, new ones in each epoch; validation images are
+scaled as the model takes them, and their middle goes to the encoder at the size that it sees (256 and 224). Features of
+fixed views can be kept instead, so that every learning rate costs minutes. The prior is given no class label.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class ProbeOptions:
         batch_size: examples a step.
         lrs: learning rates at a batch of 1,024, scaled linearly to ``batch_size``; every layer is trained with each.
         momentum: of SGD.
-        standardize: bring every feature to mean 0 and deviation 1 over the training images, which need kept features. Not the
-            authors' protocol, but one learning rate then serves layers of different scale.
+        standardize: bring every feature to mean 0 and deviation 1 over the training images, which need kept features.
+            Not the authors' protocol, but one learning rate then serves layers of different scale.
         neighbours: of the k-NN check; 0 leaves it out.
         temperature: of its votes' weights, exp(cosine / temperature); infinity counts every neighbour alike.
         seed: of weights and order.
@@ -239,8 +240,8 @@ def score_features(
 class ProbeData:
     """Labelled images that a probe learns from and others that it is tested on.
 
-    ``views`` and ``seed`` are those of :func:`collect_features`; with ``fresh`` every epoch has new crops and no training
-    feature is kept; ``cache`` is a folder for features, None keeps none.
+    ``views`` and ``seed`` are those of :func:`collect_features`; with ``fresh`` every epoch has new crops and no
+    training feature is kept; ``cache`` is a folder for features, None keeps none.
     """
 
     train: ImageDataset
@@ -257,7 +258,7 @@ class ProbeData:
         return len(self.train.classes) or int(self.train.labels.max()) + 1
 
     def features(self, pipe: DigitPipeline, kind: str, model: Mapping[str, Any]) -> tuple[Features, Features]:
-        """Features "prior" or "encoder" of both parts, cached for this model (:func:`describe_model`) and these images."""
+        """Features "prior" or "encoder" of both parts, cached for this model (:func:`describe_model`) and data."""
         return self._kept(pipe, kind, model, "train"), self._kept(pipe, kind, model, "test")
 
     def _kept(self, pipe: DigitPipeline, kind: str, model: Mapping[str, Any], name: str) -> Features:
@@ -384,7 +385,8 @@ def _notes(options: ProbeOptions, data: ProbeData, test: Transform) -> tuple[str
     how = "new random resized crops with flips in each epoch" if data.fresh else how
     size = min(options.batch_size, len(data.train) * max(data.views, 1))
     notes = [
-        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images (the middle {test.size} px of "
+        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images (the middle {test.size} "
+        "px of "
         f"{test.resize}), {options.epochs} epochs of SGD in batches of {size}; learning rates are given for a batch of "
         f"{AUTHORS_BATCH}.",
     ]

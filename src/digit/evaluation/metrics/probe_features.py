@@ -47,8 +47,8 @@ FEATURES: dict[str, Of] = {"prior": prior_features, "encoder": encoder_features}
 
 
 def crops(pipe: DigitPipeline) -> tuple[Transform, Transform]:
-    """How training and validation images are cut, for a model that takes images of S pixels and whose encoder sees s of them:
-    8% to 100% of the area scaled to S, half of them mirrored; and the middle s of the shorter side scaled to S.
+    """How training and validation images are cut, for a model that takes images of S pixels and whose encoder sees s of
+    them: 8% to 100% of the area scaled to S, half of them mirrored; and the middle s of the shorter side scaled to S.
     """
     size = pipe_size(pipe)
     seen = pipe.encoder.preprocessing.resize if pipe.space == "semantic" and pipe.encoder is not None else None
@@ -96,8 +96,8 @@ def collect_features(
 def fresh_feed(
     pipe: DigitPipeline, dataset: ImageDataset, of: Of, size: int, steps: int, batch_size: int = 64, seed: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """``steps`` shuffled batches of ``size`` images with new random crops in every epoch; the frozen network sees ``batch_size``
-    at a time.
+    """``steps`` shuffled batches of ``size`` images with new random crops in every epoch; the frozen network sees
+    ``batch_size`` at a time.
     """
     _check_labels(dataset)
     order = StepSampler(len(dataset), size, seed)

@@ -33,8 +33,8 @@ class Reconstructed:
     Attributes:
         name: of the reconstructions.
         images: how many pairs.
-        values: psnr (dB), ssim, lpips and rfid, as far as they were measured; of a model's path also usage of the codebook
-            (a share) and entropy of the tokens (bits).
+        values: psnr (dB), ssim, lpips and rfid, as far as they were measured; of a model's path also usage of the
+            codebook (a share) and entropy of the tokens (bits).
         errors: the standard error of each mean over images; rfid has none.
         not_measured: metric -> the reason, in a sentence.
         methods: metric -> package, version and settings.
@@ -68,8 +68,8 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity of each pair, from two (B, 3, H, W) uint8: the Gaussian window of Wang et al. 2004 (11 x 11,
-    deviation 1.5), mean of RGB.
+    """Structural similarity of each pair, from two (B, 3, H, W) uint8: the Gaussian window of Wang et al. 2004 (11 x
+    11, deviation 1.5), mean of RGB.
 
     Returns:
         (B,) float64, 1 where the two are equal.

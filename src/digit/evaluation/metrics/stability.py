@@ -1,4 +1,5 @@
-"""How many tokens change when pixels hardly do: the paper's Table 1, for semantic and VQ tokens, and under other changes.
+"""How many tokens change when pixels hardly do: the paper's Table 1, for semantic and VQ tokens, and under other
+changes.
 
 Of each image and each change four things are measured: the share of its tokens that change, the cosine between its
 continuous features before and after, the cosine between the codes that the tokens stand for, and the same after the
@@ -70,7 +71,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One kind of tokens ("semantic" or "vq") under one change of the pixels; the measures stand at the top of this file.
+    """One kind of tokens ("semantic" or "vq") under one change of the pixels; the measures stand at the top of this
+    file.
 
     ``realised_snr`` is the mean over images of the SNR in dB after clipping; None where nothing changed.
     """

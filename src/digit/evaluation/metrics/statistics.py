@@ -58,8 +58,8 @@ class FeatureSet:
 
 
 class Moments:
-    """Running mean and covariance in float64, about the mean of the first rows: exact far from zero too. Memory does not
-    grow with the number of rows.
+    """Running mean and covariance in float64, about the mean of the first rows: exact far from zero too. Memory does
+    not grow with the number of rows.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,8 @@ class Moments:
         broken = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:
             raise DigitError(
-                f"The features of image {self.n + broken[0]} hold NaN or infinity ({len(broken)} of {len(rows)} images in its "
+                f"The features of image {self.n + broken[0]} hold NaN or infinity ({len(broken)} of {len(rows)} "
+                "images in its "
                 "batch). The weights are damaged, or half precision overflowed; measure in float32."
             )
         if self.n == 0:
@@ -99,7 +100,8 @@ class Moments:
         """
         if self.n < 2:
             raise DigitError(
-                f"{self.n} image(s) were given; the covariance that FID compares needs at least 2, and 10,000 to be useful."
+                f"{self.n} image(s) were given; the covariance that FID compares needs at least 2, and 10,000 to be "
+                "useful."
             )
         mean = self._sum / self.n
         sigma = (self._products - self.n * torch.outer(mean, mean)) / (self.n - 1)
@@ -136,13 +138,14 @@ def save_statistics(
     spatial: FeatureStatistics | None = None,
     compact: bool = False,
 ) -> Path:
-    """Write ``mu``, ``sigma``, ``n`` and ``metadata`` (JSON text) as ``.npz``; tools that look for mu and sigma read it too.
+    """Write ``mu``, ``sigma``, ``n`` and ``metadata`` (JSON text) as ``.npz``; tools that look for mu and sigma read it
+    too.
 
     Args:
         features: (n, D) float32; with them the file serves KID, precision and recall as well, and is that much larger.
         spatial: for sFID, as ``mu_s`` and ``sigma_s`` of the ADM layout.
-        compact: in place of ``sigma`` write ``deviation`` (D,) float32 and ``correlation``, its upper triangle in steps of
-            1 / 32767: 4 MB for 34; FID of CIFAR-10 changes by less than 1e-4.
+        compact: in place of ``sigma`` write ``deviation`` (D,) float32 and ``correlation``, its upper triangle in steps
+            of 1 / 32767: 4 MB for 34; FID of CIFAR-10 changes by less than 1e-4.
     """
     arrays = {"mu": statistics.mu, "sigma": statistics.sigma, "metadata": np.array(json.dumps(statistics.metadata))}
     if compact:

@@ -166,7 +166,8 @@ def toy(settings: ToyConfig | None = None) -> Toy:
         settings=to_dict(settings),
         notes=(
             "The paper does not publish the numbers behind its figure: means, spreads, sample counts, noise levels and "
-            "the classifier (logistic regression on the projected number, fitted without noise) are this project's choice.",
+            "the classifier (logistic regression on the projected number, fitted without noise) are this project's "
+            "choice.",
         ),
         seconds=time.monotonic() - began,
     )

@@ -1,6 +1,7 @@
 """One page of everything found under run folders, in one file that asks the network for nothing.
 
-Every result gives its rows and its figure; ``page.html.jinja`` lays them out, and nothing else is drawn or written here.
+Every result gives its rows and its figure; ``page.html.jinja`` lays them out, and nothing else is drawn or written
+here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ _SECTIONS: tuple[tuple[str, str, str, str, tuple[Callable[[Collection], Result |
     ("samples", "Generated images", "", "generation", ()),
     ("fidelity", "Fidelity", "", "fidelity", (beside.fidelity,)),
     (
-        "understanding", "Understanding and generation", "The area of a circle is the number of the prior's parameters.",
+        "understanding", "Understanding and generation",
+        "The area of a circle is the number of the prior's parameters.",
         "", (beside.understanding, beside.conditional),
     ),
     (
@@ -44,7 +46,8 @@ _SECTIONS: tuple[tuple[str, str, str, str, tuple[Callable[[Collection], Result |
     ("sweeps", "Sweeps of sampling settings", "The paper's figure 6 shows curves without their values.", "sweep", ()),
     (
         "prefix", "Fidelity against the given prefix",
-        "Real tokens are given, the prior continues. The paper's figure 4b shows curves without their values.", "prefix", (),
+        "Real tokens are given, the prior continues. The paper's figure 4b shows curves without their values.",
+        "prefix", (),
     ),
     (
         "robustness", "Robustness of decoders",
@@ -52,17 +55,20 @@ _SECTIONS: tuple[tuple[str, str, str, str, tuple[Callable[[Collection], Result |
     ),
     (
         "reconstruction", "Reconstruction",
-        "The best that generation could reach with these tokens: real images, encoded and decoded.", "reconstruction", (),
+        "The best that generation could reach with these tokens: real images, encoded and decoded.", "reconstruction",
+        (),
     ),
     ("ablations", "Ablations", "One thing is varied, everything else is shared.", "ablation", ()),
     (
         "screen", "Which tokens to train on",
-        "Each candidate's tokens were learnt briefly by the same small prior and probed, or ridge regression decoded them.",
+        "Each candidate's tokens were learnt briefly by the same small prior and probed, or ridge regression decoded "
+        "them.",
         "screen", (),
     ),
     ("toy", "Toy figure: PCA and LDA", "", "toy", ()),
     ("others", "Other measurements", "", "", ()),
-    ("training", "Training runs", "Dashed grey: the reference run of the same preset, where there is one.", "training", ()),
+    ("training", "Training runs", "Dashed grey: the reference run of the same preset, where there is one.", "training",
+    ()),
     ("paper", "The paper's ablations", "", "", (beside.additive, beside.encoders)),
 )  # fmt: skip
 """Anchor, title, introduction, kind of results and comparisons with the paper, in the order of the page."""
@@ -191,8 +197,8 @@ def _item(collection: Collection, given: Found | Callable[[Collection], Result |
 
 
 def charts(result: Result) -> list[Markup]:
-    """Each axes of a result's figure as an SVG of its own, so that they find room on narrow screens; the colours that all
-    figures share become those of the reader's scheme.
+    """Each axes of a result's figure as an SVG of its own, so that they find room on narrow screens; the colours that
+    all figures share become those of the reader's scheme.
     """
     matplotlib = require("matplotlib", "eval", "Drawing figures")
     with matplotlib.rc_context(

@@ -20,7 +20,7 @@ HERE = "Measured here"
 
 @dataclass(frozen=True, kw_only=True)
 class Beside(Result):
-    """``values``: the rows, ready to be shown; ``about``: the line under them. ``notes`` say what must not be compared."""
+    """``values``: the rows as shown; ``about``: the line under them. ``notes`` say what must not be compared."""
 
     kind: str = "beside"
     values: Rows
@@ -139,8 +139,8 @@ def _of_imagenet(result: Result) -> bool:
 
 @dataclass(frozen=True)
 class Model:
-    """A bubble of figure 1: a model, its place, its parameters in millions, where its values come from, and whether they
-    were measured here.
+    """A bubble of figure 1: a model, its place, its parameters in millions, where its values come from, and whether
+    they were measured here.
     """
 
     name: str
@@ -202,7 +202,9 @@ class Bubbles(Beside):
 
 
 def _label(axes: Any, models: Sequence[Model], areas: Sequence[float]) -> None:
-    """Names beside circles of some areas in square points, ours and DiGIT's first; one that finds no room is left to the table."""
+    """Names beside circles of some areas in square points, ours and DiGIT's first; one that finds no room is left to
+    the table.
+    """
     axes.figure.draw_without_rendering()  # now places are known
     pixel, bounds = axes.figure.dpi / 72, require("matplotlib.transforms", "eval", "Drawing figures").Bbox.from_bounds
     centers = [axes.transData.transform((model.x, model.y)) for model in models]

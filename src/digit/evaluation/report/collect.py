@@ -1,4 +1,4 @@
-"""What lies under run folders, as results: measurements, generation runs and training runs; and what could not be read."""
+"""What lies under run folders, as results: measurements, generation and training runs; and what could not be read."""
 
 from __future__ import annotations
 

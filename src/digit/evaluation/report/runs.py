@@ -1,8 +1,8 @@
 """Runs as results: what was generated, and how a training went, beside reference runs of the same preset.
 
-A reference curve is a JSON file in ``digit/presets/curves``, written by ``digit report RUN --save-curve FILE``. A run is
-recognised by what it trains (component, model, objective), not by a name; where its data or training settings differ,
-the report says so.
+A reference curve is a JSON file in ``digit/presets/curves``, written by ``digit report RUN --save-curve FILE``. A run
+is recognised by what it trains (component, model, objective), not by a name; where its data or training settings
+differ, the report says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, flatten, 
 
 POINTS = 200
 _INCIDENTAL = {
-    "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "validate_every", "workers", "compile", "fused",
+    "log_every", "checkpoint_every", "keep_checkpoints", "sample_every", "validate_every", "workers", "compile",
+    "fused",
     "gradient_checkpointing",
 }  # fmt: skip
 _WHAT = ("component", "model", "objective")

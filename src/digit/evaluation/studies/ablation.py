@@ -79,8 +79,8 @@ class Recipe:
 class Ablation:
     """What is varied, what the variants have in common, and how they are measured; see the same file.
 
-    A variant is a ``name``, fields of :class:`Recipe` to replace (those ending in ``_set`` are added), and where the paper has
-    the same, ``paper``: its row.
+    A variant is a ``name``, fields of :class:`Recipe` to replace (those ending in ``_set`` are added), and where the
+    paper has the same, ``paper``: its row.
     """
 
     what: Literal["clusters", "encoder", "layer", "decoder", "prior-size", "additive"]
@@ -118,7 +118,8 @@ class Variant:
         if target != wanted:
             given = "has no encoder" if wanted == "vq" else "has an encoder"
             raise DigitError(
-                f"The variant '{self.name}' {given}, so its prior must predict {wanted} tokens; {recipe.prior} predicts "
+                f"The variant '{self.name}' {given}, so its prior must predict {wanted} tokens; {recipe.prior} "
+                "predicts "
                 f"{target}."
             )
         if recipe.decoder is not None and wanted == "semantic":
@@ -167,7 +168,8 @@ def plan(ablation: Ablation) -> list[Variant]:
         free = _FREE[ablation.what] or set(changes)
         if extra := sorted(set(changes) - free):
             raise DigitError(
-                f"The variant '{name}' changes {', '.join(extra)}, but this ablation varies {ablation.what}; its variants may "
+                f"The variant '{name}' changes {', '.join(extra)}, but this ablation varies {ablation.what}; its "
+                "variants may "
                 f"change {', '.join(sorted(free))}. What all have in common belongs to 'base'."
             )
         if row is not None and row not in rows:

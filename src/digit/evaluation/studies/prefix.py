@@ -1,8 +1,8 @@
 """Fidelity against the length of a given prefix, the paper's figure 4b: real images' first tokens are kept, the prior
 samples the rest.
 
-It shows how errors of the prior build up: the shorter the prefix, the more of an image is the prior's own. At full length only
-the decoders are left, the ceiling of the model.
+It shows how errors of the prior build up: the shorter the prefix, the more of an image is the prior's own. At full
+length only the decoders are left, the ceiling of the model.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def prefix(
     """Measure completions of real images by one or more models, going on where an earlier run into ``out`` stopped.
 
     Args:
-        runs: name -> model, seed and settings, such as a model and the baseline over VQ tokens. The number of images and
-            their labels follow from ``dataset``: every image is completed under its own class.
+        runs: name -> model, seed and settings, such as a model and the baseline over VQ tokens. The number of images
+            and their labels follow from ``dataset``: every image is completed under its own class.
         dataset: the images whose first tokens are given.
         shares: of the tokens that are given, 0 to 1.
 

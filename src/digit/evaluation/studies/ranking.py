@@ -1,8 +1,9 @@
 """Which tokens to train on, before anybody trains for days: a small prior is trained briefly on each, and probed.
 
-Source: Xiong et al. 2025, arXiv 2504.08736 (GigaTok), whose AR probing finds that loss and probe accuracy of a small model
-foretell those of large ones. They train 111M parameters for 50 epochs; here the size and the length are options, and the ranking
-is only as good as they allow. Loss is given per image too: tokens of different number and vocabulary cannot be compared by theirs.
+Source: Xiong et al. 2025, arXiv 2504.08736 (GigaTok), whose AR probing finds that loss and probe accuracy of a small
+model foretell those of large ones. They train 111M parameters for 50 epochs; here the size and the length are options,
+and the ranking is only as good as they allow. Loss is given per image too: tokens of different number and vocabulary
+cannot be compared by theirs.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What decoders make of damaged tokens: the same prior and tokens go through each decoder while a share of the tokens is
-replaced. The paper's section 3 says that iterative decoders can correct what instability breaks; this measures it.
+"""What decoders make of damaged tokens: the same prior and tokens go through each decoder while a share of the tokens
+is replaced. The paper's section 3 says that iterative decoders can correct what instability breaks; this measures it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _AGREEMENT = {"vq": "VQ tokens that stay, % ↑", "pixels": "Mean change of pixe
 
 @dataclass(frozen=True, kw_only=True)
 class Robustness(Result):
-    """``values``: of each decoder its ``decoder`` and ``points``, with ``rate``, ``vq`` (the share of VQ tokens that are
-    those of the undamaged decode; None where there are none) and ``pixels`` (the mean absolute change, of 255).
+    """``values``: of each decoder its ``decoder`` and ``points``, with ``rate``, ``vq`` (the share of VQ tokens that
+    are those of the undamaged decode; None where there are none) and ``pixels`` (the mean absolute change, of 255).
     """
 
     kind: str = "robustness"
@@ -68,8 +68,8 @@ def _agreement(point: Point) -> dict[str, float]:
 
 
 def replaced(tokens: Tensor, rate: float, vocab: int, images: Sequence[int], seed: int) -> Tensor:
-    """Tokens (B, N) of some images of a run, each replaced by another one of ``vocab`` with probability ``rate``. What is
-    replaced at one rate is at every higher one, by the same token.
+    """Tokens (B, N) of some images of a run, each replaced by another one of ``vocab`` with probability ``rate``. What
+    is replaced at one rate is at every higher one, by the same token.
     """
     chosen, other = uniforms(seed, images, "robustness", (2, tokens.shape[1])).unbind(1)  # (B, N) each, in [0, 1)
     moved = (tokens + 1 + (other.to(tokens.device) * (vocab - 1)).long()) % vocab
@@ -127,7 +127,8 @@ def robustness(
         },
         model=model,
         notes=(
-            "A replaced token is any other one, with equal probability. Prior, tokens and random numbers are the same for "
+            "A replaced token is any other one, with equal probability. Prior, tokens and random numbers are the same "
+            "for "
             "all decoders and rates.",
             *point_notes([point for curve in curves for point in curve["points"]]),
         ),

@@ -123,7 +123,9 @@ class Stages:
         return self.steps.run("tokens", inputs, cache)
 
     def probe(self, pipe: DigitPipeline, prior: Step, options: ProbeOptions) -> dict[str, Any]:
-        """``probe``: accuracy of a linear probe on each state of the prior; ``middle``, ``best`` and ``best_state`` of them."""
+        """``probe``: accuracy of a linear probe on each state of the prior; ``middle``, ``best`` and ``best_state`` of
+        them.
+        """
         data = ProbeData(self.train_images, self.test_images, batch_size=self.batch_size)
         inputs = {
             "prior": prior.folder.name, "options": to_dict(options),
@@ -140,7 +142,7 @@ class Stages:
 
 
 def predictability(nll: float, prior: TokenModel) -> dict[str, float]:
-    """Held-out ``nats_per_token``, ``bits_per_image``, and ``saved``: the part of log K saved against uniform tokens."""
+    """Held-out ``nats_per_token``, ``bits_per_image``, and ``saved``: the part of log K that they take less."""
     length, codes = prior.config.length, prior.config.vocab_size
     return {"nats_per_token": nll, "bits_per_image": nll * length / math.log(2), "saved": 1 - nll / math.log(codes)}
 
@@ -186,7 +188,7 @@ def cells(line: Line) -> dict[str, Any]:
 
 
 def comparison(lines: Sequence[Line], keys: Sequence[str], layers: bool = True) -> Any:
-    """A figure of bars for each of ``keys`` that some line has, the paper's values beside them, and the probe by layer."""
+    """Bars for each of ``keys`` that some line has, the paper's values beside them, and the probe by layer."""
     drawn = [key for key in keys if any(key in line for line in lines)]
     layers = layers and any("probe" in line for line in lines)
     if not drawn and not layers:
@@ -221,8 +223,8 @@ class AblationResult(Result):
     kind: str = "ablation"
 
     def rows(self) -> Rows:
-        """A row for each variant: what its FID was measured against, how it was sampled, and the paper's values, none of
-        which were sampled with classes.
+        """A row for each variant: what its FID was measured against, how it was sampled, and the paper's values, none
+        of which were sampled with classes.
         """
         rows = []
         for line in self.values:
@@ -250,11 +252,11 @@ def result_notes(what: str, lines: Sequence[Line], named: bool) -> list[str]:
     """What a reader of the table should know; ``named``: it holds values of the paper."""
     decoders = {line.get("decoder") for line in lines if "decoder_nats" in line}
     notes = {
-        "Nats a token of different vocabularies cannot be compared; bits an image and the saved part of log K can.": True,
-        "A masked decoder's loss is that of hidden tokens at random shares, an AR decoder's of all in order: not one scale.": (
+        "Nats a token of different vocabularies are not comparable; bits an image and the saved part of log K are.": True,
+        "A masked decoder's loss is of hidden tokens at random, an AR decoder's of all in order: not one scale.": (
             len(decoders) > 1
         ),
-        "The variants have different numbers of tokens an image, so they differ in more than the thing that is varied.": (
+        "The variants have different numbers of tokens an image, so they differ in more than what is varied.": (
             len({line["tokens"] for line in lines}) > 1
         ),
         f"The paper's values ({paper.SOURCE}) are of ImageNet 256 x 256, class-unconditional, at its scale.": named,

@@ -130,8 +130,8 @@ class Sweep(Result):
         ]
 
     def figure(self) -> Any:
-        """A row for each axis, a panel for each metric; with ``grid`` the first axis, and a line for each combination of
-        the others.
+        """A row for each axis, a panel for each metric; with ``grid`` the first axis, and a line for each combination
+        of the others.
         """
         axes, points = self.values["axes"], self.values["points"]
         shown = [name for name in (list(axes)[:1] if self.values["grid"] else axes) if len(axes[name]) > 1]

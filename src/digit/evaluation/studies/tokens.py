@@ -1,10 +1,10 @@
 """What tokens keep of an image and what they cost, without training any network.
 
-Of each tokenizer: use and entropy of its codes; how many tokens change under the paper's noise; 20 nearest neighbours on
-the mean code of an image; and how well ridge regression, solved in closed form, gives back each patch of pixels from the
-code at its place. They come together in bits saved per bit spent. Spent are the tokens, each at the entropy of its depth.
-Saved is what a Gaussian code of the pixels of held-out images gets shorter by, when it knows the decoded patch in place of the
-mean one: half the logarithm of the ratio of the mean squared errors, for each value.
+Of each tokenizer: use and entropy of its codes; how many tokens change under the paper's noise; 20 nearest neighbours
+on the mean code of an image; and how well ridge regression, solved in closed form, gives back each patch of pixels from
+the code at its place. They come together in bits saved per bit spent. Spent are the tokens, each at the entropy of its
+depth. Saved is what a Gaussian code of the pixels of held-out images gets shorter by, when it knows the decoded patch
+in place of the mean one: half the logarithm of the ratio of the mean squared errors, for each value.
 
 A decoder this weak compares tokens by what lies open in them; a trained one reads more, and further than one place.
 """
@@ -70,10 +70,13 @@ def rank_tokens(entries: Mapping[str, DigitPipeline], stages: Stages) -> Ranking
             "test": describe_data(stages.test_images, *entries.values()),
         },
         notes=(
-            f"Changed tokens: mean over the paper's levels of noise, {', '.join(f'{one.level:g}' for one in NOISE)} dB.",
+            f"Changed tokens: mean over the paper's levels of noise, {', '.join(f'{one.level:g}' for one in NOISE)} "
+            "dB.",
             "Bits/image: tokens times the entropy of the codes, as they occur in the training images.",
-            "PSNR and bits saved are those of a linear decoder that sees one place; ranks of other decoders may differ.",
-            "Bits saved count values of pixels as if they were independent: they compare tokens, and are no rate of compression.",
+            "PSNR and bits saved are those of a linear decoder that sees one place; ranks of other decoders may "
+            "differ.",
+            "Bits saved count values of pixels as if they were independent: they compare tokens, and are no rate of "
+            "compression.",
         ),
         seconds=time.monotonic() - began,
     )

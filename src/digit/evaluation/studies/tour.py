@@ -1,4 +1,5 @@
-"""The end-to-end example: images of CIFAR-10 through every stage at a small preset, in ten to thirty minutes on two cores.
+"""The end-to-end example: images of CIFAR-10 through every stage at a small preset, in ten to thirty minutes on two
+cores.
 
 Each stage prints the command that does the same alone, and is skipped when an earlier, interrupted run has finished it.
 """
@@ -48,7 +49,7 @@ that the finished ones took here, comes what is left.
 
 
 class _Stages:
-    """Runs the stages one after another, says which is next and how long the rest will take, and skips finished ones."""
+    """Runs the stages one after another, says which is next and how long the rest takes, and skips finished ones."""
 
     def __init__(self, out: Path, shared: dict[str, Any]) -> None:
         self.out, self.steps, self.seconds = out, Steps(out / "stages", shared), dict[str, float]()
@@ -156,8 +157,8 @@ def run_tour(
 
 
 def _show(out: Path, source: Path, seed: int, losses: dict[str, list[tuple[int, float]]]) -> None:
-    """The whole model, and its images: eight classes, one a row; photographs that no part was trained on, where the dataset
-    keeps some apart, beside what becomes of them; and the losses.
+    """The whole model, and its images: eight classes, one a row; photographs that no part was trained on, where the
+    dataset keeps some apart, beside what becomes of them; and the losses.
     """
     pipe = assemble(
         out / "encoder", out / "codebook", out / "vqgan", out / "prior", [out / "ar", out / "masked"], name="tour"

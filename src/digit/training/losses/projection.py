@@ -77,7 +77,7 @@ class Projection(nn.Module):
 
 
 def check_trainable(encoder: TrainableEncoder, masks: bool) -> None:
-    """Raise DigitError unless a method can train a network; one that ``masks`` patches takes a ViT with a mask token."""
+    """Raise DigitError unless a method can train a network; one that ``masks`` takes a ViT with a mask token."""
     if encoder.preprocessing.resize is not None:
         raise DigitError("An encoder is trained on views of its own size: leave preprocessing.resize out.")
     network: Any = getattr(encoder, "network", None)
