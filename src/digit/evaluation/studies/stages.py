@@ -252,7 +252,7 @@ def result_notes(what: str, lines: Sequence[Line], named: bool) -> list[str]:
     """What a reader of the table should know; ``named``: it holds values of the paper."""
     decoders = {line.get("decoder") for line in lines if "decoder_nats" in line}
     notes = {
-        "Nats a token of different vocabularies are not comparable; bits an image and the part of log K are.": True,
+        "Nats a token of other vocabularies are not comparable; bits an image and the saved part of log K are.": True,
         "A masked decoder's loss is of hidden tokens at random, an AR decoder's of all in order: not one scale.": (
             len(decoders) > 1
         ),
