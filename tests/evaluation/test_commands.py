@@ -51,7 +51,7 @@ def test_stability(run, model_folder, cifar512, tmp_path):
     result = read(tmp_path, "stability")
     assert result["settings"]["noise"] == {"signal": "variance", "clip": False, "seed": 0}
     assert result["data"] | {"fingerprint": ""} == {
-        "name": "cifar512", "path": None, "split": "train", "images": 24, "fingerprint": ""
+        "name": "cifar512", "path": None, "split": "train", "images": 24, "filter": "none", "fingerprint": ""
     }  # fmt: skip
     assert result["plots"] == ["stability.png"]
     assert "noise at 0.01 dB" in text
