@@ -289,7 +289,12 @@ class Results:
         head = ["prior", "passes", "FID", "images/s, 64 at a time", "one at a time", "C++ step, 64", "C++ step, one"]
         regions = [[name, *(f"{bits:.3f}" for bits in values.values())] for name, values in found["bits"].items()]
         kinds = [f"{kind}, bits a token" for kind in next(iter(found["bits"].values()))]
-        return f"{table(head, rows)}\n{table(['sampled region', *kinds], regions)}"
+        trained = [
+            [kind, f"{run['parameters']:,}", f"{run['step']:,}", _number(run["validation/perplexity"])]
+            for kind, run in found["trained"].items()
+        ]
+        priors = table(["prior", "parameters", "steps", "perplexity, held-out tokens"], trained)
+        return f"{table(head, rows)}\n{priors}\n{table(['sampled region', *kinds], regions)}"
 
     def commands(self) -> str:
         """Every step, its command and what it took."""
@@ -434,8 +439,9 @@ by bits saved per bit spent; `docs/measuring-models.md` says how and what it mea
 
 {results.discretisers()}
 ## Fewer passes
-`steps.py`: priors in raster order, in random order and masked, images of all classes through the packaged feed-forward
-decoder, guidance 2 and top-p .95.
+`steps.py`: priors in raster order, in random order, masked, and a state-space model in raster order, of as many
+parameters and training FLOPs; 1,000 images of all classes a point through the packaged feed-forward decoder, guidance 2
+and top-p .95.
 
 {results.passes()}
 ## What was trained

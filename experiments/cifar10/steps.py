@@ -2,10 +2,10 @@
 
     python experiments/cifar10/steps.py runs/steps --data data/cifar10 --num 2000 --out runs/steps/results
 
-RUNS holds the trainings ``raster``, ``random`` and ``masked``, whose commands are in README.md beside this file. All
-have the packaged model's tokens and feed-forward decoder. Measured are FID against all training images, images a second
-with the same PyTorch step for all (and with the C++ step, which knows raster order alone), and what the random order is
-for: the likelihood of regions with everything around them known, on test images.
+RUNS holds the trainings ``raster``, ``random``, ``masked`` and ``ssm``, whose commands are in README.md beside this
+file. All have the packaged model's tokens and feed-forward decoder. Measured are FID against all training images,
+images a second with the same PyTorch step for all (and with the C++ step, which knows raster order alone), and what
+the random order is for: the likelihood of regions with everything around them known, on test images.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from digit.models.token_model import TokenModel
 from digit.pipeline.editing import edit_region
 from digit.sampling.engines.acceleration import accelerate
 from digit.sampling.request import SampleRequest
+from digit.training.logs import last_metrics
 
-PASSES = {"raster": (64,), "random": (64, 32, 16, 8), "masked": (16, 8, 4)}
+PASSES = {"raster": (64,), "random": (64, 32, 16, 8), "masked": (16, 8, 4), "ssm": (64,)}
 SETTINGS = {"cfg_scale": 2.0, "top_p": 0.95}  # of the packaged prior
 BATCHES = (64, 1)  # images at a time, for the rate
 REGIONS = {"a square in the middle": (slice(2, 6), slice(2, 6)), "the upper half": (slice(0, 4), slice(0, 8))}
@@ -46,7 +47,7 @@ MASKED_IMAGES = 8  # in the sheet of completions
 
 def asked(kind: str, passes: int) -> dict[str, Any]:
     """The settings of a point; in raster order there are as many passes as tokens."""
-    return SETTINGS if kind == "raster" else {**SETTINGS, "steps": passes}
+    return SETTINGS if kind in ("raster", "ssm") else {**SETTINGS, "steps": passes}
 
 
 def rate(pipe: DigitPipeline, settings: dict[str, Any], batch: int, seconds: float = 4.0) -> float:
@@ -133,6 +134,10 @@ def draw(points: list[dict[str, Any]], path: Path) -> None:
     write_file(path, lambda aside: figure.savefig(aside, dpi=150, format="png"))
 
 
+def _parameters(pipe: DigitPipeline) -> int:
+    return sum(p.numel() for p in pipe.part("prior").parameters())
+
+
 def main() -> None:
     """Measure; finished points are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -173,7 +178,9 @@ def main() -> None:
     bits = likelihoods(pipes, options.data, 1000)
     for region, values in bits.items():
         print(f"bits a token of {region}: " + ", ".join(f"{kind} {value:.3f}" for kind, value in values.items()))
-    write_json(options.out / "steps.json", {"num": options.num, "settings": SETTINGS, "points": points, "bits": bits})
+    trained = {kind: {"parameters": _parameters(pipes[kind]), **last_metrics(options.runs / kind)} for kind in PASSES}
+    found = {"num": options.num, "settings": SETTINGS, "points": points, "bits": bits, "trained": trained}
+    write_json(options.out / "steps.json", found)
     draw(points, options.out / "steps.png")
     completions(pipes, options.data, options.out / "completions.png")
 
