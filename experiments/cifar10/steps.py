@@ -159,7 +159,7 @@ def main() -> None:
     points = []
     for kind, all_passes in PASSES.items():
         pipe = pipes[kind]
-        inputs = {"prior": pipe.fingerprint(), "reference": reference.describe()}
+        inputs = {"model": pipe.fingerprint(), "kind": kind, "reference": reference.describe()}
         for passes in all_passes:
             settings = asked(kind, passes)
             run = SamplingRun(pipe, options.num, decoder="onepass", settings=settings)
