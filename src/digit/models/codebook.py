@@ -122,9 +122,8 @@ class Codebook(Component):
         if given and fitted and given != fitted:
             raise DigitError(
                 f"The codebook was fitted on features of an encoder with positions '{fitted}', and this encoder has "
-                f"'{given}': "
-                "a good part of the tokens would differ. Convert the encoder with: digit convert encoder --positions "
-                f"{fitted}"
+                f"'{given}': a good part of the tokens would differ. Convert the encoder with: digit convert encoder "
+                f"--positions {fitted}"
             )
 
     def tokens(self, features: Float[Tensor, "B N D"]) -> Int[Tensor, "B n"]:

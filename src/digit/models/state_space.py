@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from digit.core.config import PositiveInt as PositiveInt
 from digit.core.config import Probability as Probability
 from digit.core.config import config
+from digit.models.transformer import Stack
 
 
 @config
@@ -203,16 +203,13 @@ class StateSpaceBlock(nn.Module):
         return F.silu(sum(taps, self.conv_bias.to(x.dtype)))
 
 
-class StateSpace(nn.Module):
-    """Blocks over vectors (B, T, D), with the interface of :class:`~digit.models.transformer.Transformer`."""
+class StateSpace(Stack):
+    """A stack of Mamba-2 blocks, with the interface of :class:`~digit.models.transformer.Transformer`."""
 
     def __init__(self, config: StateSpaceConfig) -> None:
-        super().__init__()
+        norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
+        super().__init__((StateSpaceBlock(config) for _ in range(config.depth)), norm, config.dropout)
         self.config = config
-        self.checkpointing = False  # see Transformer
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(StateSpaceBlock(config) for _ in range(config.depth))
-        self.norm = nn.RMSNorm(config.dim, eps=config.norm_eps)
 
     def forward(
         self,
@@ -222,21 +219,10 @@ class StateSpace(nn.Module):
         _kv_len: int | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Map embeddings to the last, normed states; with a cache they follow what it has seen, wherever that was."""
-        x = self.dropout(x)
-        slots: list[StateSlot | None] = [None] * len(self.blocks)
+        slots = None
         if cache is not None:
             slots = [StateSlot(*parts) for parts in zip(cache.inputs, cache.states, strict=True)]
-        for block, slot in zip(self.blocks, slots, strict=True):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x, slot)
-        out: Tensor = self.norm(x)
-        return out
-
-    def states(self, x: Float[Tensor, "B T D"]) -> list[Tensor]:
-        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: for a linear probe."""
-        states = [x]
-        for block in self.blocks:
-            states.append(block(states[-1]))
-        return states
+        return self.run(x, slots)
 
 
 def init_as_mamba(network: StateSpace) -> None:

@@ -104,8 +104,7 @@ class TokenModelConfig:
         if self.state_space is not None and (self.role not in ("prior", "ar") or self.init != "normal"):
             raise ValueError(
                 "a state-space model reads row by row; expected role prior or ar, and init normal, not role "
-                f"'{self.role}' and "
-                f"init '{self.init}'"
+                f"'{self.role}' and init '{self.init}'"
             )
         if self.transformer is not None and self.transformer.causal == (self.role == "masked"):
             raise ValueError(f"role '{self.role}' needs transformer.causal = {self.role != 'masked'}")
@@ -278,15 +277,16 @@ class TokenModel(Component):
             asked: Tensor = self.head(x[:, 1::2])
             return asked
         skip = self.config.prefix_length + (1 if self.config.role == "masked" else 0)
-        return self.of_depth(self.head(x[:, skip:]), torch.arange(x.shape[1] - skip, device=x.device))
+        return self.of_depth(self.head(x[:, skip:]), 0)
 
-    def of_depth(self, logits: Float[Tensor, "B m W"], index: Int[Tensor, " m"]) -> Float[Tensor, "B m V"]:
-        """Of all W = d V logits those of the depth of token number ``index``."""
+    def of_depth(self, logits: Float[Tensor, "B m W"], first: int | Int[Tensor, ""]) -> Float[Tensor, "B m V"]:
+        """Of all W = d V logits those of their token's depth; ``first`` is the number of the first token."""
         depth = self.config.codebook_depth
         if depth == 1:
             return logits
         apart = logits.view(*logits.shape[:2], depth, self.config.codes)  # (B, m, d, V)
-        return apart[:, torch.arange(len(index), device=index.device), index % depth]
+        place = torch.arange(logits.shape[1], device=logits.device)
+        return apart[:, place, (first + place) % depth]
 
     def states(self, tokens: Ids, labels: Labels = None, prefix: Prefix = None) -> list[Tensor]:
         """The embedding and every block's output, L + 1 tensors (B, P + 1 + n, D): the linear probe's features."""
@@ -375,7 +375,7 @@ class TokenModel(Component):
             cache.clear()
         kv_len = first + x.shape[1]
         x = self.backbone(x, cache, torch.arange(first, kv_len, device=x.device), kv_len)
-        logits = self.of_depth(self.head(x[:, -1:]), torch.tensor([tokens.shape[1]], device=x.device))
+        logits = self.of_depth(self.head(x[:, -1:]), tokens.shape[1])
         return logits[:, 0]
 
     def step(
@@ -387,7 +387,7 @@ class TokenModel(Component):
         """
         x = self.embed_tokens(token[:, None]) + self.position_embedding(index + 1)  # (B, 1, D)
         x = self.backbone(x, cache, index + 1 + self.config.prefix_length, kv_len)
-        return self.of_depth(self.head(x), (index + 1).view(1))[:, 0]
+        return self.of_depth(self.head(x), index + 1)[:, 0]
 
     def query(
         self,

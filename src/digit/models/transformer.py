@@ -8,7 +8,8 @@ Sources: Vaswani et al. 2017, section 3 (post-norm); Xiong et al. 2020, arXiv 20
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -171,16 +172,39 @@ class Block(nn.Module):
         return hidden
 
 
-class Transformer(nn.Module):
-    """A stack of blocks over vectors (B, T, D)."""
+class Stack(nn.Module):
+    """Dropout, blocks and a norm over vectors (B, T, D): what every backbone has."""
+
+    def __init__(self, blocks: Iterable[nn.Module], norm: nn.Module, dropout: float) -> None:
+        super().__init__()
+        self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = norm
+
+    def run(self, x: Float[Tensor, "B T D"], slots: Sequence[Any] | None) -> Float[Tensor, "B T D"]:
+        """The last, normed states; each block with its part of a cache, if there is one."""
+        x = self.dropout(x)
+        for block, slot in zip(self.blocks, slots or [None] * len(self.blocks), strict=True):
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x, slot)
+        out: Tensor = self.norm(x)
+        return out
+
+    def states(self, x: Float[Tensor, "B T D"]) -> list[Tensor]:
+        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: for a linear probe."""
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return states
+
+
+class Transformer(Stack):
+    """A stack of attention blocks."""
 
     def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
+        norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
+        super().__init__((Block(config) for _ in range(config.depth)), norm, config.dropout)
         self.config = config
-        self.checkpointing = False  # recompute activations in the backward pass: less memory, a third more time
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if config.norm == "pre" else nn.Identity()
 
     def forward(
         self,
@@ -199,24 +223,13 @@ class Transformer(nn.Module):
             kv_len: how many positions of the cache are read: more than the last position; all by default.
             visible: which of these each input attends to, instead of all up to it.
         """
-        x = self.dropout(x)
-        slots: list[KVSlot | None] = [None] * len(self.blocks)
+        slots = None
         if cache is not None and position is not None:
             position = position.view(-1)  # (T,)
             if visible is None:
                 visible = torch.arange(kv_len or cache.length, device=x.device) <= position[:, None]  # (T, S)
             slots = [KVSlot(k, v, position, visible) for k, v in zip(cache.keys, cache.values, strict=True)]
-        for block, slot in zip(self.blocks, slots, strict=True):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x, slot)
-        out: Tensor = self.norm(x)
-        return out
-
-    def states(self, x: Float[Tensor, "B T D"]) -> list[Tensor]:
-        """The input and every block's output, L + 1 tensors (B, T, D), before the final norm: for a linear probe."""
-        states = [x]
-        for block in self.blocks:
-            states.append(block(states[-1]))
-        return states
+        return self.run(x, slots)
 
 
 def init_weights(module: nn.Module, std: float = 0.02) -> None:

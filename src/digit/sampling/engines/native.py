@@ -162,7 +162,7 @@ class NativeEngine(DecodeEngine):
         token = self.state.tokens[:, index - 1]  # (B,)
         cache, token = (self.cache, torch.cat([token, token])) if guided else (self._with_labels, token)
         logits = self.step.step(cache, token, index - 1)[:, None]
-        self._write(model.of_depth(logits, self.state.place.view(1))[:, 0], index, guided, params)
+        self._write(model.of_depth(logits, self.state.place)[:, 0], index, guided, params)
         self.state.place.add_(1)
 
     def _write(self, logits: Tensor, index: int, guided: bool, params: DrawParams) -> None:
