@@ -275,12 +275,10 @@ def show(table: list[dict]) -> None:
     for r in table:
         print(
             f"| {r['batch']} | {r['contender']} | {r['seconds_per_image']:.3f} | {r['images_per_second']:.2f} | "
-            f"{r['tokens_per_second']:,.0f} | "
-            f"{r['milliseconds_per_step']:.2f} | {r['times_hf_generate']:.2f} | "
+            f"{r['tokens_per_second']:,.0f} | {r['milliseconds_per_step']:.2f} | {r['times_hf_generate']:.2f} | "
             f"{'' if r['times_authors_loop'] is None else format(r['times_authors_loop'], '.2f')} | "
-            f"{r['megabytes_per_step']:.0f} | "
-            f"{r['weight_bandwidth_share']:.0%} | {r['bandwidth_share']:.0%} | {r['matmul_share']:.0%} | "
-            f"{r['peak_megabytes']:,.0f} | {r['compile_seconds']:.0f} |"
+            f"{r['megabytes_per_step']:.0f} | {r['weight_bandwidth_share']:.0%} | {r['bandwidth_share']:.0%} | "
+            f"{r['matmul_share']:.0%} | {r['peak_megabytes']:,.0f} | {r['compile_seconds']:.0f} |"
         )
 
 
@@ -316,8 +314,7 @@ def cpu(
     print(
         f"\nread {found['read'] / 1e9:.1f} GB/s, copy {found['copy'] / 1e9:.1f} GB/s (read + write), matmul "
         f"{found['flops_fp32'] / 1e9:.0f} GFLOP/s fp32, {found['flops_bf16'] / 1e9:.0f} bf16, "
-        f"{torch.get_num_threads()} threads; "
-        f"other programs took {found['others']:.0%} of the processors"
+        f"{torch.get_num_threads()} threads; other programs took {found['others']:.0%} of the processors"
     )
     return {"size": size, "weights": step_weights(model), "machine": found, "rounds": speeds, "rows": table}
 

@@ -85,20 +85,17 @@ PROFILES = {
     "gpu": {
         "encoder-vit": "model.depth=12",
         "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=100 "
-        "training.batch_size=256 "
-        "training.lr=3e-4",
+        "training.batch_size=256 training.lr=3e-4",
         "prior": f"{LARGER} {PRIOR_EPOCHS['gpu']}",
         "decoder": f"{LARGER} training.epochs=100",
         "onepass": "model.transformer.dim=384 model.transformer.depth=8 model.transformer.heads=6 "
         "model.transformer.ffn_dim=1536 model.transformer.dropout=0.1 model.pixels.widths=[256,128] "
-        "training.epochs=100 "
-        "training.batch_size=256 training.lr=5e-4",
+        "training.epochs=100 training.batch_size=256 training.lr=5e-4",
     },
     "short": {
         "encoder-vit": "objective.local_count=2 training.epochs=40 training.warmup_steps=100",
         "vqgan": "model.channels=64 model.multipliers=[1,2,4] model.blocks=2 training.epochs=10 "
-        "training.batch_size=256 "
-        "training.lr=3e-4",
+        "training.batch_size=256 training.lr=3e-4",
         "prior": f"{LARGER} {PRIOR_EPOCHS['short']}",
         "decoder": f"{LARGER} training.epochs=20",
         "onepass": "training.epochs=20 training.batch_size=256",

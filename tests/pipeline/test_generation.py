@@ -123,12 +123,9 @@ def test_two_processes_make_the_same_files(pipe, reference, tmp_path):
     """As torchrun sets them up: each makes its share by index, and the last one completes the folder."""
     model = pipe.save_pretrained(tmp_path / "model")
     code = (
-        "import sys, torch; torch.set_num_threads(1)\n"
-        "from digit import DigitPipeline; from digit.pipeline.generation import generate_folder\n"
-        "r = generate_folder(DigitPipeline.from_pretrained(sys.argv[1]), sys.argv[2], 11, [0, 1, 2], seed=4, "
-        "batch_size=2,"
-        " save_tokens=True, top_k=5)\n"
-        "print(r['made'], r['finished'])"
+        "import sys, torch; torch.set_num_threads(1)\nfrom digit import DigitPipeline; from digit.pipeline.generation "
+        "import generate_folder\nr = generate_folder(DigitPipeline.from_pretrained(sys.argv[1]), sys.argv[2], 11, [0, "
+        "1, 2], seed=4, batch_size=2, save_tokens=True, top_k=5)\nprint(r['made'], r['finished'])"
     )
     workers = [
         subprocess.Popen(

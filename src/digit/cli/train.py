@@ -63,8 +63,7 @@ def fit_codebook(
         Literal["sample", "whole", "mini-batch"],
         typer.Option(
             help="sample: of 256 vectors per token. whole: each iteration reads all images again. mini-batch: so it "
-            "does, "
-            "and the centroids move after every batch."
+            "does, and the centroids move after every batch."
         ),
     ] = "sample",
     start: Annotated[

@@ -176,8 +176,7 @@ def fit_codebook(
     if clusters < 1 or iterations < 1 or max_points_per_centroid < 1:
         raise DigitError(
             f"clusters={clusters}, iterations={iterations}, max_points_per_centroid={max_points_per_centroid}: each "
-            "must be "
-            "at least 1."
+            "must be at least 1."
         )
     if not callable(batches) and mode != "sample":
         raise DigitError(

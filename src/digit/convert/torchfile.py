@@ -117,11 +117,9 @@ def read_torch_file(path: str | Path) -> Any:
                 asked = torch.serialization.get_unsafe_globals_in_checkpoint(path) or asked
             if asked:
                 raise DigitError(
-                    f"{path} is refused: its pickle asks to run or build {', '.join(sorted(asked)[:4])}, which is "
-                    "code and not "
-                    "weights. digit loads tensors and plain settings only. If you trust the file, open it where it "
-                    "was made "
-                    "and save its state dict alone with torch.save."
+                    f"{path} is refused: its pickle asks to run or build {', '.join(sorted(asked)[:4])}, which is code "
+                    "and not weights. digit loads tensors and plain settings only. If you trust the file, open it "
+                    "where it was made and save its state dict alone with torch.save."
                 ) from error
             reason = str(error).rpartition("WeightsUnpickler error:")[2].strip() or type(error).__name__
             reason = reason.splitlines()[0]

@@ -143,7 +143,6 @@ def _must_be(image: Image.Image, size: int) -> Image.Image:
     if image.size != (size, size):
         raise DigitError(
             f"An image of {image.width}x{image.height} pixels was met where {size}x{size} is expected and crop is "
-            "'none'; "
-            "choose crop 'center', or import the images with: digit data folder SRC --size"
+            "'none'; choose crop 'center', or import the images with: digit data folder SRC --size"
         )
     return image

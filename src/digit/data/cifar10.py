@@ -147,8 +147,7 @@ def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
         if set(known) != set(CHECKSUMS[name]):
             raise DigitError(
                 f"{where}: the {name} split does not match CIFAR-10's checksums: pixels or labels differ, or images "
-                "are in "
-                "another order."
+                "are in another order."
             )
         ordered[name] = _joined(known[checksum] for checksum in CHECKSUMS[name])
     return ordered

@@ -138,8 +138,7 @@ class ImageDataset:
                 if image.size != size:
                     raise DigitError(
                         f"{self.source.where(i)} is {image.width}x{image.height}, others are {width}x{height}; import "
-                        "them at "
-                        "one size with: digit data folder SRC --size N --out DIR"
+                        "them at one size with: digit data folder SRC --size N --out DIR"
                     )
                 pixels[i] = np.asarray(image)
             return len(numbers)

@@ -130,8 +130,7 @@ def import_folder(
             first, reason = next(iter(report.skipped.items()))
             raise DigitError(
                 f"Of {_numbered(report.files, 'file')} in {source} none is an image that can be used; the first, "
-                f"{first}: "
-                f"{reason}"
+                f"{first}: {reason}"
             )
         write_json(writer.folder / "report.json", asdict(report))
     return report

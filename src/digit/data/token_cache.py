@@ -321,8 +321,7 @@ def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
     if differing:
         raise DigitError(
             f"{out} holds a token cache of {' and '.join(sorted(differing))}; tokens of different caches are never "
-            "mixed. "
-            "Choose another --out, or give what it was begun with."
+            "mixed. Choose another --out, or give what it was begun with."
         )
     for aside in out.glob(".shard-*.tmp"):
         # another process may be writing its own right now

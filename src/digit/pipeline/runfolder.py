@@ -60,8 +60,7 @@ class RunFolder:
         elif any(self.path.glob("[0-9]*.png")):
             raise DigitError(
                 f"The folder {path} holds images and no {RECORD} that says how they were made; choose another --out, "
-                "or "
-                "--overwrite."
+                "or --overwrite."
             )
         else:
             write_json(record, {**self.identity, "finished": False})

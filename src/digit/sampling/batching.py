@@ -67,8 +67,7 @@ class Batcher:
         if tried == 1:
             raise DigitError(
                 f"Not even one image at a time fits into the memory of {self.device}. Use a smaller model, --dtype "
-                "bf16, or "
-                "another --device."
+                "bf16, or another --device."
             ) from None
         self.size = tried // 2
         log.warning("A batch of %d images does not fit into memory; going on with %d at a time.", tried, self.size)

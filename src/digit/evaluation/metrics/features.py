@@ -98,10 +98,8 @@ class Collector:
 def _mixed_sizes(first: tuple[int, ...], other: tuple[int, ...], where: str) -> str:
     return (
         f"The images have different sizes: {first[0]}x{first[1]} at first, {other[0]}x{other[1]} in {where}. FID "
-        "compares sets "
-        "of one size; bring them to one size first (digit data folder SRC --size N --out DIR), for the way of "
-        "resizing changes "
-        "the value."
+        "compares sets of one size; bring them to one size first (digit data folder SRC --size N --out DIR), for the "
+        "way of resizing changes the value."
     )
 
 

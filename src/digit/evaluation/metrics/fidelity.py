@@ -234,8 +234,7 @@ def _check_width(reference: FeatureSet, width: int) -> None:
     if found != width:
         raise DigitError(
             f"The reference {reference.name} has features of width {found}, the images' have {width}; expected "
-            "statistics of "
-            "the same network (InceptionV3 pool features have 2048)."
+            "statistics of the same network (InceptionV3 pool features have 2048)."
         )
 
 
@@ -253,8 +252,7 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
             if given.spatial is None:
                 return (
                     f"the {side} {given.name} has no spatial statistics (mu_s, sigma_s); ask for sfid when measuring "
-                    "it, or "
-                    "make the file with digit evaluate statistics."
+                    "it, or make the file with digit evaluate statistics."
                 )
         elif rows is None:
             kept = "is saved statistics without features" if saved else "was measured without keeping features"
@@ -270,8 +268,7 @@ def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, op
         elif metric == "prc" and len(rows) <= options.prc_neighbours:
             return (
                 f"precision and recall look at {options.prc_neighbours} neighbours of each image and the {side} "
-                f"{given.name} "
-                f"has {len(rows)} images."
+                f"{given.name} has {len(rows)} images."
             )
     return ""
 
@@ -284,8 +281,7 @@ def _reason_against_isc(ours: FeatureSet, options: FidelityOptions) -> str:
     if ours.logits is None:
         return (
             "the weights in use have no classifier head, which the Inception Score needs; use torch-fidelity's full "
-            "file "
-            "(--weights public, or its path)."
+            "file (--weights public, or its path)."
         )
     if len(ours.logits) < options.isc_splits:
         return f"the Inception Score averages {options.isc_splits} parts and there are {len(ours.logits)} images."
@@ -382,14 +378,12 @@ def _notes(ours: FeatureSet, theirs: FeatureSet | None, values: dict[str, float]
         elif n <= width:
             notes.append(
                 f"The {side} has {n} images: a covariance of {width} features from so few is singular and FID comes "
-                "out "
-                "too high. Compare only with values from as many images; 10,000 to 50,000 are usual."
+                "out too high. Compare only with values from as many images; 10,000 to 50,000 are usual."
             )
     if "fid_infinity" in values:
         notes.append(
             f"FID∞ is FID extrapolated from {ours.statistics.n:,} images to infinitely many, a line over 1/n (Chong "
-            "and "
-            "Forsyth 2020); the fewer there are, the rougher it is."
+            "and Forsyth 2020); the fewer there are, the rougher it is."
         )
     made_by = {side: given.statistics.metadata.get("weights_sha256") for side, given in sides.items()}
     for side in (side for side, sha256 in made_by.items() if sha256 is None):

@@ -74,8 +74,7 @@ class InceptionWeights:
         if wrong:
             raise DigitError(
                 f"{source} does not hold the weights of torch-fidelity's InceptionV3: {len(wrong)} of {len(needed)} "
-                "tensors "
-                f"are missing or of another shape, the first is {wrong[0]}. Expected {PUBLISHED.name}."
+                f"tensors are missing or of another shape, the first is {wrong[0]}. Expected {PUBLISHED.name}."
             )
         digest = hashlib.sha256()
         for key in needed:
@@ -170,8 +169,7 @@ class TorchExtractor:
             grey = " Grey images must be repeated to three channels first." if is_grey else ""
             raise DigitError(
                 f"Images of shape {tuple(images.shape)} and type {images.dtype} were given; expected (B, 3, H, W) "
-                "uint8 "
-                f"RGB.{grey}"
+                f"uint8 RGB.{grey}"
             )
         resize, found = self._resize.interpolate_bilinear_2d_like_tensorflow1x, []
         for part in torch.split(images.to(self.device), self.at_once or len(images)):

@@ -385,10 +385,9 @@ def _notes(options: ProbeOptions, data: ProbeData, test: Transform) -> tuple[str
     how = "new random resized crops with flips in each epoch" if data.fresh else how
     size = min(options.batch_size, len(data.train) * max(data.views, 1))
     notes = [
-        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images (the middle {test.size} "
-        "px of "
-        f"{test.resize}), {options.epochs} epochs of SGD in batches of {size}; learning rates are given for a batch of "
-        f"{AUTHORS_BATCH}.",
+        f"{len(data.train):,} training images ({how}), {len(data.test):,} validation images (the middle {test.size} px "
+        f"of {test.resize}), {options.epochs} epochs of SGD in batches of {size}; learning rates are given for a batch "
+        f"of {AUTHORS_BATCH}.",
     ]
     if not data.fresh:
         notes.append("The authors draw new crops in each of 80 epochs; kept features have a fixed set of views.")

@@ -80,9 +80,8 @@ class Moments:
         broken = (~rows.isfinite()).any(dim=1).nonzero().flatten().tolist()
         if broken:
             raise DigitError(
-                f"The features of image {self.n + broken[0]} hold NaN or infinity ({len(broken)} of {len(rows)} "
-                "images in its "
-                "batch). The weights are damaged, or half precision overflowed; measure in float32."
+                f"The features of image {self.n + broken[0]} hold NaN or infinity ({len(broken)} of {len(rows)} images "
+                "in its batch). The weights are damaged, or half precision overflowed; measure in float32."
             )
         if self.n == 0:
             self._origin, self._sum = rows.mean(0), rows.new_zeros(width)

@@ -119,8 +119,7 @@ class Variant:
             given = "has no encoder" if wanted == "vq" else "has an encoder"
             raise DigitError(
                 f"The variant '{self.name}' {given}, so its prior must predict {wanted} tokens; {recipe.prior} "
-                "predicts "
-                f"{target}."
+                f"predicts {target}."
             )
         if recipe.decoder is not None and wanted == "semantic":
             self.preset("decoder")
@@ -169,8 +168,7 @@ def plan(ablation: Ablation) -> list[Variant]:
         if extra := sorted(set(changes) - free):
             raise DigitError(
                 f"The variant '{name}' changes {', '.join(extra)}, but this ablation varies {ablation.what}; its "
-                "variants may "
-                f"change {', '.join(sorted(free))}. What all have in common belongs to 'base'."
+                f"variants may change {', '.join(sorted(free))}. What all have in common belongs to 'base'."
             )
         if row is not None and row not in rows:
             raise DigitError(f"The variant '{name}' names the paper's row '{row}'; known are: {', '.join(rows)}.")

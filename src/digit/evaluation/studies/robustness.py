@@ -128,8 +128,7 @@ def robustness(
         model=model,
         notes=(
             "A replaced token is any other one, with equal probability. Prior, tokens and random numbers are the same "
-            "for "
-            "all decoders and rates.",
+            "for all decoders and rates.",
             *point_notes([point for curve in curves for point in curve["points"]]),
         ),
         seconds=time.monotonic() - began,
