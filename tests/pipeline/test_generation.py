@@ -164,9 +164,9 @@ def test_compiling_is_decided_by_the_work_that_is_left(pipe, tmp_path, monkeypat
 
 def test_the_record_says_which_step_sampled(pipe, tmp_path, monkeypatch):
     assert generate_folder(pipe, tmp_path / "plain", 2, batch_size=2, compile=False)["engine"] == "plain"
-    assert not engine_cache(pipe.prior).options.native
+    assert engine_cache(pipe.prior).options.native is False
     record = generate_folder(pipe, tmp_path / "default", 2, batch_size=2)
-    assert engine_cache(pipe.prior).options.native
+    assert engine_cache(pipe.prior).options.native is None
     assert record["engine"] == ", ".join(
         dict.fromkeys(engine_name(m) for m in (pipe.prior, *pipe.decoders.values()) if engine_name(m))
     )

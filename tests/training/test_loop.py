@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_json, read_tensors
-from digit.training import checkpoint
+from digit.training import checkpoint, speed
 from digit.training.config import TrainingConfig
 from digit.training.logs import Averages
 from digit.training.loop import Interrupted, train
@@ -115,6 +115,21 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
     assert (provenance["steps"], provenance["examples_seen"], provenance["component"]) == (40, 640, "regression")
     assert provenance["metrics"]["error"] == checks[-1]["validation/error"]
     assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, steps in ((False, 10), (True, 20)):  # begun on one processor, continued on another
+        monkeypatch.setattr(speed, "bf16_is_fast", lambda _, fast=fast: fast)
+        train(
+            Regression(),
+            config(precision="auto", steps=steps),
+            tmp_path,
+            resume=True,
+            device="cpu",
+            show=False,
+            extend=True,
+        )
+        assert yaml.safe_load((tmp_path / "config.yaml").read_text())["training"]["precision"] == "no"
 
 
 def test_samples_have_the_same_random_state_every_time(tmp_path: Path) -> None:

@@ -26,7 +26,11 @@ from digit.core.devices import bf16_is_fast
 from digit.core.errors import DigitError
 from digit.core.files import cache_folder
 from digit.core.hub import out_of_reach, packaged_models
+from digit.models.component import load_component
+from digit.models.token_model import TokenModel
 from digit.pipeline.index import read_index
+from digit.sampling.engines import choice
+from digit.sampling.engines.acceleration import Acceleration, EngineCache
 
 State = Literal["ok", "note", "broken"]
 LITTLE_ROOM, NO_ROOM = 5 << 30, 200 << 20
@@ -52,7 +56,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All checks, in the order in which a newcomer needs them; a few seconds."""
-    checks = (versions, devices, compiler, packages, places, hub, models)
+    checks = (versions, devices, compiler, engines, packages, places, hub, models)
     return [finding for check in checks for finding in check()]
 
 
@@ -93,8 +97,7 @@ def _device(device: torch.device) -> Finding:
         reason = str(error).splitlines()[0]
         return Finding(f"device {device}", "broken", f"{size}; it does not compute: {reason}", advice)
     if bf16_is_fast(device):
-        advice = "train with --set training.precision=bf16"
-        return Finding(f"device {device}", "ok", f"{size}; bfloat16 is fast", advice)
+        return Finding(f"device {device}", "ok", f"{size}; bfloat16 is fast")
     return Finding(f"device {device}", "ok", f"{size}; bfloat16 works, but float32 is faster")
 
 
@@ -124,6 +127,28 @@ def compiler() -> Iterator[Finding]:
             f"{version}: sampling can be compiled on the GPU" if version else "not installed; sampling is not compiled"
         )
         yield Finding("triton", "ok" if version else "note", what, "" if version else "pip install triton")
+
+
+def engines() -> Iterator[Finding]:
+    """Which step samples the packaged priors, one image and 64 at a time, and what each takes; measured once a
+    processor.
+    """
+    if native.available() is None:
+        return
+    for name, folder in packaged_models().items():
+        prior = load_component(folder / "prior", TokenModel)
+        for batch in (1, 64):
+            cache = EngineCache(Acceleration())
+            engine = cache.engine_for(prior, batch, guided=False)
+            if found := choice.remembered().get(choice.shape_class(prior, batch, False, None)):
+                times = ", ".join(f"{kind} {1e3 * seconds:.2f} ms" for kind, seconds in found.items())
+                yield Finding(
+                    "engine", "ok", f"prior of {name}, {batch} at a time: {engine.name} runs; a step: {times}"
+                )
+    others = choice.remembered().values()
+    slower = sum(times["plain"] < times["C++"] for times in others)
+    if slower:
+        yield Finding("engine", "ok", f"of {len(others)} shapes measured here, {slower} run in plain PyTorch")
 
 
 def _installed(package: str) -> str | None:

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from digit.convert.keys import Keys
 from digit.convert.stream import Component
 from digit.convert.torchfile import plain, read_torch_file
 from digit.core.errors import DigitError
+from digit.models.component import without_weights
 from digit.models.probe import LinearProbe, LinearProbeConfig
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.transformer import TransformerConfig
@@ -183,7 +183,7 @@ def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Com
         "position_embedding.weight": slice(positions, positions + 1 + TOKENS),
         "prefix_position_embedding.weight": slice(positions, positions + TOKENS),
     }
-    with torch.device("meta"):
+    with without_weights():
         model = TokenModel(config)
     inner = keys.under("decoder.")
     inner.ignore("version")
@@ -227,7 +227,7 @@ def linear_probe(file: Checkpoint) -> Component | None:
         return None
     classes, dim = keys.shape(f"classifier_{states - 1}_blocks.weight")
     config = LinearProbeConfig(dim=dim, states=states, classes=classes)
-    with torch.device("meta"):
+    with without_weights():
         parts = keys.parts(LinearProbe(config), [(r"^classifiers\.(\d+)", r"classifier_\1_blocks")])
     return Component("LinearProbe", config, parts, file.provenance, file.path)
 

@@ -14,6 +14,7 @@ from digit.encoders.families import final_norm_name
 from digit.encoders.hub import repository_folder
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.codebook import Codebook
+from digit.models.component import without_weights
 from digit.models.rae import RAEConfig, RAEDecoder
 
 _FACTS = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads", "patch_size", "num_register_tokens")
@@ -62,7 +63,7 @@ def convert_rae(source: str | Path, encoder: Any, codebook: Codebook) -> RAEDeco
         heads=block.attention.heads,
         hidden_dim=block.intermediate.dense.out_features,
     )
-    with torch.device("meta"):
+    with without_weights():
         decoder = RAEDecoder(config)
     decoder.network, decoder.provenance = theirs, {"source": name}
     values = (codebook.centroids.cpu() - offset) / gain, model.encoder_mean.flatten(), model.encoder_std.flatten()

@@ -24,6 +24,7 @@ from digit.core.errors import DigitError
 from digit.core.files import write_folder
 from digit.encoders import TransformersEncoder
 from digit.models.codebook import Codebook, CodebookConfig
+from digit.models.component import without_weights
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
@@ -170,7 +171,7 @@ def _open(path: str | Path, role: Role) -> Checkpoint:
 def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"], name: str) -> DigitPipeline:
     """The model without its numbers: checks that the parts fit each other, and knows the index and the card."""
     classes = {"encoder": TransformersEncoder, "codebook": Codebook, "vqgan": VQGAN}
-    with torch.device("meta"):
+    with without_weights():
         built: dict[str, Any] = {
             place: classes.get(place, TokenModel)(part.config) for place, part in parts.items() if place != "probe"
         }

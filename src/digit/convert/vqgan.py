@@ -10,12 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from digit.convert.keys import Keys, Renames
 from digit.convert.stream import Component, write_component
 from digit.convert.torchfile import read_torch_file
 from digit.core.errors import DigitError
+from digit.models.component import without_weights
 from digit.models.vqgan import VQGAN, VQGANConfig
 
 
@@ -81,7 +80,7 @@ def vqgan_component(keys: Keys, resolution: int) -> Component:
         (r"middle\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}"),
         (r"shortcut", "nin_shortcut"),
     ]
-    with torch.device("meta"):
+    with without_weights():
         model = VQGAN(config)
     return Component("VQGAN", config, keys.parts(model, renames), file=Path(keys.where))
 

@@ -35,6 +35,7 @@ _REASONS = {
     errno.EACCES: "permission was denied; choose a folder you may write to",
     errno.EROFS: "the file system is read-only; choose another --out",
     errno.ENOENT: "no folder can be made there; choose another --out",
+    errno.EEXIST: "a part of the path is a file, not a folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
 }
 

@@ -12,7 +12,6 @@ from digit.core.hub import repository_id
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, patch_side, plain_config
-from digit.encoders.hub import repository_folder
 from digit.encoders.transformers_encoder import Combine, EncoderConfig, TransformersEncoder
 from digit.models.codebook import Positions
 
@@ -54,6 +53,8 @@ def load_encoder(
     options = {name: value for name, value in options.items() if value is not None}
     path = Path(source)
     if not path.exists():
+        from digit.encoders.hub import repository_folder  # slow to import, and local encoders have no use for it
+
         path = repository_folder(repository_id(str(source), "encoder"))
     described = path / "config.json"
     timm = read_json(described) if described.is_file() else {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from digit.core.config import from_dict, to_dict
 from digit.core.errors import DigitError
@@ -109,11 +111,28 @@ def load_component(folder: str | Path, *classes: type[M]) -> M:
     config = from_dict(module_class.config_class, values["config"], str(Path(folder) / "config.json"))
     tensors = read_tensors(Path(folder) / "model.safetensors")
     tensors = {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
-    with torch.device("meta"):
+    with without_weights():
         module = module_class(config)
     load_strict(module, tensors, str(folder))
     module.provenance = dict(values["provenance"])
     return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Modules that are built here get shapes and no weights: for those that are loaded afterwards.
+
+    Initial values of tensors that hold nothing are not drawn: PyTorch would import its compiler for that, two seconds.
+    """
+    with torch.device("meta"), _Uninitialized():
+        yield
+
+
+class _Uninitialized(TorchFunctionMode):
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def millions(count: int) -> str:

@@ -7,8 +7,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-
 from digit.core.config import config
 from digit.core.errors import DigitError
 from digit.core.files import read_json
@@ -65,6 +63,8 @@ def model_card(pipe: Model) -> str:
     """The README of a saved model, by the template beside this file; the head is the Hub's metadata, with the results
     as a model index.
     """
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData  # slow to import, and a loaded model has no use
+
     if pipe.prior is None:
         what = "the tokenizers alone, without a prior."
         tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"

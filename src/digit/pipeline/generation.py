@@ -205,7 +205,7 @@ def _make(
 
     def speed_up(compile_now: bool) -> None:
         for model in models:
-            accelerate(model, compile_now, quantize, native=compile is not False)
+            accelerate(model, compile_now, quantize, native=False if compile is False else None)
 
     def work(images: Sequence[int]) -> None:
         tokens = pipe.sample_tokens(request.take(images))

@@ -18,7 +18,8 @@ class TrainingConfig:
         batch_size: examples a step over all processes and accumulation.
         accumulation: parts that a process cuts its share of the batch into, one after the other: less memory, same
             gradient.
-        precision: "no" is float32; "bf16" and "fp16" compute in 16 bits and keep the weights in float32.
+        precision: "no" is float32; "bf16" and "fp16" compute in 16 bits and keep the weights in float32; "auto" is bf16
+            where the device has instructions for it, else float32. A run keeps what it began with.
         lr: the highest learning rate.
         betas, eps, weight_decay, fused: of AdamW; ``fused`` None uses the fused kernel on CUDA.
         schedule: "inverse_sqrt" (lr * sqrt(warmup / step)), "cosine" (to ``final_lr``) or "constant", after a linear
@@ -49,7 +50,7 @@ class TrainingConfig:
     epochs: Positive | None = None
     batch_size: PositiveInt
     accumulation: PositiveInt = 1
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Literal["auto", "no", "bf16", "fp16"] = "no"
     lr: Positive = 3e-4
     betas: tuple[Probability, Probability] = (0.9, 0.98)
     eps: Positive = 1e-8

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ import yaml
 from torch import Tensor
 
 from digit.core.config import to_dict
+from digit.core.devices import pick_device
 from digit.core.environment import hardware
 from digit.core.errors import DigitError
 from digit.core.files import write_bytes, write_folder, write_json
@@ -39,7 +41,7 @@ from digit.training.config import TrainingConfig
 from digit.training.engine import Engine, seed_everything
 from digit.training.health import Guard
 from digit.training.logs import Averages, Log
-from digit.training.speed import Meter
+from digit.training.speed import Meter, with_precision
 from digit.training.task import Batch, Loss, Step, Stream, Task
 
 REQUEST = "request.json"
@@ -141,10 +143,19 @@ def _caught_signals() -> Iterator[set[int]]:
             signal.signal(signum, handler)
 
 
+def _settled(config: TrainingConfig, out: Path, device: str | None) -> TrainingConfig:
+    """The precision that "auto" means: that of the run which goes on in ``out``, else what is fast on the device."""
+    begun = out / "config.yaml"
+    if config.precision == "auto" and checkpoint.latest(out) is not None and begun.is_file():
+        config = replace(config, precision=yaml.safe_load(begun.read_text("utf-8"))["training"]["precision"])
+    return with_precision(config, pick_device(device))
+
+
 class _Run:
     """The state of a run between two steps."""
 
     def __init__(self, task: Task, config: TrainingConfig, out: Path, device: str | None) -> None:
+        config = _settled(config, out, device)
         self.task, self.config, self.out = task, config, out
         self.total = config.total_steps(task.examples)
         self.done = 0

@@ -7,14 +7,20 @@ count as work.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 
 import torch
 from torch import nn
 
+from digit.core.devices import bf16_is_fast
 from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.training.config import TrainingConfig
+
+log = logging.getLogger("digit")
 
 SPEED = ("examples_per_second", "tokens_per_second", "mfu", "memory_gib")
 """Metrics that say how fast, not how well: two equal runs differ in them."""
@@ -71,6 +77,20 @@ def forward_flops(config: TokenModelConfig) -> int:
 def token_model_in(networks: nn.Module) -> TokenModel | None:
     """The token model among networks; of others the FLOPs are not counted."""
     return next((module for module in networks.modules() if isinstance(module, TokenModel)), None)
+
+
+def with_precision(config: TrainingConfig, device: torch.device) -> TrainingConfig:
+    """The same with the precision that "auto" means on ``device``; warns where bfloat16 was asked for and is slow."""
+    fast = bf16_is_fast(device)
+    if config.precision == "auto":
+        return replace(config, precision="bf16" if fast else "no")
+    if config.precision == "bf16" and not fast:
+        half, single = (measured_flops(device, dtype) / 1e9 for dtype in (torch.bfloat16, torch.float32))
+        log.warning(
+            "training.precision is bf16, for which this processor has no instructions: it multiplies matrices at %.1f "
+            "GFLOP/s in bfloat16 and %.1f in float32. Use --set training.precision=auto.", half, single,
+        )  # fmt: skip
+    return config
 
 
 def peak_flops(device: torch.device, precision: str) -> float:

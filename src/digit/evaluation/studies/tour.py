@@ -17,7 +17,6 @@ from rich.console import Console
 
 from digit.clustering.kmeans import fit_codebook
 from digit.core.config import load_preset
-from digit.core.devices import bf16_is_fast, pick_device
 from digit.core.files import read_json, write_file, write_json
 from digit.core.grids import image_grid
 from digit.core.images import save_png, to_tensor
@@ -85,8 +84,7 @@ def run_tour(
         What ``summary.json`` holds.
     """
     out, started = Path(out), time.perf_counter()
-    if bf16_is_fast(pick_device(None)):
-        overrides = ["training.precision=bf16", *overrides]
+    overrides = ["training.precision=auto", *overrides]
     given = "".join(f" --set {item}" for item in overrides)
     source = Path(data) if data is not None else out / "cifar10"
     stages = _Stages(out, {"data": str(source), "overrides": list(overrides)})

@@ -2,7 +2,7 @@
 
 | device | engine |
 |---|---|
-| CPU | C++, where there is a compiler for it and it covers the model |
+| CPU | C++, where it covers the model, there is a compiler for it, and a few steps of it were quicker than plain ones |
 | CPU otherwise | compiled by torch.compile if asked for, else plain |
 | CUDA | the same, recorded as CUDA graphs |
 | others | compiled if asked for, else plain |
@@ -18,15 +18,18 @@ Speed belongs to a loaded model, not to a call: :func:`accelerate` it once, and 
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from digit.core.errors import DigitError
 from digit.models.token_model import TokenModel
 from digit.native import NoCompiler, library
+from digit.sampling.engines.choice import measured
 from digit.sampling.engines.decode import (
     CompiledCudaGraphEngine,
     CompiledEngine,
@@ -47,12 +50,13 @@ class Acceleration(NamedTuple):
             size.
         quantize: "int8" stores the step's matrices in 8 bits, a scale a row; a step on a CPU reads a quarter of the
             bytes. Tokens change slightly.
-        native: on a CPU, run the C++ step where it can: a few seconds of building once for all models and times.
+        native: on a CPU, run the C++ step (a few seconds of building once for all models and times): None where it can
+            and is quicker than the plain one, measured at the first use of a shape; True wherever it can; False never.
     """
 
     compile: bool = False
     quantize: str | None = None
-    native: bool = True
+    native: bool | None = None
 
 
 class EngineCache:
@@ -78,11 +82,27 @@ class EngineCache:
         options, began = self.options, time.perf_counter()
         if model.config.state_space is not None:
             return DecodeEngine(model, batch, guided, options.quantize)
-        packed = self._pack(model) if options.native and suits(model) else None
+        packed = self._pack(model) if options.native is not False and suits(model) else None
         if packed is not None:
-            return NativeEngine(model, batch, guided, packed, time.perf_counter() - began)
+            building = time.perf_counter() - began
+            native = functools.partial(NativeEngine, model, batch, guided, packed, building)
+            if options.native or self._native_is_quicker(model, batch, guided, native):
+                return native()
+            self.packed = None
         kinds = (CompiledEngine, CompiledCudaGraphEngine) if options.compile else (DecodeEngine, CudaGraphEngine)
         return kinds[model.start.device.type == "cuda"](model, batch, guided, options.quantize)
+
+    def _native_is_quicker(
+        self, model: TokenModel, batch: int, guided: bool, native: Callable[[], DecodeEngine]
+    ) -> bool:
+        quantize = self.options.quantize
+        plain = functools.partial(DecodeEngine, model, batch, guided, quantize)
+        found = measured(model, batch, guided, quantize, {"C++": native, "plain": plain})
+        if found["C++"] <= found["plain"]:
+            return True
+        slower = f"{1e3 * found['C++']:.2f} ms a step against {1e3 * found['plain']:.2f}"
+        log.info("The C++ step is slower than PyTorch's on this processor for this shape (%s), so that runs.", slower)
+        return False
 
     def _pack(self, model: TokenModel) -> NativeStep | None:
         """The weights as the C++ step reads them, packed once for every batch size; None where it cannot be built."""
@@ -101,7 +121,9 @@ class EngineCache:
 _caches: WeakKeyDictionary[TokenModel, EngineCache] = WeakKeyDictionary()
 
 
-def accelerate(model: TokenModel, compile: bool = False, quantize: str | None = None, native: bool = True) -> None:
+def accelerate(
+    model: TokenModel, compile: bool = False, quantize: str | None = None, native: bool | None = None
+) -> None:
     """Choose how ``model`` samples from now on; see :class:`Acceleration`.
 
     Raises:

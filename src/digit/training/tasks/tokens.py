@@ -32,7 +32,7 @@ from digit.core.grids import image_grid, token_image
 from digit.core.images import to_pil
 from digit.data.sampling import StepSampler
 from digit.data.token_cache import TokenCache
-from digit.models.component import save_component
+from digit.models.component import save_component, without_weights
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN
 from digit.sampling.request import SamplingParams
@@ -120,7 +120,7 @@ def merged(model: TokenModel) -> TokenModel:
     """The model with its low-rank changes merged into the weights; a new one if it has any."""
     if not any(parametrize.is_parametrized(module) for module in model.modules()):
         return model
-    with torch.device("meta"):
+    with without_weights():
         found = TokenModel(model.config)
     # a parametrized weight, read as an attribute, is the changed one
     tensors = {name: attrgetter(name)(model).detach().clone() for name in found.state_dict()}
