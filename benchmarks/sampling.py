@@ -1,13 +1,13 @@
 """How fast are tokens sampled on a CPU, beside what else one could run, and beside what the machine allows?
 
     python benchmarks/sampling.py                      all shapes and contenders, five rounds: an hour
-    python benchmarks/sampling.py --isa avx2           the same on a processor with AVX-512, as one with AVX2 alone would run it
+    python benchmarks/sampling.py --isa avx2           the same with the instructions of a processor that has AVX2 alone
     python benchmarks/sampling.py --shapes paper --batches 1 --only "C++ int8" "CTranslate2 int8"
     python benchmarks/sampling.py --busy 1             with the times beside one other busy process
     python benchmarks/sampling.py --quick              a minute: a toy model, to see that it works
 
-One process, the same threads for all. Contenders take turns round after round, so that a busy machine is busy for all of
-them; ratios are medians of the ratios within a round. Peers are a GPT-2 of the same shape with random weights:
+One process, the same threads for all. Contenders take turns round after round, so that a busy machine is busy for all
+of them; ratios are medians of the ratios within a round. Peers are a GPT-2 of the same shape with random weights:
 Hugging Face ``generate`` (plain, and with a static cache as it is and compiled) and CTranslate2 (``pip install
 ctranslate2``) in each format that it has for this processor. All draw with the same top-k. Peers have no guidance and
 no random numbers for each image; nothing is subtracted for what ours do besides.
@@ -18,7 +18,7 @@ The last line printed is JSON; ``--out`` writes it to a file.
 from __future__ import annotations
 
 import argparse
-import copy
+import functools
 import json
 import os
 import signal
@@ -32,18 +32,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ISA = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "CT2_FORCE_CPU_ISA": "AVX2",
-        "DIGIT_NATIVE_MARCH": "x86-64-v3",
-    }
-}
-if __name__ == "__main__" and "--isa" in sys.argv:  # libraries read these variables when they are loaded
-    os.environ.update(ISA.get(sys.argv[sys.argv.index("--isa") + 1], {}))
-
 import psutil
 import torch
 
@@ -53,6 +41,16 @@ from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.sampling import SamplingParams, sample
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 
+ISA = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "CT2_FORCE_CPU_ISA": "AVX2",
+        "DIGIT_NATIVE_MARCH": "x86-64-v3",
+    }
+}
+"""Variables that hold each library to a processor's instructions; read when it is loaded."""
 SHAPES = {
     "toy": {"dim": 128, "depth": 2, "heads": 4, "length": 32, "vocab": 128},
     "packaged": {"dim": 128, "depth": 1, "heads": 4, "length": 64, "vocab": 1024},  # the prior of the packaged model
@@ -127,7 +125,7 @@ def gpt2(shape: dict[str, int]):
     return GPT2LMHeadModel(config).eval()
 
 
-def hugging_face(name: str, shape: dict[str, int], dtype: str, cache: str | None = None, compiled: bool = False) -> Contender:
+def hugging_face(name: str, shape: dict[str, int], dtype: str, cache: str = "", compiled: bool = False) -> Contender:
     """``generate`` of Hugging Face."""
     model = gpt2(shape).to(DTYPES[dtype])
     if compiled:
@@ -149,8 +147,8 @@ def hugging_face(name: str, shape: dict[str, int], dtype: str, cache: str | None
 def ctranslate2(name: str, shape: dict[str, int], format: str) -> Contender:
     """CTranslate2's generator, converted from Hugging Face's model of this shape."""
     from ctranslate2 import Generator
-    from ctranslate2.specs import TransformerDecoderModelSpec
     from ctranslate2.converters.transformers import GPT2Loader
+    from ctranslate2.specs import TransformerDecoderModelSpec
 
     words = [*(str(i) for i in range(shape["vocab"])), "<s>"]
 
@@ -217,8 +215,10 @@ def machine() -> dict[str, float]:
         return min(times)
 
     found = {"read": 4 * len(numbers) / best(numbers.sum, 6)}
-    a = torch.randn(512, 512)
-    return {**found, **{f"flops_{n}": 2 * 512**3 / best(lambda a=a.to(d): a @ a, 4) for n, d in DTYPES.items()}}
+    for name, dtype in DTYPES.items():
+        a = torch.randn(512, 512, dtype=dtype)
+        found[f"flops_{name}"] = 2 * 512**3 / best(functools.partial(torch.mm, a, a), 4)
+    return found
 
 
 def step_weights(model: TokenModel) -> int:
@@ -307,9 +307,7 @@ def rows(entrants: list[Contender], speeds: list[dict[str, float]], shape: str, 
         }
         for family, peer in best.items():
             if peer is not None:
-                row[f"times_{family}"] = statistics.median(
-                    a / b for a, b in zip(peer.seconds, c.seconds, strict=True)
-                )
+                row[f"times_{family}"] = statistics.median(a / b for a, b in zip(peer.seconds, c.seconds, strict=True))
         if c.busy:
             row["busy_ratio"] = statistics.median(b / a for a, b in zip(c.seconds, c.busy, strict=True))
         out.append(row)
@@ -344,6 +342,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="names of contenders, such as 'compiled fp32'")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
+    if args.isa and any(os.environ.get(name) != value for name, value in ISA[args.isa].items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ISA[args.isa]})
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.quick:

@@ -10,6 +10,13 @@
 #   score     (after, on any machine)   FID and KID of both against the training images; needs Inception weights
 #   plan      print the steps of each stage
 #
+# Besides, what is only known on a GPU, by gpu.py: calls of at most SECONDS_A_STAGE that write $OUT/CALL.json. DRY_RUN=1
+# does it on the CPU with tiny models.
+#
+#   tests     all tests marked gpu: counts, names, durations
+#   sampling  images/s of the paper's base and large, prior + AR decoder + VQGAN, at 256 px in bf16
+#   training  MFU of the paper's models in bf16
+#
 # A stage stops itself after 9.5 minutes with a checkpoint; the same command goes on from there, and a finished step is
 # not done again. Settings: profile "short" of cifar10/study.py. The minutes are estimates from floating-point
 # operations, for it has not run on a GPU yet; the profile's commands have run on a CPU, two optimizer steps each.
@@ -89,9 +96,14 @@ case "${1:-}" in
         --out "$OUT/study/results/fidelity-$model.json"
     done
     ;;
+  tests | sampling | training)
+    # an interrupt lets pytest and torch clean up
+    timeout --signal=INT --kill-after=15 "$SECONDS_A_STAGE" "$PYTHON" experiments/gpu.py "$1" "$OUT/$1.json" \
+      --seconds "$SECONDS_A_STAGE" ${DRY_RUN:+--dry-run}
+    ;;
   plan) printf '%s\n' "${STAGES[@]}" ;;
   *)
-    sed -n '2,17s/^# \{0,1\}//p' "$0"
+    sed -n '2,24s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

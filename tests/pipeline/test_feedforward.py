@@ -167,7 +167,8 @@ def test_it_is_described(pipe: DigitPipeline, tmp_path) -> None:
     lean = [part for place, part in parts.items() if place in ("prior", "decoder/onepass")]
     memory = sampling_memory(lean, 3, 4)
     assert memory.weights == 4 * sum(part.parameters for part in lean)
-    assert memory.pixels == 3 * 4 * max(3 * 16 * 4**2, (16 + 3 * 8) * 8**2, 3 * 8 * 16**2)
+    # eight images are decoded at once, however many there are
+    assert memory.pixels == 8 * 4 * max(3 * 16 * 4**2, (16 + 3 * 8) * 8**2, 3 * 8 * 16**2)
     assert sampling_memory(lean, 3, 2).pixels == memory.pixels // 2
 
 

@@ -30,7 +30,7 @@ from digit.pipeline.image_array import write_image_array
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.runfolder import RunFolder
 from digit.pipeline.tokens import Tokens, save_tokens_file
-from digit.sampling.batching import PROBE, Batcher
+from digit.sampling.batching import DECODED_AT_ONCE, PROBE, Batcher
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 from digit.sampling.request import SampleRequest
 from digit.sampling.rng import uniforms
@@ -39,7 +39,6 @@ GRID_IMAGES = 64
 GRID_CLASSES = 16  # as many rows; of more classes the images stay in order
 DEFAULT_IMAGES = 64
 WRITERS = 4
-DECODED_AT_ONCE = 8
 WORTH_COMPILING = 120.0
 """Seconds of sampling still to do from which compiling, which takes half a minute, pays for itself."""
 

@@ -25,6 +25,7 @@ from digit.models.rae import RAEDecoder
 from digit.models.token_model import TokenModel, TokenModelConfig
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.index import INDEX, read_index
+from digit.sampling.batching import DECODED_AT_ONCE
 
 if TYPE_CHECKING:
     from digit.pipeline.model import Model
@@ -120,9 +121,9 @@ class Memory:
 
     Attributes:
         weights: of all parts, as a pipeline loads them.
-        caches: keys and values, of the stage that needs most.
+        caches: keys and values of the prior and of the decoder that needs most; both are kept from batch to batch.
         pixels: activations where pixels are made, of the VQGAN's decoder or of a feed-forward decoder's head, at the
-            widest place.
+            widest place, for as many images as are decoded at once.
     """
 
     weights: int
@@ -131,31 +132,33 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Stages run one after the other, so caches and pixels do not add up."""
-        return self.weights + max(self.caches, self.pixels)
+        """The peak, which is while pixels are made."""
+        return self.weights + self.caches + self.pixels
 
 
 def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
-    """Estimate the memory of sampling.
+    """Estimate the memory of sampling images into a folder.
 
     Args:
         parts: of a model.
-        batch: images at a time.
+        batch: images at a time; their pixels are made :data:`~digit.sampling.batching.DECODED_AT_ONCE` at a time.
         item: bytes of a number in prior and decoders: 4 for float32, 2 for bfloat16. The other parts stay in float32.
     """
-    weights, caches, pixels = 0, 0, 0
+    weights, pixels = 0, 0
+    caches = {"prior": 0, "decoder": 0}
     for part in parts:
         if part.type == "LinearProbe":
             continue
         match config := part.typed_config():
             case TokenModelConfig():
-                caches = max(caches, cache_bytes(config, item))
+                stage = part.place.partition("/")[0]
+                caches[stage] = max(caches[stage], cache_bytes(config, item))
             case FeedForwardConfig(pixels=PixelHeadConfig() as head):
                 pixels = max(pixels, item * head.activation_numbers())
             case VQGANConfig():
                 pixels = max(pixels, config.activation_bytes())
         weights += part.parameters * (item if hasattr(config, "role") else 4)
-    return Memory(weights, caches * batch, pixels * batch)
+    return Memory(weights, sum(caches.values()) * batch, pixels * DECODED_AT_ONCE)
 
 
 def cache_bytes(model: TokenModelConfig, item: int) -> int:
@@ -222,10 +225,9 @@ def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
     branch = tree.add(f"[bold]memory for sampling[/] {images} at a time, beside what PyTorch itself takes, about")
     for name, item in (("float32", 4), ("bfloat16", 2)):
         m = sampling_memory(parts, batch, item)
-        kinds = {"cache": m.caches, "activations of pixels": m.pixels}
+        kinds = {"weights": m.weights, "caches": m.caches, "activations of pixels": m.pixels}
         terms = [f"{what} {_size(count)}" for what, count in kinds.items() if count]
-        larger = f" + the larger of {' and '.join(terms)}" if len(terms) > 1 else "".join(f" + {t}" for t in terms)
-        branch.add(f"{name}: {_size(m.total)} = weights {_size(m.weights)}{larger}")
+        branch.add(f"{name}: {_size(m.total)} = {' + '.join(terms)}")
     if any(part.type == "TokenModel" and part.typed_config().can_guide for part in parts):
         branch.add("with guidance: twice the prior's cache")
 

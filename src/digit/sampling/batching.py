@@ -23,6 +23,8 @@ PROBE = 8
 """Images in the batch that is measured."""
 LIMITS = {"cpu": 64, "cuda": 256}
 """Beyond these a larger batch is no faster (see docs/performance.md)."""
+DECODED_AT_ONCE = 8
+"""Images whose pixels are made together, however many are sampled together."""
 SHARE = 0.8
 """Of the free memory; the rest is for others and for fragments."""
 

@@ -172,7 +172,8 @@ class Engine:
 
     def _shard(self) -> None:
         self._sharded: list[Any] = []
-        if self.world == 1 or not (self.config.shard or self._asked_to_shard):
+        alone = self.world == 1 and not torch.distributed.is_initialized()  # torchrun makes a group of one too
+        if alone or not (self.config.shard or self._asked_to_shard):
             return
         if len(self.networks) > 1:
             raise DigitError(
