@@ -1,4 +1,4 @@
-"""Images a second of the paper's models at 256 px, from labels to pixels: prior, AR decoder and VQGAN, random weights."""
+"""Images a second of the paper's models at 256 px: prior, AR decoder and VQGAN with random weights."""
 
 from __future__ import annotations
 
