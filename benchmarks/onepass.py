@@ -54,7 +54,8 @@ def network(size: str, stage: str):
     """The network of a stage, with random weights."""
     from digit.core.config import from_dict, load_preset
     from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
-    from digit.models.token_model import TokenModel, TokenModelConfig
+    from digit.models.token_config import TokenModelConfig
+    from digit.models.token_model import TokenModel
     from digit.models.vqgan import VQGAN, VQGANConfig
 
     if stage == "vqgan decode":

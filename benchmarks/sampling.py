@@ -37,7 +37,8 @@ import torch
 
 from digit.core.config import from_dict
 from digit.core.environment import hardware
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.sampling import SamplingParams, sample
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 

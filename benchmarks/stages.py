@@ -31,7 +31,8 @@ def networks():
 
     from digit.core.config import from_dict, load_preset
     from digit.models.codebook import Codebook
-    from digit.models.token_model import TokenModel, TokenModelConfig
+    from digit.models.token_config import TokenModelConfig
+    from digit.models.token_model import TokenModel
     from digit.models.vqgan import VQGAN, VQGANConfig
     from digit.pipeline.pipeline import DigitPipeline
     from digit.training.tasks.encoder import model_from

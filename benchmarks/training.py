@@ -29,7 +29,8 @@ from digit.core.images import to_tensor
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import Views, build_token_cache, open_token_cache
 from digit.models.codebook import Codebook
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.config import TrainingConfig

@@ -9,7 +9,8 @@ from collections.abc import Callable
 import torch
 
 from digit.core.config import from_dict, load_preset
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling import SampleRequest, SamplingParams

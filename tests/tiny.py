@@ -9,7 +9,8 @@ from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.models.codebook import Codebook
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling import SampleRequest

@@ -18,7 +18,8 @@ from digit.tokenizers.vqgan import VQGAN, VQGANConfig
 
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.pipeline import DigitPipeline
 
 OUT = Path(sys.argv[1])

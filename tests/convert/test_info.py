@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from digit.convert.upstream import convert_upstream
 from digit.core.config import from_dict, load_preset
 from digit.core.errors import DigitError
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.native import norm
 from digit.pipeline.info import (

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from digit.core.config import from_dict, load_preset, preset_names, to_dict
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.training.auxiliary import Auxiliary
 from digit.training.config import TrainingConfig
 from digit.training.losses.distillation import DistillationObjective

@@ -3,7 +3,7 @@ import yaml
 
 from digit.core.config import from_dict, load_preset, preset_names, to_dict
 from digit.core.errors import DigitError
-from digit.models.token_model import TokenModelConfig
+from digit.models.token_config import TokenModelConfig
 
 MODEL = {"role": "prior", "vocab_size": 8, "length": 4, "transformer": {"dim": 16, "depth": 1, "heads": 2}}
 

@@ -8,7 +8,8 @@ import tiny
 from digit.core.config import from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.models.state_space import StateSpaceBlock, StateSpaceConfig, scan
-from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import NO_LABEL, TokenModel
 
 SHAPE = {"dim": 16, "depth": 2, "state_dim": 6, "head_dim": 8}
 

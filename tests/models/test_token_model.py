@@ -8,7 +8,8 @@ import torch
 from digit.core.config import from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.models.component import load_component, save_component
-from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import NO_LABEL, TokenModel
 from digit.models.transformer import TransformerConfig
 from tiny import loud
 

@@ -12,7 +12,8 @@ from digit.core.errors import DigitError
 from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
 from digit.models.component import load_component
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.training.auxiliary import Auxiliary, known_fields, load_centroids, neighbours, set_embeddings
 from digit.training.build import build_task
 from digit.training.loop import Interrupted

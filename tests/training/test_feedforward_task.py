@@ -14,7 +14,8 @@ from digit.data.token_cache import TokenCache
 from digit.encoders.loading import small_conv
 from digit.models.component import load_component
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.pipeline.pipeline import DigitPipeline, Tokens
 from digit.pipeline.tokens import save_tokens_file
 from digit.sampling.rng import pixel_latents

@@ -12,7 +12,8 @@ from digit.core.files import read_tensors, sha256_of, write_json
 from digit.data.dataset import open_dataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache, open_token_cache
 from digit.models.component import load_component
-from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import NO_LABEL, TokenModel
 from digit.training.build import build_task
 from digit.training.finetune import FineTune, add_lora, check_vocabulary
 from digit.training.logs import read_metrics

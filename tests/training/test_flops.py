@@ -50,7 +50,7 @@ def test_the_backward_pass_is_twice_the_forward_pass() -> None:
 def test_the_base_prior_of_the_paper() -> None:
     """201 M weights in matrices, 2 FLOPs each and token, and attention of 16 layers over 256 positions."""
     from digit.core.config import from_dict, load_preset
-    from digit.models.token_model import TokenModelConfig
+    from digit.models.token_config import TokenModelConfig
 
     config = from_dict(TokenModelConfig, load_preset("imagenet256-base")["model"], "test")
     weights = 16 * 12 * 1024**2 + 1024 * 8192

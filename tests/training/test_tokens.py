@@ -12,7 +12,8 @@ from digit.core.files import read_json
 from digit.data.dataset import ImageDataset
 from digit.data.token_cache import TokenCache, Views, build_token_cache
 from digit.models.component import load_component
-from digit.models.token_model import NO_LABEL, TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import NO_LABEL, TokenModel
 from digit.sampling import SamplingParams
 from digit.sampling.sampler import sample
 from digit.training.build import build_task

@@ -29,7 +29,8 @@ from digit.convert.torchfile import plain, read_torch_file
 from digit.core.errors import DigitError
 from digit.models.component import without_weights
 from digit.models.probe import LinearProbe, LinearProbeConfig
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.transformer import TransformerConfig
 
 SPECIALS = 5  # <s>, padding, </s>, unknown, <n>

@@ -22,7 +22,8 @@ from digit.models.component import millions, read_component
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder, PixelHeadConfig
 from digit.models.probe import LinearProbe
 from digit.models.rae import RAEDecoder
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.index import INDEX, read_index
 from digit.sampling.batching import DECODED_AT_ONCE

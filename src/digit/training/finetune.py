@@ -25,7 +25,8 @@ from digit.core.config import NonNegativeInt, config, to_dict
 from digit.core.errors import DigitError
 from digit.data.token_cache import TokenCache, TokenSpace
 from digit.models.component import weights_checksum
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.hub import resolve_model
 from digit.pipeline.index import read_index

@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from digit.core.devices import bf16_is_fast
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.training.config import TrainingConfig
 
 log = logging.getLogger("digit")

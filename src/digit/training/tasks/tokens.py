@@ -33,7 +33,8 @@ from digit.core.images import to_pil
 from digit.data.sampling import StepSampler
 from digit.data.token_cache import TokenCache
 from digit.models.component import save_component, without_weights
-from digit.models.token_model import TokenModel, TokenModelConfig
+from digit.models.token_config import TokenModelConfig
+from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.sampling.request import SamplingParams
 from digit.sampling.sampler import sample
