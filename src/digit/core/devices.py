@@ -50,7 +50,8 @@ def bf16_is_fast(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private names, which may go
-    return device.type == "cpu" and any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    held_back = torch.backends.cpu.get_cpu_capability() == "AVX2"  # as ATEN_CPU_CAPABILITY does
+    return device.type == "cpu" and not held_back and any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 def quick_pixels(device: torch.device) -> AbstractContextManager[Any]:
