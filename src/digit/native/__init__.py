@@ -19,13 +19,15 @@ from digit.core.files import cache_folder, write_file
 
 FOLDER = Path(__file__).parent
 SOURCES = tuple(FOLDER / name for name in ("step.cpp", "draw.cpp", "norm.cpp"))
-HEADERS = tuple(FOLDER / name for name in ("vectors.h", "threads.h"))
+HEADERS = tuple(FOLDER / name for name in ("vectors.h", "threads.h", "draw.h"))
 FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-pthread", "-fPIC", "-shared", "-Wno-psabi")
 
 _SIGNATURES = {
     "digit_strip": "",
     "digit_room": "plll",
     "digit_step": "ppiilppp",
+    "digit_tokens_room": "ppi",
+    "digit_tokens": "pppillip",
     "digit_draw": "ppflllipflfp",
     "digit_norm": "ppllllppppfii",
 }
@@ -61,7 +63,8 @@ def library() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(built))
     except (DigitError, OSError, RuntimeError) as error:  # no folder where something may be written and run
         raise NoCompiler(f"{error} (DIGIT_CACHE names another folder)") from error
-    loaded.digit_room.restype = loaded.digit_strip.restype = ctypes.c_int64
+    for name in ("digit_room", "digit_strip", "digit_tokens_room"):
+        getattr(loaded, name).restype = ctypes.c_int64
     kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "f": ctypes.c_float}
     for name, arguments in _SIGNATURES.items():
         getattr(loaded, name).argtypes = [kinds[letter] for letter in arguments]

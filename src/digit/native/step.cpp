@@ -21,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "draw.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -177,7 +178,7 @@ inline floats gelu(floats x) {
 
 }  // namespace
 
-// ---- what Python hands over (mirrored in __init__.py) ---------------------------------------------------------------------------
+// ---- what Python hands over (mirrored in sampling/engines/native.py) ---------------------------------------------------------------------------
 
 extern "C" {
 
@@ -208,6 +209,19 @@ struct Cache {
     void* const* keys;  // of each layer (rows, heads, positions, head width)
     void* const* values;
     int64_t row, head;  // strides in numbers; positions follow one another
+};
+
+// A batch whose tokens are drawn.
+struct Batch {
+    const void *table, *places;  // vectors of the tokens (vocab, width) and of their places (1 + length, width), in bfloat16 where the
+    float embedding_scale;       // cache is; the former are multiplied by this
+    int64_t rows, length, vocab, prefix;
+    int64_t* tokens;      // (rows, length)
+    const uint8_t* free;  // (rows, length), 0 where a token stays
+    const float* uniform;  // (rows, length)
+    const float* scale;    // (length), of guidance
+    float temperature, top_p;
+    int64_t top_k;
 };
 }
 
@@ -421,15 +435,103 @@ void step(const Network& net, const Cache& cache, const Team::Member& member, in
 
 // Whether every thread takes rows of its own through the whole network. It reads all weights then, so they must be few enough to stay
 // in the processor's cache; but it waits for nobody, and what one layer leaves for the next does not travel between the cores.
-bool apart(const Network& net, int64_t rows, int64_t threads) {
+bool small(const Network& net) {
     const int64_t bytes = net.weights == 0 ? 4 : net.weights == 1 ? 2 : 1;
     const int64_t layer = (4 * net.width + 2 * net.hidden) * net.width;
-    return threads > 1 && rows >= ALONE * threads && net.depth * layer * bytes <= FEW;
+    return net.depth * layer * bytes <= FEW;
 }
+bool apart(const Network& net, int64_t rows, int64_t threads) { return threads > 1 && rows >= ALONE * threads && small(net); }
+
+// The keys and values of some rows alone.
+struct Rows {
+    std::vector<void*> keys, values;
+    Cache cache;
+
+    Rows(const Network& net, const Cache& whole, int64_t first) : keys(net.depth), values(net.depth) {
+        const int64_t bytes = first * whole.row * (net.half_cache ? 2 : 4);
+        for (int64_t l = 0; l < net.depth; l++) {
+            keys[l] = static_cast<char*>(whole.keys[l]) + bytes;
+            values[l] = static_cast<char*>(whole.values[l]) + bytes;
+        }
+        cache = {keys.data(), values.data(), whole.row, whole.head};
+    }
+};
+
+using Step = decltype(&step<Float>);
+Step step_of(const Network& net) { return net.weights == 0 ? step<Float> : net.weights == 1 ? step<BFloat> : step<Narrow>; }
+
+// The vector of a token at its place, rounded as a model of C rounds it.
+template <class C>
+void embed(const Batch& b, int64_t token, int64_t place, int64_t width, float* to) {
+    const C *vector = (const C*)b.table + token * width, *at = (const C*)b.places + place * width;
+    const auto wide = [](C x) {
+        if constexpr (sizeof(C) == 4) return x;
+        else return widened(x);
+    };
+    for (int64_t i = 0; i < width; i++) {
+        C scaled, sum;
+        narrow(wide(vector[i]) * b.embedding_scale, scaled);
+        narrow(wide(scaled) + wide(at[i]), sum);
+        to[i] = wide(sum);
+    }
+}
+
+// Draw tokens begin to end - 1 of some rows, one after the other, by one thread.
+void draw_rows(const Network& net, const Cache& cache, const Batch& b, int64_t first, int64_t count, int64_t begin, int64_t end, bool guided,
+               char* start) {
+    const int64_t outputs = net.head.outputs, alone = count * net.width;
+    const Rows with(net, cache, first), without(net, cache, guided ? b.rows + first : first);
+    Room room(net, count, 1, b.prefix + b.length, start);
+    float *x = room.take(alone), *copy = room.take(alone), *logits = room.take(count * outputs), *others = room.take(count * outputs);
+    std::vector<float> scratch;
+    const Step run = step_of(net);
+    for (int64_t index = begin; index < end; index++) {
+        for (int64_t row = 0; row < count; row++) {
+            const int64_t token = b.tokens[(first + row) * b.length + index - 1];
+            (net.half_cache ? embed<uint16_t> : embed<float>)(b, token, index, net.width, x + row * net.width);
+        }
+        if (guided) std::copy(x, x + alone, copy);
+        run(net, with.cache, {nullptr, 0, 1}, int(count), b.prefix + index, x, room, logits);
+        if (guided) run(net, without.cache, {nullptr, 0, 1}, int(count), b.prefix + index, copy, room, others);
+        for (int64_t row = 0; row < count; row++) {
+            const int64_t at = (first + row) * b.length + index;
+            if (!b.free[at]) continue;
+            float *c = logits + row * outputs, *u = others + row * outputs;
+            if (guided)
+                for (int64_t i = 0; i < b.vocab; i++) c[i] = u[i] + b.scale[index] * (c[i] - u[i]);
+            b.tokens[at] = token(c, b.vocab, b.uniform[at], b.temperature, b.top_k, b.top_p, scratch);
+        }
+    }
+}
+
+int64_t room_of_rows(const Network& net, const Batch& b, int64_t count) {
+    Room room(net, count, 1, b.prefix + b.length, nullptr);
+    room.take(2 * count * net.width + 2 * count * net.head.outputs + 64);
+    return room.end - (char*)nullptr;
+}
+
+// Rows that a thread takes at a time: few enough that none waits long for the last.
+int64_t chunk(int64_t rows, int64_t threads) { return std::clamp<int64_t>(rows / (2 * threads), 1, CHUNK); }
 
 }  // namespace
 
 extern "C" {
+
+// Bytes that digit_tokens needs for such batches; 0 where the network is too large for it: then digit_step is quicker.
+int64_t digit_tokens_room(const Network* net, const Batch* batch, int threads) {
+    return small(*net) ? threads * room_of_rows(*net, *batch, chunk(batch->rows, threads)) : 0;
+}
+
+// Draw tokens begin to end - 1 of a batch, from what the cache holds of those before begin - 1. With guidance the cache has the rows
+// without a label after those with one. Every thread takes rows of its own through all tokens and layers, and waits for nobody.
+void digit_tokens(const Network* net, const Cache* cache, const Batch* batch, int threads, int64_t begin, int64_t end, int guided, char* start) {
+    const int64_t each = chunk(batch->rows, threads), size = room_of_rows(*net, *batch, each);
+    std::atomic<int64_t> next{0};
+    Team::run(threads, [&](const Team::Member& member) {
+        for (int64_t first; (first = each * next++) < batch->rows;)  // a thread that has less of its core takes fewer
+            draw_rows(*net, *cache, *batch, first, std::min(each, batch->rows - first), begin, end, guided, start + member.me * size);
+    });
+}
 
 // Outputs of a strip of packed weights.
 int64_t digit_strip() { return STRIP * LANES; }
@@ -443,7 +545,7 @@ int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t po
 // Run x (rows, width), embeddings of the token at ``position`` of the cache, through the network: logits (rows, padded outputs).
 // x is overwritten.
 void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* start, float* logits) {
-    const auto run = net->weights == 0 ? step<Float> : net->weights == 1 ? step<BFloat> : step<Narrow>;
+    const Step run = step_of(*net);
     if (!apart(*net, rows, threads)) {
         const Room room(*net, rows, threads, position + 1, start);
         return Team::run(threads, [&](const Team::Member& member) { run(*net, *cache, member, rows, position, x, room, logits); });
@@ -451,17 +553,11 @@ void digit_step(const Network* net, const Cache* cache, int threads, int rows, i
     const int64_t size = digit_room(net, CHUNK, 1, position + 1);
     std::atomic<int> next{0};
     Team::run(threads, [&](const Team::Member& member) {
-        std::vector<void*> keys(net->depth), values(net->depth);
         for (int first; (first = int(CHUNK) * next++) < rows;) {  // a thread that has less of its core takes fewer
             const int count = std::min(int(CHUNK), rows - first);
-            const int64_t bytes = first * cache->row * (net->half_cache ? 2 : 4);
-            for (int64_t l = 0; l < net->depth; l++) {
-                keys[l] = static_cast<char*>(cache->keys[l]) + bytes;
-                values[l] = static_cast<char*>(cache->values[l]) + bytes;
-            }
+            const Rows part(*net, *cache, first);
             const Room room(*net, count, 1, position + 1, start + member.me * size);
-            run(*net, {keys.data(), values.data(), cache->row, cache->head}, {nullptr, 0, 1}, count, position, x + first * net->width,
-                room, logits + first * net->head.outputs);
+            run(*net, part.cache, {nullptr, 0, 1}, count, position, x + first * net->width, room, logits + first * net->head.outputs);
         }
     });
 }

@@ -45,14 +45,19 @@ def sample_autoregressive(
         labels, prefix = (_pad(part, engine.batch) for part in (labels, prefix))
         guided = scale[known] != 1
         engine.prefill(model, known, labels, prefix, draw, guided)
-        for index in range(known, length):
-            if index > known:
-                if scale[index] != 1 and not guided:
-                    engine.catch_up(model, index - 1, prefix)
-                guided = scale[index] != 1
-                engine.decode_one_token(model, index, guided, draw)
+        index = known + 1
+        if on_token is not None:
+            on_token(index, engine.state.tokens[:batch])
+        while index < length:
+            if scale[index] != 1 and not guided:
+                engine.catch_up(model, index - 1, prefix)
+            guided, start = scale[index] != 1, index
+            index += 1
+            while on_token is None and index < length and (scale[index] != 1) == guided:
+                index += 1
+            engine.decode_tokens(model, start, index, guided, draw)
             if on_token is not None:
-                on_token(index + 1, engine.state.tokens[:batch])
+                on_token(index, engine.state.tokens[:batch])
         return engine.state.tokens[:batch].clone()
 
 

@@ -27,13 +27,13 @@ def memory(monkeypatch, tmp_path):
 @pytest.fixture
 def slow_native(monkeypatch):
     """A C++ step that takes a hundredth of a second."""
-    quick = NativeStep.step
+    quick = NativeStep.draw_tokens
 
     def slow(self, *arguments):
         time.sleep(0.01)
         return quick(self, *arguments)
 
-    monkeypatch.setattr(NativeStep, "step", slow)
+    monkeypatch.setattr(NativeStep, "draw_tokens", slow)
 
 
 def test_a_slow_native_step_gives_way(slow_native, memory, caplog):

@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -233,3 +234,21 @@ def test_panels_hold_the_matrix_in_reading_order():
     assert full[1, 5, 5, 0] == weight[69, 5]
     assert full[1, 5, 6, 0] == 0
     assert pairs[3, 2, 15, 1] == weight[63, 5].bfloat16()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_all_tokens_in_one_call_are_those_of_single_steps(monkeypatch, dtype, scale):
+    """For small networks; with guidance in a part of the sequence, places that are kept, and whatever the batch."""
+    model = build(dtype=dtype, length=24)
+    model.config = replace(model.config, embedding_scale=scale)
+    given, mask = torch.arange(7 * 24).view(7, 24) % 24, torch.rand(7, 24, generator=torch.manual_seed(0)) < 0.7
+    request = {"seed": 3, "params": GUIDED, "labels": torch.arange(7) % 4, "given": given, "mask": mask}
+    whole = sample(model, range(7), **request)
+    assert engine_name(model) == "C++"
+    told = []
+    single = sample(model, range(7), **request, callback=lambda index, _: told.append(index))
+    assert torch.equal(single, whole)
+    assert told == list(range(told[0], 25))
+    monkeypatch.setattr(NativeStep, "draw_tokens", lambda *_: False)  # as for networks that no cache holds
+    assert torch.equal(sample(model, range(7), **request), whole)

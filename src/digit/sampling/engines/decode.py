@@ -169,6 +169,11 @@ class DecodeEngine:
         labels = torch.full((b,), NO_LABEL, device=self.state.place.device)
         return model.prefill(without, b, labels, prefix, self.state.tokens[:, :known], prefix_cached=copied)
 
+    def decode_tokens(self, model: TokenModel, start: int, end: int, guided: bool, params: DrawParams) -> None:
+        """Draw tokens ``start`` to ``end`` - 1, the first of which ``state.place`` points to."""
+        for index in range(start, end):
+            self.decode_one_token(model, index, guided, params)
+
     def decode_one_token(self, model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
         """Draw token ``index``, the one that ``state.place`` points to."""
         cache = self.cache if guided else self._with_labels

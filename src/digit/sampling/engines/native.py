@@ -12,6 +12,7 @@ import ctypes
 import mmap
 import weakref
 from ctypes import POINTER, c_float, c_int64, c_void_p
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from digit.models.token_model import TokenModel
 from digit.models.transformer import Block, KVCache
 from digit.native import library
-from digit.sampling.engines.decode import DecodeEngine
+from digit.sampling.engines.decode import DecodeEngine, State
 from digit.sampling.engines.quantize import Int8Linear, quantized
 from digit.sampling.logits import DrawParams
 
@@ -53,6 +54,17 @@ class _Network(ctypes.Structure):
 
 class _Cache(ctypes.Structure):
     _fields_ = (("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("row", c_int64), ("head", c_int64))
+
+
+class _Batch(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("table", "places")),
+        ("embedding_scale", c_float),
+        *((name, c_int64) for name in ("rows", "length", "vocab", "prefix")),
+        *((name, c_void_p) for name in ("tokens", "free", "uniform", "scale")),
+        *((name, c_float) for name in ("temperature", "top_p")),
+        ("top_k", c_int64),
+    )
 
 
 def suits(model: TokenModel) -> bool:
@@ -119,15 +131,39 @@ class NativeStep:
         x, rows = x.float().contiguous(), len(x)
         threads = max(1, min(torch.get_num_threads(), self._network.hidden // PANEL))  # more would find nothing to do
         logits = torch.empty(rows, self._network.head.outputs)
-        needed = self._library.digit_room(self._pointer, rows, threads, cache.length)
-        if len(self._room) < needed:
-            self._room = torch.empty(needed, dtype=torch.uint8)
-        pointers = c_void_p * len(cache.keys)
-        keys, values = (pointers(*(t.data_ptr() for t in part)) for part in (cache.keys, cache.values))
-        where = ctypes.byref(_Cache(keys, values, *cache.keys[0].stride()[:2]))
-        buffers = (tensor.data_ptr() for tensor in (x, self._room, logits))
-        self._library.digit_step(self._pointer, where, threads, rows, model.config.prefix_length + place, *buffers)
+        room = self._make_room(self._library.digit_room(self._pointer, rows, threads, cache.length))
+        position = model.config.prefix_length + place
+        buffers = (x.data_ptr(), room, logits.data_ptr())
+        self._library.digit_step(self._pointer, _pointers(cache), threads, rows, position, *buffers)
         return logits[:, : model.config.vocab_size]
+
+    def draw_tokens(self, cache: KVCache, state: State, start: int, end: int, guided: bool, params: DrawParams) -> bool:
+        """Draw tokens ``start`` to ``end`` - 1 of a batch in one call, or return False where single steps are quicker.
+
+        Every thread takes images of its own through all of them, which suits networks that fit a processor's cache.
+        """
+        model, (rows, length) = self._model, state.tokens.shape
+        if model.config.codebook_depth > 1:
+            return False
+        tensors = (model.token_embedding.weight, model.position_embedding.weight)
+        scale, prefix = model.config.embedding_scale, model.config.prefix_length
+        numbers = (state.tokens, state.free, state.uniform, state.scale)
+        batch = _Batch(
+            *(t.data_ptr() for t in tensors), scale, rows, length, model.config.vocab_size, prefix,
+            *(t.data_ptr() for t in numbers), float(params.temperature), float(params.top_p), params.top_k,
+        )  # fmt: skip
+        where, threads = ctypes.byref(batch), min(torch.get_num_threads(), rows)
+        needed = self._library.digit_tokens_room(self._pointer, where, threads)
+        if needed:
+            room = self._make_room(needed)
+            self._library.digit_tokens(self._pointer, _pointers(cache), where, threads, start, end, guided, room)
+        return bool(needed)
+
+    def _make_room(self, size: int) -> int:
+        """The address of so many bytes."""
+        if len(self._room) < size:
+            self._room = torch.empty(size, dtype=torch.uint8)
+        return self._room.data_ptr()
 
     def _keep(self, tensor: Tensor) -> int:
         self._kept.append(tensor.contiguous())
@@ -156,6 +192,13 @@ class NativeEngine(DecodeEngine):
         """``seconds`` were spent on building and packing."""
         super().__init__(model, batch, guided)
         self.step, self.setup_seconds = step, seconds
+
+    def decode_tokens(self, model: TokenModel, start: int, end: int, guided: bool, params: DrawParams) -> None:
+        """Draw tokens ``start`` to ``end`` - 1."""
+        if self.step.draw_tokens(self.cache, self.state, start, end, guided, params):
+            self.state.place.add_(end - start)
+        else:
+            super().decode_tokens(model, start, end, guided, params)
 
     def decode_one_token(self, model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
         """Draw token ``index``."""
@@ -191,6 +234,13 @@ def fast_draw(
     size, how = (rows, vocab, logits.stride(0)), (float(params.temperature), params.top_k, float(params.top_p))
     library().digit_draw(logits.data_ptr(), without, scale, *size, threads, uniform.data_ptr(), *how, tokens.data_ptr())
     return tokens
+
+
+def _pointers(cache: KVCache) -> Any:
+    """A cache as the C++ step takes it."""
+    pointers = c_void_p * len(cache.keys)
+    keys, values = (pointers(*(t.data_ptr() for t in part)) for part in (cache.keys, cache.values))
+    return ctypes.byref(_Cache(keys, values, *cache.keys[0].stride()[:2]))
 
 
 def _rows(logits: Tensor) -> Tensor:
