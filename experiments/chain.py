@@ -14,7 +14,7 @@ from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling import SampleRequest, SamplingParams
-from digit.sampling.batching import DECODED_AT_ONCE, peak, reset_peak
+from digit.sampling.batching import decoded_at_once, peak, reset_peak
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -90,7 +90,7 @@ def chain(pipe, batch: int, rounds: int, compile: bool, bandwidth: float) -> dic
         tokens = pipe.sample_tokens(SampleRequest(range(batch), labels=labels))
         wait(pipe.device.type)
         sampled = time.perf_counter() - began
-        for rows in torch.arange(batch).split(DECODED_AT_ONCE):  # as in digit generate
+        for rows in torch.arange(batch).split(decoded_at_once(pipe.image_size)):  # as in digit generate
             pipe.to_pixels(tokens.take(rows))
         wait(pipe.device.type)
         if index:  # the first compiles and records

@@ -167,9 +167,15 @@ def test_it_is_described(pipe: DigitPipeline, tmp_path) -> None:
     lean = [part for place, part in parts.items() if place in ("prior", "decoder/onepass")]
     memory = sampling_memory(lean, 3, 4)
     assert memory.weights == 4 * sum(part.parameters for part in lean)
-    # eight images are decoded at once, however many there are
-    assert memory.pixels == 8 * 4 * max(3 * 16 * 4**2, (16 + 3 * 8) * 8**2, 3 * 8 * 16**2)
+    # so many images of 32 pixels are decoded at once, however many there are
+    assert memory.pixels == 64 * 4 * max(3 * 16 * 4**2, (16 + 3 * 8) * 8**2, 3 * 8 * 16**2)
     assert sampling_memory(lean, 3, 2).pixels == memory.pixels // 2
+
+
+def test_prior_and_decoder_alone_fill_a_folder(pipe: DigitPipeline, tmp_path) -> None:
+    alone = DigitPipeline(prior=pipe.prior, decoders={"onepass": pipe.decoders["onepass"]})
+    assert alone.image_size == 32
+    assert generate_folder(alone, tmp_path / "out", 2)["finished"]
 
 
 def test_it_is_put_together_from_its_folder(pipe: DigitPipeline, tmp_path) -> None:

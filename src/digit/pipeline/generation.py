@@ -30,7 +30,7 @@ from digit.pipeline.image_array import write_image_array
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.runfolder import RunFolder
 from digit.pipeline.tokens import Tokens, save_tokens_file
-from digit.sampling.batching import DECODED_AT_ONCE, PROBE, Batcher
+from digit.sampling.batching import PROBE, Batcher, decoded_at_once
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_name, release
 from digit.sampling.request import SampleRequest
 from digit.sampling.rng import uniforms
@@ -237,14 +237,14 @@ def _token_models(pipe: DigitPipeline) -> list[TokenModel]:
 
 
 def _pixels(pipe: DigitPipeline, tokens: Tokens) -> torch.Tensor:
-    """Decode (B, 3, S, S), always ``DECODED_AT_ONCE`` together: convolutions round differently for other batch sizes.
+    """Decode (B, 3, S, S), always as many together: convolutions round differently for other batch sizes.
 
     On a GPU the VQGAN computes in the number format of the prior; its weights stay in float32.
     """
     narrow = pipe.device.type == "cuda" and pipe.dtype != torch.float32
-    parts = []
-    for start in range(0, len(tokens), DECODED_AT_ONCE):
-        rows = torch.arange(start, start + DECODED_AT_ONCE).clamp(max=len(tokens) - 1)
+    parts, together = [], decoded_at_once(pipe.image_size)
+    for start in range(0, len(tokens), together):
+        rows = torch.arange(start, start + together).clamp(max=len(tokens) - 1)
         with torch.autocast(pipe.device.type, pipe.dtype, enabled=narrow):
             parts.append(pipe.to_pixels(tokens.take(rows))[: len(tokens) - start])
     return torch.cat(parts)

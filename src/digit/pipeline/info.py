@@ -26,7 +26,7 @@ from digit.models.token_config import TokenModelConfig
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.index import INDEX, read_index
-from digit.sampling.batching import DECODED_AT_ONCE
+from digit.sampling.batching import decoded_at_once
 
 if TYPE_CHECKING:
     from digit.pipeline.model import Model
@@ -142,7 +142,7 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
 
     Args:
         parts: of a model.
-        batch: images at a time; their pixels are made :data:`~digit.sampling.batching.DECODED_AT_ONCE` at a time.
+        batch: images at a time; their pixels are made :func:`~digit.sampling.batching.decoded_at_once`.
         item: bytes of a number in prior and decoders: 4 for float32, 2 for bfloat16. The other parts stay in float32.
     """
     weights, pixels = 0, 0
@@ -155,11 +155,11 @@ def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
                 stage = part.place.partition("/")[0]
                 caches[stage] = max(caches[stage], cache_bytes(config, item))
             case FeedForwardConfig(pixels=PixelHeadConfig() as head):
-                pixels = max(pixels, item * head.activation_numbers())
+                pixels = max(pixels, item * head.activation_numbers() * decoded_at_once(head.resolution))
             case VQGANConfig():
-                pixels = max(pixels, config.activation_bytes())
+                pixels = max(pixels, config.activation_bytes() * decoded_at_once(config.resolution))
         weights += part.parameters * (item if hasattr(config, "role") else 4)
-    return Memory(weights, sum(caches.values()) * batch, pixels * DECODED_AT_ONCE)
+    return Memory(weights, sum(caches.values()) * batch, pixels)
 
 
 def cache_bytes(model: TokenModelConfig, item: int) -> int:

@@ -151,7 +151,9 @@ class Model:
         """Side of the images that it takes, in pixels; those it makes have the same, unless a decoder enlarges them."""
         if self.vqgan is None and self.encoder is not None:
             return self.encoder.preprocessing.image_size
-        return int(self.part("vqgan").config.resolution)
+        made = (getattr(decoder.config, "resolution", 0) for decoder in self.decoders.values())
+        parts = [side for side in made if side and self.vqgan is None]
+        return int(parts[0] if parts else self.part("vqgan").config.resolution)
 
     @property
     def device(self) -> torch.device:

@@ -23,10 +23,16 @@ PROBE = 8
 """Images in the batch that is measured."""
 LIMITS = {"cpu": 64, "cuda": 256}
 """Beyond these a larger batch is no faster (see docs/performance.md)."""
-DECODED_AT_ONCE = 8
-"""Images whose pixels are made together, however many are sampled together."""
 SHARE = 0.8
 """Of the free memory; the rest is for others and for fragments."""
+
+
+def decoded_at_once(side: int) -> int:
+    """Images of ``side`` pixels that are decoded together, however many are sampled: 64 of 32 pixels, 8 from 91 on.
+
+    Networks that make small images need as many to be quick.
+    """
+    return min(64, max(8, 65536 // side**2))
 
 
 class Batcher:
