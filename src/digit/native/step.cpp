@@ -220,6 +220,7 @@ struct Batch {
     const uint8_t* free;  // (rows, length), 0 where a token stays
     const float* uniform;  // (rows, length)
     const float* scale;    // (length), of guidance
+    const float* starts;   // (rows or twice as many, width), what stands before token 0; null where token 0 is not drawn
     float temperature, top_p;
     int64_t top_k;
 };
@@ -486,11 +487,16 @@ void draw_rows(const Network& net, const Cache& cache, const Batch& b, int64_t f
     std::vector<float> scratch;
     const Step run = step_of(net);
     for (int64_t index = begin; index < end; index++) {
-        for (int64_t row = 0; row < count; row++) {
-            const int64_t token = b.tokens[(first + row) * b.length + index - 1];
-            (net.half_cache ? embed<uint16_t> : embed<float>)(b, token, index, net.width, x + row * net.width);
+        if (index) {
+            for (int64_t row = 0; row < count; row++) {
+                const int64_t token = b.tokens[(first + row) * b.length + index - 1];
+                (net.half_cache ? embed<uint16_t> : embed<float>)(b, token, index, net.width, x + row * net.width);
+            }
+            if (guided) std::copy(x, x + alone, copy);
+        } else {
+            std::copy_n(b.starts + first * net.width, alone, x);
+            if (guided) std::copy_n(b.starts + (b.rows + first) * net.width, alone, copy);
         }
-        if (guided) std::copy(x, x + alone, copy);
         run(net, with.cache, {nullptr, 0, 1}, int(count), b.prefix + index, x, room, logits);
         if (guided) run(net, without.cache, {nullptr, 0, 1}, int(count), b.prefix + index, copy, room, others);
         for (int64_t row = 0; row < count; row++) {

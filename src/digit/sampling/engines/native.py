@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
+import time
 import weakref
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from typing import Any
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from digit.models.token_model import TokenModel
+from digit.models.token_model import Labels, Prefix, TokenModel
 from digit.models.transformer import Block, KVCache
 from digit.native import library
 from digit.sampling.engines.decode import DecodeEngine, State
 from digit.sampling.engines.quantize import Int8Linear, quantized
+from digit.sampling.engines.team import Team
 from digit.sampling.logits import DrawParams
 
 LANES, PANEL = 16, 64  # as in the source
@@ -61,7 +63,7 @@ class _Batch(ctypes.Structure):
         *((name, c_void_p) for name in ("table", "places")),
         ("embedding_scale", c_float),
         *((name, c_int64) for name in ("rows", "length", "vocab", "prefix")),
-        *((name, c_void_p) for name in ("tokens", "free", "uniform", "scale")),
+        *((name, c_void_p) for name in ("tokens", "free", "uniform", "scale", "starts")),
         *((name, c_float) for name in ("temperature", "top_p")),
         ("top_k", c_int64),
     )
@@ -97,6 +99,7 @@ class NativeStep:
         self._model = weakref.proxy(model)
         self._kept: list[Tensor] = []  # what the structures below point to
         self._room = torch.empty(0, dtype=torch.uint8)
+        self._teams: dict[tuple[int, int], Team] = {}  # by rows and threads
         source = quantized(model) if quantize else model
         network = source.transformer
         assert network is not None
@@ -129,25 +132,40 @@ class NativeStep:
         model, place = self._model, int(index) + 1
         x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
         x, rows = x.float().contiguous(), len(x)
-        threads = max(1, min(torch.get_num_threads(), self._network.hidden // PANEL))  # more would find nothing to do
+        most = max(1, min(torch.get_num_threads(), self._network.hidden // PANEL))  # more would find nothing to do
+        team = self._teams.setdefault((rows, most), Team(most))
+        threads = team.count
         logits = torch.empty(rows, self._network.head.outputs)
         room = self._make_room(self._library.digit_room(self._pointer, rows, threads, cache.length))
         position = model.config.prefix_length + place
         buffers = (x.data_ptr(), room, logits.data_ptr())
+        began = time.perf_counter()
         self._library.digit_step(self._pointer, _pointers(cache), threads, rows, position, *buffers)
+        team.took(time.perf_counter() - began)
         return logits[:, : model.config.vocab_size]
 
-    def draw_tokens(self, cache: KVCache, state: State, start: int, end: int, guided: bool, params: DrawParams) -> bool:
+    def draw_tokens(
+        self,
+        cache: KVCache,
+        state: State,
+        start: int,
+        end: int,
+        guided: bool,
+        params: DrawParams,
+        starts: Tensor | None = None,
+    ) -> bool:
         """Draw tokens ``start`` to ``end`` - 1 of a batch in one call, or return False where single steps are quicker.
 
         Every thread takes images of its own through all of them, which suits networks that fit a processor's cache.
+        ``starts`` (B or 2B, D) is what stands before token 0, if that is drawn.
         """
         model, (rows, length) = self._model, state.tokens.shape
         if model.config.codebook_depth > 1:
             return False
         tensors = (model.token_embedding.weight, model.position_embedding.weight)
         scale, prefix = model.config.embedding_scale, model.config.prefix_length
-        numbers = (state.tokens, state.free, state.uniform, state.scale)
+        starts = torch.empty(0) if starts is None else starts.float().contiguous()
+        numbers = (state.tokens, state.free, state.uniform, state.scale, starts)
         batch = _Batch(
             *(t.data_ptr() for t in tensors), scale, rows, length, model.config.vocab_size, prefix,
             *(t.data_ptr() for t in numbers), float(params.temperature), float(params.top_p), params.top_k,
@@ -192,6 +210,19 @@ class NativeEngine(DecodeEngine):
         """``seconds`` were spent on building and packing."""
         super().__init__(model, batch, guided)
         self.step, self.setup_seconds = step, seconds
+
+    def prefill(
+        self, model: TokenModel, known: int, labels: Labels, prefix: Prefix, params: DrawParams, guided: bool
+    ) -> None:
+        """Run what is known through the network and draw token ``known``; in C++ where nothing is known."""
+        if known == 0 and prefix is None:
+            kinds = [labels, None] if guided else [labels]
+            starts = torch.cat([model.embed_start(kind, self.batch) for kind in kinds])[:, 0]  # (B or 2B, D)
+            starts = starts + model.position_embedding.weight[0]
+            if self.step.draw_tokens(self.cache, self.state, 0, 1, guided, params, starts):
+                self.state.place.fill_(1)
+                return
+        super().prefill(model, known, labels, prefix, params, guided)
 
     def decode_tokens(self, model: TokenModel, start: int, end: int, guided: bool, params: DrawParams) -> None:
         """Draw tokens ``start`` to ``end`` - 1."""

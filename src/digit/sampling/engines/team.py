@@ -1,0 +1,62 @@
+"""How many threads share a step: all, or half of them while other programs take cores.
+
+Threads that share a step wait for each other some tens of times in it. Where another program takes a core, they wait
+for the thread that has lost it, and one thread alone may be quicker than two. Nobody says when that is so; it shows in
+the time that steps take.
+"""
+
+from __future__ import annotations
+
+import logging
+from math import inf
+
+log = logging.getLogger("digit")
+
+WINDOW, TRIAL, STAY = 16, 8, 128  # steps: that are averaged; with another number of threads; before the next trial
+DISTURBED = 1.7  # times the quickest window; longer sequences alone make a step up to 1.4 times as long
+
+
+class Team:
+    """The number of threads of the next step, from how long the last ones took.
+
+    Attributes:
+        count: threads of the next step.
+        most: threads where nothing disturbs.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = self.count = most
+        self._fewer, self._window = max(1, most // 2), WINDOW
+        self._seconds: list[float] = []
+        self._usual, self._means = inf, {self._fewer: inf, most: inf}
+
+    def took(self, seconds: float) -> None:
+        """Tell how long a step took."""
+        self._seconds.append(seconds)
+        if len(self._seconds) < self._window or self.most == 1:
+            return
+        mean = self._means[self.count] = sum(self._seconds) / len(self._seconds)
+        self._seconds.clear()
+        if self.count == self.most:
+            known, self._usual = self._usual, min(self._usual, mean)
+            if self._means[self._fewer] < inf:
+                self._decide()
+            elif known == inf or mean > DISTURBED * known:  # at first nobody knows whether something disturbs
+                self._go_on(self._fewer, TRIAL)
+            else:
+                self._go_on(self.most, WINDOW)
+        elif self._window == TRIAL:
+            self._decide()
+        else:
+            self._go_on(self.most, TRIAL)
+
+    def _decide(self) -> None:
+        quicker = min(self._means, key=lambda count: (self._means[count], -count))
+        if quicker < self.most:
+            log.info("Other programs take the processor: steps run in %d of %d threads.", quicker, self.most)
+        self._go_on(quicker, STAY)
+
+    def _go_on(self, count: int, steps: int) -> None:
+        self.count, self._window = count, steps
+        if count == self.most and steps != TRIAL:  # what fewer threads took is not asked any more
+            self._means[self._fewer] = inf
