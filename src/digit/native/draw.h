@@ -1,8 +1,8 @@
-// From logits and one uniform number a row to a token, on a CPU: guidance, temperature, top-k, top-p and the draw of filters.py in one go.
+// From logits and one uniform number a row to a token, on a CPU: guidance, temperature, top-k, top-p and the draw of sampling/logits.py in one go.
 //
 // Why: as some hundred operations over the vocabulary, each with a tensor of its own, the draw took longer than a small network.
 //
-// The tokens are those of filters.py, but where rounding decides.
+// The tokens are those of sampling/logits.py, but where rounding decides.
 
 #pragma once
 
@@ -156,7 +156,7 @@ int64_t token(const float* x, int64_t count, float uniform, float temperature, i
         nucleus(p, top_p * whole, !few);
         whole = above(p, 0, itself);
     }
-    // the order of filters.py, so that the same number draws the same token
+    // the order of sampling/logits.py, so that the same number draws the same token
     return few ? ranked(p, uniform * whole) : place(p, uniform * whole);
 }
 

@@ -178,7 +178,7 @@ inline floats gelu(floats x) {
 
 }  // namespace
 
-// ---- what Python hands over (mirrored in sampling/engines/native.py) ---------------------------------------------------------------------------
+// ---- what Python hands over (mirrored in sampling/engines/native.py) -------------------------------------------------------
 
 extern "C" {
 
@@ -213,11 +213,12 @@ struct Cache {
 
 // A batch whose tokens are drawn.
 struct Batch {
-    const void *table, *places;  // vectors of the tokens (vocab, width) and of their places (1 + length, width), in bfloat16 where the
-    float embedding_scale;       // cache is; the former are multiplied by this
+    // vectors of the tokens (vocab, width) and of their places (1 + length, width); bfloat16 where the cache is
+    const void *table, *places;
+    float embedding_scale;  // of the tokens' vectors
     int64_t rows, length, vocab, prefix;
-    int64_t* tokens;      // (rows, length)
-    const uint8_t* free;  // (rows, length), 0 where a token stays
+    int64_t* tokens;       // (rows, length)
+    const uint8_t* free;   // (rows, length), 0 where a token stays
     const float* uniform;  // (rows, length)
     const float* scale;    // (length), of guidance
     const float* starts;   // (rows or twice as many, width), what stands before token 0; null where token 0 is not drawn

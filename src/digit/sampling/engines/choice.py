@@ -38,13 +38,15 @@ def measured(
         engines: by name; they are made one after the other.
     """
     shape = shape_class(model, batch, guided, quantize)
-    found = remembered().get(shape, _known.get(shape, {}))
+    stored, machine = _stored(), _machine()
+    here = stored.get(machine, {})
+    found = here.get(shape, _known.get(shape, {}))
     if set(found) >= set(engines):
         return found
     found = {name: _seconds(make(), model, guided) for name, make in engines.items()}
     _known[shape] = found
     with contextlib.suppress(DigitError):  # else the next process measures again
-        write_json(_file(), {**_stored(), _machine(): {**remembered(), shape: found}})
+        write_json(_file(), {**stored, machine: {**here, shape: found}})
     return found
 
 
