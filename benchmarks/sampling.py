@@ -323,7 +323,7 @@ def show(table: list[dict]) -> None:
     """Print it for people."""
     heads = ["shape", "batch", "contender", "s/image", "images/s", "ms/step", "x best HF", "x best CTranslate2",
              "of reading the weights", "beside busy ones"]  # fmt: skip
-    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+    print("\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
     for r in table:
         ratios = (format(r[name], ".2f") if name in r else "" for name in ("times_HF", "times_CTranslate2"))
         beside = f"{r['busy_ratio']:.2f} x" if "busy_ratio" in r else ""
@@ -365,11 +365,11 @@ def main() -> None:
             print(f"{shape}, batch {batch}", flush=True)
             entrants = [makers[name](name) for name in wanted]
             speeds += (now := measure(entrants, batch, args.rounds, args.busy))
-            table += rows(entrants, now, shape, batch)
+            table += (new := rows(entrants, now, shape, batch))
+            show(new)  # what takes an hour may end early
             slow |= {c.name for c in entrants if statistics.median(c.seconds) > LONGEST / 8}
             for c in entrants:
                 c.free()
-    show(table)
     found = {name: statistics.median(v[name] for v in speeds) for name in speeds[0]}
     instructions = args.isa or torch.backends.cpu.get_cpu_capability()
     print(

@@ -54,7 +54,7 @@ int main() {
     std::vector<int64_t> tokens(rows * length);
     const std::vector<uint8_t> free(rows * length, 1);
     const std::vector<float> scale(length, 1);
-    const Batch batch{table, at, 1, rows, length, vocab, 0, tokens.data(), free.data(), uniform, scale.data(), starts, 1, 1, 5};
+    const Batch batch{table, at, 1, rows, length, vocab, 1, 0, tokens.data(), free.data(), uniform, scale.data(), starts, 1, 1, 5};
     std::vector<char> room(digit_tokens_room(&net, &batch, 2));
     digit_tokens(&net, &cache, &batch, 2, 0, length, 0, room.data());
     std::fwrite(tokens.data(), 8, tokens.size(), stdout);

@@ -50,7 +50,7 @@ typedef int8_t bytes __attribute__((vector_size(2 * LANES)));    // 2 to a lane
 
 constexpr int PANEL = 64, TILES = PANEL / LANES;  // outputs that a thread takes at a time, and their vectors
 constexpr int64_t AHEAD = 4096;                   // bytes: a page
-constexpr int64_t ALONE = 8, FEW = 8 << 20;       // rows for a thread of its own, and bytes of weights at most
+constexpr int64_t FEW = 8 << 20;                  // bytes of weights of a network that one thread runs alone
 constexpr int64_t TOGETHER = 16;                  // from as many rows on they are normed in shares, and waited for
 constexpr int64_t CHUNK = 12;                     // rows that a thread takes through the whole network at a time
 
@@ -216,7 +216,7 @@ struct Batch {
     // vectors of the tokens (vocab, width) and of their places (1 + length, width); bfloat16 where the cache is
     const void *table, *places;
     float embedding_scale;  // of the tokens' vectors
-    int64_t rows, length, vocab, prefix;
+    int64_t rows, length, vocab, depth, prefix;  // vocab of each of ``depth`` codebooks, which take turns
     int64_t* tokens;       // (rows, length)
     const uint8_t* free;   // (rows, length), 0 where a token stays
     const float* uniform;  // (rows, length)
@@ -442,7 +442,6 @@ bool small(const Network& net) {
     const int64_t layer = (4 * net.width + 2 * net.hidden) * net.width;
     return net.depth * layer * bytes <= FEW;
 }
-bool apart(const Network& net, int64_t rows, int64_t threads) { return threads > 1 && rows >= ALONE * threads && small(net); }
 
 // The keys and values of some rows alone.
 struct Rows {
@@ -478,42 +477,50 @@ void embed(const Batch& b, int64_t token, int64_t place, int64_t width, float* t
     }
 }
 
-// Draw tokens begin to end - 1 of some rows, one after the other, by one thread.
-void draw_rows(const Network& net, const Cache& cache, const Batch& b, int64_t first, int64_t count, int64_t begin, int64_t end, bool guided,
-               char* start) {
+// Draw tokens begin to end - 1 of some rows, one after the other, by the threads of ``member``.
+void draw_rows(const Network& net, const Cache& cache, const Batch& b, const Team::Member& member, int64_t first, int64_t count,
+               int64_t begin, int64_t end, bool guided, char* start) {
     const int64_t outputs = net.head.outputs, alone = count * net.width;
+    const bool joined = guided && count == b.rows;  // rows with and without a label follow one another in the cache: one step for both
+    const int64_t rows = joined ? 2 * count : count, runs = guided && !joined ? 2 : 1;
     const Rows with(net, cache, first), without(net, cache, guided ? b.rows + first : first);
-    Room room(net, count, 1, b.prefix + b.length, start);
-    float *x = room.take(alone), *copy = room.take(alone), *logits = room.take(count * outputs), *others = room.take(count * outputs);
+    Room room(net, rows, member.all, b.prefix + b.length, start);
+    float *x = room.take(2 * alone), *logits = room.take(2 * count * outputs);
+    const int64_t mine = count * member.me / member.all, last = count * (member.me + 1) / member.all;
     std::vector<float> scratch;
-    const Step run = step_of(net);
-    for (int64_t index = begin; index < end; index++) {
+    const auto feed = [&](int64_t row, int64_t index) {  // what stands before a token
+        float *to = x + row * net.width, *other = to + alone;
         if (index) {
-            for (int64_t row = 0; row < count; row++) {
-                const int64_t token = b.tokens[(first + row) * b.length + index - 1];
-                (net.half_cache ? embed<uint16_t> : embed<float>)(b, token, index, net.width, x + row * net.width);
-            }
-            if (guided) std::copy(x, x + alone, copy);
+            const int64_t token = b.tokens[(first + row) * b.length + index - 1];
+            (net.half_cache ? embed<uint16_t> : embed<float>)(b, token, index, net.width, to);
+            if (guided) std::copy_n(to, net.width, other);
         } else {
-            std::copy_n(b.starts + first * net.width, alone, x);
-            if (guided) std::copy_n(b.starts + (b.rows + first) * net.width, alone, copy);
+            std::copy_n(b.starts + (first + row) * net.width, net.width, to);
+            if (guided) std::copy_n(b.starts + (b.rows + first + row) * net.width, net.width, other);
         }
-        run(net, with.cache, {nullptr, 0, 1}, int(count), b.prefix + index, x, room, logits);
-        if (guided) run(net, without.cache, {nullptr, 0, 1}, int(count), b.prefix + index, copy, room, others);
-        for (int64_t row = 0; row < count; row++) {
+    };
+    const Step run = step_of(net);
+    for (int64_t row = mine; row < last; row++) feed(row, begin);
+    for (int64_t index = begin; index < end; index++) {
+        member.barrier();
+        run(net, with.cache, member, int(rows), b.prefix + index, x, room, logits);
+        if (runs == 2) run(net, without.cache, member, int(rows), b.prefix + index, x + alone, room, logits + count * outputs);
+        member.barrier();
+        const int64_t code = index % b.depth * b.vocab;  // the first of this token's codebook
+        for (int64_t row = mine; row < last; row++) {
             const int64_t at = (first + row) * b.length + index;
-            if (!b.free[at]) continue;
-            float *c = logits + row * outputs, *u = others + row * outputs;
-            if (guided)
+            float *c = logits + row * outputs + code, *u = c + count * outputs;
+            if (guided && b.free[at])
                 for (int64_t i = 0; i < b.vocab; i++) c[i] = u[i] + b.scale[index] * (c[i] - u[i]);
-            b.tokens[at] = token(c, b.vocab, b.uniform[at], b.temperature, b.top_k, b.top_p, scratch);
+            if (b.free[at]) b.tokens[at] = code + token(c, b.vocab, b.uniform[at], b.temperature, b.top_k, b.top_p, scratch);
+            if (index + 1 < end) feed(row, index + 1);
         }
     }
 }
 
-int64_t room_of_rows(const Network& net, const Batch& b, int64_t count) {
-    Room room(net, count, 1, b.prefix + b.length, nullptr);
-    room.take(2 * count * net.width + 2 * count * net.head.outputs + 64);
+int64_t room_of_rows(const Network& net, const Batch& b, int64_t count, int64_t threads) {
+    Room room(net, 2 * count, threads, b.prefix + b.length, nullptr);
+    room.take(2 * count * (net.width + net.head.outputs) + 64);
     return room.end - (char*)nullptr;
 }
 
@@ -524,48 +531,42 @@ int64_t chunk(int64_t rows, int64_t threads) { return std::clamp<int64_t>(rows /
 
 extern "C" {
 
-// Bytes that digit_tokens needs for such batches; 0 where the network is too large for it: then digit_step is quicker.
+// Bytes that digit_tokens needs for such batches.
 int64_t digit_tokens_room(const Network* net, const Batch* batch, int threads) {
-    return small(*net) ? threads * room_of_rows(*net, *batch, chunk(batch->rows, threads)) : 0;
+    if (!small(*net)) return room_of_rows(*net, *batch, batch->rows, threads);
+    return threads * room_of_rows(*net, *batch, chunk(batch->rows, threads), 1);
 }
 
 // Draw tokens begin to end - 1 of a batch, from what the cache holds of those before begin - 1. With guidance the cache has the rows
-// without a label after those with one. Every thread takes rows of its own through all tokens and layers, and waits for nobody.
+// without a label after those with one.
 void digit_tokens(const Network* net, const Cache* cache, const Batch* batch, int threads, int64_t begin, int64_t end, int guided, char* start) {
-    const int64_t each = chunk(batch->rows, threads), size = room_of_rows(*net, *batch, each);
+    const auto draw = [&](const Team::Member& member, int64_t first, int64_t count, char* room) {
+        draw_rows(*net, *cache, *batch, member, first, count, begin, end, guided, room);
+    };
+    if (!small(*net)) return Team::run(threads, [&](const Team::Member& member) { draw(member, 0, batch->rows, start); });
+    const int64_t each = chunk(batch->rows, threads), size = room_of_rows(*net, *batch, each, 1);
     std::atomic<int64_t> next{0};
     Team::run(threads, [&](const Team::Member& member) {
         for (int64_t first; (first = each * next++) < batch->rows;)  // a thread that has less of its core takes fewer
-            draw_rows(*net, *cache, *batch, first, std::min(each, batch->rows - first), begin, end, guided, start + member.me * size);
+            draw({nullptr, 0, 1}, first, std::min(each, batch->rows - first), start + member.me * size);
     });
 }
+
+// Whether digit_tokens lets every thread take rows of its own.
+int digit_apart(const Network* net) { return small(*net); }
 
 // Outputs of a strip of packed weights.
 int64_t digit_strip() { return STRIP * LANES; }
 
 // Bytes that a step needs besides its inputs and outputs.
 int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t positions) {
-    if (apart(*net, rows, threads)) return threads * digit_room(net, CHUNK, 1, positions);
     return Room(*net, rows, threads, positions, nullptr).end - (char*)nullptr;
 }
 
 // Run x (rows, width), embeddings of the token at ``position`` of the cache, through the network: logits (rows, padded outputs).
 // x is overwritten.
 void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* start, float* logits) {
-    const Step run = step_of(*net);
-    if (!apart(*net, rows, threads)) {
-        const Room room(*net, rows, threads, position + 1, start);
-        return Team::run(threads, [&](const Team::Member& member) { run(*net, *cache, member, rows, position, x, room, logits); });
-    }
-    const int64_t size = digit_room(net, CHUNK, 1, position + 1);
-    std::atomic<int> next{0};
-    Team::run(threads, [&](const Team::Member& member) {
-        for (int first; (first = int(CHUNK) * next++) < rows;) {  // a thread that has less of its core takes fewer
-            const int count = std::min(int(CHUNK), rows - first);
-            const Rows part(*net, *cache, first);
-            const Room room(*net, count, 1, position + 1, start + member.me * size);
-            run(*net, part.cache, {nullptr, 0, 1}, count, position, x + first * net->width, room, logits + first * net->head.outputs);
-        }
-    });
+    const Room room(*net, rows, threads, position + 1, start);
+    Team::run(threads, [&](const Team::Member& member) { step_of(*net)(*net, *cache, member, rows, position, x, room, logits); });
 }
 }

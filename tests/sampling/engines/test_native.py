@@ -237,20 +237,42 @@ def test_panels_hold_the_matrix_in_reading_order():
     assert pairs[3, 2, 15, 1] == weight[63, 5].bfloat16()
 
 
+LARGE = {"dim": 512, "depth": 2, "heads": 8}  # more than 8 MB of weights: threads share every step
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 8.0])
-def test_all_tokens_in_one_call_are_those_of_single_steps(monkeypatch, dtype, scale):
-    """For small networks; with guidance in a part of the sequence, places that are kept, and whatever the batch."""
-    model = build(dtype=dtype, length=24)
+@pytest.mark.parametrize("shape", [{}, LARGE, {"role": "ar", "prefix": 6}], ids=["small", "large", "a decoder"])
+def test_all_tokens_in_one_call_are_those_of_single_steps(shape, dtype, scale):
+    """With guidance in a part of the sequence, places that are kept, and whatever the batch."""
+    model = build(**{**shape, "dtype": dtype, "length": 24})
     model.config = replace(model.config, embedding_scale=scale)
     given, mask = torch.arange(7 * 24).view(7, 24) % 24, torch.rand(7, 24, generator=torch.manual_seed(0)) < 0.7
     request = {"seed": 3, "params": GUIDED, "labels": torch.arange(7) % 4, "given": given, "mask": mask}
+    if model.config.prefix_length:
+        request["prefix"] = torch.arange(42).view(7, 6) % 9
     whole = sample(model, range(7), **request)
     assert engine_name(model) == "C++"
     told = []
     single = sample(model, range(7), **request, callback=lambda index, _: told.append(index))
     assert torch.equal(single, whole)
     assert told == list(range(told[0], 25))
-    first = NativeStep.draw_tokens  # then single steps, as for networks that no cache holds
-    monkeypatch.setattr(NativeStep, "draw_tokens", lambda *how: how[3] == 0 and first(*how))
-    assert torch.equal(sample(model, range(7), **request), whole)
+
+
+@pytest.mark.parametrize("kind", [{}, {"dtype": torch.bfloat16}, {"quantize": "int8"}], ids=["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("codes", [{}, {"codebook_depth": 2}], ids=["one codebook", "residual"])
+def test_tokens_of_large_networks_depend_neither_on_batch_nor_threads(kind, codes):
+    model = build(**{**LARGE, **codes, "dtype": kind.get("dtype", torch.float32)})
+    accelerate(model, quantize=kind.get("quantize"), native=True)
+    before, labels = torch.get_num_threads(), torch.arange(20) % 4
+    whole = sample(model, range(20), 3, GUIDED, labels)
+    assert engine_name(model) == "C++"
+    try:
+        for threads, rows in ((1, range(20)), (3, range(20)), (2, range(1)), (3, range(5, 8))):
+            torch.set_num_threads(threads)
+            assert torch.equal(sample(model, rows, 3, GUIDED, labels[rows.start : rows.stop]), whole[rows])
+    finally:
+        torch.set_num_threads(before)
+    if not kind:
+        accelerate(model, native=False)
+        assert torch.equal(sample(model, range(20), 3, GUIDED, labels), whole)

@@ -8,7 +8,7 @@ def steps(team: Team, seconds: dict[int, float], count: int) -> list[int]:
     used = []
     for _ in range(count):
         used.append(team.count)
-        team.took(seconds[team.count])
+        team.took(1, seconds[team.count])
     return used
 
 
@@ -23,7 +23,7 @@ def test_alone_all_threads_step():
     team = Team(4)
     assert steps(team, {4: 1.0, 2: 1.9}, 1000) == [4] * WINDOW + [2] * TRIAL + [4] * (1000 - WINDOW - TRIAL)
     for i in range(1000):  # as attention makes them
-        team.took(1 + 0.4 * i / 1000)
+        team.took(1, 1 + 0.4 * i / 1000)
         assert team.count == 4
 
 

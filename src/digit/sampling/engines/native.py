@@ -62,7 +62,7 @@ class _Batch(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("table", "places")),
         ("embedding_scale", c_float),
-        *((name, c_int64) for name in ("rows", "length", "vocab", "prefix")),
+        *((name, c_int64) for name in ("rows", "length", "vocab", "depth", "prefix")),
         *((name, c_void_p) for name in ("tokens", "free", "uniform", "scale", "starts")),
         *((name, c_float) for name in ("temperature", "top_p")),
         ("top_k", c_int64),
@@ -99,7 +99,7 @@ class NativeStep:
         self._model = weakref.proxy(model)
         self._kept: list[Tensor] = []  # what the structures below point to
         self._room = torch.empty(0, dtype=torch.uint8)
-        self._teams: dict[tuple[int, int], Team] = {}  # by rows and threads
+        self._teams: dict[tuple[int, bool, int], Team] = {}  # by images, guidance and threads
         source = quantized(model) if quantize else model
         network = source.transformer
         assert network is not None
@@ -129,19 +129,14 @@ class NativeStep:
 
     def step(self, cache: KVCache, token: Tensor, index: int | Tensor) -> Tensor:
         """As :meth:`TokenModel.step`: feed token number ``index``, ids (B,); float32 logits (B, vocab) of the next."""
-        model, place = self._model, int(index) + 1
+        model, place, threads = self._model, int(index) + 1, self._most_threads()
         x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
         x, rows = x.float().contiguous(), len(x)
-        most = max(1, min(torch.get_num_threads(), self._network.hidden // PANEL))  # more would find nothing to do
-        team = self._teams.setdefault((rows, most), Team(most))
-        threads = team.count
         logits = torch.empty(rows, self._network.head.outputs)
         room = self._make_room(self._library.digit_room(self._pointer, rows, threads, cache.length))
         position = model.config.prefix_length + place
         buffers = (x.data_ptr(), room, logits.data_ptr())
-        began = time.perf_counter()
         self._library.digit_step(self._pointer, _pointers(cache), threads, rows, position, *buffers)
-        team.took(time.perf_counter() - began)
         return logits[:, : model.config.vocab_size]
 
     def draw_tokens(
@@ -153,29 +148,40 @@ class NativeStep:
         guided: bool,
         params: DrawParams,
         starts: Tensor | None = None,
-    ) -> bool:
-        """Draw tokens ``start`` to ``end`` - 1 of a batch in one call, or return False where single steps are quicker.
+    ) -> None:
+        """Draw tokens ``start`` to ``end`` - 1 of a batch.
 
-        Every thread takes images of its own through all of them, which suits networks that fit a processor's cache.
         ``starts`` (B or 2B, D) is what stands before token 0, if that is drawn.
         """
-        model, (rows, length) = self._model, state.tokens.shape
-        if model.config.codebook_depth > 1:
-            return False
-        tensors = (model.token_embedding.weight, model.position_embedding.weight)
-        scale, prefix = model.config.embedding_scale, model.config.prefix_length
+        config, (rows, length) = self._model.config, state.tokens.shape
+        tensors = (self._model.token_embedding.weight, self._model.position_embedding.weight)
         starts = torch.empty(0) if starts is None else starts.float().contiguous()
         numbers = (state.tokens, state.free, state.uniform, state.scale, starts)
         batch = _Batch(
-            *(t.data_ptr() for t in tensors), scale, rows, length, model.config.vocab_size, prefix,
+            *(t.data_ptr() for t in tensors), config.embedding_scale,
+            rows, length, config.codes, config.codebook_depth, config.prefix_length,
             *(t.data_ptr() for t in numbers), float(params.temperature), float(params.top_p), params.top_k,
         )  # fmt: skip
-        where, threads = ctypes.byref(batch), min(torch.get_num_threads(), rows)
-        needed = self._library.digit_tokens_room(self._pointer, where, threads)
-        if needed:
-            room = self._make_room(needed)
-            self._library.digit_tokens(self._pointer, _pointers(cache), where, threads, start, end, guided, room)
-        return bool(needed)
+        where, caches = ctypes.byref(batch), _pointers(cache)
+
+        def draw(threads: int, start: int, end: int) -> None:
+            room = self._make_room(self._library.digit_tokens_room(self._pointer, where, threads))
+            self._library.digit_tokens(self._pointer, caches, where, threads, start, end, guided, room)
+
+        if self._library.digit_apart(self._pointer):  # every thread takes images of its own through all tokens
+            draw(min(torch.get_num_threads(), rows), start, end)
+            return
+        most = self._most_threads()
+        team = self._teams.setdefault((rows, guided, most), Team(most))
+        while start < end:
+            stop, began = min(start + team.window, end), time.perf_counter()
+            draw(team.count, start, stop)
+            team.took(stop - start, time.perf_counter() - began)
+            start = stop
+
+    def _most_threads(self) -> int:
+        """Threads that find something to do in a step."""
+        return max(1, min(torch.get_num_threads(), int(self._network.hidden) // PANEL))
 
     def _make_room(self, size: int) -> int:
         """The address of so many bytes."""
@@ -219,25 +225,15 @@ class NativeEngine(DecodeEngine):
             kinds = [labels, None] if guided else [labels]
             starts = torch.cat([model.embed_start(kind, self.batch) for kind in kinds])[:, 0]  # (B or 2B, D)
             starts = starts + model.position_embedding.weight[0]
-            if self.step.draw_tokens(self.cache, self.state, 0, 1, guided, params, starts):
-                self.state.place.fill_(1)
-                return
-        super().prefill(model, known, labels, prefix, params, guided)
-
-    def decode_tokens(self, model: TokenModel, start: int, end: int, guided: bool, params: DrawParams) -> None:
-        """Draw tokens ``start`` to ``end`` - 1."""
-        if self.step.draw_tokens(self.cache, self.state, start, end, guided, params):
-            self.state.place.add_(end - start)
+            self.step.draw_tokens(self.cache, self.state, 0, 1, guided, params, starts)
+            self.state.place.fill_(1)
         else:
-            super().decode_tokens(model, start, end, guided, params)
+            super().prefill(model, known, labels, prefix, params, guided)
 
-    def decode_one_token(self, model: TokenModel, index: int, guided: bool, params: DrawParams) -> None:
-        """Draw token ``index``."""
-        token = self.state.tokens[:, index - 1]  # (B,)
-        cache, token = (self.cache, torch.cat([token, token])) if guided else (self._with_labels, token)
-        logits = self.step.step(cache, token, index - 1)[:, None]
-        self._write(model.of_depth(logits, self.state.place)[:, 0], index, guided, params)
-        self.state.place.add_(1)
+    def decode_tokens(self, _model: TokenModel, start: int, end: int, guided: bool, params: DrawParams) -> None:
+        """Draw tokens ``start`` to ``end`` - 1."""
+        self.step.draw_tokens(self.cache, self.state, start, end, guided, params)
+        self.state.place.add_(end - start)
 
     def _write(self, logits: Tensor, index: int, guided: bool, params: DrawParams) -> None:
         state = self.state

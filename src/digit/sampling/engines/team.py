@@ -21,23 +21,27 @@ class Team:
 
     Attributes:
         count: threads of the next step.
+        window: steps that should follow with so many.
         most: threads where nothing disturbs.
     """
 
     def __init__(self, most: int) -> None:
         self.most = self.count = most
-        self._fewer, self._window = max(1, most // 2), WINDOW
-        self._seconds: list[float] = []
+        self.window = self._whole = WINDOW
+        self._fewer, self._seconds = max(1, most // 2), 0.0
         self._usual, self._means = inf, {self._fewer: inf, most: inf}
 
-    def took(self, seconds: float) -> None:
-        """Tell how long a step took."""
-        self._seconds.append(seconds)
-        if len(self._seconds) < self._window or self.most == 1:
+    def took(self, steps: int, seconds: float) -> None:
+        """Tell how long some steps took, at most ``window``."""
+        self.window -= steps
+        self._seconds += seconds
+        if self.window > 0:
             return
-        mean = self._means[self.count] = sum(self._seconds) / len(self._seconds)
-        self._seconds.clear()
-        if self.count == self.most:
+        mean = self._means[self.count] = self._seconds / self._whole
+        self._seconds = 0.0
+        if self.most == 1:
+            self._go_on(1, WINDOW)
+        elif self.count == self.most:
             known, self._usual = self._usual, min(self._usual, mean)
             if self._means[self._fewer] < inf:
                 self._decide()
@@ -45,7 +49,7 @@ class Team:
                 self._go_on(self._fewer, TRIAL)
             else:
                 self._go_on(self.most, WINDOW)
-        elif self._window == TRIAL:
+        elif self._whole == TRIAL:
             self._decide()
         else:
             self._go_on(self.most, TRIAL)
@@ -57,6 +61,6 @@ class Team:
         self._go_on(quicker, STAY)
 
     def _go_on(self, count: int, steps: int) -> None:
-        self.count, self._window = count, steps
+        self.count, self.window, self._whole = count, steps, steps
         if count == self.most and steps != TRIAL:  # what fewer threads took is not asked any more
             self._means[self._fewer] = inf
