@@ -28,7 +28,7 @@ from weakref import WeakKeyDictionary
 
 from digit.core.errors import DigitError
 from digit.models.token_model import TokenModel
-from digit.native import NoCompiler, library
+from digit.native import NoCompiler
 from digit.sampling.engines.choice import measured
 from digit.sampling.engines.decode import (
     CompiledCudaGraphEngine,
@@ -79,18 +79,29 @@ class EngineCache:
 
     def _choose(self, model: TokenModel, batch: int, guided: bool) -> DecodeEngine:
         """The quickest engine that the options allow and that can run here."""
-        options, began = self.options, time.perf_counter()
+        options = self.options
         if model.config.state_space is not None:
             return DecodeEngine(model, batch, guided, options.quantize)
-        packed = self._pack(model) if options.native is not False and suits(model) else None
-        if packed is not None:
-            building = time.perf_counter() - began
-            native = functools.partial(NativeEngine, model, batch, guided, packed, building)
-            if options.native or self._native_is_quicker(model, batch, guided, native):
-                return native()
+        if options.native is not False and suits(model):
+            native = functools.partial(self._native, model, batch, guided, time.perf_counter())
+            try:
+                if options.native or self._native_is_quicker(model, batch, guided, native):
+                    return native()
+            except NoCompiler as reason:
+                log.info("The C++ step could not be built, so a slower one runs: %s.", reason)
+                self.options = options._replace(native=False)
             self.packed = None
         kinds = (CompiledEngine, CompiledCudaGraphEngine) if options.compile else (DecodeEngine, CudaGraphEngine)
         return kinds[model.start.device.type == "cuda"](model, batch, guided, options.quantize)
+
+    def _native(self, model: TokenModel, batch: int, guided: bool, began: float) -> NativeEngine:
+        """The engine in C++; its weights are packed once for every batch size. It has been in the making since
+        ``began``.
+        """
+        if self.packed is None or self.packed[0] != version(model):
+            self.packed = None  # the memory of the old ones first
+            self.packed = version(model), NativeStep(model, self.options.quantize)
+        return NativeEngine(model, batch, guided, self.packed[1], time.perf_counter() - began)
 
     def _native_is_quicker(
         self, model: TokenModel, batch: int, guided: bool, native: Callable[[], DecodeEngine]
@@ -103,19 +114,6 @@ class EngineCache:
         slower = f"{1e3 * found['C++']:.2f} ms a step against {1e3 * found['plain']:.2f}"
         log.info("The C++ step is slower than PyTorch's on this processor for this shape (%s), so that runs.", slower)
         return False
-
-    def _pack(self, model: TokenModel) -> NativeStep | None:
-        """The weights as the C++ step reads them, packed once for every batch size; None where it cannot be built."""
-        if self.packed is None or self.packed[0] != version(model):
-            self.packed = None
-            try:
-                library()
-            except NoCompiler as reason:
-                log.info("The C++ step could not be built, so a slower one runs: %s.", reason)
-                self.options = self.options._replace(native=False)
-                return None
-            self.packed = version(model), NativeStep(model, self.options.quantize)
-        return self.packed[1]
 
 
 _caches: WeakKeyDictionary[TokenModel, EngineCache] = WeakKeyDictionary()
