@@ -282,10 +282,10 @@ def measure(entrants: list[Contender], batch: int, rounds: int, others: int) -> 
         for c in entrants:
             c.seconds.append(timed(c, batch))
         found[-1]["others"] = meter.share()
-        if others:
-            with busy(others):
-                for c in entrants:
-                    c.busy.append(timed(c, batch))
+    if others:  # a block of its own: how threads are shared follows what the machine does with a delay
+        with busy(others):
+            for c in entrants * rounds:
+                c.busy.append(timed(c, batch))
     return found
 
 
@@ -314,7 +314,7 @@ def rows(entrants: list[Contender], speeds: list[dict[str, float]], shape: str, 
             if peer is not None:
                 row[f"times_{family}"] = statistics.median(a / b for a, b in zip(peer.seconds, c.seconds, strict=True))
         if c.busy:
-            row["busy_ratio"] = statistics.median(b / a for a, b in zip(c.seconds, c.busy, strict=True))
+            row["busy_ratio"] = statistics.median(c.busy) / statistics.median(c.seconds)
         out.append(row)
     return out
 

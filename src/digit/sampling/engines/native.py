@@ -278,7 +278,8 @@ def _rows(logits: Tensor) -> Tensor:
 
 def _memory(size: int) -> Tensor:
     """Bytes in large pages where the system has them: else a step looks up thousands of pages within a millisecond."""
-    area = mmap.mmap(-1, size)
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}  # not on Windows
+    area = mmap.mmap(-1, size, **private)
     with contextlib.suppress(AttributeError, OSError):
         area.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(area, dtype=torch.uint8)

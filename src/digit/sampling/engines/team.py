@@ -12,7 +12,8 @@ from math import inf
 
 log = logging.getLogger("digit")
 
-WINDOW, TRIAL, STAY = 16, 8, 128  # steps: that are averaged; with another number of threads; before the next trial
+WINDOW, TRIAL = 16, 8  # steps: that are averaged; with another number of threads
+STAY, LONGEST = 32, 512  # steps with fewer threads before all are tried again: at first, and after several such trials
 DISTURBED = 1.7  # times the quickest window; longer sequences alone make a step up to 1.4 times as long
 
 
@@ -28,7 +29,7 @@ class Team:
     def __init__(self, most: int) -> None:
         self.most = self.count = most
         self.window = self._whole = WINDOW
-        self._fewer, self._seconds = max(1, most // 2), 0.0
+        self._fewer, self._stay, self._seconds = max(1, most // 2), STAY, 0.0
         self._usual, self._means = inf, {self._fewer: inf, most: inf}
 
     def took(self, steps: int, seconds: float) -> None:
@@ -55,10 +56,13 @@ class Team:
             self._go_on(self.most, TRIAL)
 
     def _decide(self) -> None:
-        quicker = min(self._means, key=lambda count: (self._means[count], -count))
-        if quicker < self.most:
-            log.info("Other programs take the processor: steps run in %d of %d threads.", quicker, self.most)
-        self._go_on(quicker, STAY)
+        if self._means[self._fewer] > self._means[self.most]:
+            self._stay = STAY
+            self._go_on(self.most, WINDOW)
+            return
+        log.info("Other programs take the processor: steps run in %d of %d threads.", self._fewer, self.most)
+        self._go_on(self._fewer, self._stay)
+        self._stay = min(2 * self._stay, LONGEST)
 
     def _go_on(self, count: int, steps: int) -> None:
         self.count, self.window, self._whole = count, steps, steps
