@@ -24,7 +24,6 @@ FLAGS = ("-O3", "-std=c++17", "-fopenmp-simd", "-pthread", "-fPIC", "-shared", "
 
 _SIGNATURES = {
     "digit_strip": "",
-    "digit_apart": "p",
     "digit_room": "plll",
     "digit_step": "ppiilppp",
     "digit_tokens_room": "ppi",

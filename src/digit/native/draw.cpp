@@ -10,7 +10,7 @@ extern "C" {
 void digit_draw(const float* logits, const float* unguided, float scale, int64_t rows, int64_t count, int64_t stride, int threads,
                 const float* uniform, float temperature, int64_t top_k, float top_p, int64_t* tokens) {
     std::atomic<int64_t> next{0};
-    digit::Team::run(threads, [&](const digit::Team::Member&) {
+    digit::Team::run(threads, 0, [&](const digit::Team::Member&) {
         std::vector<float> own, guided(unguided ? count : 0);
         for (int64_t row; (row = next++) < rows;) {
             const float* x = logits + row * stride;

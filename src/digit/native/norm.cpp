@@ -70,7 +70,7 @@ void normalise(const Norm& n, const T* x, T* y, const float* gain, const float* 
 template <class T>
 void all(const Norm& n, const T* x, T* y, const float* gain, const float* offset, int64_t images, int threads) {
     std::atomic<int64_t> next{0};
-    digit::Team::run(threads, [&](const digit::Team::Member&) {
+    digit::Team::run(threads, 0, [&](const digit::Team::Member&) {
         std::vector<float> room(2 * n.channels);
         for (int64_t i; (i = next++) < images;) {
             const int64_t at = i * n.places * n.channels, own = i * n.channels;

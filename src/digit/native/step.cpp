@@ -80,6 +80,10 @@ struct Float {
     static Weight read(const char* at, int) { return load<floats>(at); }
     static Sum add(Sum sum, Weight w, const Input* x) { return sum + w * x[0]; }
     static floats value(Sum sum, float, const float*) { return sum; }
+    static float prepare(const float* row, Input* to, int64_t count) {
+        std::copy_n(row, count, to);
+        return 1;
+    }
 };
 
 #if defined(__AVX512F__)
@@ -116,6 +120,7 @@ struct BFloat {  // a pair of neighbouring inputs in each lane; first one of the
     }
     static Sum add(Sum sum, Weight w, const Input* x) { return sum + w * x[0]; }
     static floats value(Sum sum, float, const float*) { return sum; }
+    static float prepare(const float* row, Input* to, int64_t count) { return Float::prepare(row, to, count); }
 };
 #endif
 
@@ -231,20 +236,20 @@ namespace {
 
 int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 
-// Where the numbers of a step lie, in one piece of memory that Python keeps. Of some every thread has its own, for to compute
-// them twice takes less time than to wait.
+// Where the numbers of a step lie, in one piece of memory that Python keeps. Of some every thread has its own.
 struct Room {
     char* end;
-    int64_t stride, wide, deep, kv_len;         // numbers of a row of inputs, qkv and inner, and of a thread's scores
-    int64_t rows, width;
-    float *qkv, *mixed, *inner, *scores;
-    float *normed, *scales, *inputs;            // of each thread: normed rows, and inputs of the next product in its format
+    int64_t stride, deep, kv_len;               // numbers of a row of inputs and of inner, and of a thread's scores
+    int64_t rows, own_size, width;
+    float *q, *mixed, *inner, *scores;
+    float *normed, *own, *scales, *inputs;      // of each thread: a normed row, what it works out, inputs of the next product in its format
 
     Room(const Network& net, int64_t rows, int64_t threads, int64_t positions, char* start) : end(start), rows(rows), width(net.width) {
-        stride = padded(std::max(net.width, net.hidden), PANEL), wide = padded(3 * net.width, PANEL);
-        deep = padded(net.hidden, PANEL), kv_len = padded(positions, LANES);
-        qkv = take(rows * wide), mixed = take(rows * width), inner = take(rows * deep), scores = take(threads * kv_len);
-        normed = take(threads * rows * width), scales = take(threads * rows), inputs = take(threads * rows * stride);
+        stride = padded(std::max(net.width, net.hidden), PANEL);
+        deep = padded(net.hidden, PANEL), kv_len = padded(positions, LANES), own_size = std::max(rows * PANEL, stride);
+        q = take(rows * width), mixed = take(rows * width), inner = take(rows * deep), scores = take(threads * kv_len);
+        normed = take(threads * width), own = take(threads * own_size);
+        scales = take(threads * rows), inputs = take(threads * rows * stride);
     }
 
     float* take(int64_t count) {
@@ -253,6 +258,12 @@ struct Room {
         return reinterpret_cast<float*>(here);
     }
 };
+
+// Tasks that threads share at most.
+int64_t most_tasks(const Network& net, int64_t rows) {
+    const int64_t outputs = std::max({padded(3 * net.width, PANEL), padded(net.hidden, PANEL), net.head.outputs});
+    return std::max(rows * net.heads, outputs / PANEL);
+}
 
 // M rows times some vectors of one panel, from ``first`` on, as many at a time as leave the sums in registers: so up to ROWS rows read
 // each weight once. What is read ``ahead`` bytes from here is fetched meanwhile: processors alone do not look across pages.
@@ -288,23 +299,22 @@ constexpr auto blocks(std::integer_sequence<int, M...>) {
     return std::array<decltype(&block<T, 1>), sizeof...(M)>{block<T, M + 1>...};
 }
 
-// The share of thread ``me`` of x (rows, inputs) times a matrix; done(row, first output, LANES results) takes it.
+// One panel of x (rows, inputs) times a matrix; done(row, first output within the panel, LANES results) takes it.
 template <class T, class Done>
-void multiply(const Matrix& a, const typename T::Input* x, int64_t stride, const float* scales, int rows, int me, int all, Done done) {
+void multiply(const Matrix& a, int64_t panel, const typename T::Input* x, int64_t stride, const float* scales, int rows, Done done) {
     constexpr auto functions = blocks<T>(std::make_integer_sequence<int, ROWS>());
-    const int64_t panels = a.outputs / PANEL, size = a.inputs / T::GROUP * T::BYTES * STRIP;
+    const int64_t size = a.inputs / T::GROUP * T::BYTES * STRIP;
     const int parts = (rows + ROWS - 1) / ROWS;
     const int span = parts == 1 ? TILES : std::max(STRIP, vectors(3));  // vectors that stay in the cache from rows to rows
-    for (int64_t panel = panels * me / all; panel < panels * (me + 1) / all; panel++)
-        for (int begin = 0; begin < TILES; begin += span)
-            for (int part = 0; part < parts; part++) {
-                const int first = rows * part / parts, count = rows * (part + 1) / parts - first;
-                floats y[ROWS][TILES];
-                functions[count - 1](a, panel, begin, begin + span, x + first * stride, stride, scales + first,
-                                     parts == 1 ? AHEAD : part == parts - 1 ? size : 0, y);
-                for (int m = 0; m < count; m++)
-                    for (int r = begin; r < begin + span; r++) done(first + m, panel * PANEL + r * LANES, y[m][r]);
-            }
+    for (int begin = 0; begin < TILES; begin += span)
+        for (int part = 0; part < parts; part++) {
+            const int first = rows * part / parts, count = rows * (part + 1) / parts - first;
+            floats y[ROWS][TILES];
+            functions[count - 1](a, panel, begin, begin + span, x + first * stride, stride, scales + first,
+                                 parts == 1 ? AHEAD : part == parts - 1 ? size : 0, y);
+            for (int m = 0; m < count; m++)
+                for (int r = begin; r < begin + span; r++) done(first + m, r * LANES, y[m][r]);
+        }
 }
 
 void normalise(const float* x, const Norm& norm, float epsilon, int64_t width, float* to) {
@@ -342,11 +352,9 @@ inline floats products(const float* q, const C* keys, int64_t d, int64_t here) {
     return totals(part);
 }
 
-// Write one head's key and value (d) at ``position`` and attend with q (d) to everything up to it.
+// Attend with one head's q (d) to everything up to ``position``.
 template <class C>
-void attend(const float* q, const float* k, const float* v, C* keys, C* values, int64_t d, int64_t position, float* p, float* out) {
-    for (int64_t i = 0; i < d; i++) narrow(k[i], keys[position * d + i]);
-    for (int64_t i = 0; i < d; i++) narrow(v[i], values[position * d + i]);
+void attend(const float* q, const C* keys, const C* values, int64_t d, int64_t position, float* p, float* out) {
     const float unit = 1 / std::sqrt(float(d));
     const int64_t count = position + 1;
     floats most = floats{} - INFINITY, sum = {};
@@ -372,67 +380,88 @@ void attend(const float* q, const float* k, const float* v, C* keys, C* values, 
     for (; i < d; i += LANES) mix<1>(p, values + i, d, count, whole, out + i);
 }
 
+constexpr auto nothing = [](auto...) {};
+
 // A step with weights of format T, by one of the threads at work.
 template <class T>
-void step(const Network& net, const Cache& cache, const Team::Member& member, int rows, int64_t position, float* x, const Room& room,
+void step(const Network& net, const Cache& cache, Team::Member& member, int rows, int64_t position, float* x, const Room& room,
           float* logits) {
+    using Input = typename T::Input;
     const int64_t width = net.width, d = width / net.heads;
-    const int me = member.me, all = member.all;
-    const bool shared = all > 1 && rows >= TOGETHER;  // else every thread computes norms and inputs of all rows for itself
-    const int64_t mine = shared ? 0 : me, first = shared ? rows * me / all : 0, last = shared ? rows * (me + 1) / all : rows;
-    float *normed = room.normed + mine * rows * width, *scales = room.scales + mine * rows;
-    auto* inputs = reinterpret_cast<typename T::Input*>(room.inputs + mine * rows * room.stride);
+    const bool shared = member.all > 1 && rows >= TOGETHER;  // else every thread computes norms and inputs of all rows for itself
+    const int64_t mine = shared ? 0 : member.me;
+    float *normed = room.normed + member.me * width, *own = room.own + member.me * room.own_size;
+    float *scales = room.scales + mine * rows, *p = room.scores + member.me * room.kv_len, own_scale = 1;
+    auto* inputs = reinterpret_cast<Input*>(room.inputs + mine * rows * room.stride);
+    auto* own_inputs = reinterpret_cast<Input*>(own);
 
-    // from (rows, count) times a matrix
-    const auto product = [&](const Matrix& a, const float* from, int64_t stride, int64_t count, auto done) {
-        if constexpr (T::DIRECT) {
-            multiply<T>(a, from, stride, scales, rows, me, all, done);
-        } else {
-            for (int64_t row = first; row < last; row++) scales[row] = T::prepare(from + row * stride, inputs + row * room.stride, count);
-            if (shared) member.barrier();
-            multiply<T>(a, inputs, room.stride, scales, rows, me, all, done);
-        }
-    };
-    // the residual stream, normed
-    const auto enter = [&](const Norm& norm) -> const float* {
-        if (!norm.weight) return x;
-        for (int64_t row = first; row < last; row++) normalise(x + row * width, norm, net.epsilon, width, normed + row * width);
-        if (shared && T::DIRECT) member.barrier();
-        return normed;
-    };
-    const auto residual = [&](const float* base) {
-        return [&, base](int64_t row, int64_t n, floats y) {
-            if (n < width) store(x + row * width + n, load<floats>(base + row * width + n) + y);  // not where a panel is filled up
+    // ``from`` (rows, count), normed before where there is a norm, times a matrix; done(row, n, results of ``act``) takes them
+    const auto product = [&](const Matrix& a, const Norm* norm, const float* from, int64_t stride, int64_t count, auto act, auto done) {
+        const auto prepare = [&](int64_t row, Input* to, float& scale) {
+            const float* numbers = from + row * stride;
+            if (norm) normalise(numbers, *norm, net.epsilon, count, normed), numbers = normed;
+            scale = T::prepare(numbers, to, count);
         };
-    };
-    const auto head = [&](int64_t l, int64_t task) {  // of a row
-        const int64_t row = task / net.heads, h = task % net.heads, place = row * cache.row + h * cache.head;
-        const float* q = room.qkv + row * room.wide + h * d;
-        float *p = room.scores + me * room.kv_len, *out = room.mixed + row * width + h * d;
-        const auto run = [&](auto* keys, auto* values) {
-            attend(q, q + width, q + 2 * width, keys + place, values + place, d, position, p, out);
+        const auto panels = [&](const Input* numbers, int64_t apart, const auto& begin) {
+            const auto compute = [&](int64_t panel) {
+                multiply<T>(a, panel, numbers, apart, scales, rows, [&](int64_t row, int64_t n, floats y) { store(own + row * PANEL + n, act(y)); });
+            };
+            const auto commit = [&](int64_t panel) {
+                for (int64_t row = 0; row < rows; row++)
+                    for (int64_t n = 0; n < PANEL; n += LANES) done(row, panel * PANEL + n, load<floats>(own + row * PANEL + n));
+            };
+            member.share(a.outputs / PANEL, begin, compute, commit);
         };
+        if constexpr (T::DIRECT)
+            if (!norm) return panels(from, stride, nothing);
+        if (!shared) return panels(inputs, room.stride, [&] { for (int64_t row = 0; row < rows; row++) prepare(row, inputs + row * room.stride, scales[row]); });
+        member.share(rows, nothing, [&](int64_t row) { prepare(row, own_inputs, own_scale); }, [&](int64_t row) {
+            std::copy_n(own_inputs, count, inputs + row * room.stride);
+            scales[row] = own_scale;
+        });
+        panels(inputs, room.stride, nothing);
+    };
+    // before a half of a layer: the norm of its inputs, if it is not the residual stream itself that is normed
+    const auto enter = [&](const Norm& norm) -> const Norm* {
+        if (!norm.weight || !net.post_norm) return norm.weight ? &norm : nullptr;
+        const auto compute = [&](int64_t row) { normalise(x + row * width, norm, net.epsilon, width, own); };
+        member.share(rows, nothing, compute, [&](int64_t row) { std::copy_n(own, width, x + row * width); });
+        return nullptr;
+    };
+    const auto same = [](floats y) { return y; };
+    const auto residual = [&](int64_t row, int64_t n, floats y) {
+        float* to = x + row * width + n;
+        if (n < width) store(to, load<floats>(to) + y);  // not where a panel is filled up
+    };
+    const auto in_cache = [&](int64_t l, auto run) {
         if (net.half_cache) return run((uint16_t*)cache.keys[l], (uint16_t*)cache.values[l]);
         run((float*)cache.keys[l], (float*)cache.values[l]);
     };
 
     for (int64_t l = 0; l < net.depth; l++) {
         const Layer& layer = net.layers[l];
-        const float* now = enter(net.norms[2 * l]);
-        product(layer.qkv, now, width, width, [&](int64_t row, int64_t n, floats y) { store(room.qkv + row * room.wide + n, y); });
-        member.barrier();
-        for (int64_t task = rows * net.heads * me / all; task < rows * net.heads * (me + 1) / all; task++) head(l, task);
-        member.barrier();
-        product(layer.out, room.mixed, width, width, residual(net.post_norm ? now : x));
-        member.barrier();
-        now = enter(net.norms[2 * l + 1]);
-        product(layer.ffn_in, now, width, width, [&](int64_t row, int64_t n, floats y) { store(room.inner + row * room.deep + n, gelu(y)); });
-        member.barrier();
-        product(layer.ffn_out, room.inner, room.deep, net.hidden, residual(net.post_norm ? now : x));
-        member.barrier();
+        const Norm* norm = enter(net.norms[2 * l]);
+        in_cache(l, [&](auto* keys, auto* values) {
+            product(layer.qkv, norm, x, width, width, same, [&](int64_t row, int64_t n, floats y) {
+                const int64_t part = n / width, at = n % width;
+                if (part == 0) store(room.q + row * width + at, y);
+                if (part == 0 || part > 2) return;
+                narrow(y, (part == 1 ? keys : values) + row * cache.row + at / d * cache.head + position * d + at % d);
+            });
+            const auto place = [&](int64_t task) { return task / net.heads * width + task % net.heads * d; };  // of a head of a row
+            const auto compute = [&](int64_t task) {
+                const int64_t offset = task / net.heads * cache.row + task % net.heads * cache.head;
+                attend(room.q + place(task), keys + offset, values + offset, d, position, p, own);
+            };
+            member.share(rows * net.heads, nothing, compute, [&](int64_t task) { std::copy_n(own, d, room.mixed + place(task)); });
+        });
+        product(layer.out, nullptr, room.mixed, width, width, same, residual);
+        norm = enter(net.norms[2 * l + 1]);
+        product(layer.ffn_in, norm, x, width, width, gelu, [&](int64_t row, int64_t n, floats y) { store(room.inner + row * room.deep + n, y); });
+        product(layer.ffn_out, nullptr, room.inner, room.deep, net.hidden, same, residual);
     }
-    const float* now = enter(net.norms[2 * net.depth]);
-    product(net.head, now, width, width, [&](int64_t row, int64_t n, floats y) { store(logits + row * net.head.outputs + n, y); });
+    const Norm* norm = enter(net.norms[2 * net.depth]);
+    product(net.head, norm, x, width, width, same, [&](int64_t row, int64_t n, floats y) { store(logits + row * net.head.outputs + n, y); });
 }
 
 // Whether every thread takes rows of its own through the whole network. It reads all weights then, so they must be few enough to stay
@@ -477,17 +506,16 @@ void embed(const Batch& b, int64_t token, int64_t place, int64_t width, float* t
     }
 }
 
-// Draw tokens begin to end - 1 of some rows, one after the other, by the threads of ``member``.
-void draw_rows(const Network& net, const Cache& cache, const Batch& b, const Team::Member& member, int64_t first, int64_t count,
-               int64_t begin, int64_t end, bool guided, char* start) {
+// Draw tokens begin to end - 1 of some rows, one after the other, by the threads at work.
+void draw_rows(const Network& net, const Cache& cache, const Batch& b, Team::Member& member, int64_t first, int64_t count, int64_t begin,
+               int64_t end, bool guided, char* start) {
     const int64_t outputs = net.head.outputs, alone = count * net.width;
     const bool joined = guided && count == b.rows;  // rows with and without a label follow one another in the cache: one step for both
     const int64_t rows = joined ? 2 * count : count, runs = guided && !joined ? 2 : 1;
     const Rows with(net, cache, first), without(net, cache, guided ? b.rows + first : first);
     Room room(net, rows, member.all, b.prefix + b.length, start);
     float *x = room.take(2 * alone), *logits = room.take(2 * count * outputs);
-    const int64_t mine = count * member.me / member.all, last = count * (member.me + 1) / member.all;
-    std::vector<float> scratch;
+    std::vector<float> scratch, guide(guided ? b.vocab : 0);
     const auto feed = [&](int64_t row, int64_t index) {  // what stands before a token
         float *to = x + row * net.width, *other = to + alone;
         if (index) {
@@ -500,21 +528,24 @@ void draw_rows(const Network& net, const Cache& cache, const Batch& b, const Tea
         }
     };
     const Step run = step_of(net);
-    for (int64_t row = mine; row < last; row++) feed(row, begin);
+    member.share(count, nothing, nothing, [&](int64_t row) { feed(row, begin); });
     for (int64_t index = begin; index < end; index++) {
-        member.barrier();
         run(net, with.cache, member, int(rows), b.prefix + index, x, room, logits);
         if (runs == 2) run(net, without.cache, member, int(rows), b.prefix + index, x + alone, room, logits + count * outputs);
-        member.barrier();
         const int64_t code = index % b.depth * b.vocab;  // the first of this token's codebook
-        for (int64_t row = mine; row < last; row++) {
+        int64_t drawn = 0;
+        const auto draw = [&](int64_t row) {
             const int64_t at = (first + row) * b.length + index;
-            float *c = logits + row * outputs + code, *u = c + count * outputs;
-            if (guided && b.free[at])
-                for (int64_t i = 0; i < b.vocab; i++) c[i] = u[i] + b.scale[index] * (c[i] - u[i]);
-            if (b.free[at]) b.tokens[at] = code + token(c, b.vocab, b.uniform[at], b.temperature, b.top_k, b.top_p, scratch);
+            const float *c = logits + row * outputs + code, *u = c + count * outputs;
+            if (!b.free[at]) return;
+            for (int64_t i = 0; guided && i < b.vocab; i++) guide[i] = u[i] + b.scale[index] * (c[i] - u[i]);
+            drawn = code + token(guided ? guide.data() : c, b.vocab, b.uniform[at], b.temperature, b.top_k, b.top_p, scratch);
+        };
+        member.share(count, nothing, draw, [&](int64_t row) {
+            const int64_t at = (first + row) * b.length + index;
+            if (b.free[at]) b.tokens[at] = drawn;
             if (index + 1 < end) feed(row, index + 1);
-        }
+        });
     }
 }
 
@@ -540,20 +571,21 @@ int64_t digit_tokens_room(const Network* net, const Batch* batch, int threads) {
 // Draw tokens begin to end - 1 of a batch, from what the cache holds of those before begin - 1. With guidance the cache has the rows
 // without a label after those with one.
 void digit_tokens(const Network* net, const Cache* cache, const Batch* batch, int threads, int64_t begin, int64_t end, int guided, char* start) {
-    const auto draw = [&](const Team::Member& member, int64_t first, int64_t count, char* room) {
+    const auto draw = [&](Team::Member& member, int64_t first, int64_t count, char* room) {
         draw_rows(*net, *cache, *batch, member, first, count, begin, end, guided, room);
     };
-    if (!small(*net)) return Team::run(threads, [&](const Team::Member& member) { draw(member, 0, batch->rows, start); });
+    if (!small(*net)) {
+        const int64_t rows = (guided ? 2 : 1) * batch->rows;
+        return Team::run(threads, most_tasks(*net, rows), [&](Team::Member& member) { draw(member, 0, batch->rows, start); });
+    }
     const int64_t each = chunk(batch->rows, threads), size = room_of_rows(*net, *batch, each, 1);
     std::atomic<int64_t> next{0};
-    Team::run(threads, [&](const Team::Member& member) {
+    Team::run(int(std::min<int64_t>(threads, batch->rows)), 0, [&](const Team::Member& member) {
+        Team::Member alone{nullptr, 0, 1, 0};
         for (int64_t first; (first = each * next++) < batch->rows;)  // a thread that has less of its core takes fewer
-            draw({nullptr, 0, 1}, first, std::min(each, batch->rows - first), start + member.me * size);
+            draw(alone, first, std::min(each, batch->rows - first), start + member.me * size);
     });
 }
-
-// Whether digit_tokens lets every thread take rows of its own.
-int digit_apart(const Network* net) { return small(*net); }
 
 // Outputs of a strip of packed weights.
 int64_t digit_strip() { return STRIP * LANES; }
@@ -567,6 +599,7 @@ int64_t digit_room(const Network* net, int64_t rows, int64_t threads, int64_t po
 // x is overwritten.
 void digit_step(const Network* net, const Cache* cache, int threads, int rows, int64_t position, float* x, char* start, float* logits) {
     const Room room(*net, rows, threads, position + 1, start);
-    Team::run(threads, [&](const Team::Member& member) { step_of(*net)(*net, *cache, member, rows, position, x, room, logits); });
+    const auto run = [&](Team::Member& member) { step_of(*net)(*net, *cache, member, rows, position, x, room, logits); };
+    Team::run(threads, most_tasks(*net, rows), run);
 }
 }

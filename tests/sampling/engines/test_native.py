@@ -276,3 +276,22 @@ def test_tokens_of_large_networks_depend_neither_on_batch_nor_threads(kind, code
     if not kind:
         accelerate(model, native=False)
         assert torch.equal(sample(model, range(20), 3, GUIDED, labels), whole)
+
+
+def test_threads_that_lose_their_cores_change_nothing():
+    """More threads than cores, beside programs that compute: others take over what a late thread was to do."""
+    model = build(**LARGE)
+    accelerate(model, native=True)
+    before, labels = torch.get_num_threads(), torch.arange(3) % 4
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        torch.set_num_threads(1)
+        alone = sample(model, range(3), 3, GUIDED, labels)
+        torch.set_num_threads(2 * (os.cpu_count() or 1))
+        for _ in range(10):
+            assert torch.equal(sample(model, range(3), 3, GUIDED, labels), alone)
+    finally:
+        torch.set_num_threads(before)
+        for other in others:
+            other.kill()
+            other.wait()

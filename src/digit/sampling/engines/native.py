@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import time
 import weakref
 from ctypes import POINTER, c_float, c_int64, c_void_p
 from typing import Any
@@ -24,7 +23,6 @@ from digit.models.transformer import Block, KVCache
 from digit.native import library
 from digit.sampling.engines.decode import DecodeEngine, State
 from digit.sampling.engines.quantize import Int8Linear, quantized
-from digit.sampling.engines.team import Team
 from digit.sampling.logits import DrawParams
 
 LANES, PANEL = 16, 64  # as in the source
@@ -99,7 +97,6 @@ class NativeStep:
         self._model = weakref.proxy(model)
         self._kept: list[Tensor] = []  # what the structures below point to
         self._room = torch.empty(0, dtype=torch.uint8)
-        self._teams: dict[tuple[int, bool, int], Team] = {}  # by images, guidance and threads
         source = quantized(model) if quantize else model
         network = source.transformer
         assert network is not None
@@ -129,7 +126,7 @@ class NativeStep:
 
     def step(self, cache: KVCache, token: Tensor, index: int | Tensor) -> Tensor:
         """As :meth:`TokenModel.step`: feed token number ``index``, ids (B,); float32 logits (B, vocab) of the next."""
-        model, place, threads = self._model, int(index) + 1, self._most_threads()
+        model, place, threads = self._model, int(index) + 1, self._threads()
         x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
         x, rows = x.float().contiguous(), len(x)
         logits = torch.empty(rows, self._network.head.outputs)
@@ -162,24 +159,11 @@ class NativeStep:
             rows, length, config.codes, config.codebook_depth, config.prefix_length,
             *(t.data_ptr() for t in numbers), float(params.temperature), float(params.top_p), params.top_k,
         )  # fmt: skip
-        where, caches = ctypes.byref(batch), _pointers(cache)
+        where, threads = ctypes.byref(batch), self._threads()
+        room = self._make_room(self._library.digit_tokens_room(self._pointer, where, threads))
+        self._library.digit_tokens(self._pointer, _pointers(cache), where, threads, start, end, guided, room)
 
-        def draw(threads: int, start: int, end: int) -> None:
-            room = self._make_room(self._library.digit_tokens_room(self._pointer, where, threads))
-            self._library.digit_tokens(self._pointer, caches, where, threads, start, end, guided, room)
-
-        if self._library.digit_apart(self._pointer):  # every thread takes images of its own through all tokens
-            draw(min(torch.get_num_threads(), rows), start, end)
-            return
-        most = self._most_threads()
-        team = self._teams.setdefault((rows, guided, most), Team(most))
-        while start < end:
-            stop, began = min(start + team.window, end), time.perf_counter()
-            draw(team.count, start, stop)
-            team.took(stop - start, time.perf_counter() - began)
-            start = stop
-
-    def _most_threads(self) -> int:
+    def _threads(self) -> int:
         """Threads that find something to do in a step."""
         return max(1, min(torch.get_num_threads(), int(self._network.hidden) // PANEL))
 
