@@ -395,7 +395,7 @@ void step(const Network& net, const Cache& cache, Team::Member& member, int rows
     auto* inputs = reinterpret_cast<Input*>(room.inputs + mine * rows * room.stride);
     auto* own_inputs = reinterpret_cast<Input*>(own);
 
-    // ``from`` (rows, count), normed before where there is a norm, times a matrix; done(row, n, results of ``act``) takes them
+    // ``from`` (rows, count), normed before where there is a norm, times a matrix; done(n)(row, results of ``act``) takes them
     const auto product = [&](const Matrix& a, const Norm* norm, const float* from, int64_t stride, int64_t count, auto act, auto done) {
         const auto prepare = [&](int64_t row, Input* to, float& scale) {
             const float* numbers = from + row * stride;
@@ -407,8 +407,10 @@ void step(const Network& net, const Cache& cache, Team::Member& member, int rows
                 multiply<T>(a, panel, numbers, apart, scales, rows, [&](int64_t row, int64_t n, floats y) { store(own + row * PANEL + n, act(y)); });
             };
             const auto commit = [&](int64_t panel) {
-                for (int64_t row = 0; row < rows; row++)
-                    for (int64_t n = 0; n < PANEL; n += LANES) done(row, panel * PANEL + n, load<floats>(own + row * PANEL + n));
+                for (int64_t n = 0; n < PANEL; n += LANES) {
+                    const auto take = done(panel * PANEL + n);
+                    for (int64_t row = 0; row < rows; row++) take(row, load<floats>(own + row * PANEL + n));
+                }
             };
             member.share(a.outputs / PANEL, begin, compute, commit);
         };
@@ -429,9 +431,14 @@ void step(const Network& net, const Cache& cache, Team::Member& member, int rows
         return nullptr;
     };
     const auto same = [](floats y) { return y; };
-    const auto residual = [&](int64_t row, int64_t n, floats y) {
-        float* to = x + row * width + n;
-        if (n < width) store(to, load<floats>(to) + y);  // not where a panel is filled up
+    const auto into = [](float* numbers, int64_t stride) {
+        return [=](int64_t n) { return [=](int64_t row, floats y) { store(numbers + row * stride + n, y); }; };
+    };
+    const auto residual = [&](int64_t n) {
+        return [&, n](int64_t row, floats y) {
+            float* to = x + row * width + n;
+            if (n < width) store(to, load<floats>(to) + y);  // not where a panel is filled up
+        };
     };
     const auto in_cache = [&](int64_t l, auto run) {
         if (net.half_cache) return run((uint16_t*)cache.keys[l], (uint16_t*)cache.values[l]);
@@ -442,11 +449,13 @@ void step(const Network& net, const Cache& cache, Team::Member& member, int rows
         const Layer& layer = net.layers[l];
         const Norm* norm = enter(net.norms[2 * l]);
         in_cache(l, [&](auto* keys, auto* values) {
-            product(layer.qkv, norm, x, width, width, same, [&](int64_t row, int64_t n, floats y) {
+            product(layer.qkv, norm, x, width, width, same, [&](int64_t n) {
                 const int64_t part = n / width, at = n % width;
-                if (part == 0) store(room.q + row * width + at, y);
-                if (part == 0 || part > 2) return;
-                narrow(y, (part == 1 ? keys : values) + row * cache.row + at / d * cache.head + position * d + at % d);
+                auto* to = (part == 1 ? keys : values) + at / d * cache.head + position * d + at % d;
+                return [&, part, at, to](int64_t row, floats y) {
+                    if (part == 0) store(room.q + row * width + at, y);
+                    if (part == 1 || part == 2) narrow(y, to + row * cache.row);
+                };
             });
             const auto place = [&](int64_t task) { return task / net.heads * width + task % net.heads * d; };  // of a head of a row
             const auto compute = [&](int64_t task) {
@@ -457,11 +466,11 @@ void step(const Network& net, const Cache& cache, Team::Member& member, int rows
         });
         product(layer.out, nullptr, room.mixed, width, width, same, residual);
         norm = enter(net.norms[2 * l + 1]);
-        product(layer.ffn_in, norm, x, width, width, gelu, [&](int64_t row, int64_t n, floats y) { store(room.inner + row * room.deep + n, y); });
+        product(layer.ffn_in, norm, x, width, width, gelu, into(room.inner, room.deep));
         product(layer.ffn_out, nullptr, room.inner, room.deep, net.hidden, same, residual);
     }
     const Norm* norm = enter(net.norms[2 * net.depth]);
-    product(net.head, norm, x, width, width, same, [&](int64_t row, int64_t n, floats y) { store(logits + row * net.head.outputs + n, y); });
+    product(net.head, norm, x, width, width, same, into(logits, net.head.outputs));
 }
 
 // Whether every thread takes rows of its own through the whole network. It reads all weights then, so they must be few enough to stay
@@ -555,8 +564,11 @@ int64_t room_of_rows(const Network& net, const Batch& b, int64_t count, int64_t 
     return room.end - (char*)nullptr;
 }
 
-// Rows that a thread takes at a time: few enough that none waits long for the last.
-int64_t chunk(int64_t rows, int64_t threads) { return std::clamp<int64_t>(rows / (2 * threads), 1, CHUNK); }
+// Rows that a thread takes at a time: so few that none waits long for the last, and so many that all take equally often.
+int64_t chunk(int64_t rows, int64_t threads) {
+    const int64_t times = std::max<int64_t>(2, (rows + CHUNK * threads - 1) / (CHUNK * threads));  // of each thread
+    return (rows + times * threads - 1) / (times * threads);
+}
 
 }  // namespace
 
