@@ -404,7 +404,8 @@ void step(const Network& net, const Cache& cache, Team::Member& member, int rows
         };
         const auto panels = [&](const Input* numbers, int64_t apart, const auto& begin) {
             const auto compute = [&](int64_t panel) {
-                multiply<T>(a, panel, numbers, apart, scales, rows, [&](int64_t row, int64_t n, floats y) { store(own + row * PANEL + n, act(y)); });
+                const auto keep = [&](int64_t row, int64_t n, floats y) { store(own + row * PANEL + n, act(y)); };
+                multiply<T>(a, panel, numbers, apart, scales, rows, keep);
             };
             const auto commit = [&](int64_t panel) {
                 for (int64_t n = 0; n < PANEL; n += LANES) {
@@ -416,8 +417,12 @@ void step(const Network& net, const Cache& cache, Team::Member& member, int rows
         };
         if constexpr (T::DIRECT)
             if (!norm) return panels(from, stride, nothing);
-        if (!shared) return panels(inputs, room.stride, [&] { for (int64_t row = 0; row < rows; row++) prepare(row, inputs + row * room.stride, scales[row]); });
-        member.share(rows, nothing, [&](int64_t row) { prepare(row, own_inputs, own_scale); }, [&](int64_t row) {
+        const auto all = [&] {
+            for (int64_t row = 0; row < rows; row++) prepare(row, inputs + row * room.stride, scales[row]);
+        };
+        if (!shared) return panels(inputs, room.stride, all);
+        const auto one = [&](int64_t row) { prepare(row, own_inputs, own_scale); };
+        member.share(rows, nothing, one, [&](int64_t row) {
             std::copy_n(own_inputs, count, inputs + row * room.stride);
             scales[row] = own_scale;
         });
