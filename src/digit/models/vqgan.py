@@ -207,7 +207,7 @@ class VQGAN(Component):
         super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        codes = torch.randn(config.codes, config.code_dim)
+        codes = nn.init.normal_(torch.empty(config.codes, config.code_dim))
         self.codebook = nn.Parameter(F.normalize(codes, dim=-1) if config.normalize_codes else codes)
 
     @property
