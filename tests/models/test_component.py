@@ -27,6 +27,6 @@ def test_shapes_without_weights():
 
 
 def test_loading_a_model_imports_no_compiler():
-    """PyTorch's compiler takes two seconds to import and its algebra half of one; a first image should not wait for it."""
+    """PyTorch's compiler takes two seconds to import and its algebra half of one: too long for a first image."""
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
