@@ -282,7 +282,7 @@ def measure(entrants: list[Contender], batch: int, rounds: int, others: int) -> 
         for c in entrants:
             c.seconds.append(timed(c, batch))
         found[-1]["others"] = meter.share()
-    if others:  # a block of its own: how threads are shared follows what the machine does with a delay
+    if others:  # a block of its own: what begins or ends beside a run must not count for the next one
         with busy(others):
             for c in entrants * rounds:
                 c.busy.append(timed(c, batch))

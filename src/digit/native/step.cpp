@@ -240,11 +240,12 @@ int64_t padded(int64_t count, int64_t to) { return (count + to - 1) / to * to; }
 struct Room {
     char* end;
     int64_t stride, deep, kv_len;               // numbers of a row of inputs and of inner, and of a thread's scores
-    int64_t rows, own_size, width;
+    int64_t own_size;                           // numbers of what a thread works out at a time
     float *q, *mixed, *inner, *scores;
     float *normed, *own, *scales, *inputs;      // of each thread: a normed row, what it works out, inputs of the next product in its format
 
-    Room(const Network& net, int64_t rows, int64_t threads, int64_t positions, char* start) : end(start), rows(rows), width(net.width) {
+    Room(const Network& net, int64_t rows, int64_t threads, int64_t positions, char* start) : end(start) {
+        const int64_t width = net.width;
         stride = padded(std::max(net.width, net.hidden), PANEL);
         deep = padded(net.hidden, PANEL), kv_len = padded(positions, LANES), own_size = std::max(rows * PANEL, stride);
         q = take(rows * width), mixed = take(rows * width), inner = take(rows * deep), scores = take(threads * kv_len);
