@@ -133,7 +133,10 @@ class Attention(nn.Module):
         b, t, d = x.shape
         q, k, v = self.qkv(x).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)  # 3 of (B, H, T, d)
         if slot is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, H, T, d)
+            dtype = q.dtype
+            if q.device.type == "cpu" and q.requires_grad:  # its backward pass takes twice as long in bfloat16
+                q, k, v = q.float(), k.float(), v.float()
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).to(dtype)  # (B, H, T, d)
         else:
             slot.keys.index_copy_(2, slot.position, k.to(slot.keys.dtype))
             slot.values.index_copy_(2, slot.position, v.to(slot.values.dtype))
