@@ -195,7 +195,14 @@ def in_another_process(cache, **environment):
     return name, float(seconds), tokens
 
 
-@pytest.mark.parametrize(("level", "arguments"), [("native", ""), ("x86-64", ""), ("x86-64-v3", " -DUNUSED")])
+@pytest.mark.parametrize(
+    ("level", "arguments"),
+    [
+        ("x86-64", " -DUNUSED"),
+        pytest.param("native", "", marks=pytest.mark.slow),  # every run builds it once, for the other tests
+        pytest.param("x86-64-v3", "", marks=pytest.mark.slow),  # `make test-avx2` builds it
+    ],
+)
 def test_it_is_built_once_for_a_level_and_kept_for_later_processes(tmp_path, level, arguments):
     """Other levels have narrower vectors than this processor may have, and stand beside the usual library, not in its
     place. The compiler may be given with arguments."""
