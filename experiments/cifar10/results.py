@@ -6,6 +6,7 @@ With ``--collect runs/study``, records, metrics and results are first copied int
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -297,6 +298,58 @@ class Results:
         priors = table(["prior", "parameters", "steps", "perplexity, held-out tokens"], trained)
         return f"{table(head, rows)}\n{priors}\n{table(['sampled region', *kinds], regions)}"
 
+    def matched(self) -> str:
+        """The pair at equal training flops; see matched.py."""
+        place = KEPT / "second" / "matched.json"
+        if not place.exists():
+            return MISSING
+        found = read_json(place)
+        rows = []
+        for row in found["models"]:
+            parts = row["trainings"].values()
+            rows.append(
+                [
+                    row["model"],
+                    row["seed"],
+                    f"{sum(part['parameters'] for part in parts):,}",
+                    _number(sum(part["pflop"] for part in parts)),
+                    " + ".join(f"{part['steps']:,}" for part in parts),
+                    " + ".join(f"{part['bits']:,.0f}" for part in parts),
+                    _number(row["fid"]),
+                    _number(row.get("fid_infinity")),
+                ]
+            )
+        head = ["model", "seed", "parameters", "training PFLOP", "steps of 64", "bits an image", "FID", "FID∞"]
+        return table(head, rows)
+
+    def bits(self) -> list[tuple[str, float, float, float]]:
+        """For every set of semantic tokens: its name, bits an image spent on it, bits of VQ tokens saved, FID ratio."""
+        points = []
+        for name, (vq, semantic, decoder, above, below) in BITS.items():
+            vq_bits, spent, left = (
+                64 * math.log2(self.metric(run, "validation/perplexity") or math.nan) for run in (vq, semantic, decoder)
+            )
+            points.append((name, spent, vq_bits - left, (self.fid(above) or math.nan) / (self.fid(below) or math.nan)))
+        place = KEPT / "second" / "matched.json"
+        if place.exists():
+            models = {row["model"]: row for row in read_json(place)["models"] if row["seed"] == 0}
+            alone = models["VQ prior"]
+            for name, row in models.items():
+                if len(row["trainings"]) > 1:
+                    spent, left = (part["bits"] for part in row["trainings"].values())
+                    saved = alone["trainings"]["vq"]["bits"] - left
+                    points.append((f"256 VQ tokens, equal flops: {name}", spent, saved, alone["fid"] / row["fid"]))
+        return points
+
+    def saved(self) -> str:
+        """The table of :meth:`bits`."""
+        rows = [
+            [name, f"{spent:.0f}", f"{saved:.0f}", _number(saved / spent), _number(ratio)]
+            for name, spent, saved, ratio in self.bits()
+        ]
+        head = ["semantic tokens", "bits spent", "bits saved", "saved a bit spent", "FID(VQ prior) / FID(pair)"]
+        return table(head, rows)
+
     def commands(self) -> str:
         """Every step, its command and what it took."""
         rows = [
@@ -319,6 +372,23 @@ VOCABULARIES = {
     1024: ("semantic-quarter", "prior-semantic-quarter", "ar"),
     4096: ("semantic-4096", "prior-4096", "ar-4096"),
 }
+BITS = {
+    "K = 1,024": ("vq-prior-s0", "prior-s0", "ar", "vq-s0", "semantic-s0-ar"),
+    "K = 256, priors of one block": ("prior-vq-quarter", "prior-256", "ar-256", "vq-quarter", "semantic-256"),
+    "K = 1,024, priors of one block": (
+        "prior-vq-quarter",
+        "prior-semantic-quarter",
+        "ar",
+        "vq-quarter",
+        "semantic-quarter",
+    ),
+    "K = 4,096, priors of one block": ("prior-vq-quarter", "prior-4096", "ar-4096", "vq-quarter", "semantic-4096"),
+    "K = 1,024, with classes": ("prior-vq-cond", "prior-cond", "ar", "vq-cond", "cond-ar"),
+    "K = 1,024 of the plain encoder, with classes": ("prior-vq-cond", "prior-plain", "ar-plain", "vq-cond", "plain"),
+}
+"""Sets of semantic tokens: the trainings of VQ prior, semantic prior and AR decoder, and the FIDs of both pipelines."""
+PAPER = {"MoCo v3": 1.20, "iBOT": 1.45, "DINOv2": 2.52}
+"""FID(VQ prior) / FID(semantic prior + decoder) by encoder, ImageNet: the paper's figure 4a."""
 MANY = {"vq-quarter": "VQ prior of 1 block", "semantic-quarter": "semantic prior of 1 block + AR decoder"}
 SIMILARITIES = MANY | {
     "cond-quarter-ar": "the same with a class, the packaged model's settings",
