@@ -8,21 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from digit.cli import options
 from digit.cli.evaluate import Settings
+from digit.cli.options import option
 from digit.core.errors import DigitError
 
 if TYPE_CHECKING:
     from digit.evaluation.studies.points import Reference
 
 Metrics = Annotated[
-    str, typer.Option(help="Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
+    str, option("Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
 ]
-ReferenceSplit = Annotated[str | None, typer.Option(help="Split of the reference.")]
+ReferenceSplit = Annotated[str | None, option("Split of the reference.")]
 Images = Annotated[int, options.num("Images per point.", 2)]
-RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
+RealImages = Annotated[str, option("The real images, or their .npz of statistics.")]
 
 
 def _open_reference(
@@ -46,13 +45,11 @@ def reconstruction(
     data: options.Data,
     split: options.Split = "test",
     num: options.Num = None,
-    rfid: Annotated[bool, typer.Option(help="Measure FID against the originals.")] = True,
-    lpips: Annotated[str, typer.Option(help="Backbone of LPIPS: alex or vgg; none leaves it out.")] = "alex",
-    lpips_weights: Annotated[str, typer.Option(help="Weights of the backbone: auto or a file.")] = "auto",
-    perturb: Annotated[bool, typer.Option("--perturb", help="Also the FID under perturbed tokens (pFID).")] = False,
-    shares: Annotated[
-        str | None, typer.Option(help="For --perturb: shares of replaced tokens, comma separated.")
-    ] = None,
+    rfid: Annotated[bool, option("Measure FID against the originals.")] = True,
+    lpips: Annotated[str, option("Backbone of LPIPS: alex or vgg; none leaves it out.")] = "alex",
+    lpips_weights: Annotated[str, option("Weights of the backbone: auto or a file.")] = "auto",
+    perturb: Annotated[bool, option("Also the FID under perturbed tokens (pFID).", "--perturb")] = False,
+    shares: Annotated[str | None, option("For --perturb: shares of replaced tokens, comma separated.")] = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     weights: options.Weights = "auto",
@@ -104,11 +101,10 @@ def sweep(
     model: options.RequiredModel,
     reference: RealImages,
     vary: Annotated[
-        list[str],
-        typer.Option(help="A setting and its values, such as top_k=0,50,200 or decoder_top_p=0.8,1; may be repeated."),
+        list[str], option("A setting and its values, such as top_k=0,50,200 or decoder_top_p=0.8,1; may be repeated.")
     ],
     num: Images = 1000,
-    grid: Annotated[bool, typer.Option("--grid", help="All combinations; else one setting at a time.")] = False,
+    grid: Annotated[bool, option("All combinations; else one setting at a time.", "--grid")] = False,
     fixed: Settings = None,
     metrics: Metrics = "fid,isc,prc",
     reference_split: ReferenceSplit = None,
@@ -142,17 +138,11 @@ def sweep(
 def prefix(
     model: options.RequiredModel,
     data: options.Data,
-    baseline: Annotated[
-        str | None, typer.Option(help="A second model for comparison, such as one over VQ tokens.")
-    ] = None,
+    baseline: Annotated[str | None, option("A second model for comparison, such as one over VQ tokens.")] = None,
     split: options.Split = "test",
     num: options.Num = None,
-    shares: Annotated[
-        str, typer.Option(help="Shares of the tokens that are given, comma separated.")
-    ] = "0,0.125,0.25,0.5,0.75,1",
-    reference: Annotated[
-        str | None, typer.Option(help="Real images or their .npz; those of --data if left out.")
-    ] = None,
+    shares: Annotated[str, option("Shares of the tokens that are given, comma separated.")] = "0,0.125,0.25,0.5,0.75,1",
+    reference: Annotated[str | None, option("Real images or their .npz; those of --data if left out.")] = None,
     reference_split: ReferenceSplit = None,
     fixed: Settings = None,
     metrics: Metrics = "fid,isc",
@@ -190,10 +180,8 @@ def prefix(
 def robustness(
     model: options.RequiredModel,
     reference: RealImages,
-    decoders: Annotated[
-        str | None, typer.Option(help="Kinds, comma separated; all of the model's if left out.")
-    ] = None,
-    rates: Annotated[str, typer.Option(help="Shares of replaced tokens, comma separated.")] = "0,0.05,0.1,0.2,0.3,0.5",
+    decoders: Annotated[str | None, option("Kinds, comma separated; all of the model's if left out.")] = None,
+    rates: Annotated[str, option("Shares of replaced tokens, comma separated.")] = "0,0.05,0.1,0.2,0.3,0.5",
     num: Images = 1000,
     fixed: Settings = None,
     metrics: Metrics = "fid",

@@ -12,6 +12,7 @@ import typer
 
 from digit.cli import options
 from digit.cli.evaluate import Holdout, TestSplit
+from digit.cli.options import argument, option
 from digit.core.errors import DigitError
 
 if TYPE_CHECKING:
@@ -26,13 +27,11 @@ def stability(
     data: options.Data,
     split: options.Split = "train",
     num: options.Num = None,
-    snr: Annotated[
-        str | None, typer.Option(help="Levels in dB, comma separated; the paper's eight if left out.")
-    ] = None,
-    signal: Annotated[str, typer.Option(help="Signal power of an image: power (mean square) or variance.")] = "power",
-    clip: Annotated[bool, typer.Option(help="Cut noisy pixels back to 0..1.")] = True,
-    noise_only: Annotated[bool, typer.Option("--noise-only", help="Leave out JPEG, blur, shift, brightness.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    snr: Annotated[str | None, option("Levels in dB, comma separated; the paper's eight if left out.")] = None,
+    signal: Annotated[str, option("Signal power of an image: power (mean square) or variance.")] = "power",
+    clip: Annotated[bool, option("Cut noisy pixels back to 0..1.")] = True,
+    noise_only: Annotated[bool, option("Leave out JPEG, blur, shift, brightness.", "--noise-only")] = False,
+    seed: Annotated[int, option("Of the noise.", min=0)] = 0,
     batch_size: options.BatchSize = 64,
     out: options.Out = Path("stability"),
     device: options.Device = None,
@@ -57,27 +56,23 @@ def stability(
 def probe(
     model: options.RequiredModel,
     data: options.Data,
-    train_split: Annotated[str, typer.Option(help="Split that the classifiers learn from.")] = "train",
+    train_split: Annotated[str, option("Split that the classifiers learn from.")] = "train",
     test_split: TestSplit = "test",
     holdout: Holdout = 0.0,
     num: options.Num = None,
-    layers: Annotated[
-        str, typer.Option(help="paper leaves the last block out, as the authors do; all does not.")
-    ] = "paper",
-    encoder: Annotated[bool, typer.Option(help="Also probe the encoder's own features, the ceiling.")] = True,
+    layers: Annotated[str, option("paper leaves the last block out, as the authors do; all does not.")] = "paper",
+    encoder: Annotated[bool, option("Also probe the encoder's own features, the ceiling.")] = True,
     preset: Annotated[
-        str | None, typer.Option(help="Fresh crops and settings of a preset: imagenet256-linear-probe, the authors'.")
+        str | None, option("Fresh crops and settings of a preset: imagenet256-linear-probe, the authors'.")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images; 80, or the preset's.")] = None,
+    epochs: Annotated[int | None, option("Passes over the images; 80, or the preset's.", min=1)] = None,
     lr: Annotated[
-        str | None, typer.Option(help="Learning rates at a batch of 1,024, comma separated; 0.4, or the preset's.")
+        str | None, option("Learning rates at a batch of 1,024, comma separated; 0.4, or the preset's.")
     ] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="New random crops in each epoch, as the authors do.")] = False,
-    views: Annotated[int, typer.Option(min=0, help="Kept random crops of each training image; 0: its middle.")] = 0,
-    standardize: Annotated[
-        bool, typer.Option("--standardize", help="Bring features to one scale; not the paper's way.")
-    ] = False,
-    knn: Annotated[int, typer.Option(min=0, help="Neighbours of the k-NN check; 0 leaves it out.")] = 20,
+    fresh: Annotated[bool, option("New random crops in each epoch, as the authors do.", "--fresh")] = False,
+    views: Annotated[int, option("Kept random crops of each training image; 0: its middle.", min=0)] = 0,
+    standardize: Annotated[bool, option("Bring features to one scale; not the paper's way.", "--standardize")] = False,
+    knn: Annotated[int, option("Neighbours of the k-NN check; 0 leaves it out.", min=0)] = 20,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     out: options.Out = Path("probe"),
@@ -135,20 +130,16 @@ def _candidates(
 
 
 def screen(
-    models: Annotated[
-        list[str], typer.Argument(help="Models with encoder and codebook, or with a VQGAN; prior not needed.")
-    ],
+    models: Annotated[list[str], argument("Models with encoder and codebook, or with a VQGAN; prior not needed.")],
     data: options.Data,
-    clusters: Annotated[
-        str | None, typer.Option(help="Fit codebooks of these sizes for each encoder, such as 64,256.")
-    ] = None,
+    clusters: Annotated[str | None, option("Fit codebooks of these sizes for each encoder, such as 64,256.")] = None,
     split: options.Split = "train",
     test_split: TestSplit = "test",
     holdout: Holdout = 0.0,
     num: options.Num = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of the short training.")] = 300,
-    dim: Annotated[int, typer.Option(min=8, help="Width of the small prior.")] = 128,
-    depth: Annotated[int, typer.Option(min=1, help="Its blocks.")] = 4,
+    steps: Annotated[int, option("Of the short training.", min=1)] = 300,
+    dim: Annotated[int, option("Width of the small prior.", min=8)] = 128,
+    depth: Annotated[int, option("Its blocks.", min=1)] = 4,
     seed: options.Seed = 0,
     out: options.Out = Path("screen"),
     device: options.Device = None,
@@ -171,20 +162,18 @@ def screen(
 
 
 def tokens(
-    models: Annotated[list[str], typer.Argument(help="Models with encoder and codebook, or with a VQGAN.")],
+    models: Annotated[list[str], argument("Models with encoder and codebook, or with a VQGAN.")],
     data: options.Data,
-    clusters: Annotated[
-        str | None, typer.Option(help="Fit codebooks of these sizes for each encoder, such as 256,1024.")
-    ] = None,
+    clusters: Annotated[str | None, option("Fit codebooks of these sizes for each encoder, such as 256,1024.")] = None,
     kinds: Annotated[
-        str, typer.Option(help="Ways to fit them, some of kmeans,spherical,pca,residual,fsq; with --clusters.")
+        str, option("Ways to fit them, some of kmeans,spherical,pca,residual,fsq; with --clusters.")
     ] = "kmeans",
-    depth: Annotated[int, typer.Option(min=1, help="Tokens a place of kind residual.")] = 4,
+    depth: Annotated[int, option("Tokens a place of kind residual.", min=1)] = 4,
     split: options.Split = "train",
     test_split: TestSplit = "test",
     holdout: Holdout = 0.0,
     num: options.Num = None,
-    test_num: Annotated[int | None, typer.Option(min=2, help="How many images to measure on; all if left out.")] = None,
+    test_num: Annotated[int | None, option("How many images to measure on; all if left out.", min=2)] = None,
     seed: options.Seed = 0,
     out: options.Out = Path("tokens"),
     device: options.Device = None,
@@ -211,7 +200,7 @@ def tokens(
 
 
 def ablation(
-    name: Annotated[str, typer.Argument(help="A packaged ablation, such as cifar10-clusters, or a YAML file.")],
+    name: Annotated[str, argument("A packaged ablation, such as cifar10-clusters, or a YAML file.")],
     data: options.Data,
     split: options.Split = "train",
     test_split: TestSplit = "test",
@@ -220,10 +209,8 @@ def ablation(
     settings: Annotated[
         list[str] | None, options.changes("Change a field of the ablation, such as base.prior_set=[training.steps=50]")
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Some of nll (held-out loss), probe, fid.")] = "nll,probe,fid",
-    reference: Annotated[
-        str | None, typer.Option(help="For FID: images or their .npz; the test images if left out.")
-    ] = None,
+    metrics: Annotated[str, option("Some of nll (held-out loss), probe, fid.")] = "nll,probe,fid",
+    reference: Annotated[str | None, option("For FID: images or their .npz; the test images if left out.")] = None,
     weights: options.Weights = "auto",
     out: options.Out = Path("ablation"),
     device: options.Device = None,

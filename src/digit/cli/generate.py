@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from digit.cli import options
+from digit.cli.options import argument, option
 from digit.core.errors import DigitError
 
 
@@ -23,27 +24,21 @@ def generate(
     num: Annotated[int | None, options.num("How many images. Default: 64.")] = None,
     labels: options.RunLabels = None,
     labels_per_class: options.LabelsPerClass = None,
-    npz: Annotated[
-        Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
-    ] = None,
+    npz: Annotated[Path | None, option("Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")] = None,
     seed: options.Seed = 0,
     decoder: options.Decoder = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at a time; does not change the results.")
-    ] = None,
-    save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
+    batch_size: Annotated[int | None, option("Images at a time; does not change the results.", min=1)] = None,
+    save_tokens: Annotated[bool, option("Also write tokens.npz.", "--save-tokens")] = False,
     compile: Annotated[
         bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile the sampling steps, or run plain PyTorch. Default: on a CPU a step in C++; else compile if "
+        option(
+            "Compile the sampling steps, or run plain PyTorch. Default: on a CPU a step in C++; else compile if "
             "there is much to do.",
+            "--compile/--no-compile",
         ),
     ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
+    quantize: Annotated[str | None, option("int8: narrow weights on a CPU; faster, tokens change slightly.")] = None,
+    overwrite: Annotated[bool, option("Begin anew where --out holds another run.", "--overwrite")] = False,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     variant: options.Variant = None,
@@ -91,15 +86,9 @@ def generate(
 def edit(
     model: options.RequiredModel,
     images: options.Images,
-    mask: Annotated[
-        Path | None, typer.Option(help="An image, white where to sample anew and black where to keep.")
-    ] = None,
-    prefix: Annotated[
-        int | None, typer.Option(min=0, help="Keep the first rows of tokens and continue from them.")
-    ] = None,
-    vary: Annotated[
-        float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")
-    ] = None,
+    mask: Annotated[Path | None, option("An image, white where to sample anew and black where to keep.")] = None,
+    prefix: Annotated[int | None, option("Keep the first rows of tokens and continue from them.", min=0)] = None,
+    vary: Annotated[float | None, option("Sample this fraction of the tokens anew, at random places.")] = None,
     out: options.Out = Path("edited"),
     num: Annotated[int, options.num("Results for each image.")] = 4,
     labels: options.Labels = None,
@@ -159,7 +148,7 @@ def tokenize(
 
 def decode(
     model: options.RequiredModel,
-    tokens: Annotated[Path, typer.Argument(help="A file made by digit tokenize, or by digit generate --save-tokens.")],
+    tokens: Annotated[Path, argument("A file made by digit tokenize, or by digit generate --save-tokens.")],
     out: options.Out = Path("decoded"),
     seed: options.Seed = 0,
     decoder: options.Decoder = None,

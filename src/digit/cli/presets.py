@@ -9,15 +9,12 @@ import yaml
 from rich.table import Table
 
 from digit.cli import options
+from digit.cli.options import argument
 from digit.core.config import load_preset, preset_names, preset_summary
 from digit.core.progress import console
 
-Name = Annotated[
-    str | None, typer.Argument(help="Name of a preset, or a YAML file.", autocompletion=options.complete_presets)
-]
-Other = Annotated[
-    str | None, typer.Argument(help="A second one to compare it with.", autocompletion=options.complete_presets)
-]
+Name = Annotated[str | None, argument("Name of a preset, or a YAML file.", autocompletion=options.complete_presets)]
+Other = Annotated[str | None, argument("A second one to compare it with.", autocompletion=options.complete_presets)]
 
 
 def presets(name: Name = None, other: Other = None) -> None:
