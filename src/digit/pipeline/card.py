@@ -65,6 +65,9 @@ def model_card(pipe: Model) -> str:
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # slow to import, and a loaded model has no use
 
+    parts = model_parts(pipe)
+    training = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
+    training += [f"{part.place}: {'; '.join(facts)}" for part in parts if (facts := part.origin())]
     if pipe.prior is None:
         what = "the tokenizers alone, without a prior."
         tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"
@@ -91,23 +94,9 @@ def model_card(pipe: Model) -> str:
         pipeline_tag="unconditional-image-generation" if pipe.prior is not None else None,
         eval_results=results or None,
     )
-    facts: dict[str, Any] = {"what": what, "call": call, "parts": model_parts(pipe), "training": _training(pipe)}
+    facts: dict[str, Any] = {"what": what, "call": call, "parts": parts, "training": training}
     card = ModelCard.from_template(head, template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
     return f"{str(card).rstrip()}\n"
-
-
-def _training(pipe: Model) -> list[str]:
-    """What it learnt from, as far as the parts say, and the rest of the provenance."""
-    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
-    for part in model_parts(pipe):
-        made = part.provenance
-        given = [made[key] for key in ("data", "source") if isinstance(made.get(key), Mapping)]
-        facts = [f"on {data['name']}, split {data.get('split')}" for data in given if "name" in data]
-        facts += [f"{made[key]:,} {key}" for key in ("steps", "updates") if isinstance(made.get(key), int)]
-        facts += [f"from {made['source']}"] if isinstance(made.get("source"), str) else []
-        if facts:
-            lines.append(f"{part.place}: {'; '.join(facts)}")
-    return lines
 
 
 def with_facts(
