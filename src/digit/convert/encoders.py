@@ -64,10 +64,8 @@ _DINOV2 = {
 
 def read_backbone(source: str | Path | Mapping[str, Any]) -> tuple[Keys, str]:
     """The backbone's tensors of an original checkpoint (its file, or what that holds), without wrappers and prefixes,
-    chunked blocks flattened; and the family they look like.
-
-    Raises:
-        DigitError: damaged, hostile, or no vision transformer; the message names the file and the reason.
+    chunked blocks flattened; and the family they look like. DigitError: damaged, hostile, or no vision transformer; the
+    message names the file and the reason.
     """
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)
     state = source if isinstance(source, Mapping) else read_torch_file(source)
@@ -200,9 +198,7 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
 
 def default_heads(family: str, dim: int, where: str) -> int:
     """Heads of the published network of this width: width / 64, but for MoCo v3's ViT-S and for So400m, H, g and G.
-
-    Raises:
-        DigitError: the width is not a multiple of 64; heads must then be given.
+    DigitError: the width is not a multiple of 64; heads must then be given.
     """
     if dim in (1152, 1280, 1408, 1664):
         return 16

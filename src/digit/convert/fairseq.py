@@ -109,10 +109,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint of theirs; tensors stay on disk.
-
-    Raises:
-        DigitError: not such a file; the message names it and the reason.
+    """Open a checkpoint of theirs; tensors stay on disk. DigitError: not such a file; the message names it and the
+    reason.
     """
     path = Path(path)
     values = read_torch_file(path)
@@ -139,10 +137,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Component:
-    """Their decoder-only transformer as a token model.
-
-    Raises:
-        DigitError: settings that the layout does not cover, or vocabularies that contradict each other.
+    """Their decoder-only transformer as a token model. DigitError: settings that the layout does not cover, or
+    vocabularies that contradict each other.
     """
     keys = file.keys
     rows, dim = keys.shape("decoder.embed_tokens.weight")

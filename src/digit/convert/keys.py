@@ -58,10 +58,8 @@ class Keys:
         return self._prefix + name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that sizes are read from.
-
-        Raises:
-            DigitError: there is none of this name, so nothing can be said about the rest.
+        """The shape of a tensor that sizes are read from. DigitError: there is none of this name, so nothing can be
+        said about the rest.
         """
         value = self._tensors.get(self._prefix + name)
         if not isinstance(value, Tensor):

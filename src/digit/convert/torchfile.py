@@ -99,11 +99,9 @@ def _numpy_scalar(value: Stub) -> Any:
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """Everything in a torch file; tensors of a modern (zip) one stay on disk until they are touched.
-
-    Raises:
-        DigitError: no such file, truncated, another kind of file, or a pickle that asks for code; the message names the
-            file and the reason.
+    """Everything in a torch file; tensors of a modern (zip) one stay on disk until they are touched. DigitError: no
+    such file, truncated, another kind of file, or a pickle that asks for code; the message names the file and the
+    reason.
     """
     path = Path(path)
     is_zip = _check_kind(path)

@@ -15,11 +15,7 @@ from digit.sampling.request import SamplingParams
 
 
 def part_folder(path: str | Path) -> Path:
-    """The folder of a component, given that or the folder of the training run that made it.
-
-    Raises:
-        DigitError: neither.
-    """
+    """The folder of a component, given that or the folder of the training run that made it. DigitError: neither."""
     path = Path(path)
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():

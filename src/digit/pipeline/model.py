@@ -136,11 +136,7 @@ class Model:
         return found
 
     def part(self, name: str) -> Any:
-        """One of "encoder", "codebook", "prior", "vqgan".
-
-        Raises:
-            DigitError: this model lacks it.
-        """
+        """One of "encoder", "codebook", "prior", "vqgan". DigitError: this model lacks it."""
         value = getattr(self, name)
         if value is None:
             raise DigitError(f"The model '{self.name}' has no {name}, which this needs.")
@@ -176,9 +172,7 @@ class Model:
         self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | str | None = None
     ) -> Self:
         """Move every component to a device, or prior and decoders to a number format; tokenizing stays in float32.
-
-        Raises:
-            DigitError: no such device here.
+        DigitError: no such device here.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device

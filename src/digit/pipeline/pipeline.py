@@ -114,20 +114,15 @@ class DigitPipeline(Model):
         return pixels if output_type == "pt" else pixels.movedim(1, -1).numpy()
 
     def class_numbers(self, labels: Sequence[Label] | Label | Tensor) -> list[int]:
-        """Classes by number or name, one or several, as numbers.
-
-        Raises:
-            DigitError: something else, or no class of this model.
+        """Classes by number or name, one or several, as numbers. DigitError: something else, or no class of this model.
         """
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.tolist()
         return [self.class_number(label) for label in ([labels] if isinstance(labels, (int, str)) else list(labels))]
 
     def class_number(self, name: Label) -> int:
-        """A class by its number, or by its name where the model's classes have names; "none" is -1.
-
-        Raises:
-            DigitError: neither.
+        """A class by its number, or by its name where the model's classes have names; "none" is -1. DigitError:
+        neither.
         """
         number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
         if number or (isinstance(name, str) and name.isdecimal()):
@@ -198,11 +193,7 @@ class DigitPipeline(Model):
     def decode_tokens(
         self, first: Tensor, seed: int = 0, decoder: str | None = None, **settings: Any
     ) -> Int[Tensor, "B M"]:
-        """As :meth:`decode`, but to VQ tokens.
-
-        Raises:
-            DigitError: the decoder makes pixels itself.
-        """
+        """As :meth:`decode`, but to VQ tokens. DigitError: the decoder makes pixels itself."""
         asked = {f"decoder_{name}": value for name, value in settings.items()}
         vq = self.complete(first, SampleRequest(range(len(first)), seed, None, decoder, asked)).vq
         if vq is None:
@@ -214,10 +205,7 @@ class DigitPipeline(Model):
 
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
-        """Finished tokens to images in 0..1.
-
-        Raises:
-            DigitError: there are semantic tokens alone; :meth:`decode` finishes them.
+        """Finished tokens to images in 0..1. DigitError: there are semantic tokens alone; :meth:`decode` finishes them.
         """
         if tokens.latents is None and tokens.vq is None:
             raise DigitError("Semantic tokens alone say no pixels; let a decoder finish them: pipe.decode(semantic).")
@@ -231,11 +219,7 @@ class DigitPipeline(Model):
 
     @property
     def tokenizer(self) -> SemanticTokenizer:
-        """Encoder and codebook.
-
-        Raises:
-            DigitError: this model lacks one of them.
-        """
+        """Encoder and codebook. DigitError: this model lacks one of them."""
         return SemanticTokenizer(self.part("encoder"), self.part("codebook"))
 
     @property
@@ -244,11 +228,7 @@ class DigitPipeline(Model):
         return self.tokenizer if self.space == "semantic" else VQTokenizer(self.part("vqgan"))
 
     def stage2(self, kind: str | None = None) -> Stage2:
-        """What comes after the prior; ``kind`` of decoder, None: the default.
-
-        Raises:
-            DigitError: no such decoder.
-        """
+        """What comes after the prior; ``kind`` of decoder, None: the default. DigitError: no such decoder."""
         if self.space == "vq":
             return Stage2(self)
         kind = self.pick_decoder(kind)

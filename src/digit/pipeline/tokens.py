@@ -100,11 +100,7 @@ def save_tokens_file(path: str | Path, tokens: Tokens) -> Path:
 
 
 def load_tokens_file(path: str | Path) -> Tokens:
-    """Read what :func:`save_tokens_file` wrote.
-
-    Raises:
-        DigitError: no such file, or not integer grids.
-    """
+    """Read what :func:`save_tokens_file` wrote. DigitError: no such file, or not integer grids."""
     if not Path(path).is_file():
         raise DigitError(f"There is no token file {path}.")
     names = ("semantic", "vq", "labels")

@@ -130,10 +130,7 @@ class SampleRequest:
     ) -> SampleRequest:
         """The images 0, 1, ... of a run, which take the given labels in turns; by default one image a label.
 
-        With a seed for each image, each is the image 0 of its seed.
-
-        Raises:
-            DigitError: no image, or an empty list of labels.
+        With a seed for each image, each is the image 0 of its seed. DigitError: no image, or an empty list of labels.
         """
         import torch
 

@@ -49,12 +49,7 @@ class Job:
             self._tell("error", error)
 
     def check(self) -> None:
-        """Called often during the work.
-
-        Raises:
-            Cancelled: nobody waits for the result any more.
-            Refused: the time is over.
-        """
+        """Called often during the work. Cancelled: nobody waits for the result any more. Refused: the time is over."""
         if self._left.is_set():
             raise Cancelled
         if time.monotonic() > self._deadline:
@@ -107,11 +102,7 @@ class JobQueue:
         return len(self._unfinished)
 
     def submit(self, work: Callable[[Job], Any]) -> Job:
-        """Queue a job.
-
-        Raises:
-            Refused: the queue is full.
-        """
+        """Queue a job. Refused: the queue is full."""
         if self.active > self.waiting:
             raise Refused(f"The server is busy: {self.waiting} requests are waiting. Try again in a moment.", 429)
         job = Job(self._worker, self.seconds, work)

@@ -90,11 +90,7 @@ class Service:
     # ---- what can be asked
 
     def generate(self, body: schema.Generate, job: Job) -> schema.Images:
-        """New images.
-
-        Raises:
-            DigitError: labels, settings or components that the model does not have, or too many images.
-        """
+        """New images. DigitError: labels, settings or components that the model does not have, or too many images."""
         request = self._request(body, body.num, body.labels)
         return self._images(self.pipe.sample_tokens(request, self._watch(job, request)), request, job)
 
@@ -141,11 +137,8 @@ class Service:
         )
 
     def edit(self, body: schema.Edit, job: Job) -> schema.Images:
-        """Resample cells of an image, or everything below its first rows.
-
-        Raises:
-            Refused: both or neither of cells and rows, or cells outside of the grid.
-            DigitError: see :mod:`digit.pipeline.editing`.
+        """Resample cells of an image, or everything below its first rows. Refused: both or neither of cells and rows,
+        or cells outside of the grid. DigitError: see :mod:`digit.pipeline.editing`.
         """
         if (body.cells is None) == (body.rows is None):
             raise Refused("Say what to resample: exactly one of 'cells' and 'rows'.")
@@ -159,10 +152,7 @@ class Service:
         return self._images(tokens, request, job)
 
     def cluster(self, number: int) -> schema.Cluster:
-        """Patches of real images that are nearest to a cluster.
-
-        Raises:
-            DigitError: the model has no atlas, or no such cluster.
+        """Patches of real images that are nearest to a cluster. DigitError: the model has no atlas, or no such cluster.
         """
         if self.atlas is None:
             raise DigitError(
