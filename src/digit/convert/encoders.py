@@ -117,13 +117,8 @@ def _guess_family(tensors: Mapping[str, Any], wrapper: str, prefix: str) -> str:
 
 
 def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component:
-    """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out.
-
-    Args:
-        keys: the backbone's tensors: of :func:`read_backbone`, or ``keys.under("pretrained_encoder.")`` of a
-            checkpoint. The caller calls their ``check()``.
-        heads: attention heads; None takes width / 64, as every published DINOv2 has.
-        fields: of :class:`~digit.encoders.transformers_encoder.EncoderConfig`, where they are not the authors'.
+    """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out. See
+    :func:`convert_backbone`; ``fields`` of the config are given where they are not the authors'.
     """
     hf_config, parts, facts = convert_backbone(keys, "dinov2", heads)
     config = EncoderConfig(hf_config=hf_config, **{"positions": "dinov2-offset", **fields})
@@ -133,18 +128,13 @@ def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component
 
 
 def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any], Parts, dict[str, Any]]:
-    """An original state dict as a `transformers` config and tensors by their names on the Hub.
+    """An original state dict as a `transformers` config ("model_type" and fields), tensors by their names on the Hub,
+    and facts to keep with the encoder. DigitError: sizes cannot be read, or are not those of the family.
 
     Args:
-        keys: of :func:`read_backbone`. What does not fit is noted there: the caller calls its ``check()``.
+        keys: the backbone's tensors. What does not fit is noted there: the caller calls its ``check()``.
         family: one of :data:`FAMILY_NAMES`.
         heads: attention heads; None takes :func:`default_heads`.
-
-    Returns:
-        the config ("model_type" and fields), the tensors, and facts to keep with the encoder.
-
-    Raises:
-        DigitError: sizes cannot be read, or are not those of the family.
     """
     if family not in FAMILY_NAMES:
         raise DigitError(f"family='{family}' was given; known are {', '.join(FAMILY_NAMES)}.")

@@ -84,14 +84,8 @@ _RENAMES = [
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened file of theirs.
-
-    Attributes:
-        path: of the file.
-        kind: which model it holds; None if it does not say.
-        settings, task, criterion: of the model and of its training; empty if it does not say.
-        keys: its tensors.
-        updates: training steps, where the file says.
+    """An opened file of theirs: which model it holds, settings of the model and of its training, tensors and training
+    steps; None or empty where it does not say.
     """
 
     path: Path

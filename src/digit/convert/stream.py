@@ -23,12 +23,8 @@ _MADV_PAGEOUT = 21  # of Linux; Python's mmap has no name for it
 
 @dataclass(frozen=True)
 class Component:
-    """A converted component, not yet written.
-
-    Attributes:
-        type: name of our class.
-        provenance: facts to keep with it.
-        file: that it comes from; its name and checksum join the provenance.
+    """A converted component of one of our classes, not yet written; name and checksum of the file that it comes from
+    join the provenance.
     """
 
     type: str

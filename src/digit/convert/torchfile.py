@@ -65,11 +65,7 @@ _STUBS.append((_plain_dict, "collections.defaultdict"))
 
 
 def plain(value: Any) -> Any:
-    """Settings as Python's own dicts, lists and scalars; what is none of these stays as it is.
-
-    Args:
-        value: anything out of :func:`read_torch_file`.
-    """
+    """Settings out of :func:`read_torch_file` as Python's own dicts, lists and scalars; the rest stays as it is."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

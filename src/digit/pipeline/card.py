@@ -23,16 +23,8 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 @config
 class Measured:
-    """One measured number.
-
-    Attributes:
-        task: the Hub's name of the task that it belongs to.
-        metric: the Hub's name of the metric, such as "fid".
-        name: for people.
-        value: as measured.
-        data: name of the images that it was measured on or against.
-        split: of them.
-        how: what decides whether it may be compared: counts, settings, tool.
+    """One measured number: task and metric by the Hub's names ("fid"), a name for people, the images that it was
+    measured on or against, and ``how``: what decides whether it may be compared (counts, settings, tool).
     """
 
     task: str
@@ -46,12 +38,8 @@ class Measured:
 
 @config
 class CardFacts:
-    """What a card says beside what the parts tell; kept in the model's index.
-
-    Attributes:
-        license: of the weights, by the Hub's identifier, such as "mit".
-        data: Hub ids of the training data.
-        results: what was measured.
+    """What a card says beside what the parts tell; kept in the model's index: the license of the weights by the Hub's
+    identifier, such as "mit", the Hub ids of the training data, and what was measured.
     """
 
     license: str | None = None
@@ -102,16 +90,8 @@ def model_card(pipe: Model) -> str:
 def with_facts(
     pipe: DigitPipeline, results: Sequence[str | Path] = (), license: str | None = None, data: Sequence[str] = ()
 ) -> DigitPipeline:
-    """A copy of a model whose card knows more; what is not given stays as it was.
-
-    Args:
-        pipe: the model; its parts are shared.
-        results: see :func:`read_results`; they replace those that the card had.
-        license: of the weights, by the Hub's identifier.
-        data: Hub ids of the training data.
-
-    Raises:
-        DigitError: a path without a result of this model.
+    """A copy of a model, with the same parts, whose card knows more (:class:`CardFacts`); what is not given stays as it
+    was. ``results`` are for :func:`read_results`, and replace those that the card had.
     """
     card = pipe.card
     found = read_results(results, pipe) if results else card.results
@@ -154,14 +134,9 @@ _RECONSTRUCTION = {
 
 
 def read_results(paths: Sequence[str | Path], pipe: DigitPipeline) -> tuple[Measured, ...]:
-    """The numbers in measurements of this very model.
-
-    Args:
-        paths: JSON files written by ``digit evaluate``, or folders, in which every result of this model is taken.
-        pipe: the model; a result counts if the parts that it depends on have the same weights.
-
-    Raises:
-        DigitError: a path without a result of this model.
+    """The numbers in measurements of this very model: a result counts if the parts that it depends on have the same
+    weights. Paths are JSON files written by ``digit evaluate``, or folders, in which every result of this model is
+    taken. DigitError: a path without one.
     """
     mine = {name: part["sha256"] for name, part in describe_model(pipe)["parts"].items()}
     found: list[Measured] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -190,23 +190,16 @@ def push_folder(
     message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Publish a saved model on the Hub. Other files of the repository stay; parts that the model no longer has go.
+    """Publish a saved model on the Hub: the address of the commit, or of the pull request. Other files of the
+    repository stay; parts that the model no longer has go. DigitError: not a model, no such place, or the Hub refuses.
 
     Args:
-        folder: the model.
-        repository: ``owner/name``; made if it does not exist.
+        folder, repository: the model, and ``owner/name``, made if it does not exist.
         private: make it readable by its owner alone. One that exists stays as it is.
         token: see huggingface_hub; None: what ``hf auth login`` or ``$HF_TOKEN`` has left.
         revision: the branch to write to, made if it does not exist; None: main.
         variant: a folder of the repository, for one that holds several models.
-        message: of the commit.
-        create_pr: propose the change as a pull request.
-
-    Returns:
-        The address of the commit, or of the pull request.
-
-    Raises:
-        DigitError: not a model, no such place, or the Hub refuses.
+        message, create_pr: of the commit; propose it as a pull request.
     """
     index = read_index(folder)
     if not is_repository(repository):

@@ -50,15 +50,8 @@ def write_image_array(
 
 
 class ImageArray:
-    """Such a file, opened for reading. Nothing is unpickled.
-
-    Attributes:
-        path: of the file.
-        shape: (n, H, W, 3).
-        about: what the writer noted; empty where it noted nothing.
-
-    Raises:
-        DigitError: no such file, no such array, or an array of something else.
+    """Such a file, opened for reading: its ``shape`` (n, H, W, 3), and ``about``, what the writer noted. Nothing is
+    unpickled. DigitError: no such file, no such array, or an array of something else.
     """
 
     def __init__(self, path: str | Path) -> None:

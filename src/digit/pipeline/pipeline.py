@@ -85,9 +85,6 @@ class DigitPipeline(Model):
             generator: draws the seed, instead of ``seed``; or one for each image.
             output_type: "pil" for Pillow images, "np" for (B, S, S, 3) float32 in 0..1, "pt" for a tensor (B, 3, S, S).
             callback_on_step_end: see :data:`StepCallback`.
-
-        Raises:
-            DigitError: see :meth:`~digit.sampling.request.SampleRequest.validate`.
         """
         given = {name: value for name, value in locals().items() if name in _SETTINGS} | decoder_settings
         if output_type not in ("pil", "np", "pt"):
@@ -114,8 +111,7 @@ class DigitPipeline(Model):
         return pixels if output_type == "pt" else pixels.movedim(1, -1).numpy()
 
     def class_numbers(self, labels: Sequence[Label] | Label | Tensor) -> list[int]:
-        """Classes by number or name, one or several, as numbers. DigitError: something else, or no class of this model.
-        """
+        """Classes by number or name, one or several, as numbers. DigitError: something else, or no class of this model."""
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.tolist()
         return [self.class_number(label) for label in ([labels] if isinstance(labels, (int, str)) else list(labels))]
@@ -177,13 +173,9 @@ class DigitPipeline(Model):
         images: Sequence[int] | None = None,
         **settings: Any,
     ) -> Float[Tensor, "B 3 S S"]:
-        """Semantic tokens (B, N) to images in 0..1.
-
-        Args:
-            first: as the prior or the tokenizer gives them.
-            seed, decoder, labels: see :class:`~digit.sampling.request.SampleRequest`.
-            images: numbers within the run; 0, 1, ... if left out.
-            settings: of the decoder, without ``decoder_`` in front.
+        """Semantic tokens (B, N), as the prior or the tokenizer gives them, to images in 0..1; the images are 0, 1, ...
+        of the run if nothing else is said. For the others see :class:`~digit.sampling.request.SampleRequest`; settings
+        are the decoder's, without ``decoder_`` in front.
         """
         first = torch.as_tensor(first)
         asked = {f"decoder_{name}": value for name, value in settings.items()}
@@ -205,8 +197,7 @@ class DigitPipeline(Model):
 
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
-        """Finished tokens to images in 0..1. DigitError: there are semantic tokens alone; :meth:`decode` finishes them.
-        """
+        """Finished tokens to images in 0..1. DigitError: there are semantic tokens alone; :meth:`decode` finishes them."""
         if tokens.latents is None and tokens.vq is None:
             raise DigitError("Semantic tokens alone say no pixels; let a decoder finish them: pipe.decode(semantic).")
         stage = Stage2(self) if tokens.latents is None else self.stage2(tokens.latents.decoder)

@@ -19,13 +19,9 @@ from digit.core.files import write_file
 
 @dataclass(frozen=True)
 class PixelLatents:
-    """What a feed-forward decoder needs beside semantic tokens to make pixels.
-
-    Attributes:
-        decoder: its kind.
-        noise: (B, noise_dim), made from each image's number.
-        kept: (B, 3, S, S) an image in 0..1 of which parts stay as they are, for editing.
-        anew: (B, 1, S, S) bool, True where it does not.
+    """What a feed-forward decoder of a kind needs beside semantic tokens to make pixels: noise (B, noise_dim), made
+    from each image's number; and for editing, images ``kept`` (B, 3, S, S) in 0..1 and where to make them ``anew``
+    (B, 1, S, S) bool.
     """
 
     decoder: str

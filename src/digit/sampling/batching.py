@@ -36,15 +36,9 @@ def decoded_at_once(side: int) -> int:
 
 
 class Batcher:
-    """Cuts a list of images into batches.
-
-    The first batch has :data:`PROBE` images, and the memory it took decides the size of the others; or the size is
-    given. When a batch does not fit after all, it is halved and tried again.
-
-    Args:
-        device: where the images are made.
-        size: how many at a time, or None to measure.
-        release: called after a batch did not fit, to free what is kept between batches.
+    """Cuts a list of images into batches of a size, or of None: the first has :data:`PROBE` images, and the memory it
+    took on the device decides the size of the others. When a batch does not fit after all, ``release`` frees what is
+    kept between batches, and the batch is halved and tried again.
     """
 
     def __init__(self, device: torch.device, size: int | None, release: Callable[[], None]) -> None:

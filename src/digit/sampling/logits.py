@@ -22,12 +22,8 @@ from digit.sampling.request import SamplingParams
 
 
 class DrawParams(NamedTuple):
-    """The part of :class:`SamplingParams` that the draw reads; tensors, so that one compiled step serves every value.
-
-    Attributes:
-        temperature: () float32, or the number 0 for the most likely token.
-        top_k: 0 keeps all.
-        top_p: () float32, or the number 1 to keep all.
+    """The part of :class:`SamplingParams` that the draw reads; tensors () float32, so that one compiled step serves
+    every value, or the numbers 0 (temperature: the most likely token) and 1 (top-p: all).
     """
 
     temperature: Tensor | float
@@ -69,11 +65,8 @@ def guide(
 def kept_probabilities(
     logits: Float[Tensor, "*B V"], params: SamplingParams | DrawParams
 ) -> tuple[Float[Tensor, "*B k"], Int[Tensor, "*B k"] | None]:
-    """The filtered distribution, up to normalisation, at a temperature above 0.
-
-    Returns:
-        Probabilities in float32, zero where top-p cut, and their token ids, most likely first; or None for ids: all of
-        them in order.
+    """The filtered distribution, up to normalisation, at a temperature above 0: probabilities in float32, zero where
+    top-p cut, and their token ids, most likely first; or None for ids: all of them in order.
     """
     logits = logits.float() / params.temperature
     cut = isinstance(params.top_p, Tensor) or params.top_p < 1

@@ -45,12 +45,8 @@ def uniforms(seed: Seeds, images: Sequence[int], stage: str, shape: tuple[int, .
 def pixel_latents(
     config: FeedForwardConfig, images: Sequence[int], seed: Seeds = 0, temperature: float = 1.0, stage: str = "onepass"
 ) -> Float[Tensor, "B noise_dim"]:
-    """Normal noise, in float32 on the CPU, that decides what a feed-forward decoder's tokens leave open.
-
-    Args:
-        config: of the decoder.
-        images, seed, stage: see :func:`uniforms`.
-        temperature: the standard deviation; 0 gives the middle of all images that the tokens allow.
+    """Normal noise, in float32 on the CPU, that decides what a feed-forward decoder's tokens leave open; see
+    :func:`uniforms`. The temperature is its standard deviation; 0 gives the middle of all images that they allow.
     """
     u = uniforms(seed, images, stage, (config.noise_dim,))
     # in float64 on the host, so that it is the same number on every machine

@@ -84,11 +84,8 @@ class Job:
 
 
 class JobQueue:
-    """First come, first served, by one worker thread; for the event loop alone.
-
-    Args:
-        waiting: jobs that may wait, beside the one that runs.
-        seconds: a job may run.
+    """First come, first served, by one worker thread; for the event loop alone. So many jobs may wait beside the one
+    that runs, which may take so many seconds.
     """
 
     def __init__(self, waiting: int, seconds: float) -> None:

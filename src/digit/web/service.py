@@ -37,12 +37,8 @@ FRAMES = 16
 
 
 class Service:
-    """A loaded model. Its methods that take a job run in one thread at a time.
-
-    Args:
-        pipe: the model.
-        limits: of a request.
-        atlas: what its clusters look like, where it has one.
+    """A loaded model, with what its clusters look like where it has an atlas. Its methods that take a job run in one
+    thread at a time.
     """
 
     def __init__(self, pipe: DigitPipeline, limits: schema.Limits | None = None, atlas: Atlas | None = None) -> None:
@@ -152,8 +148,7 @@ class Service:
         return self._images(tokens, request, job)
 
     def cluster(self, number: int) -> schema.Cluster:
-        """Patches of real images that are nearest to a cluster. DigitError: the model has no atlas, or no such cluster.
-        """
+        """Patches of real images that are nearest to a cluster. DigitError: the model has no atlas, or no such cluster."""
         if self.atlas is None:
             raise DigitError(
                 "This model has no patches of its clusters; its owner can add them: digit atlas MODEL --data D"
