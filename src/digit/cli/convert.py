@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -39,19 +39,8 @@ def digit_upstream(
     """
     from digit.convert.upstream import convert_upstream
 
-    convert_upstream(
-        out,
-        stage1,
-        stage2,
-        stage2_masked,
-        codebook,
-        vqgan,
-        encoder,
-        heads,
-        half_precision_tokens=half_precision_tokens,
-        name=name,
-    )
-    info(str(out))
+    checkpoints, frozen = (stage1, stage2, stage2_masked), (codebook, vqgan, encoder)
+    info(str(convert_upstream(out, *checkpoints, *frozen, heads, half_precision_tokens, name)))
 
 
 @converters.command("vqgan")
@@ -81,8 +70,7 @@ def encoder(
     family: Annotated[str | None, option("dinov2, dino, ibot, mae or mocov3, where the file does not tell.")] = None,
     heads: Annotated[int | None, option("Attention heads; by default as published.", min=1)] = None,
     positions: Annotated[
-        Literal["hub", "dinov2-offset"] | None,
-        option("hub, or dinov2-offset as the DiGIT authors; DINOv2's default is theirs."),
+        Literal["hub", "dinov2-offset"] | None, option("hub, or dinov2-offset as the authors; DINOv2's default.")
     ] = None,
 ) -> None:
     """Convert a frozen encoder alone.
@@ -91,17 +79,10 @@ def encoder(
     """
     from digit.encoders import load_encoder
 
-    several = {"layers": tuple(map(int, options.numbers(layers, "--layers"))), "combine": combine} if layers else {}
-    loaded = load_encoder(
-        source,
-        layer=layer,
-        **several,  # type: ignore[arg-type]
-        image_size=image_size,
-        resize=resize,
-        family=family,
-        heads=heads,
-        positions=positions,
-    )
+    how: dict[str, Any] = {"layer": layer, "positions": positions, "family": family, "heads": heads}
+    if layers:
+        how |= {"layers": tuple(map(int, options.numbers(layers, "--layers"))), "combine": combine}
+    loaded = load_encoder(source, image_size=image_size, resize=resize, **how)
     loaded.save_pretrained(out)
     rows, columns = loaded.grid
     typer.echo(f"Saved: {out} ({rows} x {columns} features of width {loaded.dim} an image)")

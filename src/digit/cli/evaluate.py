@@ -15,20 +15,14 @@ from digit.core.files import write_json
 from digit.core.hub import INDEX, packaged_models
 
 TestSplit = Annotated[str, option("Split that the probe is tested on.")]
-Holdout = Annotated[
-    float, option("Test on this share of the training split instead; for data without a test split.", min=0, max=1)
-]
+Holdout = Annotated[float, option("Test on this share of the training split, where there is no other.", min=0, max=1)]
 Settings = Annotated[list[str] | None, options.changes("A setting of sampling, such as top_k=200")]
 
 
 def fidelity(
-    source: Annotated[
-        str | None, argument("A folder of images, tar shards, a data set, a .npz of images or statistics, or a model.")
-    ] = None,
+    source: Annotated[str | None, argument("A folder of images, tar shards, a data set, an .npz, or a model.")] = None,
     images: Annotated[Path | None, option("A .npz of images: FID, sFID, IS, precision and recall, as ADM.")] = None,
-    reference: Annotated[
-        str | None, option("The real images, their .npz, or cifar10-train; none measures only --isc.")
-    ] = None,
+    reference: Annotated[str | None, option("The real images, their .npz, or cifar10-train; none: only --isc.")] = None,
     split: Annotated[str | None, option("Split of the source, such as test.")] = None,
     reference_split: Annotated[str | None, option("Split of the reference.")] = None,
     fid: Annotated[bool, option("Frechet Inception Distance.")] = True,
@@ -36,10 +30,7 @@ def fidelity(
     kid: Annotated[bool, option("Kernel Inception Distance.", "--kid")] = False,
     prc: Annotated[bool, option("Precision and recall.", "--prc")] = False,
     isc: Annotated[bool, option("Inception Score.", "--isc")] = False,
-    num: Annotated[
-        int | None,
-        options.num("At most so many images of the source, a model makes as many; the reference stays whole.", 2),
-    ] = None,
+    num: Annotated[int | None, options.num("Images of the source at most, or that a model makes.", 2)] = None,
     reference_num: Annotated[int | None, option("At most so many real images, spread over theirs.", min=2)] = None,
     seed: Annotated[int, option("Of a model's generation.", min=0)] = 0,
     labels: options.RunLabels = None,
@@ -63,8 +54,7 @@ def fidelity(
     """
     from digit.core.devices import pick_device
     from digit.evaluation.metrics.features import is_statistics
-    from digit.evaluation.metrics.fidelity import FidelityOptions
-    from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
+    from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
     from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.model_source import SamplingRun
     from digit.evaluation.studies.sweep import parse_settings
@@ -90,7 +80,7 @@ def fidelity(
         raise DigitError(
             f"--decoder, --labels and --set are for models, and {source} is none: there is no {INDEX} in it."
         )
-    result = measure_fidelity(
+    result = fidelity(
         run.batches() if run else source,
         reference,
         extractor=None if saved else open_extractor(weights, backend, str(pick_device(device))),
@@ -115,9 +105,7 @@ def statistics(
     num: Annotated[int | None, options.num("Take at most so many images, the first ones.", 2)] = None,
     size: Annotated[int | None, option("Scale the shorter side to this and cut out the middle.", min=1)] = None,
     filter: Annotated[str, option("How --size scales: bicubic, bilinear (the authors'), lanczos or box.")] = "bicubic",
-    features: Annotated[
-        bool, option("Keep every image's features, which KID and --prc need: 8 KB an image.", "--features")
-    ] = False,
+    features: Annotated[bool, option("Keep each image's features (8 KB), for KID and --prc.", "--features")] = False,
     compact: Annotated[bool, option("4 MB in place of 67: FID alone, to 1e-4.", "--compact")] = False,
     batch_size: options.BatchSize = 64,
     weights: options.Weights = "auto",
@@ -133,12 +121,9 @@ def statistics(
     from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.metrics.statistics import save_statistics
 
-    extractor, metrics = (
-        open_extractor(weights, backend, str(pick_device(device))),
-        ("sfid", *(["kid"] if features else [])),
-    )
-    how = {"batch_size": batch_size, "split": split, "total": num}
-    found = measure(images, extractor, metrics, **how, size=size, filter=filter)  # type: ignore[arg-type]
+    extractor = open_extractor(weights, backend, str(pick_device(device)))
+    metrics = ("sfid", "kid") if features else ("sfid",)
+    found = measure(images, extractor, metrics, batch_size=batch_size, split=split, total=num, size=size, filter=filter)
     spatial = None if compact else found.spatial
     save_statistics(out, found.statistics, found.features if features else None, spatial, compact)
     typer.echo(f"Statistics of {found.statistics.n:,} images written to {out}")
@@ -168,9 +153,7 @@ def report(
     out: Annotated[Path, options.out("The HTML page to write.")] = Path("report.html"),
     title: Annotated[str, option("Heading of the page.")] = "digit report",
     curves: Annotated[list[Path] | None, option("A folder with more reference curves; may be repeated.")] = None,
-    save_curve: Annotated[
-        Path | None, option("Write the one training run under DIR as a reference curve here, and no page.")
-    ] = None,
+    save_curve: Annotated[Path | None, option("Write the one run under DIR as a reference curve; no page.")] = None,
 ) -> None:
     """Write one self-contained HTML page: results beside the paper's figures, loss curves, images, settings,
     hardware.

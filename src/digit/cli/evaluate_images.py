@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from digit.cli import options
 from digit.cli.evaluate import Settings
@@ -16,9 +16,7 @@ from digit.core.errors import DigitError
 if TYPE_CHECKING:
     from digit.evaluation.studies.points import Reference
 
-Metrics = Annotated[
-    str, option("Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
-]
+Metrics = Annotated[str, option("Comma separated: fid, sfid, kid, prc (precision, recall), isc (Inception Score).")]
 ReferenceSplit = Annotated[str | None, option("Split of the reference.")]
 Images = Annotated[int, options.num("Images per point.", 2)]
 RealImages = Annotated[str, option("The real images, or their .npz of statistics.")]
@@ -63,46 +61,33 @@ def reconstruction(
 
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
+    from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.metrics.model_reconstruction import SHARES, model_reconstruction
     from digit.evaluation.model_source import open_images
-
-    images, pipe = open_images(data, split, num), options.load(model, device, variant=variant)
-    networks = _networks(rfid, lpips, lpips_weights, weights, backend, str(pipe.device))
-    chosen = SHARES if shares is None else options.numbers(shares, "--shares")
-    result = model_reconstruction(pipe, images, *networks, perturb, chosen, seed=seed, batch_size=batch_size)
-    result.save(out).show(out)
-
-
-def _networks(
-    rfid: bool, lpips: str, lpips_weights: str, weights: str, backend: str, device: str
-) -> tuple[Any, Any, dict[str, str]]:
-    """The networks of rFID and LPIPS; where one cannot be had, None and the reason, for the other values are still
-    worth it.
-    """
-    from digit.evaluation.metrics.inception import open_extractor
     from digit.models.lpips import load_lpips
 
-    extractor, distance, reasons = None, None, {}
-    if rfid:
-        try:
-            extractor = open_extractor(weights, backend, device)
-        except DigitError as error:
-            reasons["rfid"] = str(error)
-    if lpips != "none":
-        try:
-            distance = load_lpips(lpips, lpips_weights, device)
-        except DigitError as error:
-            reasons["lpips"] = str(error)
-    left_out = {"rfid": "left out by --no-rfid.", "lpips": "left out by --lpips none."}
-    return extractor, distance, {**left_out, **reasons}
+    images, pipe = open_images(data, split, num), options.load(model, device, variant=variant)
+    place, extractor, distance = str(pipe.device), None, None
+    reasons = {"rfid": "left out by --no-rfid.", "lpips": "left out by --lpips none."}
+    try:
+        extractor = open_extractor(weights, backend, place) if rfid else None
+    except DigitError as error:  # the other values are still worth it
+        reasons["rfid"] = str(error)
+    try:
+        distance = load_lpips(lpips, lpips_weights, place) if lpips != "none" else None
+    except DigitError as error:
+        reasons["lpips"] = str(error)
+    chosen = SHARES if shares is None else options.numbers(shares, "--shares")
+    result = model_reconstruction(
+        pipe, images, extractor, distance, reasons, perturb, chosen, seed=seed, batch_size=batch_size
+    )
+    result.save(out).show(out)
 
 
 def sweep(
     model: options.RequiredModel,
     reference: RealImages,
-    vary: Annotated[
-        list[str], option("A setting and its values, such as top_k=0,50,200 or decoder_top_p=0.8,1; may be repeated.")
-    ],
+    vary: Annotated[list[str], option("A setting and its values, such as top_k=0,50,200; may be repeated.")],
     num: Images = 1000,
     grid: Annotated[bool, option("All combinations; else one setting at a time.", "--grid")] = False,
     fixed: Settings = None,
@@ -124,15 +109,14 @@ def sweep(
         --num 1000
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.sweep import parse_axes, parse_settings, planned_runs
-    from digit.evaluation.studies.sweep import sweep as measure
+    from digit.evaluation.studies.sweep import parse_axes, parse_settings, planned_runs, sweep
 
     axes, settings = parse_axes(vary), parse_settings(fixed)
     pipe = options.load(model, device, variant=variant)
     run = SamplingRun(pipe, num, seed, options.parse_labels(labels, pipe), decoder, batch_size, settings)
     planned_runs(run, axes, grid)  # now, and not after the reference was measured
     real = _open_reference(reference, reference_split, metrics, batch_size, weights, backend, device)
-    measure(run, axes, real, out, grid).save(out).show(out)
+    sweep(run, axes, real, out, grid).save(out).show(out)
 
 
 def prefix(
@@ -159,8 +143,7 @@ def prefix(
     Example:  digit evaluate prefix cifar10 --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/prefix
     """
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.studies.prefix import as_runs
-    from digit.evaluation.studies.prefix import prefix as measure
+    from digit.evaluation.studies.prefix import as_runs, prefix
     from digit.evaluation.studies.sweep import parse_settings
 
     images, settings = open_images(data, split, num), parse_settings(fixed)
@@ -174,7 +157,7 @@ def prefix(
         run.check()  # now, and not after the reference was measured
     source = (data, split) if reference is None else (reference, reference_split)
     real = _open_reference(*source, metrics, batch_size, weights, backend, device)
-    measure(runs, images, real, out, given).save(out).show(out)
+    prefix(runs, images, real, out, given).save(out).show(out)
 
 
 def robustness(
@@ -201,7 +184,7 @@ def robustness(
     Example:  digit evaluate robustness cifar10 --num 1000 --reference cifar10-train.npz --out runs/robustness
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.robustness import robustness as measure
+    from digit.evaluation.studies.robustness import robustness
     from digit.evaluation.studies.sweep import parse_settings
 
     pipe = options.load(model, device, variant=variant)
@@ -209,4 +192,4 @@ def robustness(
     run.check()  # now, and not after the reference was measured
     kinds, shares = decoders.split(",") if decoders else [], options.numbers(rates, "--rates")
     real = _open_reference(reference, reference_split, metrics, batch_size, weights, backend, device)
-    measure(run, real, out, kinds, shares).save(out).show(out)
+    robustness(run, real, out, kinds, shares).save(out).show(out)

@@ -16,7 +16,6 @@ from digit.cli.options import argument, option
 from digit.core.errors import DigitError
 
 if TYPE_CHECKING:
-    from digit.clustering.discretisers import Discretisation
     from digit.data.dataset import ImageDataset
     from digit.evaluation.studies.stages import Stages
     from digit.pipeline.pipeline import DigitPipeline
@@ -43,14 +42,13 @@ def stability(
     """
     from digit.core.config import from_dict
     from digit.evaluation.metrics.noise import Change, NoiseModel
-    from digit.evaluation.metrics.stability import NOISE, OTHERS
-    from digit.evaluation.metrics.stability import stability as measure
+    from digit.evaluation.metrics.stability import NOISE, OTHERS, stability
     from digit.evaluation.model_source import open_images
 
     law = from_dict(NoiseModel, {"signal": signal, "clip": clip, "seed": seed}, "The noise")
     levels = [Change(kind="noise", level=level) for level in options.numbers(snr, "--snr")] if snr else NOISE
     images, pipe = open_images(data, split, num), options.load(model, device, variant=variant)
-    measure(pipe, images, (*levels, *(() if noise_only else OTHERS)), law, batch_size).save(out).show(out)
+    stability(pipe, images, (*levels, *(() if noise_only else OTHERS)), law, batch_size).save(out).show(out)
 
 
 def probe(
@@ -62,13 +60,9 @@ def probe(
     num: options.Num = None,
     layers: Annotated[str, option("paper leaves the last block out, as the authors do; all does not.")] = "paper",
     encoder: Annotated[bool, option("Also probe the encoder's own features, the ceiling.")] = True,
-    preset: Annotated[
-        str | None, option("Fresh crops and settings of a preset: imagenet256-linear-probe, the authors'.")
-    ] = None,
+    preset: Annotated[str | None, option("Fresh crops and settings of a preset: imagenet256-linear-probe.")] = None,
     epochs: Annotated[int | None, option("Passes over the images; 80, or the preset's.", min=1)] = None,
-    lr: Annotated[
-        str | None, option("Learning rates at a batch of 1,024, comma separated; 0.4, or the preset's.")
-    ] = None,
+    lr: Annotated[str | None, option("Learning rates at batch 1,024, comma separated; 0.4, or the preset's.")] = None,
     fresh: Annotated[bool, option("New random crops in each epoch, as the authors do.", "--fresh")] = False,
     views: Annotated[int, option("Kept random crops of each training image; 0: its middle.", min=0)] = 0,
     standardize: Annotated[bool, option("Bring features to one scale; not the paper's way.", "--standardize")] = False,
@@ -88,8 +82,7 @@ def probe(
     Example:  digit evaluate probe runs/prior/model --data imagenet --test-split val --preset imagenet256-linear-probe
     """
     from digit.core.config import from_dict, load_preset
-    from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, preset_options
-    from digit.evaluation.metrics.probe import probe as measure
+    from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, preset_options, probe
 
     train, test = _train_and_test(data, train_split, num, test_split, holdout)
     given: dict[str, Any] = {"standardize": standardize, "neighbours": knn, "seed": seed}
@@ -98,13 +91,13 @@ def probe(
     given |= {"lrs": options.numbers(lr, "--lr")} if lr else {}
     how = from_dict(ProbeOptions, given, "The probe")
     images = ProbeData(train, test, views, seed, batch_size, out, fresh or preset is not None)
-    measure(options.load(model, device, variant=variant), images, out, how, layers, encoder).save(out).show(out)
+    probe(options.load(model, device, variant=variant), images, out, how, layers, encoder).save(out).show(out)
 
 
 def _train_and_test(
     data: str, split: str, num: int | None, test_split: str, holdout: float, test_num: int | None = None
 ) -> tuple[ImageDataset, ImageDataset]:
-    """The images to learn from and those to be judged on."""
+    """The images to learn from and those to measure on."""
     from digit.evaluation.metrics.probe import split_off
     from digit.evaluation.model_source import open_images
 
@@ -114,19 +107,29 @@ def _train_and_test(
     try:
         return train, open_images(data, test_split, test_num)
     except DigitError as error:
-        raise DigitError(f"{error} To judge on a part of the training images instead, give --holdout 0.2.") from error
+        raise DigitError(f"{error} To measure on a part of the training images, give --holdout 0.2.") from error
 
 
 def _candidates(
-    models: Sequence[str], clusters: str | None, stages: Stages, kinds: Sequence[Discretisation] = ()
+    models: Sequence[str], clusters: str | None, stages: Stages, kinds: Sequence[str] = ("kmeans",), depth: int = 4
 ) -> dict[str, DigitPipeline]:
-    """The tokenizers of some models by their short names, with codebooks of each kind and size fitted where asked."""
+    """The tokenizers of some models, each by as much of its path as tells it from the others ("conv" of
+    runs/conv/model), with codebooks of each kind and size fitted where asked.
+    """
     from digit.clustering.discretisers import Discretisation
+    from digit.core.config import from_dict
     from digit.evaluation.studies.ranking import candidates
 
     sizes = [int(number) for number in options.numbers(clusters, "--clusters")] if clusters else []
-    pipes = {_short(name, models): options.load(name, stages.given_device) for name in models}
-    return candidates(pipes, sizes, stages, kinds or (Discretisation(),))
+    ways = [from_dict(Discretisation, {"kind": kind, "depth": depth}, "--kinds") for kind in kinds]
+    paths = {name: [part for part in Path(name).parts if part not in ("model", "/")] for name in models}
+    pipes = {}
+    for name, parts in paths.items():
+        ends = ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+        others = ["/" + "/".join(other) for model, other in paths.items() if model != name]
+        short = next((end for end in ends if not any(other.endswith(f"/{end}") for other in others)), name)
+        pipes[short] = options.load(name, stages.given_device)
+    return candidates(pipes, sizes, stages, ways)
 
 
 def screen(
@@ -165,9 +168,7 @@ def tokens(
     models: Annotated[list[str], argument("Models with encoder and codebook, or with a VQGAN.")],
     data: options.Data,
     clusters: Annotated[str | None, option("Fit codebooks of these sizes for each encoder, such as 256,1024.")] = None,
-    kinds: Annotated[
-        str, option("Ways to fit them, some of kmeans,spherical,pca,residual,fsq; with --clusters.")
-    ] = "kmeans",
+    kinds: Annotated[str, option("Ways to fit them: kmeans,spherical,pca,residual,fsq; with --clusters.")] = "kmeans",
     depth: Annotated[int, option("Tokens a place of kind residual.", min=1)] = 4,
     split: options.Split = "train",
     test_split: TestSplit = "test",
@@ -184,19 +185,15 @@ def tokens(
     Example:  digit evaluate tokens cifar10 --data data/cifar10 --kinds kmeans,spherical,pca,residual,fsq
         --clusters 256,1024 --num 4000 --test-num 1000 --out runs/tokens
     """
-    from digit.clustering.discretisers import Discretisation
-    from digit.core.config import from_dict
     from digit.evaluation.studies.stages import Stages
     from digit.evaluation.studies.tokens import rank_tokens
 
     if kinds != "kmeans" and not clusters:
-        raise DigitError(
-            "--kinds fits codebooks, and their sizes are not said; give --clusters, such as --clusters 256."
-        )
+        raise DigitError("--kinds fits codebooks, and their sizes are not said; give them, such as --clusters 256.")
     train, test = _train_and_test(data, split, num, test_split, holdout, test_num)
     stages = Stages(out, train, test, seed=seed, given_device=device)
-    ways = [from_dict(Discretisation, {"kind": kind, "depth": depth}, "--kinds") for kind in kinds.split(",")]
-    rank_tokens(_candidates(models, clusters, stages, ways), stages).save(out).show(out)
+    candidates = _candidates(models, clusters, stages, kinds.split(","), depth)
+    rank_tokens(candidates, stages).save(out).show(out)
 
 
 def ablation(
@@ -237,13 +234,3 @@ def ablation(
         typer.echo(f"{stop} The same command goes on.", err=True)
         raise typer.Exit(stop.exit_code) from None
     result.save(out).show(out)
-
-
-def _short(name: str, models: Sequence[str]) -> str:
-    """As much of a path as tells it from the others: "conv" of runs/conv/model, unless another ends the same way."""
-    parts = [part for part in Path(name).parts if part not in ("model", "/")]
-    others = [[p for p in Path(m).parts if p not in ("model", "/")] for m in models if m != name]
-    for count in range(1, len(parts) + 1):
-        if all(other[-count:] != parts[-count:] for other in others):
-            return "/".join(parts[-count:])
-    return name

@@ -30,12 +30,7 @@ def generate(
     batch_size: Annotated[int | None, option("Images at a time; does not change the results.", min=1)] = None,
     save_tokens: Annotated[bool, option("Also write tokens.npz.", "--save-tokens")] = False,
     compile: Annotated[
-        bool | None,
-        option(
-            "Compile the sampling steps, or run plain PyTorch. Default: on a CPU a step in C++; else compile if "
-            "there is much to do.",
-            "--compile/--no-compile",
-        ),
+        bool | None, option("Compile sampling, or run plain PyTorch. Default: C++ on a CPU; else compile if it pays.")
     ] = None,
     quantize: Annotated[str | None, option("int8: narrow weights on a CPU; faster, tokens change slightly.")] = None,
     overwrite: Annotated[bool, option("Begin anew where --out holds another run.", "--overwrite")] = False,
@@ -60,10 +55,10 @@ def generate(
 
     pipe = options.load(model, device, dtype, variant)
     try:
+        chosen = labels if labels == "random" else options.parse_labels(labels, pipe)
         record = generate_folder(
-            pipe, out, num, labels if labels == "random" else options.parse_labels(labels, pipe), seed, decoder,
-            batch_size,
-            save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
+            pipe, out, num, chosen, seed, decoder, batch_size, save_tokens, compile, quantize, overwrite,
+            labels_per_class, npz, **settings,
         )  # fmt: skip
     except KeyboardInterrupt:
         again = shlex.join(["digit", *(word for word in sys.argv[1:] if word != "--overwrite")])

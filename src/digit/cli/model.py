@@ -23,9 +23,7 @@ def assemble(
     base: Annotated[str | None, option("A model whose other parts are taken over.")] = None,
     name: Annotated[str | None, option("Name of the model; by default the folder's.")] = None,
     class_names: Annotated[str | None, option("Class names, comma separated.")] = None,
-    default: Annotated[
-        list[str] | None, option("A default of sampling, such as prior.cfg_scale=1.5 or ar.top_p=0.9; repeatable.")
-    ] = None,
+    default: Annotated[list[str] | None, option("A default, such as prior.cfg_scale=1.5; may be repeated.")] = None,
     default_decoder: Annotated[str | None, option("Kind of decoder used when none is asked for.")] = None,
     dtype: options.StoredDtype = "float32",
 ) -> None:
@@ -39,11 +37,10 @@ def assemble(
     Example:  digit assemble --base runs/model --default prior.cfg_scale=1.5 --dtype fp16 --out small
     """
     from digit.core.devices import pick_dtype
-    from digit.pipeline.assembly import assemble as put_together
-    from digit.pipeline.assembly import with_defaults
+    from digit.pipeline.assembly import assemble, with_defaults
 
     names = None if class_names is None else [n.strip() for n in class_names.split(",")]
-    pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name or out.resolve().name, names)
+    pipe = assemble(encoder, codebook, vqgan, prior, decoder or [], base, name or out.resolve().name, names)
     pipe = with_defaults(pipe, default or [], default_decoder)
     pipe.save_pretrained(out, None if (stored := pick_dtype(dtype)).itemsize == 4 else stored)
     typer.echo(f"{pipe!r}")
@@ -69,8 +66,7 @@ def info(
 def card(
     model: Annotated[Path, argument("A model folder; its README.md and index are written anew.")],
     results: Annotated[
-        list[Path] | None,
-        option("Measurements of this model: a folder or a JSON file of digit evaluate; may be repeated."),
+        list[Path] | None, option("Of this model: a folder or a JSON file of digit evaluate; may be repeated.")
     ] = None,
     license: Annotated[str | None, option("Of the weights, by the Hub's identifier, such as mit or cc-by-4.0.")] = None,
     data: Annotated[list[str] | None, option("Hub id of the training data; may be repeated.")] = None,

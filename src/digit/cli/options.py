@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,11 +61,6 @@ def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
     return [word for word in words if word.startswith(incomplete)]
 
 
-def complete(*words: str) -> Callable[[str], list[str]]:
-    """Completion from a list."""
-    return lambda incomplete: _starting(incomplete, words)
-
-
 def complete_presets(incomplete: str) -> list[str]:
     """Completion of packaged presets."""
     return _starting(incomplete, preset_names())
@@ -73,8 +69,10 @@ def complete_presets(incomplete: str) -> list[str]:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
-def option(help: str, *names: str, **how: Any) -> Any:
-    """An option, its help first; ``how`` is Typer's."""
+def option(help: str, *names: str, words: Sequence[str] = (), **how: Any) -> Any:
+    """An option, its help first; ``words`` complete it in the shell, and ``how`` is Typer's."""
+    if words:
+        how["autocompletion"] = lambda incomplete: _starting(incomplete, words)
     return typer.Option(*names, help=help, **how)
 
 
@@ -100,7 +98,12 @@ def changes(help: str) -> Any:
 
 def _dtype(help: str) -> Any:
     names = ("float32", "bfloat16", "float16")
-    return option(f"{help}: {', '.join(names)} (or fp32, bf16, fp16).", autocompletion=complete(*names))
+    return option(f"{help}: {', '.join(names)} (or fp32, bf16, fp16).", words=names)
+
+
+def _classes(other: str = "") -> Any:
+    words = f'Classes by number or name, comma separated, taken in turns;{other} or "none". Default: all.'
+    return option(words, autocompletion=_labels)
 
 
 _MODEL = "A model folder, a Hub id, or the name of a packaged model"
@@ -111,30 +114,14 @@ Out = Annotated[Path, out("Folder for the results.")]
 Data = Annotated[str, option("Images: a dataset made by digit data, a folder, tar shards, or a Hub id.", "--data")]
 Split = Annotated[str, option("Split of the images.")]
 Num = Annotated[int | None, num("How many images, spread over the dataset; all if left out.", 2)]
-Labels = Annotated[
-    str | None,
-    option(
-        'Classes by number or name, comma separated, taken in turns; or "none". Default: all.', autocompletion=_labels
-    ),
-]
-RunLabels = Annotated[
-    str | None,
-    option(
-        'Classes by number or name, comma separated, taken in turns; "random"; or "none". Default: all.',
-        autocompletion=_labels,
-    ),
-]
+Labels = Annotated[str | None, _classes()]
+RunLabels = Annotated[str | None, _classes(' "random";')]
 LabelsPerClass = Annotated[int | None, option("So many images of each class: balanced labels.", min=1)]
 Seed = Annotated[int, option("Image i of a seed is always the same image.", min=0)]
-Decoder = Annotated[
-    str | None, option("Kind of decoder: ar, masked, onepass, rae. Default: the model's.", autocompletion=_decoders)
-]
+Decoder = Annotated[str | None, option("ar, masked, onepass or rae. Default: the model's.", autocompletion=_decoders)]
 Device = Annotated[
     str | None,
-    option(
-        "cpu, cuda, cuda:1, mps ... Default: auto, a GPU if there is one.",
-        autocompletion=complete("auto", "cpu", "cuda", "mps"),
-    ),
+    option("cpu, cuda, cuda:1, mps ... Default: auto, a GPU if there is one.", words=("auto", "cpu", "cuda", "mps")),
 ]
 Dtype = Annotated[str, _dtype("Compute dtype")]
 StoredDtype = Annotated[str, _dtype("Dtype of the stored weights")]
@@ -142,9 +129,7 @@ BatchSize = Annotated[int, option("Images at a time; does not change the results
 Workers = Annotated[int, option("Threads that read and crop images.", min=0)]
 Variant = Annotated[str | None, option("Which model of a Hub repository with several.")]
 Weights = Annotated[str, option("InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
-Backend = Annotated[
-    str, option("What runs Inception: auto, torch or onnx.", autocompletion=complete("auto", "torch", "onnx"))
-]
+Backend = Annotated[str, option("What runs Inception: auto, torch or onnx.", words=("auto", "torch", "onnx"))]
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -153,13 +138,9 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     def extend(command: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(command, eval_str=True).parameters.values()
         own = [parameter for parameter in parameters if parameter.name != "settings"]
+        only = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
         options = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, option(help)],
-            )
+            only(name, annotation=Annotated[kind | None, option(help)])
             for name, kind, help in sampling_settings(*names)
         ]
         command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
@@ -190,7 +171,7 @@ def load(
 
 def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
     """Classes by number or name, such as "3,5", "cat,ship" or "none", to numbers, -1 for none."""
-    return None if text is None else [pipe.class_number(word.strip()) for word in text.split(",")]
+    return None if text is None else pipe.class_numbers([word.strip() for word in text.split(",")])
 
 
 def numbers(text: str, option: str) -> list[float]:

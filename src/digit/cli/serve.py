@@ -15,12 +15,8 @@ def serve(
     model: options.Model = None,
     host: Annotated[str, option("Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
     port: Annotated[int, option("0 takes any that is free.", min=0, max=65535)] = 7860,
-    auth: Annotated[
-        str | None, option("USER:PASSWORD that visitors must give. Default: nobody is asked.", envvar="DIGIT_AUTH")
-    ] = None,
-    share: Annotated[
-        bool, option("Also get a public address, through Gradio's tunnel; needs --auth and the extra share.", "--share")
-    ] = False,
+    auth: Annotated[str | None, option("USER:PASSWORD asked of visitors. Default: none.", envvar="DIGIT_AUTH")] = None,
+    share: Annotated[bool, option("A public address too, by Gradio's tunnel; needs --auth.", "--share")] = False,
     waiting: Annotated[int, option("Requests in the queue; more are told that the server is busy.", min=0)] = 64,
     max_pictures: Annotated[int, option("Images per request.", min=1)] = 16,
     max_seconds: Annotated[float, option("Seconds that a request may run.", min=0.1)] = 120.0,
@@ -48,8 +44,7 @@ def serve(
     require("fastapi_offline", "web", "digit serve")
     if share:
         require("gradio", "share", "--share")
-    from digit.web.app import LOCAL, make_app
-    from digit.web.app import serve as run
+    from digit.web.app import LOCAL, make_app, serve
     from digit.web.schema import Limits
     from digit.web.service import Service, open_atlas
 
@@ -65,7 +60,7 @@ def serve(
     service = Service(pipe, limits, open_atlas(folder, pipe))
     user, _, password = (auth or "").partition(":")
     hosts = LOCAL if local and not share else None
-    run(make_app(service, (user, password) if auth else None, hosts), host, port, share)
+    serve(make_app(service, (user, password) if auth else None, hosts), host, port, share)
 
 
 def atlas(

@@ -43,11 +43,6 @@ class Stub:
         return id(self)
 
 
-def _plain_dict(*_: Any) -> dict[Any, Any]:
-    # for collections.defaultdict: the reader fills dicts, and no other kind
-    return {}
-
-
 _PATHS = [
     "argparse.Namespace",
     *(f"numpy.{name}" for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
@@ -61,7 +56,7 @@ _PATHS = [
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")),
 ]
 _STUBS: list[Any] = [(type(path.rpartition(".")[2], (Stub,), {"path": path}), path) for path in _PATHS]
-_STUBS.append((_plain_dict, "collections.defaultdict"))
+_STUBS.append((lambda *_: {}, "collections.defaultdict"))  # the reader fills dicts, and no other kind
 
 
 def plain(value: Any) -> Any:

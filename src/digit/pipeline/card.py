@@ -55,7 +55,7 @@ def model_card(pipe: Model) -> str:
 
     parts = model_parts(pipe)
     training = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
-    training += [f"{part.place}: {'; '.join(facts)}" for part in parts if (facts := part.origin())]
+    training += [f"{part.place}: {'; '.join(told)}" for part in parts if (told := part.origin())]
     if pipe.prior is None:
         what = "the tokenizers alone, without a prior."
         tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"

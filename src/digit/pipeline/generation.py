@@ -204,11 +204,14 @@ def _make(
         for model in models:
             accelerate(model, compile_now, bits, native=False if compile is False else None)
 
+    def write(image: torch.Tensor, index: int) -> Path:
+        return save_png(to_pil(image), run.image(index))
+
     def work(images: Sequence[int]) -> None:
         tokens = pipe.sample_tokens(request.take(images))
         pixels = _pixels(pipe, tokens).cpu()
         run.keep(images, tokens)
-        writing.extend(writers.submit(_write, image, run.image(i)) for i, image in zip(images, pixels, strict=True))
+        writing.extend(writers.submit(write, image, i) for i, image in zip(images, pixels, strict=True))
 
     # the batch that is measured has a size of its own, which is not worth compiling for
     speed_up(bool(compile) and (size is not None or len(missing) <= PROBE))
@@ -224,10 +227,6 @@ def _make(
         for job in writing:
             job.result()
     return batcher.size or len(missing), made
-
-
-def _write(image: torch.Tensor, file: Path) -> Path:
-    return save_png(to_pil(image), file)
 
 
 def _token_models(pipe: DigitPipeline) -> list[TokenModel]:

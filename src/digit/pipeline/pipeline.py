@@ -89,9 +89,12 @@ class DigitPipeline(Model):
         given = {name: value for name, value in locals().items() if name in _SETTINGS} | decoder_settings
         if output_type not in ("pil", "np", "pt"):
             raise DigitError(f"output_type '{output_type}' was given; expected pil, np or pt.")
-        seeds = seed if generator is None else _seeds(generator)
+        if generator is not None:
+            several = [generator] if isinstance(generator, torch.Generator) else list(generator)
+            drawn = [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in several]
+            seed = drawn[0] if isinstance(generator, torch.Generator) else drawn
         numbers = None if labels is None else self.class_numbers(labels)
-        request = SampleRequest.of_run(num, numbers, seeds, decoder, given).validate(self)
+        request = SampleRequest.of_run(num, numbers, seed, decoder, given).validate(self)
         steps_done = itertools.count()
 
         def told(stage: str, done: int, tokens: Tensor) -> None:
@@ -111,28 +114,27 @@ class DigitPipeline(Model):
         return pixels if output_type == "pt" else pixels.movedim(1, -1).numpy()
 
     def class_numbers(self, labels: Sequence[Label] | Label | Tensor) -> list[int]:
-        """Classes by number or name, one or several, as numbers. DigitError: something else, or no class of this model."""
+        """Classes by number, or by name where the model's classes have names, one or several, as numbers; "none" is -1.
+        DigitError: something else, or no class of this model.
+        """
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.tolist()
-        return [self.class_number(label) for label in ([labels] if isinstance(labels, (int, str)) else list(labels))]
-
-    def class_number(self, name: Label) -> int:
-        """A class by its number, or by its name where the model's classes have names; "none" is -1. DigitError:
-        neither.
-        """
-        number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
-        if number or (isinstance(name, str) and name.isdecimal()):
-            return int(name)
-        if not isinstance(name, str):
-            raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
-        if name in self.class_names:
-            return self.class_names.index(name)
-        if name == "none":
-            return NO_LABEL
-        if name.lstrip("-").isdecimal():
-            raise DigitError(f"The label {name} was given; classes are numbered from 0. For no class, give: none")
-        known = f"its classes: {', '.join(self.class_names[:20])}" if self.class_names else "its classes have no names"
-        raise DigitError(f"The label '{name}' is neither a number nor a class of this model; {known}.")
+        found: list[int] = []
+        for name in [labels] if isinstance(labels, (int, str)) else labels:
+            if isinstance(name, bool) or not isinstance(name, (int, np.integer, str)):
+                raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
+            if not isinstance(name, str) or name.isdecimal():
+                found.append(int(name))
+            elif name in self.class_names:
+                found.append(self.class_names.index(name))
+            elif name == "none":
+                found.append(NO_LABEL)
+            elif name.lstrip("-").isdecimal():
+                raise DigitError(f"The label {name} was given; classes are numbered from 0. For no class, give: none")
+            else:
+                known = f"classes: {', '.join(self.class_names[:20])}" if self.class_names else "classes have no names"
+                raise DigitError(f"The label '{name}' is neither a number nor a class of this model; its {known}.")
+        return found
 
     def sample_tokens(self, request: SampleRequest, callback: Callback | None = None) -> Tokens:
         """Run both stages, up to all that pixels are made of; for ``callback`` see there."""
@@ -197,7 +199,7 @@ class DigitPipeline(Model):
 
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
-        """Finished tokens to images in 0..1. DigitError: there are semantic tokens alone; :meth:`decode` finishes them."""
+        """Finished tokens to images in 0..1. DigitError: they are semantic alone; :meth:`decode` finishes them."""
         if tokens.latents is None and tokens.vq is None:
             raise DigitError("Semantic tokens alone say no pixels; let a decoder finish them: pipe.decode(semantic).")
         stage = Stage2(self) if tokens.latents is None else self.stage2(tokens.latents.decoder)
@@ -246,10 +248,3 @@ class DigitPipeline(Model):
 
 
 _SETTINGS = {*to_dict(SamplingParams()), "guidance_scale"}
-
-
-def _seeds(generator: torch.Generator | Sequence[torch.Generator]) -> int | list[int]:
-    """A seed that a generator draws; of several, one each."""
-    if isinstance(generator, torch.Generator):
-        return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in generator]

@@ -35,23 +35,19 @@ def scales(params: SamplingParams, count: int) -> list[float]:
     """The guidance scale at each of ``count`` tokens or steps; exactly 1.0 where the unguided half need not be
     computed.
     """
-    return [_scale(params, index / max(1, count - 1), index / count) for index in range(count)]
-
-
-def _scale(params: SamplingParams, progress: float, fraction: float) -> float:
-    """``progress`` runs from 0 to 1 inclusive and shapes the growth; ``fraction`` in [0, 1) is compared with the
-    interval.
-    """
+    found = [1.0] * count
     low, high = params.cfg_interval
-    if params.cfg_scale == 1 or not low <= fraction < high:
-        return 1.0
-    growth = {
-        "constant": 1.0,
-        "linear": progress,
-        "cosine": (1 - math.cos(math.pi * progress)) / 2,
-        "power-cosine": (1 - math.cos(math.pi * progress**params.cfg_power)) / 2,
-    }[params.cfg_schedule]
-    return 1 + (params.cfg_scale - 1) * growth
+    for index in range(count):
+        if params.cfg_scale != 1 and low <= index / count < high:
+            progress = index / max(1, count - 1)
+            growth = {
+                "constant": 1.0,
+                "linear": progress,
+                "cosine": (1 - math.cos(math.pi * progress)) / 2,
+                "power-cosine": (1 - math.cos(math.pi * progress**params.cfg_power)) / 2,
+            }[params.cfg_schedule]
+            found[index] = 1 + (params.cfg_scale - 1) * growth
+    return found
 
 
 def guide(

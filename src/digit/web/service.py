@@ -94,24 +94,20 @@ class Service:
     def tokenize(self, body: schema.Tokenize, job: Job) -> schema.Tokenization:
         """The tokens of an image, and the images made of them."""
         pipe, image = self.pipe, self._read(body.image)
-        batch, semantic, vq, vqgan, full = self._batch(image), None, None, None, None
+        found: dict[str, Any] = dict.fromkeys(("semantic", "vq", "vqgan", "full"))
+        batch = self._batch(image)
         if pipe.encoder is not None and pipe.codebook is not None:
             semantic = pipe.tokenizer.encode(batch)
+            found["semantic"] = semantic[0].tolist()
             job.check()
             if pipe.can_generate:
                 request = SampleRequest(seed=body.seed, decoder=body.decoder).validate(pipe, prior=False)
-                full = pipe.to_pixels(pipe.complete(semantic, request, self._watch(job, request)))
+                tokens = pipe.complete(semantic, request, self._watch(job, request))
+                found["full"] = to_base64(to_pil(pipe.to_pixels(tokens)[0]))
         if pipe.vqgan is not None:
             vq = pipe.vqgan.encode(batch)
-            vqgan = pipe.to_pixels(Tokens(vq=vq))
-        return schema.Tokenization(
-            semantic=None if semantic is None else semantic[0].tolist(),
-            vq=None if vq is None else vq[0].tolist(),
-            grids=self.grids,
-            picture=to_base64(image),
-            vqgan=None if vqgan is None else to_base64(to_pil(vqgan[0])),
-            full=None if full is None else to_base64(to_pil(full[0])),
-        )
+            found |= {"vq": vq[0].tolist(), "vqgan": to_base64(to_pil(pipe.to_pixels(Tokens(vq=vq))[0]))}
+        return schema.Tokenization(grids=self.grids, picture=to_base64(image), **found)
 
     @torch.inference_mode()
     def stability(self, body: schema.Stability, job: Job) -> schema.Changed:
@@ -148,7 +144,7 @@ class Service:
         return self._images(tokens, request, job)
 
     def cluster(self, number: int) -> schema.Cluster:
-        """Patches of real images that are nearest to a cluster. DigitError: the model has no atlas, or no such cluster."""
+        """Patches of real images that are nearest to a cluster. DigitError: no atlas, or no such cluster."""
         if self.atlas is None:
             raise DigitError(
                 "This model has no patches of its clusters; its owner can add them: digit atlas MODEL --data D"
