@@ -189,7 +189,7 @@ def tokens(
     from digit.evaluation.studies.tokens import rank_tokens
 
     if kinds != "kmeans" and not clusters:
-        raise DigitError("--kinds fits codebooks, and their sizes are not said; give them, such as --clusters 256.")
+        raise DigitError("--kinds fits codebooks, and their sizes are not said; give --clusters, such as 256.")
     train, test = _train_and_test(data, split, num, test_split, holdout, test_num)
     stages = Stages(out, train, test, seed=seed, given_device=device)
     candidates = _candidates(models, clusters, stages, kinds.split(","), depth)
@@ -218,9 +218,6 @@ def ablation(
     Repeat an interrupted command to go on; what is finished is not done again.
 
     Example:  digit evaluate ablation cifar10-clusters --data data/cifar10 --num 10000 --out runs/clusters
-
-    Example:  digit evaluate ablation cifar10-encoder --data data/cifar10 --num 10000 --metrics nll,probe --out
-        runs/encoders
     """
     from digit.evaluation.studies.ablation import load_ablation, run_ablation
     from digit.training.loop import Interrupted

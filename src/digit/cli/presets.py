@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.table import Table
+from rich.table import Column, Table
 
 from digit.cli import options
 from digit.cli.options import argument
@@ -28,9 +28,8 @@ def presets(name: Name = None, other: Other = None) -> None:
       digit presets imagenet256-base imagenet256-large
     """
     if name is None:
-        table = Table(box=None, pad_edge=False)
-        for title in ("preset", "for", "what it is"):
-            table.add_column(title, no_wrap=title != "what it is")
+        columns = (Column("preset", no_wrap=True), Column("for", no_wrap=True), "what it is")
+        table = Table(*columns, box=None, pad_edge=False)
         for group, made_for in (("", None), ("ablations", "ablation")):
             for each in preset_names(group):
                 component = made_for or str(load_preset(each, group=group)["component"])
@@ -42,9 +41,8 @@ def presets(name: Name = None, other: Other = None) -> None:
         typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
         return
     mine, theirs = _lines(values), _lines(_load(other))
-    table = Table(box=None, pad_edge=False)
-    for title in ("setting", name, other):
-        table.add_column(title, overflow="fold")
+    headings = (Column(title, overflow="fold") for title in ("setting", name, other))
+    table = Table(*headings, box=None, pad_edge=False)
     for path in dict.fromkeys([*mine, *theirs]):
         if mine.get(path) != theirs.get(path):
             table.add_row(path, mine.get(path, "-"), theirs.get(path, "-"))

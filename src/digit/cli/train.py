@@ -132,8 +132,6 @@ def cache_tokens(
 
     Several processes share the work when they are started by torchrun or accelerate launch.
 
-    Example:  digit cache-tokens --model runs/tokenizers --data data/cifar10 --out runs/tokens
-
     Example:  digit cache-tokens --model runs/tokenizers --data data/photos --crops 8 --device cuda --out runs/tokens
     """
     from digit.data.dataset import open_dataset

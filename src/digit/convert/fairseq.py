@@ -50,18 +50,11 @@ _KINDS: dict[str, Kind] = {
 _REQUIRED = {
     "activation_fn": "gelu",
     "decoder_learned_pos": True,
-    "layernorm_embedding": False,
-    "share_decoder_input_output_embed": False,
-    "no_token_positional_embeddings": False,
-    "no_decoder_final_norm": False,
-    "adaptive_input": False,
     "adaptive_softmax_cutoff": None,
-    "character_embeddings": False,
-    "scale_attn": False,
-    "scale_heads": False,
-    "scale_fc": False,
-    "scale_resids": False,
     "base_layers": 0,
+    **dict.fromkeys(("layernorm_embedding", "share_decoder_input_output_embed", "character_embeddings"), False),
+    **dict.fromkeys(("no_token_positional_embeddings", "no_decoder_final_norm", "adaptive_input"), False),
+    **dict.fromkeys(("scale_attn", "scale_heads", "scale_fc", "scale_resids"), False),
 }
 
 

@@ -122,16 +122,11 @@ def _authors_model(variant: str | None, revision: str | None, token: str | bool 
 def _fetch(
     repository: str, needed: list[str], wanted: list[str], tried: str, newest: bool = True, **options: Any
 ) -> Path:
-    """The folder that stands for a Hub repository, with files of one commit: from the mirror, the Hub's own cache, or
-    the network.
+    """The folder that stands for a Hub repository, with files of one commit: those needed, and all of the patterns that
+    are wanted. They come from the mirror, the Hub's own cache, or the network.
 
-    Args:
-        repository, options: where they are, for huggingface_hub.
-        needed: these must be there.
-        wanted: patterns of all files to fetch.
-        tried: how messages begin.
-        newest: a branch is asked for its newest commit, and the cache serves where the Hub cannot be asked; else the
-            cache comes first.
+    Where the newest commit is wanted, the cache serves only if the Hub cannot be asked; else it comes first. Messages
+    begin with ``tried``.
     """
     options |= {"endpoint": endpoint(), "allow_patterns": wanted}
 

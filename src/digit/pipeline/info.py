@@ -39,16 +39,8 @@ CONFIGS = {"TransformersEncoder": EncoderConfig, **{kind.saved_as: kind.config_c
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a model.
-
-    Attributes:
-        place: in the model folder, such as "decoder/ar".
-        type: what ``config.json`` calls it.
-        config: its fields, plain.
-        parameters: how many numbers.
-        bytes: of its tensors as stored, or as loaded.
-        dtypes: of its tensors.
-        provenance: where it comes from.
+    """A component of a model: its place in the folder, such as "decoder/ar", what ``config.json`` says of it, and how
+    many numbers, bytes and dtypes its tensors have, as stored or as loaded.
     """
 
     place: str
@@ -124,13 +116,9 @@ def describe(model: Model) -> str:
 
 
 class Memory(NamedTuple):
-    """What sampling needs, in bytes: at its peak, while pixels are made, all three.
-
-    Attributes:
-        weights: of all parts, as a pipeline loads them.
-        caches: keys and values of the prior and of the decoder that needs most; both are kept from batch to batch.
-        pixels: activations where pixels are made, of the VQGAN's decoder or of a feed-forward decoder's head, at the
-            widest place, for as many images as are decoded at once.
+    """What sampling needs, in bytes, at its peak: weights of all parts, as a pipeline loads them; caches (keys and
+    values) of the prior and of the decoder that needs most, both kept from batch to batch; and activations at the
+    widest place where pixels are made, for as many images as are decoded at once.
     """
 
     weights: int
@@ -144,12 +132,8 @@ class Memory(NamedTuple):
 
 
 def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
-    """Estimate the memory of sampling images into a folder.
-
-    Args:
-        parts: of a model.
-        batch: images at a time; their pixels are made :func:`~digit.sampling.batching.decoded_at_once`.
-        item: bytes of a number in prior and decoders: 4 for float32, 2 for bfloat16. The other parts stay in float32.
+    """Estimate the memory of sampling so many images at a time with the parts of a model; ``item`` is the bytes of a
+    number in prior and decoders: 4 for float32, 2 for bfloat16. The other parts stay in float32.
     """
     weights, pixels = 0, 0
     caches = {"prior": 0, "decoder": 0}
@@ -175,14 +159,8 @@ def cache_bytes(model: TokenModelConfig, item: int) -> int:
 
 
 def model_tree(folder: str | Path, batch: int = 1) -> Tree:
-    """What ``digit info`` prints.
-
-    Args:
-        folder: of a model, of a component of any kind, or of the training run that made one.
-        batch: images at a time, for the memory estimate.
-
-    Raises:
-        DigitError: none of these, or damaged.
+    """What ``digit info`` prints of a model, of a component of any kind, or of the training run that made one, with the
+    memory for so many images at a time. DigitError: none of these, or damaged.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():

@@ -25,11 +25,8 @@ Seeds = int | Sequence[int]
 def uniforms(seed: Seeds, images: Sequence[int], stage: str, shape: tuple[int, ...]) -> Float[Tensor, " B *shape"]:
     """Uniform numbers in [0, 1) for some images of a run, in float32 on the CPU.
 
-    Args:
-        seed: of the run, or one for each image.
-        images: (B,) numbers of the images within the run.
-        stage: "prior", "ar", "masked", ...; stages of one image are independent.
-        shape: numbers an image.
+    They have one seed, or one each, and (B,) numbers within the run. The stages "prior", "ar", "masked" ... of an image
+    are independent. ``shape`` is of the numbers of an image.
     """
     seeds = [seed] * len(images) if isinstance(seed, int) else list(seed)
     if bad := [s for s in seeds if s < 0]:
