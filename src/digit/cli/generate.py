@@ -12,12 +12,10 @@ import typer
 from digit.cli import options
 from digit.cli.options import argument, option
 from digit.core.errors import DigitError
+from digit.sampling.request import SETTINGS, SampleRequest
 
 
-@options.with_settings(
-    "steps", "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p",
-    "decoder_temperature", "decoder_top_k", "decoder_top_p", "decoder_steps",
-)  # fmt: skip
+@options.with_settings(*SETTINGS)
 def generate(
     model: options.Model = None,
     out: options.Out = Path("generated"),
@@ -106,7 +104,6 @@ def edit(
       digit edit cifar10 cat.png --vary 0.3 --out variations
     """
     from digit.pipeline.editing import edit_images
-    from digit.sampling.request import SampleRequest
 
     if sum(way is not None for way in (mask, prefix, vary)) != 1:
         raise DigitError(

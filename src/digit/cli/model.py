@@ -42,7 +42,7 @@ def assemble(
     names = None if class_names is None else [n.strip() for n in class_names.split(",")]
     pipe = assemble(encoder, codebook, vqgan, prior, decoder or [], base, name or out.resolve().name, names)
     pipe = with_defaults(pipe, default or [], default_decoder)
-    pipe.save_pretrained(out, None if (stored := pick_dtype(dtype)).itemsize == 4 else stored)
+    pipe.save_pretrained(out, pick_dtype(dtype))
     typer.echo(f"{pipe!r}")
     typer.echo(f"Saved: {out}")
 

@@ -164,9 +164,8 @@ def load(
 
     if device in (None, "auto") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one device for each process, as torchrun numbers them
-    where = pick_device(device)
-    kind = pick_dtype(dtype)
-    return DigitPipeline.from_pretrained(model, variant=variant).to(where, None if kind == torch.float32 else kind)
+    where, kind = pick_device(device), pick_dtype(dtype)
+    return DigitPipeline.from_pretrained(model, variant=variant, torch_dtype=kind, device=where)
 
 
 def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:

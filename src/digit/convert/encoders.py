@@ -153,7 +153,7 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
     heads = heads or default_heads(family, dim, keys.where)
     if dim % heads:
         raise DigitError(f"heads={heads} does not divide the width {dim} of the encoder in {keys.where}.")
-    hf_config = {
+    hf_config: dict[str, Any] = {
         "model_type": "vit",
         "hidden_size": dim,
         "num_hidden_layers": depth,
@@ -163,8 +163,16 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
         "layer_norm_eps": 1e-6,
         "qkv_bias": bias,
         "hidden_act": "gelu",
-        **(_dinov2_fields(keys.where, dim, hidden, registers, swiglu) if dinov2 else {"intermediate_size": hidden}),
     }
+    if dinov2:  # a gated MLP keeps two thirds of the plain one's width, rounded up to a multiple of 8
+        ratio = 4 if swiglu else hidden // dim
+        expected = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else dim * ratio
+        if hidden != expected:
+            raise DigitError(f"{keys.where} is not DINOv2's network: its MLP is {hidden} wide, expected {expected}.")
+        hf_config |= {"model_type": "dinov2", "mlp_ratio": ratio, "use_swiglu_ffn": swiglu}
+        hf_config |= {"model_type": "dinov2_with_registers", "num_register_tokens": registers} if registers else {}
+    else:
+        hf_config["intermediate_size"] = hidden
     outer: dict[str, tuple[str, tuple[int, ...]]] = {
         "embeddings.cls_token": ("cls_token", (1, 1, dim)),
         "embeddings.position_embeddings": ("pos_embed", (1, 1 + side**2, dim)),
@@ -200,16 +208,6 @@ def default_heads(family: str, dim: int, where: str) -> int:
             "give heads= (--heads)."
         )
     return dim // 64
-
-
-def _dinov2_fields(where: str, dim: int, hidden: int, registers: int, swiglu: bool) -> dict[str, Any]:
-    # a gated MLP keeps two thirds of the plain one's width, rounded up to a multiple of 8
-    ratio = 4 if swiglu else hidden // dim
-    expected = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else dim * ratio
-    if hidden != expected:
-        raise DigitError(f"{where} is not DINOv2's network: its MLP is {hidden} wide, expected {expected}.")
-    fields = {"model_type": "dinov2", "mlp_ratio": ratio, "use_swiglu_ffn": swiglu}
-    return {**fields, "model_type": "dinov2_with_registers", "num_register_tokens": registers} if registers else fields
 
 
 def _block(keys: Keys, dim: int, hidden: int, dinov2: bool, swiglu: bool, bias: bool) -> dict[str, Tensor]:
