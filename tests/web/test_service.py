@@ -18,7 +18,6 @@ from digit.pipeline.pipeline import Tokens
 from digit.web.jobs import JobQueue
 from digit.web.schema import Edit, Generate, Limits, Stability, Tokenize
 from digit.web.service import Service
-from serving import BAD_UPLOADS, bad_upload
 
 
 @pytest.fixture(scope="module")
@@ -275,13 +274,6 @@ def test_an_atlas_of_another_codebook_is_refused(tmp_path):
 
 
 # ---- uploads ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", list(BAD_UPLOADS))
-def test_bad_uploads(service, name):
-    text, message = bad_upload(name)
-    with pytest.raises(DigitError, match=message):
-        answer(service.tokenize, Tokenize(image=text))
 
 
 def test_an_upload_over_the_limit(service):

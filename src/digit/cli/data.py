@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from digit.cli import options
+from digit.cli.options import argument, option
 from digit.core.errors import DigitError
 
 app = typer.Typer(help="Make datasets of images.", no_args_is_help=True)
@@ -19,10 +20,7 @@ Out = Annotated[Path, options.out("The dataset folder to create; an older datase
 @app.command()
 def cifar10(
     out: Out,
-    source: Annotated[
-        Path | None,
-        typer.Option(help="A folder or archive with the python pickles or the parquet files."),
-    ] = None,
+    source: Annotated[Path | None, option("A folder or archive with the python pickles or the parquet files.")] = None,
 ) -> None:
     """Build CIFAR-10 (60,000 images of 32x32) and check it against frozen checksums.
 
@@ -42,13 +40,10 @@ def cifar10(
 
 @app.command()
 def folder(
-    source: Annotated[Path, typer.Argument(help="A folder of images, loose or in a folder for each class.")],
+    source: Annotated[Path, argument("A folder of images, loose or in a folder for each class.")],
     out: Out,
-    size: Annotated[
-        int | None,
-        typer.Option(min=1, help="Scale the shorter side to this and take the center crop."),
-    ] = None,
-    filter: Annotated[str, typer.Option(help="How it is scaled: bicubic, bilinear, lanczos or box.")] = "bicubic",
+    size: Annotated[int | None, option("Scale the shorter side to this and take the center crop.", min=1)] = None,
+    filter: Annotated[str, option("How it is scaled: bicubic, bilinear, lanczos or box.")] = "bicubic",
 ) -> None:
     """Make a dataset of your own images. Every file is accounted for in OUT/report.json.
 
@@ -63,7 +58,7 @@ def folder(
 
 @app.command()
 def export(
-    data: Annotated[str, typer.Argument(help="A dataset made by digit data, a folder, tar shards, or a Hub id.")],
+    data: Annotated[str, argument("A dataset made by digit data, a folder, tar shards, or a Hub id.")],
     out: Annotated[Path, options.out("The folder to create, with a folder for each class.")],
     split: options.Split = "train",
     num: options.Num = None,

@@ -11,10 +11,9 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import huggingface_hub
 import torch
@@ -37,15 +36,9 @@ LITTLE_ROOM, NO_ROOM = 5 << 30, 200 << 20
 """Bytes of free disk: below the first a converted base model does not fit, below the second nothing does."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something that was looked at.
-
-    Attributes:
-        topic: a word or two.
-        state: "ok", "note" (an option is missing, or something could be better), or "broken" (a command will fail).
-        what: what was found.
-        advice: what to do about it; "" where nothing has to be done.
+class Finding(NamedTuple):
+    """Something that was looked at: "ok", a "note" (an option is missing, or something could be better), or "broken" (a
+    command will fail); what was found, and what to do about it.
     """
 
     topic: str
@@ -72,33 +65,28 @@ def versions() -> Iterator[Finding]:
 
 def devices() -> Iterator[Finding]:
     """Every device does a small computation, in float32 and bfloat16."""
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    names += ["mps"] * torch.backends.mps.is_available()
-    for name in names:
-        yield _device(torch.device(name))
+    sizes = {"cpu": f"{torch.get_num_threads()} threads"}
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        sizes[f"cuda:{index}"] = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
+    if torch.backends.mps.is_available():
+        sizes["mps"] = "Apple GPU"
+    for device, size in sizes.items():
+        try:
+            for dtype in (torch.float32, torch.bfloat16):
+                ones = torch.ones(8, 8, device=device, dtype=dtype)
+                if float((ones @ ones).sum()) != 512:
+                    raise RuntimeError(f"a product of matrices in {dtype} is wrong")
+            speed = "is fast" if bf16_is_fast(torch.device(device)) else "works, but float32 is faster"
+            yield Finding(f"device {device}", "ok", f"{size}; bfloat16 {speed}")
+        except RuntimeError as error:
+            advice = "use --device cpu" if device != "cpu" else "reinstall torch"
+            reason = str(error).splitlines()[0]
+            yield Finding(f"device {device}", "broken", f"{size}; it does not compute: {reason}", advice)
     if not torch.cuda.is_available() and shutil.which("nvidia-smi"):
         what = "a driver is installed (nvidia-smi), but torch sees no device"
         advice = "install a torch built for CUDA, or look at CUDA_VISIBLE_DEVICES; until then --device cpu is taken"
         yield Finding("GPU", "note", what, advice)
-
-
-def _device(device: torch.device) -> Finding:
-    size = f"{torch.get_num_threads()} threads" if device.type == "cpu" else "Apple GPU"
-    if device.type == "cuda":
-        about = torch.cuda.get_device_properties(device)
-        size = f"{about.name}, {about.total_memory / 2**30:.0f} GiB"
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            ones = torch.ones(8, 8, device=device, dtype=dtype)
-            if float((ones @ ones).sum()) != 512:
-                raise RuntimeError(f"a product of matrices in {dtype} is wrong")
-    except RuntimeError as error:
-        advice = "use --device cpu" if device.type != "cpu" else "reinstall torch"
-        reason = str(error).splitlines()[0]
-        return Finding(f"device {device}", "broken", f"{size}; it does not compute: {reason}", advice)
-    if bf16_is_fast(device):
-        return Finding(f"device {device}", "ok", f"{size}; bfloat16 is fast")
-    return Finding(f"device {device}", "ok", f"{size}; bfloat16 works, but float32 is faster")
 
 
 def compiler() -> Iterator[Finding]:
@@ -122,11 +110,10 @@ def compiler() -> Iterator[Finding]:
     else:
         yield Finding("compiler", "ok", f"{found}: sampling can be compiled")
     if torch.cuda.is_available():
-        version = _installed("triton")
-        what = (
-            f"{version}: sampling can be compiled on the GPU" if version else "not installed; sampling is not compiled"
-        )
-        yield Finding("triton", "ok" if version else "note", what, "" if version else "pip install triton")
+        if version := _installed("triton"):
+            yield Finding("triton", "ok", f"{version}: sampling can be compiled on the GPU")
+        else:
+            yield Finding("triton", "note", "not installed; sampling is not compiled", "pip install triton")
 
 
 def engines() -> Iterator[Finding]:
@@ -142,9 +129,8 @@ def engines() -> Iterator[Finding]:
             engine = cache.engine_for(prior, batch, guided=False)
             if found := choice.remembered().get(choice.shape_class(prior, batch, False, None)):
                 times = ", ".join(f"{kind} {1e3 * seconds:.2f} ms" for kind, seconds in found.items())
-                yield Finding(
-                    "engine", "ok", f"prior of {name}, {batch} at a time: {engine.name} runs; a step: {times}"
-                )
+                what = f"prior of {name}, {batch} at a time: {engine.name} runs; a step: {times}"
+                yield Finding("engine", "ok", what)
     others = choice.remembered().values()
     slower = sum(times["plain"] < times["C++"] for times in others)
     if slower:
@@ -164,27 +150,30 @@ def packages(requirements: Iterable[str] | None = None) -> Iterator[Finding]:
     Args:
         requirements: lines as in a package's metadata; by default this package's own.
     """
-    there: dict[str, list[str]] = {}
-    missing: dict[str, list[str]] = {}
+    extras: dict[str, tuple[list[str], list[str]]] = {}  # what is missing, and what is there
     for line in metadata.requires("digit-ar") or [] if requirements is None else requirements:
         wanted = Requirement(line)
         extra = re.search(r"""extra == ['"]([\w-]+)['"]""", str(wanted.marker or ""))
         if extra is None or extra[1] in ("dev", "docs", "all"):
             continue
         version, name = _installed(wanted.name), wanted.name
-        fits = version is not None and wanted.specifier.contains(version, prereleases=True)
-        old = f"{name} {wanted.specifier} ({version} is installed)" if version else name
-        lists = there if fits else missing
-        lists.setdefault(extra[1], []).append(f"{name} {version}" if fits else old)
-    for name in dict.fromkeys([*there, *missing]):
-        has = ", ".join(there.get(name, []))
-        if name not in missing:
-            yield Finding(f"[{name}]", "ok", has)
-            continue
-        what = f"missing: {', '.join(missing[name])}" + (f"; there: {has}" if has else "")
-        advice = f"{_PURPOSES.get(name, 'if you need it')}: pip install 'digit-ar[{name}]'"
-        yield Finding(f"[{name}]", "note", what, advice)
-    yield from _torchvision()
+        missing, there = extras.setdefault(extra[1], ([], []))
+        if version is not None and wanted.specifier.contains(version, prereleases=True):
+            there.append(f"{name} {version}")
+        else:
+            missing.append(f"{name} {wanted.specifier} ({version} is installed)" if version else name)
+    for name, (missing, there) in extras.items():
+        lists = {"missing: ": missing, "there: " if missing else "": there}
+        what = "; ".join(f"{word}{', '.join(names)}" for word, names in lists.items() if names)
+        advice = f"{_PURPOSES.get(name, 'if you need it')}: pip install 'digit-ar[{name}]'" if missing else ""
+        yield Finding(f"[{name}]", "note" if missing else "ok", what, advice)
+    if version := _installed("torchvision"):
+        try:
+            importlib.import_module("torchvision")
+        except Exception as error:  # of another build; it takes transformers down with it
+            what = f"{version} does not fit torch {torch.__version__}: {str(error).splitlines()[0]}"
+            advice = "install both from one place: pip install -U torch torchvision"
+            yield Finding("torchvision", "broken", what, advice)
 
 
 _PURPOSES = {
@@ -195,17 +184,6 @@ _PURPOSES = {
     "web": "for digit serve",
     "share": "for digit serve --share",
 }
-
-
-def _torchvision() -> Iterator[Finding]:
-    """A torchvision of another build fails on import, and takes transformers down with it."""
-    if (version := _installed("torchvision")) is None:
-        return
-    try:
-        importlib.import_module("torchvision")
-    except Exception as error:
-        what = f"{version} does not fit torch {torch.__version__}: {str(error).splitlines()[0]}"
-        yield Finding("torchvision", "broken", what, "install both from one place: pip install -U torch torchvision")
 
 
 def places() -> Iterator[Finding]:
@@ -223,8 +201,8 @@ def places() -> Iterator[Finding]:
             continue
         free = shutil.disk_usage(folder).free
         state: State = "broken" if free < NO_ROOM else "note" if free < LITTLE_ROOM else "ok"
-        room = f"make room, or {advice}" if state != "ok" else ""
-        yield Finding(topic, state, f"{folder} can be written; {free / 2**30:.1f} GiB are free", room)
+        what = f"{folder} can be written; {free / 2**30:.1f} GiB are free"
+        yield Finding(topic, state, what, f"make room, or {advice}" if state != "ok" else "")
 
 
 def hub() -> Iterator[Finding]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from digit.core.progress import console
+
+_STYLES = {"ok": "green", "note": "yellow", "broken": "bold red"}
 
 
 def doctor() -> None:
@@ -12,23 +16,17 @@ def doctor() -> None:
 
     The exit code is 1 if something needed is broken.
     """
-    from rich.table import Table
-    from rich.text import Text
-
     from digit.cli.diagnosis import examine
 
-    findings = examine()
-    marks = {"ok": Text("ok", "green"), "note": Text("note", "yellow"), "broken": Text("broken", "bold red")}
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for one in findings:
-        words = Text(one.what)
-        if one.advice:
-            words.append(f"\n-> {one.advice}", "dim")
-        table.add_row(marks[one.state], Text(one.topic, "bold"), words)
-    say = console().print
-    say(table)
-    broken = sum(one.state == "broken" for one in findings)
-    if broken:
-        say(f"\n{broken} {'thing is' if broken == 1 else 'things are'} broken; see above for what to do.")
+    findings, table = examine(), Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for topic, state, what, advice in findings:
+        words = Text(what)
+        if advice:
+            words.append(f"\n-> {advice}", "dim")
+        table.add_row(Text(state, _STYLES[state]), Text(topic, "bold"), words)
+    console().print(table)
+    if broken := sum(one.state == "broken" for one in findings):
+        things = "1 thing is" if broken == 1 else f"{broken} things are"
+        console().print(f"\n{things} broken; see above for what to do.")
         raise typer.Exit(1)
-    say("\nEverything that is needed works.")
+    console().print("\nEverything that is needed works.")

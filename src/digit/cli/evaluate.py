@@ -9,50 +9,36 @@ from typing import Annotated
 import typer
 
 from digit.cli import options
+from digit.cli.options import argument, option
 from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.core.hub import INDEX, packaged_models
 
-TestSplit = Annotated[str, typer.Option(help="Split that the probe is tested on.")]
-Holdout = Annotated[
-    float,
-    typer.Option(min=0, max=1, help="Test on this share of the training split instead; for data without a test split."),
-]
+TestSplit = Annotated[str, option("Split that the probe is tested on.")]
+Holdout = Annotated[float, option("Test on this share of the training split, where there is no other.", min=0, max=1)]
 Settings = Annotated[list[str] | None, options.changes("A setting of sampling, such as top_k=200")]
 
 
 def fidelity(
-    source: Annotated[
-        str | None,
-        typer.Argument(help="A folder of images, tar shards, a data set, a .npz of images or statistics, or a model."),
-    ] = None,
-    images: Annotated[
-        Path | None, typer.Option(help="A .npz of images: FID, sFID, IS, precision and recall, as ADM.")
-    ] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="The real images, their .npz, or cifar10-train; none measures only --isc.")
-    ] = None,
-    split: Annotated[str | None, typer.Option(help="Split of the source, such as test.")] = None,
-    reference_split: Annotated[str | None, typer.Option(help="Split of the reference.")] = None,
-    fid: Annotated[bool, typer.Option(help="Frechet Inception Distance.")] = True,
-    sfid: Annotated[bool, typer.Option("--sfid", help="FID of spatial features.")] = False,
-    kid: Annotated[bool, typer.Option("--kid", help="Kernel Inception Distance.")] = False,
-    prc: Annotated[bool, typer.Option("--prc", help="Precision and recall.")] = False,
-    isc: Annotated[bool, typer.Option("--isc", help="Inception Score.")] = False,
-    num: Annotated[
-        int | None,
-        options.num("At most so many images of the source, a model makes as many; the reference stays whole.", 2),
-    ] = None,
-    reference_num: Annotated[
-        int | None, typer.Option(min=2, help="At most so many real images, spread over theirs.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of a model's generation.")] = 0,
+    source: Annotated[str | None, argument("A folder of images, tar shards, a data set, an .npz, or a model.")] = None,
+    images: Annotated[Path | None, option("A .npz of images: FID, sFID, IS, precision and recall, as ADM.")] = None,
+    reference: Annotated[str | None, option("The real images, their .npz, or cifar10-train; none: only --isc.")] = None,
+    split: Annotated[str | None, option("Split of the source, such as test.")] = None,
+    reference_split: Annotated[str | None, option("Split of the reference.")] = None,
+    fid: Annotated[bool, option("Frechet Inception Distance.")] = True,
+    sfid: Annotated[bool, option("FID of spatial features.", "--sfid")] = False,
+    kid: Annotated[bool, option("Kernel Inception Distance.", "--kid")] = False,
+    prc: Annotated[bool, option("Precision and recall.", "--prc")] = False,
+    isc: Annotated[bool, option("Inception Score.", "--isc")] = False,
+    num: Annotated[int | None, options.num("Images of the source at most, or that a model makes.", 2)] = None,
+    reference_num: Annotated[int | None, option("At most so many real images, spread over theirs.", min=2)] = None,
+    seed: Annotated[int, option("Of a model's generation.", min=0)] = 0,
     labels: options.RunLabels = None,
     labels_per_class: options.LabelsPerClass = None,
     decoder: options.Decoder = None,
     settings: Settings = None,
     batch_size: options.BatchSize = 64,
-    kid_subset_size: Annotated[int, typer.Option(min=2, help="Images in each of KID's 100 subsets.")] = 1000,
+    kid_subset_size: Annotated[int, option("Images in each of KID's 100 subsets.", min=2)] = 1000,
     weights: options.Weights = "auto",
     backend: options.Backend = "auto",
     device: options.Device = None,
@@ -68,8 +54,7 @@ def fidelity(
     """
     from digit.core.devices import pick_device
     from digit.evaluation.metrics.features import is_statistics
-    from digit.evaluation.metrics.fidelity import FidelityOptions
-    from digit.evaluation.metrics.fidelity import fidelity as measure_fidelity
+    from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
     from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.model_source import SamplingRun
     from digit.evaluation.studies.sweep import parse_settings
@@ -95,7 +80,7 @@ def fidelity(
         raise DigitError(
             f"--decoder, --labels and --set are for models, and {source} is none: there is no {INDEX} in it."
         )
-    result = measure_fidelity(
+    result = fidelity(
         run.batches() if run else source,
         reference,
         extractor=None if saved else open_extractor(weights, backend, str(pick_device(device))),
@@ -114,20 +99,14 @@ def fidelity(
 
 
 def statistics(
-    images: Annotated[str, typer.Argument(help="A folder of images, tar shards, a data set or a .npz of images.")],
+    images: Annotated[str, argument("A folder of images, tar shards, a data set or a .npz of images.")],
     out: Annotated[Path, options.out("The .npz to write.")],
-    split: Annotated[str | None, typer.Option(help="Split of a data set, such as train.")] = None,
+    split: Annotated[str | None, option("Split of a data set, such as train.")] = None,
     num: Annotated[int | None, options.num("Take at most so many images, the first ones.", 2)] = None,
-    size: Annotated[
-        int | None, typer.Option(min=1, help="Scale the shorter side to this and cut out the middle.")
-    ] = None,
-    filter: Annotated[
-        str, typer.Option(help="How --size scales: bicubic, bilinear (the authors'), lanczos or box.")
-    ] = "bicubic",
-    features: Annotated[
-        bool, typer.Option("--features", help="Keep every image's features, which KID and --prc need: 8 KB an image.")
-    ] = False,
-    compact: Annotated[bool, typer.Option("--compact", help="4 MB in place of 67: FID alone, to 1e-4.")] = False,
+    size: Annotated[int | None, option("Scale the shorter side to this and cut out the middle.", min=1)] = None,
+    filter: Annotated[str, option("How --size scales: bicubic, bilinear (the authors'), lanczos or box.")] = "bicubic",
+    features: Annotated[bool, option("Keep each image's features (8 KB), for KID and --prc.", "--features")] = False,
+    compact: Annotated[bool, option("4 MB in place of 67: FID alone, to 1e-4.", "--compact")] = False,
     batch_size: options.BatchSize = 64,
     weights: options.Weights = "auto",
     backend: options.Backend = "auto",
@@ -142,12 +121,9 @@ def statistics(
     from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.metrics.statistics import save_statistics
 
-    extractor, metrics = (
-        open_extractor(weights, backend, str(pick_device(device))),
-        ("sfid", *(["kid"] if features else [])),
-    )
-    how = {"batch_size": batch_size, "split": split, "total": num}
-    found = measure(images, extractor, metrics, **how, size=size, filter=filter)  # type: ignore[arg-type]
+    extractor = open_extractor(weights, backend, str(pick_device(device)))
+    metrics = ("sfid", "kid") if features else ("sfid",)
+    found = measure(images, extractor, metrics, batch_size=batch_size, split=split, total=num, size=size, filter=filter)
     spatial = None if compact else found.spatial
     save_statistics(out, found.statistics, found.features if features else None, spatial, compact)
     typer.echo(f"Statistics of {found.statistics.n:,} images written to {out}")
@@ -162,9 +138,9 @@ def paper() -> None:
 
 def pca_lda(
     out: Annotated[Path, options.out("Folder for pca-lda.png and result.json.")],
-    samples: Annotated[int, typer.Option(min=2, help="Points a class.")] = 1000,
-    repeats: Annotated[int, typer.Option(min=1, help="Fresh draws to average over.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
+    samples: Annotated[int, option("Points a class.", min=2)] = 1000,
+    repeats: Annotated[int, option("Fresh draws to average over.", min=1)] = 20,
+    seed: Annotated[int, option("Seed of all draws.")] = 0,
 ) -> None:
     """Draw two overlapping classes and their PCA and LDA projections, and the accuracy of each under growing noise."""
     from digit.evaluation.metrics.toy import ToyConfig, toy
@@ -173,17 +149,11 @@ def pca_lda(
 
 
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Run folders; everything below them is looked at.")
-    ],
+    folders: Annotated[list[Path], argument("Run folders; everything below them is looked at.", metavar="DIR...")],
     out: Annotated[Path, options.out("The HTML page to write.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "digit report",
-    curves: Annotated[
-        list[Path] | None, typer.Option(help="A folder with more reference curves; may be repeated.")
-    ] = None,
-    save_curve: Annotated[
-        Path | None, typer.Option(help="Write the one training run under DIR as a reference curve here, and no page.")
-    ] = None,
+    title: Annotated[str, option("Heading of the page.")] = "digit report",
+    curves: Annotated[list[Path] | None, option("A folder with more reference curves; may be repeated.")] = None,
+    save_curve: Annotated[Path | None, option("Write the one run under DIR as a reference curve; no page.")] = None,
 ) -> None:
     """Write one self-contained HTML page: results beside the paper's figures, loss curves, images, settings,
     hardware.

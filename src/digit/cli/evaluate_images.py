@@ -6,23 +6,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Annotated
 
 from digit.cli import options
 from digit.cli.evaluate import Settings
+from digit.cli.options import option
 from digit.core.errors import DigitError
 
 if TYPE_CHECKING:
     from digit.evaluation.studies.points import Reference
 
-Metrics = Annotated[
-    str, typer.Option(help="Any of fid, sfid, kid, prc (precision, recall), isc (Inception Score); comma separated.")
-]
-ReferenceSplit = Annotated[str | None, typer.Option(help="Split of the reference.")]
+Metrics = Annotated[str, option("Comma separated: fid, sfid, kid, prc (precision, recall), isc (Inception Score).")]
+ReferenceSplit = Annotated[str | None, option("Split of the reference.")]
 Images = Annotated[int, options.num("Images per point.", 2)]
-RealImages = Annotated[str, typer.Option(help="The real images, or their .npz of statistics.")]
+RealImages = Annotated[str, option("The real images, or their .npz of statistics.")]
 
 
 def _open_reference(
@@ -46,13 +43,11 @@ def reconstruction(
     data: options.Data,
     split: options.Split = "test",
     num: options.Num = None,
-    rfid: Annotated[bool, typer.Option(help="Measure FID against the originals.")] = True,
-    lpips: Annotated[str, typer.Option(help="Backbone of LPIPS: alex or vgg; none leaves it out.")] = "alex",
-    lpips_weights: Annotated[str, typer.Option(help="Weights of the backbone: auto or a file.")] = "auto",
-    perturb: Annotated[bool, typer.Option("--perturb", help="Also the FID under perturbed tokens (pFID).")] = False,
-    shares: Annotated[
-        str | None, typer.Option(help="For --perturb: shares of replaced tokens, comma separated.")
-    ] = None,
+    rfid: Annotated[bool, option("Measure FID against the originals.")] = True,
+    lpips: Annotated[str, option("Backbone of LPIPS: alex or vgg; none leaves it out.")] = "alex",
+    lpips_weights: Annotated[str, option("Weights of the backbone: auto or a file.")] = "auto",
+    perturb: Annotated[bool, option("Also the FID under perturbed tokens (pFID).", "--perturb")] = False,
+    shares: Annotated[str | None, option("For --perturb: shares of replaced tokens, comma separated.")] = None,
     seed: options.Seed = 0,
     batch_size: options.BatchSize = 64,
     weights: options.Weights = "auto",
@@ -66,49 +61,35 @@ def reconstruction(
 
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
+    from digit.evaluation.metrics.inception import open_extractor
     from digit.evaluation.metrics.model_reconstruction import SHARES, model_reconstruction
     from digit.evaluation.model_source import open_images
-
-    images, pipe = open_images(data, split, num), options.load(model, device, variant=variant)
-    networks = _networks(rfid, lpips, lpips_weights, weights, backend, str(pipe.device))
-    chosen = SHARES if shares is None else options.numbers(shares, "--shares")
-    result = model_reconstruction(pipe, images, *networks, perturb, chosen, seed=seed, batch_size=batch_size)
-    result.save(out).show(out)
-
-
-def _networks(
-    rfid: bool, lpips: str, lpips_weights: str, weights: str, backend: str, device: str
-) -> tuple[Any, Any, dict[str, str]]:
-    """The networks of rFID and LPIPS; where one cannot be had, None and the reason, for the other values are still
-    worth it.
-    """
-    from digit.evaluation.metrics.inception import open_extractor
     from digit.models.lpips import load_lpips
 
-    extractor, distance, reasons = None, None, {}
-    if rfid:
-        try:
-            extractor = open_extractor(weights, backend, device)
-        except DigitError as error:
-            reasons["rfid"] = str(error)
-    if lpips != "none":
-        try:
-            distance = load_lpips(lpips, lpips_weights, device)
-        except DigitError as error:
-            reasons["lpips"] = str(error)
-    left_out = {"rfid": "left out by --no-rfid.", "lpips": "left out by --lpips none."}
-    return extractor, distance, {**left_out, **reasons}
+    images, pipe = open_images(data, split, num), options.load(model, device, variant=variant)
+    place, extractor, distance = str(pipe.device), None, None
+    reasons = {"rfid": "left out by --no-rfid.", "lpips": "left out by --lpips none."}
+    try:
+        extractor = open_extractor(weights, backend, place) if rfid else None
+    except DigitError as error:  # the other values are still worth it
+        reasons["rfid"] = str(error)
+    try:
+        distance = load_lpips(lpips, lpips_weights, place) if lpips != "none" else None
+    except DigitError as error:
+        reasons["lpips"] = str(error)
+    chosen = SHARES if shares is None else options.numbers(shares, "--shares")
+    result = model_reconstruction(
+        pipe, images, extractor, distance, reasons, perturb, chosen, seed=seed, batch_size=batch_size
+    )
+    result.save(out).show(out)
 
 
 def sweep(
     model: options.RequiredModel,
     reference: RealImages,
-    vary: Annotated[
-        list[str],
-        typer.Option(help="A setting and its values, such as top_k=0,50,200 or decoder_top_p=0.8,1; may be repeated."),
-    ],
+    vary: Annotated[list[str], option("A setting and its values, such as top_k=0,50,200; may be repeated.")],
     num: Images = 1000,
-    grid: Annotated[bool, typer.Option("--grid", help="All combinations; else one setting at a time.")] = False,
+    grid: Annotated[bool, option("All combinations; else one setting at a time.", "--grid")] = False,
     fixed: Settings = None,
     metrics: Metrics = "fid,isc,prc",
     reference_split: ReferenceSplit = None,
@@ -128,31 +109,24 @@ def sweep(
         --num 1000
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.sweep import parse_axes, parse_settings, planned_runs
-    from digit.evaluation.studies.sweep import sweep as measure
+    from digit.evaluation.studies.sweep import parse_axes, parse_settings, planned_runs, sweep
 
     axes, settings = parse_axes(vary), parse_settings(fixed)
     pipe = options.load(model, device, variant=variant)
     run = SamplingRun(pipe, num, seed, options.parse_labels(labels, pipe), decoder, batch_size, settings)
     planned_runs(run, axes, grid)  # now, and not after the reference was measured
     real = _open_reference(reference, reference_split, metrics, batch_size, weights, backend, device)
-    measure(run, axes, real, out, grid).save(out).show(out)
+    sweep(run, axes, real, out, grid).save(out).show(out)
 
 
 def prefix(
     model: options.RequiredModel,
     data: options.Data,
-    baseline: Annotated[
-        str | None, typer.Option(help="A second model for comparison, such as one over VQ tokens.")
-    ] = None,
+    baseline: Annotated[str | None, option("A second model for comparison, such as one over VQ tokens.")] = None,
     split: options.Split = "test",
     num: options.Num = None,
-    shares: Annotated[
-        str, typer.Option(help="Shares of the tokens that are given, comma separated.")
-    ] = "0,0.125,0.25,0.5,0.75,1",
-    reference: Annotated[
-        str | None, typer.Option(help="Real images or their .npz; those of --data if left out.")
-    ] = None,
+    shares: Annotated[str, option("Shares of the tokens that are given, comma separated.")] = "0,0.125,0.25,0.5,0.75,1",
+    reference: Annotated[str | None, option("Real images or their .npz; those of --data if left out.")] = None,
     reference_split: ReferenceSplit = None,
     fixed: Settings = None,
     metrics: Metrics = "fid,isc",
@@ -169,8 +143,7 @@ def prefix(
     Example:  digit evaluate prefix cifar10 --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/prefix
     """
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.studies.prefix import as_runs
-    from digit.evaluation.studies.prefix import prefix as measure
+    from digit.evaluation.studies.prefix import as_runs, prefix
     from digit.evaluation.studies.sweep import parse_settings
 
     images, settings = open_images(data, split, num), parse_settings(fixed)
@@ -184,16 +157,14 @@ def prefix(
         run.check()  # now, and not after the reference was measured
     source = (data, split) if reference is None else (reference, reference_split)
     real = _open_reference(*source, metrics, batch_size, weights, backend, device)
-    measure(runs, images, real, out, given).save(out).show(out)
+    prefix(runs, images, real, out, given).save(out).show(out)
 
 
 def robustness(
     model: options.RequiredModel,
     reference: RealImages,
-    decoders: Annotated[
-        str | None, typer.Option(help="Kinds, comma separated; all of the model's if left out.")
-    ] = None,
-    rates: Annotated[str, typer.Option(help="Shares of replaced tokens, comma separated.")] = "0,0.05,0.1,0.2,0.3,0.5",
+    decoders: Annotated[str | None, option("Kinds, comma separated; all of the model's if left out.")] = None,
+    rates: Annotated[str, option("Shares of replaced tokens, comma separated.")] = "0,0.05,0.1,0.2,0.3,0.5",
     num: Images = 1000,
     fixed: Settings = None,
     metrics: Metrics = "fid",
@@ -213,7 +184,7 @@ def robustness(
     Example:  digit evaluate robustness cifar10 --num 1000 --reference cifar10-train.npz --out runs/robustness
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.robustness import robustness as measure
+    from digit.evaluation.studies.robustness import robustness
     from digit.evaluation.studies.sweep import parse_settings
 
     pipe = options.load(model, device, variant=variant)
@@ -221,4 +192,4 @@ def robustness(
     run.check()  # now, and not after the reference was measured
     kinds, shares = decoders.split(",") if decoders else [], options.numbers(rates, "--rates")
     real = _open_reference(reference, reference_split, metrics, batch_size, weights, backend, device)
-    measure(run, real, out, kinds, shares).save(out).show(out)
+    robustness(run, real, out, kinds, shares).save(out).show(out)

@@ -10,40 +10,28 @@ from typing import Annotated, Any
 import typer
 
 from digit.cli import options
+from digit.cli.options import argument, option
 from digit.core.errors import DigitError
+from digit.sampling.request import SETTINGS, SampleRequest
 
 
-@options.with_settings(
-    "steps", "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p",
-    "decoder_temperature", "decoder_top_k", "decoder_top_p", "decoder_steps",
-)  # fmt: skip
+@options.with_settings(*SETTINGS)
 def generate(
     model: options.Model = None,
     out: options.Out = Path("generated"),
     num: Annotated[int | None, options.num("How many images. Default: 64.")] = None,
     labels: options.RunLabels = None,
     labels_per_class: options.LabelsPerClass = None,
-    npz: Annotated[
-        Path | None, typer.Option(help="Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")
-    ] = None,
+    npz: Annotated[Path | None, option("Also pack all images into this .npz: arr_0, as ADM's evaluator reads.")] = None,
     seed: options.Seed = 0,
     decoder: options.Decoder = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Images at a time; does not change the results.")
-    ] = None,
-    save_tokens: Annotated[bool, typer.Option("--save-tokens", help="Also write tokens.npz.")] = False,
+    batch_size: Annotated[int | None, option("Images at a time; does not change the results.", min=1)] = None,
+    save_tokens: Annotated[bool, option("Also write tokens.npz.", "--save-tokens")] = False,
     compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Compile the sampling steps, or run plain PyTorch. Default: on a CPU a step in C++; else compile if "
-            "there is much to do.",
-        ),
+        bool | None, option("Compile sampling, or run plain PyTorch. Default: C++ on a CPU; else compile if it pays.")
     ] = None,
-    quantize: Annotated[
-        str | None, typer.Option(help="int8: narrow weights on a CPU; faster, tokens change slightly.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where --out holds another run.")] = False,
+    quantize: Annotated[str | None, option("int8: narrow weights on a CPU; faster, tokens change slightly.")] = None,
+    overwrite: Annotated[bool, option("Begin anew where --out holds another run.", "--overwrite")] = False,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     variant: options.Variant = None,
@@ -65,10 +53,10 @@ def generate(
 
     pipe = options.load(model, device, dtype, variant)
     try:
+        chosen = labels if labels == "random" else options.parse_labels(labels, pipe)
         record = generate_folder(
-            pipe, out, num, labels if labels == "random" else options.parse_labels(labels, pipe), seed, decoder,
-            batch_size,
-            save_tokens, compile, quantize, overwrite, labels_per_class, npz, **settings,
+            pipe, out, num, chosen, seed, decoder, batch_size, save_tokens, compile, quantize, overwrite,
+            labels_per_class, npz, **settings,
         )  # fmt: skip
     except KeyboardInterrupt:
         again = shlex.join(["digit", *(word for word in sys.argv[1:] if word != "--overwrite")])
@@ -91,15 +79,9 @@ def generate(
 def edit(
     model: options.RequiredModel,
     images: options.Images,
-    mask: Annotated[
-        Path | None, typer.Option(help="An image, white where to sample anew and black where to keep.")
-    ] = None,
-    prefix: Annotated[
-        int | None, typer.Option(min=0, help="Keep the first rows of tokens and continue from them.")
-    ] = None,
-    vary: Annotated[
-        float | None, typer.Option(help="Sample this fraction of the tokens anew, at random places.")
-    ] = None,
+    mask: Annotated[Path | None, option("An image, white where to sample anew and black where to keep.")] = None,
+    prefix: Annotated[int | None, option("Keep the first rows of tokens and continue from them.", min=0)] = None,
+    vary: Annotated[float | None, option("Sample this fraction of the tokens anew, at random places.")] = None,
     out: options.Out = Path("edited"),
     num: Annotated[int, options.num("Results for each image.")] = 4,
     labels: options.Labels = None,
@@ -122,7 +104,6 @@ def edit(
       digit edit cifar10 cat.png --vary 0.3 --out variations
     """
     from digit.pipeline.editing import edit_images
-    from digit.sampling.request import SampleRequest
 
     if sum(way is not None for way in (mask, prefix, vary)) != 1:
         raise DigitError(
@@ -159,7 +140,7 @@ def tokenize(
 
 def decode(
     model: options.RequiredModel,
-    tokens: Annotated[Path, typer.Argument(help="A file made by digit tokenize, or by digit generate --save-tokens.")],
+    tokens: Annotated[Path, argument("A file made by digit tokenize, or by digit generate --save-tokens.")],
     out: options.Out = Path("decoded"),
     seed: options.Seed = 0,
     decoder: options.Decoder = None,

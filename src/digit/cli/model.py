@@ -8,25 +8,23 @@ from typing import Annotated
 import typer
 
 from digit.cli import options
+from digit.cli.options import argument, option
 
 Part = Path | None
 
 
 def assemble(
     out: Annotated[Path, options.out("The model folder to write.")],
-    encoder: Annotated[Part, typer.Option(help="Encoder: a folder made by digit train encoder (or convert).")] = None,
-    codebook: Annotated[Part, typer.Option(help="Codebook: a folder made by digit fit-codebook.")] = None,
-    vqgan: Annotated[Part, typer.Option(help="VQGAN: a folder made by digit train vqgan (or convert).")] = None,
-    prior: Annotated[Part, typer.Option(help="Prior: a folder made by digit train prior.")] = None,
-    decoder: Annotated[list[str] | None, typer.Option(help="Decoder, or rae:SOURCE; for several kinds.")] = None,
-    base: Annotated[str | None, typer.Option(help="A model whose other parts are taken over.")] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the model; by default the folder's.")] = None,
-    class_names: Annotated[str | None, typer.Option(help="Class names, comma separated.")] = None,
-    default: Annotated[
-        list[str] | None,
-        typer.Option(help="A default of sampling, such as prior.cfg_scale=1.5 or ar.top_p=0.9; repeatable."),
-    ] = None,
-    default_decoder: Annotated[str | None, typer.Option(help="Kind of decoder used when none is asked for.")] = None,
+    encoder: Annotated[Part, option("Encoder: a folder made by digit train encoder (or convert).")] = None,
+    codebook: Annotated[Part, option("Codebook: a folder made by digit fit-codebook.")] = None,
+    vqgan: Annotated[Part, option("VQGAN: a folder made by digit train vqgan (or convert).")] = None,
+    prior: Annotated[Part, option("Prior: a folder made by digit train prior.")] = None,
+    decoder: Annotated[list[str] | None, option("Decoder, or rae:SOURCE; for several kinds.")] = None,
+    base: Annotated[str | None, option("A model whose other parts are taken over.")] = None,
+    name: Annotated[str | None, option("Name of the model; by default the folder's.")] = None,
+    class_names: Annotated[str | None, option("Class names, comma separated.")] = None,
+    default: Annotated[list[str] | None, option("A default, such as prior.cfg_scale=1.5; may be repeated.")] = None,
+    default_decoder: Annotated[str | None, option("Kind of decoder used when none is asked for.")] = None,
     dtype: options.StoredDtype = "float32",
 ) -> None:
     """Put trained parts together to one model folder. Parts may be missing: encoder + codebook + VQGAN are enough for
@@ -39,13 +37,12 @@ def assemble(
     Example:  digit assemble --base runs/model --default prior.cfg_scale=1.5 --dtype fp16 --out small
     """
     from digit.core.devices import pick_dtype
-    from digit.pipeline.assembly import assemble as put_together
-    from digit.pipeline.assembly import with_defaults
+    from digit.pipeline.assembly import assemble, with_defaults
 
     names = None if class_names is None else [n.strip() for n in class_names.split(",")]
-    pipe = put_together(encoder, codebook, vqgan, prior, decoder or [], base, name or out.resolve().name, names)
+    pipe = assemble(encoder, codebook, vqgan, prior, decoder or [], base, name or out.resolve().name, names)
     pipe = with_defaults(pipe, default or [], default_decoder)
-    pipe.save_pretrained(out, None if (stored := pick_dtype(dtype)).itemsize == 4 else stored)
+    pipe.save_pretrained(out, pick_dtype(dtype))
     typer.echo(f"{pipe!r}")
     typer.echo(f"Saved: {out}")
 
@@ -53,7 +50,7 @@ def assemble(
 def info(
     model: options.Model = None,
     variant: options.Variant = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images at a time, for the memory estimate.")] = 1,
+    batch: Annotated[int, option("Images at a time, for the memory estimate.", min=1)] = 1,
 ) -> None:
     """Show the parts of a model: sizes, presets, where they come from, and the memory that sampling needs.
 
@@ -67,15 +64,12 @@ def info(
 
 
 def card(
-    model: Annotated[Path, typer.Argument(help="A model folder; its README.md and index are written anew.")],
+    model: Annotated[Path, argument("A model folder; its README.md and index are written anew.")],
     results: Annotated[
-        list[Path] | None,
-        typer.Option(help="Measurements of this model: a folder or a JSON file of digit evaluate; may be repeated."),
+        list[Path] | None, option("Of this model: a folder or a JSON file of digit evaluate; may be repeated.")
     ] = None,
-    license: Annotated[
-        str | None, typer.Option(help="Of the weights, by the Hub's identifier, such as mit or cc-by-4.0.")
-    ] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Hub id of the training data; may be repeated.")] = None,
+    license: Annotated[str | None, option("Of the weights, by the Hub's identifier, such as mit or cc-by-4.0.")] = None,
+    data: Annotated[list[str] | None, option("Hub id of the training data; may be repeated.")] = None,
 ) -> None:
     """Write the card of a model: what it is, its parts and training, what was measured, licence, whom to cite.
 
@@ -95,18 +89,12 @@ def card(
 
 def push(
     model: options.RequiredModel,
-    repository: Annotated[str, typer.Argument(help="Where to: OWNER/NAME; made if it does not exist.")],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make a new repository readable by its owner alone.")
-    ] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch to write to, made if it does not exist. Default: main.")
-    ] = None,
-    variant: Annotated[
-        str | None, typer.Option(help="Folder of the repository, for one that holds several models.")
-    ] = None,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Propose the change as a pull request.")] = False,
+    repository: Annotated[str, argument("Where to: OWNER/NAME; made if it does not exist.")],
+    private: Annotated[bool, option("Make a new repository readable by its owner alone.", "--private")] = False,
+    revision: Annotated[str | None, option("Branch to write to, made if it does not exist. Default: main.")] = None,
+    variant: Annotated[str | None, option("Folder of the repository, for one that holds several models.")] = None,
+    message: Annotated[str | None, option("Of the commit.", "--message", "-m")] = None,
+    create_pr: Annotated[bool, option("Propose the change as a pull request.", "--create-pr")] = False,
 ) -> None:
     """Publish a model on the Hub, as one commit. The token is the one of hf auth login, or $HF_TOKEN.
 
@@ -123,10 +111,8 @@ def push(
 
 def tour(
     out: Annotated[Path, options.out("Folder for the models and images.")] = Path("runs/tour"),
-    data: Annotated[
-        Path | None, typer.Option(help="A dataset made by digit data; CIFAR-10 is built if left out.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    data: Annotated[Path | None, option("A dataset made by digit data; CIFAR-10 is built if left out.")] = None,
+    seed: options.Seed = 0,
 ) -> None:
     """Take raw photographs through every stage at a small preset: encoder, codebook, VQGAN, tokens, prior, decoders,
     images.

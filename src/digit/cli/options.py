@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,11 +61,6 @@ def _starting(incomplete: str, words: Iterable[str]) -> list[str]:
     return [word for word in words if word.startswith(incomplete)]
 
 
-def complete(*words: str) -> Callable[[str], list[str]]:
-    """Completion from a list."""
-    return lambda incomplete: _starting(incomplete, words)
-
-
 def complete_presets(incomplete: str) -> list[str]:
     """Completion of packaged presets."""
     return _starting(incomplete, preset_names())
@@ -73,73 +69,67 @@ def complete_presets(incomplete: str) -> list[str]:
 # ---- options ---------------------------------------------------------------------------------------------------------
 
 
+def option(help: str, *names: str, words: Sequence[str] = (), **how: Any) -> Any:
+    """An option, its help first; ``words`` complete it in the shell, and ``how`` is Typer's."""
+    if words:
+        how["autocompletion"] = lambda incomplete: _starting(incomplete, words)
+    return typer.Option(*names, help=help, **how)
+
+
+def argument(help: str, **how: Any) -> Any:
+    """An argument, its help first."""
+    return typer.Argument(help=help, **how)
+
+
 def out(help: str) -> Any:
     """``--out``, ``-o``."""
-    return typer.Option("--out", "-o", help=help)
+    return option(help, "--out", "-o")
 
 
 def num(help: str, least: int = 1) -> Any:
     """``--num``, ``-n``."""
-    return typer.Option("--num", "-n", min=least, help=help)
+    return option(help, "--num", "-n", min=least)
 
 
 def changes(help: str) -> Any:
     """``--set``, which may be repeated."""
-    return typer.Option("--set", help=f"{help}; may be repeated.")
+    return option(f"{help}; may be repeated.", "--set")
 
 
-def _dtype_option(help: str) -> Any:
+def _dtype(help: str) -> Any:
     names = ("float32", "bfloat16", "float16")
-    return typer.Option(help=f"{help}: {', '.join(names)} (or fp32, bf16, fp16).", autocompletion=complete(*names))
+    return option(f"{help}: {', '.join(names)} (or fp32, bf16, fp16).", words=names)
+
+
+def _classes(other: str = "") -> Any:
+    words = f'Classes by number or name, comma separated, taken in turns;{other} or "none". Default: all.'
+    return option(words, autocompletion=_labels)
 
 
 _MODEL = "A model folder, a Hub id, or the name of a packaged model"
-Model = Annotated[str | None, typer.Argument(help=f"{_MODEL}; the packaged one if left out.", autocompletion=_models)]
-RequiredModel = Annotated[str, typer.Argument(help=f"{_MODEL}.", autocompletion=_models)]
-Images = Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")]
+Model = Annotated[str | None, argument(f"{_MODEL}; the packaged one if left out.", autocompletion=_models)]
+RequiredModel = Annotated[str, argument(f"{_MODEL}.", autocompletion=_models)]
+Images = Annotated[list[Path], argument("Image files, or folders of them.")]
 Out = Annotated[Path, out("Folder for the results.")]
-Data = Annotated[
-    str, typer.Option("--data", help="Images: a dataset made by digit data, a folder, tar shards, or a Hub id.")
-]
-Split = Annotated[str, typer.Option(help="Split of the images.")]
+Data = Annotated[str, option("Images: a dataset made by digit data, a folder, tar shards, or a Hub id.", "--data")]
+Split = Annotated[str, option("Split of the images.")]
 Num = Annotated[int | None, num("How many images, spread over the dataset; all if left out.", 2)]
-Labels = Annotated[
-    str | None,
-    typer.Option(
-        help='Classes by number or name, comma separated, taken in turns; or "none". Default: all.',
-        autocompletion=_labels,
-    ),
-]
-RunLabels = Annotated[
-    str | None,
-    typer.Option(
-        help='Classes by number or name, comma separated, taken in turns; "random"; or "none". Default: all.',
-        autocompletion=_labels,
-    ),
-]
-LabelsPerClass = Annotated[int | None, typer.Option(min=1, help="So many images of each class: balanced labels.")]
-Seed = Annotated[int, typer.Option(min=0, help="Image i of a seed is always the same image.")]
-Decoder = Annotated[
-    str | None,
-    typer.Option(help="Kind of decoder: ar, masked, onepass, rae. Default: the model's.", autocompletion=_decoders),
-]
+Labels = Annotated[str | None, _classes()]
+RunLabels = Annotated[str | None, _classes(' "random";')]
+LabelsPerClass = Annotated[int | None, option("So many images of each class: balanced labels.", min=1)]
+Seed = Annotated[int, option("Image i of a seed is always the same image.", min=0)]
+Decoder = Annotated[str | None, option("ar, masked, onepass or rae. Default: the model's.", autocompletion=_decoders)]
 Device = Annotated[
     str | None,
-    typer.Option(
-        help="cpu, cuda, cuda:1, mps ... Default: auto, a GPU if there is one.",
-        autocompletion=complete("auto", "cpu", "cuda", "mps"),
-    ),
+    option("cpu, cuda, cuda:1, mps ... Default: auto, a GPU if there is one.", words=("auto", "cpu", "cuda", "mps")),
 ]
-Dtype = Annotated[str, _dtype_option("Compute dtype")]
-StoredDtype = Annotated[str, _dtype_option("Dtype of the stored weights")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time; does not change the results.")]
-Workers = Annotated[int, typer.Option(min=0, help="Threads that read and crop images.")]
-Variant = Annotated[str | None, typer.Option(help="Which model of a Hub repository with several.")]
-Weights = Annotated[str, typer.Option(help="InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
-Backend = Annotated[
-    str,
-    typer.Option(help="What runs Inception: auto, torch or onnx.", autocompletion=complete("auto", "torch", "onnx")),
-]
+Dtype = Annotated[str, _dtype("Compute dtype")]
+StoredDtype = Annotated[str, _dtype("Dtype of the stored weights")]
+BatchSize = Annotated[int, option("Images at a time; does not change the results.", min=1)]
+Workers = Annotated[int, option("Threads that read and crop images.", min=0)]
+Variant = Annotated[str | None, option("Which model of a Hub repository with several.")]
+Weights = Annotated[str, option("InceptionV3 weights: auto, public, a file, or hf://OWNER/NAME/FILE.")]
+Backend = Annotated[str, option("What runs Inception: auto, torch or onnx.", words=("auto", "torch", "onnx"))]
 
 
 def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -148,13 +138,9 @@ def with_settings(*names: str) -> Callable[[Callable[..., None]], Callable[..., 
     def extend(command: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(command, eval_str=True).parameters.values()
         own = [parameter for parameter in parameters if parameter.name != "settings"]
+        only = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY, default=None)
         options = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=Annotated[kind | None, typer.Option(help=help)],
-            )
+            only(name, annotation=Annotated[kind | None, option(help)])
             for name, kind, help in sampling_settings(*names)
         ]
         command.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
@@ -178,14 +164,13 @@ def load(
 
     if device in (None, "auto") and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"  # one device for each process, as torchrun numbers them
-    where = pick_device(device)
-    kind = pick_dtype(dtype)
-    return DigitPipeline.from_pretrained(model, variant=variant).to(where, None if kind == torch.float32 else kind)
+    where, kind = pick_device(device), pick_dtype(dtype)
+    return DigitPipeline.from_pretrained(model, variant=variant, torch_dtype=kind, device=where)
 
 
 def parse_labels(text: str | None, pipe: DigitPipeline) -> list[int] | None:
     """Classes by number or name, such as "3,5", "cat,ship" or "none", to numbers, -1 for none."""
-    return None if text is None else [pipe.class_number(word.strip()) for word in text.split(",")]
+    return None if text is None else pipe.class_numbers([word.strip() for word in text.split(",")])
 
 
 def numbers(text: str, option: str) -> list[float]:

@@ -6,18 +6,15 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.table import Table
+from rich.table import Column, Table
 
 from digit.cli import options
+from digit.cli.options import argument
 from digit.core.config import load_preset, preset_names, preset_summary
 from digit.core.progress import console
 
-Name = Annotated[
-    str | None, typer.Argument(help="Name of a preset, or a YAML file.", autocompletion=options.complete_presets)
-]
-Other = Annotated[
-    str | None, typer.Argument(help="A second one to compare it with.", autocompletion=options.complete_presets)
-]
+Name = Annotated[str | None, argument("Name of a preset, or a YAML file.", autocompletion=options.complete_presets)]
+Other = Annotated[str | None, argument("A second one to compare it with.", autocompletion=options.complete_presets)]
 
 
 def presets(name: Name = None, other: Other = None) -> None:
@@ -31,9 +28,8 @@ def presets(name: Name = None, other: Other = None) -> None:
       digit presets imagenet256-base imagenet256-large
     """
     if name is None:
-        table = Table(box=None, pad_edge=False)
-        for title in ("preset", "for", "what it is"):
-            table.add_column(title, no_wrap=title != "what it is")
+        columns = (Column("preset", no_wrap=True), Column("for", no_wrap=True), "what it is")
+        table = Table(*columns, box=None, pad_edge=False)
         for group, made_for in (("", None), ("ablations", "ablation")):
             for each in preset_names(group):
                 component = made_for or str(load_preset(each, group=group)["component"])
@@ -45,9 +41,8 @@ def presets(name: Name = None, other: Other = None) -> None:
         typer.echo(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), nl=False)
         return
     mine, theirs = _lines(values), _lines(_load(other))
-    table = Table(box=None, pad_edge=False)
-    for title in ("setting", name, other):
-        table.add_column(title, overflow="fold")
+    headings = (Column(title, overflow="fold") for title in ("setting", name, other))
+    table = Table(*headings, box=None, pad_edge=False)
     for path in dict.fromkeys([*mine, *theirs]):
         if mine.get(path) != theirs.get(path):
             table.add_row(path, mine.get(path, "-"), theirs.get(path, "-"))

@@ -7,29 +7,20 @@ from typing import Annotated
 import typer
 
 from digit.cli import options
+from digit.cli.options import option
 from digit.core.errors import DigitError, require
 
 
 def serve(
     model: options.Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = 7860,
-    auth: Annotated[
-        str | None,
-        typer.Option(envvar="DIGIT_AUTH", help="USER:PASSWORD that visitors must give. Default: nobody is asked."),
-    ] = None,
-    share: Annotated[
-        bool,
-        typer.Option(
-            "--share", help="Also get a public address, through Gradio's tunnel; needs --auth and the extra share."
-        ),
-    ] = False,
-    waiting: Annotated[
-        int, typer.Option(min=0, help="Requests in the queue; more are told that the server is busy.")
-    ] = 64,
-    max_pictures: Annotated[int, typer.Option(min=1, help="Images per request.")] = 16,
-    max_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may run.")] = 120.0,
-    max_upload: Annotated[int, typer.Option(min=1, help="MiB of an uploaded image.")] = 10,
+    host: Annotated[str, option("Address to listen on; 0.0.0.0 is open to the network.")] = "127.0.0.1",
+    port: Annotated[int, option("0 takes any that is free.", min=0, max=65535)] = 7860,
+    auth: Annotated[str | None, option("USER:PASSWORD asked of visitors. Default: none.", envvar="DIGIT_AUTH")] = None,
+    share: Annotated[bool, option("A public address too, by Gradio's tunnel; needs --auth.", "--share")] = False,
+    waiting: Annotated[int, option("Requests in the queue; more are told that the server is busy.", min=0)] = 64,
+    max_pictures: Annotated[int, option("Images per request.", min=1)] = 16,
+    max_seconds: Annotated[float, option("Seconds that a request may run.", min=0.1)] = 120.0,
+    max_upload: Annotated[int, option("MiB of an uploaded image.", min=1)] = 10,
     dtype: options.Dtype = "float32",
     device: options.Device = None,
     variant: options.Variant = None,
@@ -53,8 +44,7 @@ def serve(
     require("fastapi_offline", "web", "digit serve")
     if share:
         require("gradio", "share", "--share")
-    from digit.web.app import LOCAL, make_app
-    from digit.web.app import serve as run
+    from digit.web.app import LOCAL, make_app, serve
     from digit.web.schema import Limits
     from digit.web.service import Service, open_atlas
 
@@ -70,7 +60,7 @@ def serve(
     service = Service(pipe, limits, open_atlas(folder, pipe))
     user, _, password = (auth or "").partition(":")
     hosts = LOCAL if local and not share else None
-    run(make_app(service, (user, password) if auth else None, hosts), host, port, share)
+    serve(make_app(service, (user, password) if auth else None, hosts), host, port, share)
 
 
 def atlas(
@@ -78,7 +68,7 @@ def atlas(
     data: options.Data,
     split: options.Split = "train",
     num: Annotated[int, options.num("How many images to look through, spread over the dataset.")] = 5000,
-    each: Annotated[int, typer.Option(min=1, help="Patches a cluster.")] = 8,
+    each: Annotated[int, option("Patches a cluster.", min=1)] = 8,
     device: options.Device = None,
 ) -> None:
     """Find what each cluster looks like: the patches of real images nearest to its centroid. The page of digit serve

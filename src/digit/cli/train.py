@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from digit.cli import options
+from digit.cli.options import argument, option
 from digit.core.errors import DigitError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -27,48 +28,32 @@ _NEXT = {
 
 
 def fit_codebook(
-    encoder: Annotated[str, typer.Option(help="A folder (a training run too), a checkpoint file, or a Hub id.")],
+    encoder: Annotated[str, option("A folder (a training run too), a checkpoint file, or a Hub id.")],
     data: options.Data,
-    clusters: Annotated[int, typer.Option("--clusters", "-k", min=1, help="Tokens in the vocabulary, K.")],
+    clusters: Annotated[int, option("Tokens in the vocabulary, K.", "--clusters", "-k", min=1)],
     out: Annotated[Path, options.out("The codebook folder to write.")],
     split: options.Split = "train",
-    images: Annotated[int | None, typer.Option(min=1, help="Use this many random images; all if left out.")] = None,
-    random_crops: Annotated[
-        bool,
-        typer.Option("--random-crops", help="Random crops and horizontal flips, as the paper did; else center crops."),
-    ] = False,
-    iterations: Annotated[int, typer.Option(min=1, help="Of k-means; the paper: 20.")] = 20,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Of the choice of images and vectors, and of the first centroids.")
-    ] = 0,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Images at a time; changes the result of mini-batches only.")
-    ] = 64,
+    images: Annotated[int | None, option("Use this many random images; all if left out.", min=1)] = None,
+    random_crops: Annotated[bool, option("Random crops and flips, as the paper did.", "--random-crops")] = False,
+    iterations: Annotated[int, option("Of k-means; the paper: 20.", min=1)] = 20,
+    seed: Annotated[int, option("Of the choice of images and vectors, and of the first centroids.", min=0)] = 0,
+    batch_size: Annotated[int, option("Images at a time; changes the result of mini-batches only.", min=1)] = 64,
     backend: Annotated[  # noqa: ARG001
         Literal["faiss", "torch"] | None,
-        typer.Option(hidden=True, help="Of the first edition, without effect: torch computes k-means."),
+        option("Of the first edition, without effect: torch computes k-means.", hidden=True),
     ] = None,
     kind: Annotated[
         Literal["kmeans", "spherical", "pca", "residual", "fsq"],
-        typer.Option(
-            help="k-means; of directions; in the space of principal components; of residuals, several tokens a place; "
-            "or a grid of at most --clusters points over few components (FSQ)."
-        ),
+        option("k-means; of directions, principal components or residuals (several tokens a place); fsq: a grid."),
     ] = "kmeans",
-    pca: Annotated[
-        int | None, typer.Option(min=1, help="Fit in the space of so many principal components; not of kind fsq.")
-    ] = None,
-    depth: Annotated[int, typer.Option(min=1, help="Tokens a place of kind residual.")] = 4,
+    pca: Annotated[int | None, option("Fit in the space of so many principal components; not for fsq.", min=1)] = None,
+    depth: Annotated[int, option("Tokens a place of kind residual.", min=1)] = 4,
     mode: Annotated[
         Literal["sample", "whole", "mini-batch"],
-        typer.Option(
-            help="sample: of 256 vectors per token. whole: each iteration reads all images again. mini-batch: so it "
-            "does, and the centroids move after every batch."
-        ),
+        option("sample: of 256 vectors per token. whole: all images in each iteration. mini-batch: of each batch."),
     ] = "sample",
     start: Annotated[
-        Literal["k-means++", "random"],
-        typer.Option(help="First centroids: random vectors, as in the paper; k-means++ takes much longer."),
+        Literal["k-means++", "random"], option("First centroids; random as in the paper, k-means++ takes much longer.")
     ] = "random",
     workers: options.Workers = 2,
     device: options.Device = None,
@@ -85,7 +70,7 @@ def fit_codebook(
     import numpy as np
 
     from digit.clustering.discretisers import Discretisation
-    from digit.clustering.kmeans import fit_codebook as fit
+    from digit.clustering.kmeans import fit_codebook
     from digit.clustering.streams import PassSampler, process_group
     from digit.core.devices import pick_device
     from digit.core.transforms import Transform
@@ -110,7 +95,7 @@ def fit_codebook(
             sampler = PassSampler(len(dataset), batch_size, seed, number, rank, world)
             return Batches(dataset, sampler, transform, seed=seed, workers=workers)
 
-        codebook = fit(
+        codebook = fit_codebook(
             network, passes, clusters, discretiser=Discretisation(kind=kind, pca=pca, depth=depth), mode=mode,
             start=start,
             seed=seed, iterations=iterations, device=place, total=len(dataset), provenance=facts, show=rank == 0,
@@ -130,22 +115,16 @@ def fit_codebook(
 
 
 def cache_tokens(
-    model: Annotated[str, typer.Option(help="A model with encoder and codebook, a VQGAN, or all; see digit assemble.")],
+    model: Annotated[str, option("A model with encoder and codebook, a VQGAN, or all; see digit assemble.")],
     data: options.Data,
     out: Annotated[Path, options.out("The cache folder; one that was begun is finished.")],
     split: options.Split = "train",
-    flip: Annotated[bool, typer.Option(help="Cache the horizontal flip of the center crop too.")] = True,
-    crops: Annotated[
-        int, typer.Option(min=0, help="Random crops of each image besides; the paper cropped anew in every epoch.")
-    ] = 0,
-    crop: Annotated[
-        Literal["random", "random-resized"], typer.Option(help="random: anywhere. random-resized: of varying size too.")
-    ] = "random",
-    seed: Annotated[int, typer.Option(min=0, help="Of the random crops.")] = 0,
+    flip: Annotated[bool, option("Cache the horizontal flip of the center crop too.")] = True,
+    crops: Annotated[int, option("Random crops of each image besides; the paper: new ones in each epoch.", min=0)] = 0,
+    crop: Annotated[Literal["random", "random-resized"], option("random-resized: of varying size too.")] = "random",
+    seed: Annotated[int, option("Of the random crops.", min=0)] = 0,
     batch_size: options.BatchSize = 64,
-    shard_size: Annotated[
-        int, typer.Option(min=1, help="Images per shard; a shard is written whole or not at all.")
-    ] = 8192,
+    shard_size: Annotated[int, option("Images per shard; a shard is written whole or not at all.", min=1)] = 8192,
     workers: options.Workers = 2,
     device: options.Device = None,
 ) -> None:
@@ -153,24 +132,15 @@ def cache_tokens(
 
     Several processes share the work when they are started by torchrun or accelerate launch.
 
-    Example:  digit cache-tokens --model runs/tokenizers --data data/cifar10 --out runs/tokens
-
     Example:  digit cache-tokens --model runs/tokenizers --data data/photos --crops 8 --device cuda --out runs/tokens
     """
     from digit.data.dataset import open_dataset
     from digit.data.token_cache import Views, build_token_cache
 
-    cache = build_token_cache(
-        options.load(model, device),
-        open_dataset(data, split),
-        out,
-        Views(flip=flip, crops=crops, crop=crop, seed=seed),
-        batch_size=batch_size,
-        shard_size=shard_size,
-        workers=workers,
-        rank=_rank(),
-        world=_world(),
-    )
+    views = Views(flip=flip, crops=crops, crop=crop, seed=seed)
+    (rank, world), pipe, images = _process(), options.load(model, device), open_dataset(data, split)
+    how = {"batch_size": batch_size, "shard_size": shard_size, "workers": workers, "rank": rank, "world": world}
+    cache = build_token_cache(pipe, images, out, views, **how)
     if cache is None:
         typer.echo(f"This process has made its shards; others are still at work: {out}")
     else:
@@ -181,48 +151,28 @@ def cache_tokens(
 
 
 def train(
-    component: Annotated[Literal["encoder", "vqgan", "prior", "decoder"], typer.Argument(help="What to train.")],
+    component: Annotated[Literal["encoder", "vqgan", "prior", "decoder"], argument("What to train.")],
     out: Annotated[Path, options.out("The run's folder: config, checkpoints, metrics, and the model.")],
     preset: Annotated[
         str | None,
-        typer.Option(
-            "--preset", "-p", autocompletion=options.complete_presets, help="Name of a preset, or a YAML file."
-        ),
+        option("Name of a preset, or a YAML file.", "--preset", "-p", autocompletion=options.complete_presets),
     ] = None,
     data: Annotated[
-        str | None,
-        typer.Option(help="Encoder, VQGAN, feed-forward decoder: a dataset. Others: a token cache."),
+        str | None, option("Of encoder, VQGAN, feed-forward decoder a dataset; else a token cache.")
     ] = None,
-    settings: Annotated[
-        list[str] | None,
-        options.changes("Change a field of the preset, such as training.steps=1000"),
-    ] = None,
+    settings: Annotated[list[str] | None, options.changes("Change a field of the preset: training.steps=1000")] = None,
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on from the newest checkpoint in OUT; preset, data and --set are the run's own."
-        ),
+        bool, option("Go on from the newest checkpoint in OUT; preset, data and --set are the run's own.", "--resume")
     ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A model whose VQGAN shows samples; a feed-forward decoder is trained on its tokens."),
-    ] = None,
-    start: Annotated[
-        str | None,
-        typer.Option("--from", help="Begin with a saved part of the kind: given it, its run, or a whole model."),
-    ] = None,
+    model: Annotated[str | None, option("Its VQGAN shows samples; its tokens train a feed-forward decoder.")] = None,
+    start: Annotated[str | None, option("Begin with a saved part: it, its run, or a whole model.", "--from")] = None,
     freeze: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --from, what stays as it is: embeddings, classes, blocks, blocks:N (the first N), head; of a "
-            "VQGAN, tokens."
-        ),
+        list[str] | None, option("With --from, kept: embeddings, classes, blocks, blocks:N, head; of a VQGAN, tokens.")
     ] = None,
     lora: Annotated[
-        int,
-        typer.Option(min=0, help="With --from, train changes of this rank instead of the weights (LoRA); 0 is off."),
+        int, option("With --from, train changes of this rank instead of the weights (LoRA); 0 is off.", min=0)
     ] = 0,
-    workers: Annotated[int | None, typer.Option(min=0, help="Data loading threads; default: the preset's.")] = None,
+    workers: Annotated[int | None, option("Data loading threads; default: the preset's.", min=0)] = None,
     device: options.Device = None,
 ) -> None:
     """Train a part of the pipeline. Ctrl-C or SIGTERM saves a checkpoint, and prints the command that goes on exactly.
@@ -241,8 +191,7 @@ def train(
     """
     from digit.training.build import request_for
     from digit.training.finetune import FineTune
-    from digit.training.loop import Interrupted
-    from digit.training.loop import train as run
+    from digit.training.loop import Interrupted, train
 
     changes = [*(settings or []), *([] if workers is None else [f"training.workers={workers}"])]
     if start is None and (freeze or lora):
@@ -252,13 +201,14 @@ def train(
     task, config = request.build()
     extend = resume and any(change.startswith(("training.steps=", "training.epochs=")) for change in changes)
     try:
-        run(task, config, out, resume=resume, device=device, request=request, extend=extend)
+        train(task, config, out, resume=resume, device=device, request=request, extend=extend)
     except Interrupted as stop:
-        launcher = "digit" if _world() == 1 else f"torchrun --nproc_per_node {_world()} -m digit"
+        world = _process()[1]
+        launcher = "digit" if world == 1 else f"torchrun --nproc_per_node {world} -m digit"
         again = [component, "--resume", "--out", str(out), *(["--device", device] if device else [])]
         typer.echo(f"{stop} Go on with: {launcher} train {shlex.join(again)}", err=True)
         raise typer.Exit(stop.exit_code) from None
-    if _rank() == 0:
+    if _process()[0] == 0:
         _close(out, request)
 
 
@@ -302,11 +252,6 @@ def _next(component: str, out: Path, **given: str) -> str:
     return _NEXT[component].format(**quoted, beside=shlex.quote(f"{out.parent}{os.sep}") if out.parent.name else "")
 
 
-def _rank() -> int:
-    """Number of this process, as torchrun and accelerate launch say."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def _world() -> int:
-    """How many processes they started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _process() -> tuple[int, int]:
+    """Number of this process, and how many there are, as torchrun and accelerate launch say."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -64,10 +64,8 @@ _DINOV2 = {
 
 def read_backbone(source: str | Path | Mapping[str, Any]) -> tuple[Keys, str]:
     """The backbone's tensors of an original checkpoint (its file, or what that holds), without wrappers and prefixes,
-    chunked blocks flattened; and the family they look like.
-
-    Raises:
-        DigitError: damaged, hostile, or no vision transformer; the message names the file and the reason.
+    chunked blocks flattened; and the family they look like. DigitError: damaged, hostile, or no vision transformer; the
+    message names the file and the reason.
     """
     where = "the checkpoint" if isinstance(source, Mapping) else str(source)
     state = source if isinstance(source, Mapping) else read_torch_file(source)
@@ -119,13 +117,8 @@ def _guess_family(tensors: Mapping[str, Any], wrapper: str, prefix: str) -> str:
 
 
 def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component:
-    """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out.
-
-    Args:
-        keys: the backbone's tensors: of :func:`read_backbone`, or ``keys.under("pretrained_encoder.")`` of a
-            checkpoint. The caller calls their ``check()``.
-        heads: attention heads; None takes width / 64, as every published DINOv2 has.
-        fields: of :class:`~digit.encoders.transformers_encoder.EncoderConfig`, where they are not the authors'.
+    """DINOv2 as DiGIT's authors use it, ready to be written; blocks after the layer are left out. See
+    :func:`convert_backbone`; ``fields`` of the config are given where they are not the authors'.
     """
     hf_config, parts, facts = convert_backbone(keys, "dinov2", heads)
     config = EncoderConfig(hf_config=hf_config, **{"positions": "dinov2-offset", **fields})
@@ -135,18 +128,13 @@ def encoder_component(keys: Keys, heads: int | None, **fields: Any) -> Component
 
 
 def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[str, Any], Parts, dict[str, Any]]:
-    """An original state dict as a `transformers` config and tensors by their names on the Hub.
+    """An original state dict as a `transformers` config ("model_type" and fields), tensors by their names on the Hub,
+    and facts to keep with the encoder. DigitError: sizes cannot be read, or are not those of the family.
 
     Args:
-        keys: of :func:`read_backbone`. What does not fit is noted there: the caller calls its ``check()``.
+        keys: the backbone's tensors. What does not fit is noted there: the caller calls its ``check()``.
         family: one of :data:`FAMILY_NAMES`.
         heads: attention heads; None takes :func:`default_heads`.
-
-    Returns:
-        the config ("model_type" and fields), the tensors, and facts to keep with the encoder.
-
-    Raises:
-        DigitError: sizes cannot be read, or are not those of the family.
     """
     if family not in FAMILY_NAMES:
         raise DigitError(f"family='{family}' was given; known are {', '.join(FAMILY_NAMES)}.")
@@ -165,7 +153,7 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
     heads = heads or default_heads(family, dim, keys.where)
     if dim % heads:
         raise DigitError(f"heads={heads} does not divide the width {dim} of the encoder in {keys.where}.")
-    hf_config = {
+    hf_config: dict[str, Any] = {
         "model_type": "vit",
         "hidden_size": dim,
         "num_hidden_layers": depth,
@@ -175,8 +163,16 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
         "layer_norm_eps": 1e-6,
         "qkv_bias": bias,
         "hidden_act": "gelu",
-        **(_dinov2_fields(keys.where, dim, hidden, registers, swiglu) if dinov2 else {"intermediate_size": hidden}),
     }
+    if dinov2:  # a gated MLP keeps two thirds of the plain one's width, rounded up to a multiple of 8
+        ratio = 4 if swiglu else hidden // dim
+        expected = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else dim * ratio
+        if hidden != expected:
+            raise DigitError(f"{keys.where} is not DINOv2's network: its MLP is {hidden} wide, expected {expected}.")
+        hf_config |= {"model_type": "dinov2", "mlp_ratio": ratio, "use_swiglu_ffn": swiglu}
+        hf_config |= {"model_type": "dinov2_with_registers", "num_register_tokens": registers} if registers else {}
+    else:
+        hf_config["intermediate_size"] = hidden
     outer: dict[str, tuple[str, tuple[int, ...]]] = {
         "embeddings.cls_token": ("cls_token", (1, 1, dim)),
         "embeddings.position_embeddings": ("pos_embed", (1, 1 + side**2, dim)),
@@ -200,9 +196,7 @@ def convert_backbone(keys: Keys, family: str, heads: int | None) -> tuple[dict[s
 
 def default_heads(family: str, dim: int, where: str) -> int:
     """Heads of the published network of this width: width / 64, but for MoCo v3's ViT-S and for So400m, H, g and G.
-
-    Raises:
-        DigitError: the width is not a multiple of 64; heads must then be given.
+    DigitError: the width is not a multiple of 64; heads must then be given.
     """
     if dim in (1152, 1280, 1408, 1664):
         return 16
@@ -214,16 +208,6 @@ def default_heads(family: str, dim: int, where: str) -> int:
             "give heads= (--heads)."
         )
     return dim // 64
-
-
-def _dinov2_fields(where: str, dim: int, hidden: int, registers: int, swiglu: bool) -> dict[str, Any]:
-    # a gated MLP keeps two thirds of the plain one's width, rounded up to a multiple of 8
-    ratio = 4 if swiglu else hidden // dim
-    expected = (int(dim * ratio * 2 / 3) + 7) // 8 * 8 if swiglu else dim * ratio
-    if hidden != expected:
-        raise DigitError(f"{where} is not DINOv2's network: its MLP is {hidden} wide, expected {expected}.")
-    fields = {"model_type": "dinov2", "mlp_ratio": ratio, "use_swiglu_ffn": swiglu}
-    return {**fields, "model_type": "dinov2_with_registers", "num_register_tokens": registers} if registers else fields
 
 
 def _block(keys: Keys, dim: int, hidden: int, dinov2: bool, swiglu: bool, bias: bool) -> dict[str, Tensor]:

@@ -50,18 +50,11 @@ _KINDS: dict[str, Kind] = {
 _REQUIRED = {
     "activation_fn": "gelu",
     "decoder_learned_pos": True,
-    "layernorm_embedding": False,
-    "share_decoder_input_output_embed": False,
-    "no_token_positional_embeddings": False,
-    "no_decoder_final_norm": False,
-    "adaptive_input": False,
     "adaptive_softmax_cutoff": None,
-    "character_embeddings": False,
-    "scale_attn": False,
-    "scale_heads": False,
-    "scale_fc": False,
-    "scale_resids": False,
     "base_layers": 0,
+    **dict.fromkeys(("layernorm_embedding", "share_decoder_input_output_embed", "character_embeddings"), False),
+    **dict.fromkeys(("no_token_positional_embeddings", "no_decoder_final_norm", "adaptive_input"), False),
+    **dict.fromkeys(("scale_attn", "scale_heads", "scale_fc", "scale_resids"), False),
 }
 
 
@@ -84,14 +77,8 @@ _RENAMES = [
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened file of theirs.
-
-    Attributes:
-        path: of the file.
-        kind: which model it holds; None if it does not say.
-        settings, task, criterion: of the model and of its training; empty if it does not say.
-        keys: its tensors.
-        updates: training steps, where the file says.
+    """An opened file of theirs: which model it holds, settings of the model and of its training, tensors and training
+    steps; None or empty where it does not say.
     """
 
     path: Path
@@ -109,10 +96,8 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a checkpoint of theirs; tensors stay on disk.
-
-    Raises:
-        DigitError: not such a file; the message names it and the reason.
+    """Open a checkpoint of theirs; tensors stay on disk. DigitError: not such a file; the message names it and the
+    reason.
     """
     path = Path(path)
     values = read_torch_file(path)
@@ -139,10 +124,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def token_model(file: Checkpoint, role: Literal["prior", "ar", "masked"]) -> Component:
-    """Their decoder-only transformer as a token model.
-
-    Raises:
-        DigitError: settings that the layout does not cover, or vocabularies that contradict each other.
+    """Their decoder-only transformer as a token model. DigitError: settings that the layout does not cover, or
+    vocabularies that contradict each other.
     """
     keys = file.keys
     rows, dim = keys.shape("decoder.embed_tokens.weight")

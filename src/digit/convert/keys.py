@@ -24,13 +24,8 @@ _SHOWN = 30
 
 
 class Keys:
-    """A state dict that remembers what was asked of it.
-
-    Problems are collected, so that one message names them all: see :meth:`check`.
-
-    Args:
-        tensors: name to tensor.
-        where: the file, for messages.
+    """A state dict, of the file ``where``, that remembers what was asked of it. Problems are collected, so that one
+    message names them all: see :meth:`check`.
     """
 
     def __init__(self, tensors: Mapping[str, Any], where: str) -> None:
@@ -58,10 +53,8 @@ class Keys:
         return self._prefix + name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor that sizes are read from.
-
-        Raises:
-            DigitError: there is none of this name, so nothing can be said about the rest.
+        """The shape of a tensor that sizes are read from. DigitError: there is none of this name, so nothing can be
+        said about the rest.
         """
         value = self._tensors.get(self._prefix + name)
         if not isinstance(value, Tensor):
@@ -86,12 +79,8 @@ class Keys:
         return torch.empty(shape, device="meta")
 
     def parts(self, model: nn.Module, renames: Renames, rows: Mapping[str, int | slice] | None = None) -> Parts:
-        """The tensors of a model of ours.
-
-        Args:
-            model: on the meta device; its state dict says which tensors, of which shapes.
-            renames: from our names to theirs.
-            rows: which rows of theirs are ours, by our name, where theirs has more.
+        """The tensors of a model of ours on the meta device, whose state dict says which, of which shapes. ``rows`` of
+        theirs are ours, by our name, where theirs has more.
         """
         found = {}
         for ours, value in model.state_dict().items():

@@ -75,11 +75,8 @@ def _check_facts(name: str, model: Any, encoder: Any, codebook: Codebook) -> Non
     codebook.check_encoder(encoder)
     if not isinstance(encoder, TransformersEncoder):
         raise DigitError(f"{name} reads features of a network of transformers; this is a {type(encoder).__name__}.")
-    theirs, mine, fitted = (
-        model.encoder.config,
-        encoder.config.network_config(),
-        codebook.provenance.get("encoder") or {},
-    )
+    theirs, mine = model.encoder.config, encoder.config.network_config()
+    fitted = codebook.provenance.get("encoder") or {}
     facts = {fact: (getattr(theirs, fact, 0), getattr(mine, fact, 0)) for fact in _FACTS}
     facts["pixels seen"] = (model.config.encoder_input_size, encoder.preprocessing.seen)
     for fact, value in {"layer": -1, "final_norm": True, "positions": "hub"}.items():

@@ -19,16 +19,13 @@ from digit.core.files import sha256_of, write_file, write_folder, write_json
 
 _PIECE = 16 << 20  # bytes copied at a time
 _MADV_PAGEOUT = 21  # of Linux; Python's mmap has no name for it
+_DTYPES = {torch.bool: "BOOL", torch.bfloat16: "BF16"}  # the others' names are made of kind and bits
 
 
 @dataclass(frozen=True)
 class Component:
-    """A converted component, not yet written.
-
-    Attributes:
-        type: name of our class.
-        provenance: facts to keep with it.
-        file: that it comes from; its name and checksum join the provenance.
+    """A converted component of one of our classes, not yet written; name and checksum of the file that it comes from
+    join the provenance.
     """
 
     type: str
@@ -71,7 +68,9 @@ def write_parts(path: str | Path, parts: Parts) -> None:
         first, *others = parts[name]
         shape = [first.shape[0] + sum(len(p) for p in others), *first.shape[1:]] if first.ndim else []
         size = sum(piece.numel() for piece in parts[name]) * first.element_size()
-        header[name] = {"dtype": _dtype_name(first.dtype), "shape": shape, "data_offsets": [offset, offset + size]}
+        kind = "F" if first.is_floating_point() else "I" if first.dtype.is_signed else "U"
+        dtype = _DTYPES.get(first.dtype, f"{kind}{8 * first.element_size()}")
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -88,13 +87,6 @@ def write_parts(path: str | Path, parts: Parts) -> None:
                         release(piece)
 
     write_file(path, write)
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    if dtype in (torch.bool, torch.bfloat16):
-        return "BOOL" if dtype == torch.bool else "BF16"
-    kind = "F" if dtype.is_floating_point else "I" if dtype.is_signed else "U"
-    return f"{kind}{8 * dtype.itemsize}"
 
 
 def release(tensor: Tensor) -> None:

@@ -43,11 +43,6 @@ class Stub:
         return id(self)
 
 
-def _plain_dict(*_: Any) -> dict[Any, Any]:
-    # for collections.defaultdict: the reader fills dicts, and no other kind
-    return {}
-
-
 _PATHS = [
     "argparse.Namespace",
     *(f"numpy.{name}" for name in ("dtype", "core.multiarray.scalar", "_core.multiarray.scalar")),
@@ -61,15 +56,11 @@ _PATHS = [
     *(f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")),
 ]
 _STUBS: list[Any] = [(type(path.rpartition(".")[2], (Stub,), {"path": path}), path) for path in _PATHS]
-_STUBS.append((_plain_dict, "collections.defaultdict"))
+_STUBS.append((lambda *_: {}, "collections.defaultdict"))  # the reader fills dicts, and no other kind
 
 
 def plain(value: Any) -> Any:
-    """Settings as Python's own dicts, lists and scalars; what is none of these stays as it is.
-
-    Args:
-        value: anything out of :func:`read_torch_file`.
-    """
+    """Settings out of :func:`read_torch_file` as Python's own dicts, lists and scalars; the rest stays as it is."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -99,11 +90,9 @@ def _numpy_scalar(value: Stub) -> Any:
 
 
 def read_torch_file(path: str | Path) -> Any:
-    """Everything in a torch file; tensors of a modern (zip) one stay on disk until they are touched.
-
-    Raises:
-        DigitError: no such file, truncated, another kind of file, or a pickle that asks for code; the message names the
-            file and the reason.
+    """Everything in a torch file; tensors of a modern (zip) one stay on disk until they are touched. DigitError: no
+    such file, truncated, another kind of file, or a pickle that asks for code; the message names the file and the
+    reason.
     """
     path = Path(path)
     is_zip = _check_kind(path)

@@ -58,9 +58,8 @@ def convert_upstream(
         stage1: fairseq checkpoint of the prior: unconditional, class-conditional, linear probe, or the VQ-only
             baseline.
         stage2, stage2_masked: of the AR and of the masked decoder.
-        codebook: ``km_*.npy``; None takes the one inside the checkpoints.
-        vqgan: MAGE's ``vqgan_jax_strongaug.ckpt``; None takes the one inside the checkpoints.
-        encoder: DINOv2's ``.pth`` with registers; None takes the one inside the checkpoints.
+        codebook, vqgan, encoder: ``km_*.npy``, MAGE's ``vqgan_jax_strongaug.ckpt`` and DINOv2's ``.pth`` with
+            registers; None takes the one inside the checkpoints.
         heads: attention heads of the encoder, which no file tells; None: its width / 64, as all published ones have.
         half_precision_tokens: assign semantic tokens in half precision, as the authors' runs did; see
             ``docs/converting.md``.
@@ -70,91 +69,76 @@ def convert_upstream(
         DigitError: a file is not what it is given as, its keys do not fit, or two files disagree; the message names
             them.
     """
-    found = _Found(heads, half_precision_tokens)
-    found.add_separate(codebook, vqgan, encoder)
-    given: list[tuple[str | Path | None, Role]] = [(stage1, "prior"), (stage2, "ar"), (stage2_masked, "masked")]
-    for path, role in given:
-        if path is not None:
-            found.add_checkpoint(_open(path, role), role)
-    if not found.offers:
-        raise DigitError(
-            "No file to convert was given; expected --stage1, --stage2, --stage2-masked, --codebook, --vqgan or "
-            "--encoder."
-        )
-    found.check()
-    parts = {place: offers[0] for place, offers in found.offers.items()}
-    model = _weightless(parts, "vq" if found.vq_only else "semantic", name or Path(out).name)
+    opened: list[Keys] = []
+    offers: dict[str, list[Component]] = {}  # by place; where several files hold a part, the first is written
+    space: Literal["semantic", "vq"] = "semantic"
+
+    def offer(place: str, component: Component | None) -> None:
+        if component is not None:
+            offers.setdefault(place, []).append(component)
+
+    if codebook is not None:
+        offer("codebook", codebook_component(read_centroids(codebook), half_precision_tokens, Path(codebook)))
+    if vqgan is not None:
+        opened.append(vqgan_keys(vqgan))
+        offer("vqgan", vqgan_component(opened[-1], _RESOLUTION))
+    if encoder is not None:
+        opened.append(read_backbone(encoder)[0])
+        offer("encoder", encoder_component(opened[-1], heads))
+    given: list[tuple[Role, str | Path | None]] = [("prior", stage1), ("ar", stage2), ("masked", stage2_masked)]
+    for role, path in given:
+        if path is None:
+            continue
+        file = _open(path, role)
+        opened.append(file.keys)
+        space = "vq" if file.kind == "VQ-only" else space
+        model = token_model(file, role)
+        offer("prior" if role == "prior" else f"decoder/{role}", model)
+        offer("probe", linear_probe(file))
+        if (table := centroids(file)) is not None:
+            vocab = model.config.vocab_size if role == "prior" else model.config.prefix_vocab_size
+            if len(table) != vocab:
+                raise DigitError(f"{path} contradicts itself: {len(table)} centroids for {vocab} semantic tokens.")
+            offer("codebook", codebook_component(table, half_precision_tokens, file.path))
+        inner = {place: file.keys.under(prefix) for place, prefix in _INSIDE.items()}
+        if inner["encoder"].names():
+            offer("encoder", encoder_component(inner["encoder"], heads))
+        if inner["vqgan"].names():
+            offer("vqgan", vqgan_component(inner["vqgan"], _RESOLUTION))
+    if not offers:
+        options = ", ".join((*_OPTION.values(), "--codebook", "--vqgan"))
+        raise DigitError(f"No file to convert was given; expected {options} or --encoder.")
+    for keys in opened:
+        keys.check()
+    for place, (first, *others) in offers.items():
+        for other in others:
+            _check_same(place, first, other)
+    parts = {place: components[0] for place, components in offers.items()}
+    pipe = _weightless(parts, space, name or Path(out).name)
     with write_folder(out) as aside:
         for place, component in parts.items():
             write_component(aside / place, component)
-        model.write_index(aside)
+        pipe.write_index(aside)
     return Path(out)
 
 
-class _Found:
-    """What the given files offer, by place in the model folder. Where several offer the same part, the first is
-    written.
-    """
+_INSIDE = {"encoder": "pretrained_encoder.", "vqgan": "vqgan."}
+"""Where a checkpoint has the frozen parts."""
 
-    def __init__(self, heads: int | None, half: bool) -> None:
-        self.heads, self.half = heads, half
-        self.offers: dict[str, list[Component]] = {}
-        self.keys: list[Keys] = []
-        self.vq_only = False
 
-    def add_separate(self, codebook: str | Path | None, vqgan: str | Path | None, encoder: str | Path | None) -> None:
-        if codebook is not None:
-            self._offer("codebook", codebook_component(read_centroids(codebook), self.half, Path(codebook)))
-        if vqgan is not None:
-            self.keys.append(vqgan_keys(vqgan))
-            self._offer("vqgan", vqgan_component(self.keys[-1], _RESOLUTION))
-        if encoder is not None:
-            self.keys.append(read_backbone(encoder)[0])
-            self._offer("encoder", encoder_component(self.keys[-1], self.heads))
-
-    def add_checkpoint(self, file: Checkpoint, role: Role) -> None:
-        self.keys.append(file.keys)
-        self.vq_only |= file.kind == "VQ-only"
-        model = token_model(file, role)
-        self._offer("prior" if role == "prior" else f"decoder/{role}", model)
-        self._offer("probe", linear_probe(file))
-        table = centroids(file)
-        if table is not None:
-            vocab = model.config.vocab_size if role == "prior" else model.config.prefix_vocab_size
-            if len(table) != vocab:
-                raise DigitError(f"{file.path} contradicts itself: {len(table)} centroids for {vocab} semantic tokens.")
-            self._offer("codebook", codebook_component(table, self.half, file.path))
-        encoder, vqgan = (file.keys.under(prefix) for prefix in ("pretrained_encoder.", "vqgan."))
-        if encoder.names():
-            self._offer("encoder", encoder_component(encoder, self.heads))
-        if vqgan.names():
-            self._offer("vqgan", vqgan_component(vqgan, _RESOLUTION))
-
-    def _offer(self, place: str, component: Component | None) -> None:
-        if component is not None:
-            self.offers.setdefault(place, []).append(component)
-
-    def check(self) -> None:
-        """Refuse files with missing, extra or misshapen keys, and files that disagree about a part."""
-        for keys in self.keys:
-            keys.check()
-        for place, offers in self.offers.items():
-            for other in offers[1:]:
-                self._check_same(place, offers[0], other)
-
-    def _check_same(self, place: str, a: Component, b: Component) -> None:
-        sentence = f"{a.file} and {b.file} hold different parts for '{place}'"
-        advice = "They do not belong together: leave one out, or convert them to two models."
-        x, y = to_dict(a.config), to_dict(b.config)
-        if x != y:
-            name = next(key for key in x if x[key] != y[key])
-            raise DigitError(f"{sentence}: '{name}' is {x[name]} in the one and {y[name]} in the other. {advice}")
-        for name in a.parts:
-            for piece, other in zip(a.parts[name], b.parts[name], strict=True):
-                if not torch.allclose(piece.float(), other.float(), rtol=_HALF_STEP, atol=_HALF_TINY):
-                    raise DigitError(f"{sentence}: the values of '{name}' differ. {advice}")
-                release(piece)
-                release(other)
+def _check_same(place: str, a: Component, b: Component) -> None:
+    sentence = f"{a.file} and {b.file} hold different parts for '{place}'"
+    advice = "They do not belong together: leave one out, or convert them to two models."
+    x, y = to_dict(a.config), to_dict(b.config)
+    if x != y:
+        name = next(key for key in x if x[key] != y[key])
+        raise DigitError(f"{sentence}: '{name}' is {x[name]} in the one and {y[name]} in the other. {advice}")
+    for name in a.parts:
+        for piece, other in zip(a.parts[name], b.parts[name], strict=True):
+            if not torch.allclose(piece.float(), other.float(), rtol=_HALF_STEP, atol=_HALF_TINY):
+                raise DigitError(f"{sentence}: the values of '{name}' differ. {advice}")
+            release(piece)
+            release(other)
 
 
 def _open(path: str | Path, role: Role) -> Checkpoint:
@@ -169,42 +153,29 @@ def _open(path: str | Path, role: Role) -> Checkpoint:
 
 
 def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"], name: str) -> DigitPipeline:
-    """The model without its numbers: checks that the parts fit each other, and knows the index and the card."""
+    """The model without its numbers: checks that the parts fit each other, and knows the index and the card. It samples
+    as the authors' scripts do (scripts/infer_*.sh; top-k 400 for the large prior is in their README).
+    """
     classes = {"encoder": TransformersEncoder, "codebook": Codebook, "vqgan": VQGAN}
     with without_weights():
         built: dict[str, Any] = {
             place: classes.get(place, TokenModel)(part.config) for place, part in parts.items() if place != "probe"
         }
-        decoders = {kind: built.pop(f"decoder/{kind}", None) for kind in ("ar", "masked")}
-        pipe = DigitPipeline(
-            **built,
-            decoders={kind: decoder for kind, decoder in decoders.items() if decoder is not None},
-            space=space,
-            name=name,
-            provenance={"converted_from": sorted({short_name(part.file) for part in parts.values() if part.file})},
-        )
-    pipe.settings = _paper_settings(pipe)
+    decoders = {kind: built.pop(f"decoder/{kind}") for kind in ("ar", "masked") if f"decoder/{kind}" in built}
+    files = sorted({short_name(part.file) for part in parts.values() if part.file})
+    pipe = DigitPipeline(**built, decoders=decoders, space=space, name=name, provenance={"converted_from": files})
+    settings = {"ar": SamplingParams(top_p=0.8), "masked": SamplingParams(steps=8, choice_temperature=4.5)}
+    pipe.settings = {kind: settings[kind] for kind in decoders}
+    if pipe.prior is not None:
+        vocab = pipe.prior.config.vocab_size
+        top_k = 300 if pipe.num_classes or space == "vq" else 400 if vocab > 8192 else 200
+        pipe.settings["prior"] = SamplingParams(top_k=min(top_k, vocab))
     return pipe
 
 
-def _paper_settings(pipe: DigitPipeline) -> dict[str, SamplingParams]:
-    """Sampling as the authors' scripts have it (scripts/infer_*.sh; top-k 400 for the large prior is in their
-    README).
-    """
-    settings = {"ar": SamplingParams(top_p=0.8), "masked": SamplingParams(steps=8, choice_temperature=4.5)}
-    chosen = {kind: settings[kind] for kind in pipe.decoders}
-    if pipe.prior is not None:
-        large = pipe.prior.config.vocab_size > 8192
-        top_k = 300 if pipe.num_classes or pipe.space == "vq" else 400 if large else 200
-        chosen["prior"] = SamplingParams(top_k=min(top_k, pipe.prior.config.vocab_size))
-    return chosen
-
-
 def read_centroids(path: str | Path) -> Tensor:
-    """Centroids (K, D) float32 of a ``.npy`` file; K is what the file has, whatever its name says.
-
-    Raises:
-        DigitError: no such file, not an array of this shape, truncated, or one that carries Python objects.
+    """Centroids (K, D) float32 of a ``.npy`` file; K is what the file has, whatever its name says. DigitError: no such
+    file, not an array of this shape, truncated, or one that carries Python objects.
     """
     path = Path(path)
     if not path.is_file():

@@ -19,15 +19,9 @@ from digit.models.vqgan import VQGAN, VQGANConfig
 
 
 def convert_vqgan(source: str | Path, out: str | Path, resolution: int = 256) -> Path:
-    """Convert a VQGAN checkpoint to one of our component folders.
-
-    Args:
-        source: the ``.ckpt``, with or without a "state_dict" around.
-        out: the folder; replaced if it exists.
-        resolution: side of the images in pixels, which convolutions do not tell.
-
-    Raises:
-        DigitError: not such a file, or keys that do not fit; the message names the file and the keys.
+    """Convert a ``.ckpt``, with or without a "state_dict" around, to one of our component folders, which is replaced if
+    it exists. Convolutions do not tell the side of the images in pixels. DigitError: not such a file, or keys that do
+    not fit; the message names the file and the keys.
     """
     keys = vqgan_keys(source)
     component = vqgan_component(keys, resolution)

@@ -15,11 +15,7 @@ from digit.sampling.request import SamplingParams
 
 
 def part_folder(path: str | Path) -> Path:
-    """The folder of a component, given that or the folder of the training run that made it.
-
-    Raises:
-        DigitError: neither.
-    """
+    """The folder of a component, given that or the folder of the training run that made it. DigitError: neither."""
     path = Path(path)
     for folder in (path, path / "model"):
         if (folder / "config.json").is_file():
@@ -62,15 +58,9 @@ def assemble(
 
 
 def with_defaults(pipe: DigitPipeline, items: Sequence[str] = (), decoder: str | None = None) -> DigitPipeline:
-    """A copy of a model that samples differently when nothing is asked for.
-
-    Args:
-        pipe: the model.
-        items: ``STAGE.NAME=VALUE``, such as "prior.cfg_scale=1.5" or "ar.top_p=0.9"; the others stay as they were.
-        decoder: the kind that is used by default; None leaves it.
-
-    Raises:
-        DigitError: not of that form, a stage that the model lacks, or an unknown setting.
+    """A copy of a model that samples differently when nothing is asked for: by items ``STAGE.NAME=VALUE``, such as
+    "prior.cfg_scale=1.5" or "ar.top_p=0.9" (a DigitError for others), and by a default kind of decoder. What is not
+    given stays as it was.
     """
     settings = {stage: to_dict(params) for stage, params in pipe.settings.items()}
     stages = ["prior", *pipe.decoders]

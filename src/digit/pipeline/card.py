@@ -23,16 +23,8 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 
 @config
 class Measured:
-    """One measured number.
-
-    Attributes:
-        task: the Hub's name of the task that it belongs to.
-        metric: the Hub's name of the metric, such as "fid".
-        name: for people.
-        value: as measured.
-        data: name of the images that it was measured on or against.
-        split: of them.
-        how: what decides whether it may be compared: counts, settings, tool.
+    """One measured number: task and metric by the Hub's names ("fid"), a name for people, the images that it was
+    measured on or against, and ``how``: what decides whether it may be compared (counts, settings, tool).
     """
 
     task: str
@@ -46,12 +38,8 @@ class Measured:
 
 @config
 class CardFacts:
-    """What a card says beside what the parts tell; kept in the model's index.
-
-    Attributes:
-        license: of the weights, by the Hub's identifier, such as "mit".
-        data: Hub ids of the training data.
-        results: what was measured.
+    """What a card says beside what the parts tell; kept in the model's index: the license of the weights by the Hub's
+    identifier, such as "mit", the Hub ids of the training data, and what was measured.
     """
 
     license: str | None = None
@@ -65,6 +53,9 @@ def model_card(pipe: Model) -> str:
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData  # slow to import, and a loaded model has no use
 
+    parts = model_parts(pipe)
+    training = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
+    training += [f"{part.place}: {'; '.join(told)}" for part in parts if (told := part.origin())]
     if pipe.prior is None:
         what = "the tokenizers alone, without a prior."
         tokens = "tokenizer.encode([image])" if pipe.codebook is not None else "vqgan.encode(images)"
@@ -91,38 +82,16 @@ def model_card(pipe: Model) -> str:
         pipeline_tag="unconditional-image-generation" if pipe.prior is not None else None,
         eval_results=results or None,
     )
-    facts: dict[str, Any] = {"what": what, "call": call, "parts": model_parts(pipe), "training": _training(pipe)}
+    facts: dict[str, Any] = {"what": what, "call": call, "parts": parts, "training": training}
     card = ModelCard.from_template(head, template_path=str(TEMPLATE), pipe=pipe, paper=PAPER, **facts)
     return f"{str(card).rstrip()}\n"
-
-
-def _training(pipe: Model) -> list[str]:
-    """What it learnt from, as far as the parts say, and the rest of the provenance."""
-    lines = [f"{key.replace('_', ' ')}: {value}" for key, value in pipe.provenance.items()]
-    for part in model_parts(pipe):
-        made = part.provenance
-        given = [made[key] for key in ("data", "source") if isinstance(made.get(key), Mapping)]
-        facts = [f"on {data['name']}, split {data.get('split')}" for data in given if "name" in data]
-        facts += [f"{made[key]:,} {key}" for key in ("steps", "updates") if isinstance(made.get(key), int)]
-        facts += [f"from {made['source']}"] if isinstance(made.get("source"), str) else []
-        if facts:
-            lines.append(f"{part.place}: {'; '.join(facts)}")
-    return lines
 
 
 def with_facts(
     pipe: DigitPipeline, results: Sequence[str | Path] = (), license: str | None = None, data: Sequence[str] = ()
 ) -> DigitPipeline:
-    """A copy of a model whose card knows more; what is not given stays as it was.
-
-    Args:
-        pipe: the model; its parts are shared.
-        results: see :func:`read_results`; they replace those that the card had.
-        license: of the weights, by the Hub's identifier.
-        data: Hub ids of the training data.
-
-    Raises:
-        DigitError: a path without a result of this model.
+    """A copy of a model, with the same parts, whose card knows more (:class:`CardFacts`); what is not given stays as it
+    was. ``results`` are for :func:`read_results`, and replace those that the card had.
     """
     card = pipe.card
     found = read_results(results, pipe) if results else card.results
@@ -165,14 +134,9 @@ _RECONSTRUCTION = {
 
 
 def read_results(paths: Sequence[str | Path], pipe: DigitPipeline) -> tuple[Measured, ...]:
-    """The numbers in measurements of this very model.
-
-    Args:
-        paths: JSON files written by ``digit evaluate``, or folders, in which every result of this model is taken.
-        pipe: the model; a result counts if the parts that it depends on have the same weights.
-
-    Raises:
-        DigitError: a path without a result of this model.
+    """The numbers in measurements of this very model: a result counts if the parts that it depends on have the same
+    weights. Paths are JSON files written by ``digit evaluate``, or folders, in which every result of this model is
+    taken. DigitError: a path without one.
     """
     mine = {name: part["sha256"] for name, part in describe_model(pipe)["parts"].items()}
     found: list[Measured] = []

@@ -8,8 +8,9 @@ the right of a region fit less well than those above and to the left. A feed-for
 tokens: it makes the whole image with the noise that suits the given one best, and the pixels of kept cells are then
 taken from the given image.
 
-Functions take the images (B, 3, S, S) in 0..1 and a request for them, and give tokens, whose images are
-``pipe.to_pixels(tokens)``; :func:`edit_images` does all of it for files.
+Functions take a model with its tokenizer, the images (B, 3, S, S) in 0..1, a request for them and a
+:data:`~digit.pipeline.stage2.Callback`, and give tokens, whose images are ``pipe.to_pixels(tokens)``;
+:func:`edit_images` does all of it for files.
 """
 
 from __future__ import annotations
@@ -99,12 +100,9 @@ def edit_tokens(
     """Tokenize images and sample some of the tokens anew.
 
     Args:
-        pipe: a model with its tokenizer.
-        images: (B, 3, S, S) in 0..1.
+        pipe, images, request, callback: as for the other functions.
         free: (B, N) bool of the prior's tokens, True where to sample.
         free_cells: (B, M) bool of the cells of stage 2; None for all.
-        request: for these images.
-        callback: see :data:`digit.pipeline.stage2.Callback`.
     """
     if not request.params:
         request = request.validate(pipe)
@@ -132,28 +130,21 @@ def edit_images(
     prefix: int | None = None,
     fraction: float | None = None,
 ) -> Path:
-    """Edit each image ``num`` times and write the results beside each other.
+    """Edit each image ``num`` times: ``NAME-0.png`` ... and ``edits.png`` with all beside each other, whose path is
+    returned.
 
     Args:
-        pipe: a model with all its components.
-        files: names of the images.
-        pixels: (B, 3, S, S) in 0..1.
-        out: folder for ``NAME-0.png`` ... and ``edits.png``.
-        num: results an image.
+        pipe, files, pixels, out, num: a model, the images' names and pixels (B, 3, S, S) in 0..1, a folder, and how
+            many results an image.
         request: seed, decoder and settings; images and labels follow from the others.
         labels: a class an image, or one for all.
         mask, prefix, fraction: one of them: a file, white where to sample anew; rows of tokens to keep; the share of
             tokens to sample anew.
-
-    Returns:
-        The file of the sheet.
     """
-    if labels is not None and len(labels) not in (1, len(files)):
-        raise DigitError(
-            f"{len(labels)} labels were given for {len(files)} images; expected one for each, or one for all."
-        )
     classes = None
     if labels is not None:
+        if len(labels) not in (1, len(files)):
+            raise DigitError(f"{len(labels)} labels were given for {len(files)} images; expected one each, or one.")
         classes = torch.tensor(labels).expand(len(files)).repeat_interleave(num)
     whole = replace(request, images=range(len(files) * num), labels=classes).validate(pipe)
     marked = None if mask is None else load_images(mask, pixels.shape[-1])[0].mean(0) >= 0.5  # (S, S)

@@ -62,13 +62,11 @@ def generate_folder(
     """Generate ``num`` images into a folder.
 
     Writes ``00000.png`` ..., ``grid.png`` (the first 64, a row for each class where they are few), ``generation.json``
-    and, if asked, ``tokens.npz``. PNG files are compressed by worker threads while the next batch is sampled. A run
-    that was killed goes on where it was when it is called again. Under torchrun or accelerate launch every process
-    makes its share of the images, and the last one to finish completes the folder.
+    and, if asked, ``tokens.npz``. A run that was killed goes on where it was when it is called again. Under torchrun or
+    accelerate launch every process makes its share of the images, and the last one to finish completes the folder.
 
     Args:
-        pipe: the model.
-        out: the folder; made if missing.
+        pipe, out: the model, and the folder, made if missing.
         num, labels, labels_per_class: see :func:`run_labels`.
         seed, decoder, settings: see :class:`~digit.sampling.request.SampleRequest`.
         batch_size: how many at a time, by default as many as memory holds; does not change the images.
@@ -160,12 +158,10 @@ def run_labels(
     Raises:
         DigitError: random or balanced labels without classes, or numbers that contradict each other.
     """
-    if (labels == "random" or per_class is not None) and not classes:
-        raise DigitError(
-            "Random labels and --labels-per-class need a class-conditional model; this one has no classes."
-        )
+    if (labels == "random" or per_class) and not classes:
+        raise DigitError("Random labels and --labels-per-class need a class-conditional model; this has no classes.")
     if labels == "random":
-        if per_class is not None:
+        if per_class:
             raise DigitError("--labels random and --labels-per-class exclude each other; give one.")
         num = num or DEFAULT_IMAGES
         drawn = uniforms(seed, range(num), "labels", (1,)).flatten()  # (num,)
@@ -194,27 +190,32 @@ def _make(
     pipe: DigitPipeline,
     run: RunFolder,
     request: SampleRequest,
-    batch_size: int | None,
+    size: int | None,
     compile: bool | None,
-    quantize: str | None,
+    bits: str | None,
 ) -> tuple[int, int]:
-    """Make the images of this process's share that are missing: how many at a time, and how many in all."""
+    """Make the images of this process's share that are missing: how many at a time, and how many in all. They are
+    compressed by threads while the next are sampled.
+    """
     missing, made, models = run.missing(), 0, _token_models(pipe)
     writing: list[Future[Path]] = []
 
     def speed_up(compile_now: bool) -> None:
         for model in models:
-            accelerate(model, compile_now, quantize, native=False if compile is False else None)
+            accelerate(model, compile_now, bits, native=False if compile is False else None)
+
+    def write(image: torch.Tensor, index: int) -> Path:
+        return save_png(to_pil(image), run.image(index))
 
     def work(images: Sequence[int]) -> None:
         tokens = pipe.sample_tokens(request.take(images))
         pixels = _pixels(pipe, tokens).cpu()
         run.keep(images, tokens)
-        writing.extend(writers.submit(_write, image, run.image(i)) for i, image in zip(images, pixels, strict=True))
+        writing.extend(writers.submit(write, image, i) for i, image in zip(images, pixels, strict=True))
 
     # the batch that is measured has a size of its own, which is not worth compiling for
-    speed_up(bool(compile) and (batch_size is not None or len(missing) <= PROBE))
-    batcher = Batcher(pipe.device, batch_size, lambda: release(*models))
+    speed_up(bool(compile) and (size is not None or len(missing) <= PROBE))
+    batcher = Batcher(pipe.device, size, lambda: release(*models))
     began = time.perf_counter()
     with ThreadPoolExecutor(WRITERS) as writers, bar("Generating", len(missing), show=run.rank == 0) as progress:
         for done in batcher.run(missing, work):
@@ -226,10 +227,6 @@ def _make(
         for job in writing:
             job.result()
     return batcher.size or len(missing), made
-
-
-def _write(image: torch.Tensor, file: Path) -> Path:
-    return save_png(to_pil(image), file)
 
 
 def _token_models(pipe: DigitPipeline) -> list[TokenModel]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants, errors
@@ -88,11 +88,14 @@ def resolve_model(
     inside = f"{variant}/" if variant else ""
     wanted = [f"{inside}{place}" for place in (INDEX, "README.md", *(f"{part}/*" for part in PARTS))]
     tried = f"'{text}' is neither a local folder nor a packaged model"
-    return _fetch(text, wanted[:1], wanted, revision, token, tried) / inside
+    return _fetch(text, wanted[:1], wanted, tried, revision=revision, token=token) / inside
 
 
 def _authors_model(variant: str | None, revision: str | None, token: str | bool | None) -> Path:
     """One of the authors' models, converted; from the cache if it was converted before."""
+    from digit.convert.fairseq import read_checkpoint
+    from digit.convert.upstream import convert_upstream  # which imports the pipeline
+
     if variant not in VARIANTS:
         given = f"variant '{variant}' was given" if variant else "no variant was given"
         raise DigitError(f"{AUTHORS} holds several models and {given}; choose one of: {', '.join(VARIANTS)}.")
@@ -102,11 +105,8 @@ def _authors_model(variant: str | None, revision: str | None, token: str | bool 
         return folder
     files = VARIANTS[variant]
     tried = f"'{AUTHORS}' ({variant}) is neither a local folder nor converted in the cache ({folder})"
-    root = _fetch(AUTHORS, [*files], [*files], revision, token, tried, newest=False)
+    root = _fetch(AUTHORS, [*files], [*files], tried, newest=False, revision=revision, token=token)
     stage1, stage2 = (root / name for name in files)
-    from digit.convert.fairseq import read_checkpoint
-    from digit.convert.upstream import convert_upstream
-
     vqgan = None
     if not read_checkpoint(stage2).keys.under("vqgan.").names():
         vqgan = store / VQGAN_NAME
@@ -120,51 +120,39 @@ def _authors_model(variant: str | None, revision: str | None, token: str | bool 
 
 
 def _fetch(
-    repository: str,
-    needed: list[str],
-    wanted: list[str],
-    revision: str | None,
-    token: str | bool | None,
-    tried: str,
-    newest: bool = True,
+    repository: str, needed: list[str], wanted: list[str], tried: str, newest: bool = True, **options: Any
 ) -> Path:
-    """Files of a Hub repository, all of one commit, here: from the mirror, the Hub's own cache, or the network.
+    """The folder that stands for a Hub repository, with files of one commit: those needed, and all of the patterns that
+    are wanted. They come from the mirror, the Hub's own cache, or the network.
 
-    Args:
-        repository, revision, token: where they are.
-        needed: these must be there.
-        wanted: patterns of all files to fetch.
-        tried: how messages begin.
-        newest: a branch is asked for its newest commit, and the cache serves where the Hub cannot be asked; else the
-            cache comes first.
-
-    Returns:
-        The folder that stands for the repository.
+    Where the newest commit is wanted, the cache serves only if the Hub cannot be asked; else it comes first. Messages
+    begin with ``tried``.
     """
+    options |= {"endpoint": endpoint(), "allow_patterns": wanted}
 
-    def download(local: bool) -> Path:
-        root = Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision, token=token, endpoint=endpoint(), allow_patterns=wanted,
-                local_files_only=local,
-            )
-        )  # fmt: skip
+    def whole(root: Path) -> Path:
         if missing := [name for name in needed if not (root / name).is_file()]:
             raise errors.EntryNotFoundError(missing[0])
         return root
 
+    def download(local: bool) -> Path:
+        return whole(Path(huggingface_hub.snapshot_download(repository, local_files_only=local, **options)))
+
     if mirror := os.environ.get("DIGIT_HUB_DIR"):
-        root = Path(mirror) / repository
-        if missing := [root / name for name in needed if not (root / name).is_file()]:
-            raise DigitError(f"{tried}, and the mirror in DIGIT_HUB_DIR has no {missing[0]}.")
-        return root
+        try:
+            return whole(Path(mirror) / repository)
+        except errors.EntryNotFoundError as error:
+            where = Path(mirror) / repository / str(error)
+            raise DigitError(f"{tried}, and the mirror in DIGIT_HUB_DIR has no {where}.") from None
     barrier = out_of_reach() if newest else ""
     if not newest or barrier:
         with contextlib.suppress(errors.LocalEntryNotFoundError, errors.EntryNotFoundError):
             return download(True)
         if barrier := barrier or out_of_reach():
-            where = f"{needed[0]} is not in the Hub's cache ({constants.HF_HUB_CACHE})"
-            raise DigitError(f"{tried}; {where}, and {barrier}. Give a local folder instead.")
+            raise DigitError(
+                f"{tried}; {needed[0]} is not in the Hub's cache ({constants.HF_HUB_CACHE}), and {barrier}. Give a "
+                "local folder instead."
+            )
     try:
         return download(False)
     except (errors.EntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
@@ -197,23 +185,16 @@ def push_folder(
     message: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Publish a saved model on the Hub. Other files of the repository stay; parts that the model no longer has go.
+    """Publish a saved model on the Hub: the address of the commit, or of the pull request. Other files of the
+    repository stay; parts that the model no longer has go. DigitError: not a model, no such place, or the Hub refuses.
 
     Args:
-        folder: the model.
-        repository: ``owner/name``; made if it does not exist.
+        folder, repository: the model, and ``owner/name``, made if it does not exist.
         private: make it readable by its owner alone. One that exists stays as it is.
         token: see huggingface_hub; None: what ``hf auth login`` or ``$HF_TOKEN`` has left.
         revision: the branch to write to, made if it does not exist; None: main.
         variant: a folder of the repository, for one that holds several models.
-        message: of the commit.
-        create_pr: propose the change as a pull request.
-
-    Returns:
-        The address of the commit, or of the pull request.
-
-    Raises:
-        DigitError: not a model, no such place, or the Hub refuses.
+        message, create_pr: of the commit; propose it as a pull request.
     """
     index = read_index(folder)
     if not is_repository(repository):

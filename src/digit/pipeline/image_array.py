@@ -26,10 +26,8 @@ MEMBER = "arr_0.npy"
 def write_image_array(
     path: str | Path, images: Iterable[NDArray[np.uint8]], count: int, about: Mapping[str, Any] | None = None
 ) -> Path:
-    """Write ``count`` images (H, W, 3) of one size, whole or not at all.
-
-    Raises:
-        DigitError: images of different sizes, none, or a full disk.
+    """Write ``count`` images (H, W, 3) of one size, whole or not at all. DigitError: images of different sizes, none,
+    or a full disk.
     """
 
     def write(aside: Path) -> None:
@@ -52,15 +50,8 @@ def write_image_array(
 
 
 class ImageArray:
-    """Such a file, opened for reading. Nothing is unpickled.
-
-    Attributes:
-        path: of the file.
-        shape: (n, H, W, 3).
-        about: what the writer noted; empty where it noted nothing.
-
-    Raises:
-        DigitError: no such file, no such array, or an array of something else.
+    """Such a file, opened for reading: its ``shape`` (n, H, W, 3), and ``about``, what the writer noted. Nothing is
+    unpickled. DigitError: no such file, no such array, or an array of something else.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -92,11 +83,7 @@ class ImageArray:
         return self.shape[0]
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """(B, 3, H, W) uint8, in order, with one batch in memory.
-
-        Raises:
-            DigitError: the file ends early.
-        """
+        """(B, 3, H, W) uint8, in order, with one batch in memory. DigitError: the file ends early."""
         each = int(np.prod(self.shape[1:]))
         with zipfile.ZipFile(self.path) as archive, archive.open(MEMBER) as member:
             self._header(member)

@@ -24,11 +24,7 @@ PLAIN = ("name", "space", "default_decoder", "class_names", "provenance")
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:
-    """The index of a model folder.
-
-    Raises:
-        DigitError: not a model folder, or one of a later format.
-    """
+    """The index of a model folder. DigitError: not a model folder, or one of a later format."""
     path = Path(folder) / INDEX
     if not path.is_file():
         raise DigitError(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.markup import escape
 from rich.tree import Tree
@@ -39,16 +39,8 @@ CONFIGS = {"TransformersEncoder": EncoderConfig, **{kind.saved_as: kind.config_c
 
 @dataclass(frozen=True)
 class Part:
-    """A component of a model.
-
-    Attributes:
-        place: in the model folder, such as "decoder/ar".
-        type: what ``config.json`` calls it.
-        config: its fields, plain.
-        parameters: how many numbers.
-        bytes: of its tensors as stored, or as loaded.
-        dtypes: of its tensors.
-        provenance: where it comes from.
+    """A component of a model: its place in the folder, such as "decoder/ar", what ``config.json`` says of it, and how
+    many numbers, bytes and dtypes its tensors have, as stored or as loaded.
     """
 
     place: str
@@ -60,11 +52,7 @@ class Part:
     provenance: Mapping[str, Any]
 
     def typed_config(self) -> Any:
-        """Its config, checked.
-
-        Raises:
-            DigitError: no kind of component that this version knows, or not a valid config of it.
-        """
+        """Its config, checked; a DigitError where this version knows no such component."""
         if self.type not in CONFIGS:
             raise DigitError(f"{self.place} is a '{self.type}', which is none of: {', '.join(CONFIGS)}.")
         return from_dict(CONFIGS[self.type], self.config, self.place)
@@ -72,6 +60,18 @@ class Part:
     def summary(self) -> str:
         """Its shape in a line."""
         return str(self.typed_config().describe())
+
+    def origin(self) -> list[str]:
+        """What it learnt from, for how long, and the file that it was converted from."""
+        made, facts = self.provenance, []
+        for data in (made.get("data"), made.get("source")):
+            if isinstance(data, Mapping) and "name" in data:
+                facts.append(f"on {data['name']}" + (f", split {data['split']}" if data.get("split") else ""))
+        facts += [f"{made[key]:,} {key}" for key in ("steps", "updates") if isinstance(made.get(key), int)]
+        if isinstance(made.get("source"), str):
+            checksum = f" (sha256 {made['sha256'][:12]}…)" if "sha256" in made else ""
+            facts.append(f"from {made['source']}{checksum}")
+        return facts
 
 
 def folder_parts(folder: str | Path) -> list[Part]:
@@ -81,11 +81,10 @@ def folder_parts(folder: str | Path) -> list[Part]:
     folder = Path(folder)
     decoders = [f"decoder/{path.name}" for path in sorted(folder.glob("decoder/*"))]
     places = ["encoder", "codebook", "prior", *decoders, "vqgan", "probe"]
-    return [folder_part(folder, place) for place in places if (folder / place / "config.json").is_file()]
+    return [_folder_part(folder, place) for place in places if (folder / place / "config.json").is_file()]
 
 
-def folder_part(folder: Path, place: str) -> Part:
-    """The component at ``place`` in a folder; see :func:`folder_parts`."""
+def _folder_part(folder: Path, place: str) -> Part:
     path, values = folder / place / "model.safetensors", read_component(folder / place)
     try:
         with safe_open(str(path), framework="pt") as handle:
@@ -116,15 +115,10 @@ def describe(model: Model) -> str:
     return "\n  ".join([f"DigitPipeline '{model.name}' on {model.device} in {dtype}", *parts])
 
 
-@dataclass(frozen=True)
-class Memory:
-    """What sampling needs, in bytes.
-
-    Attributes:
-        weights: of all parts, as a pipeline loads them.
-        caches: keys and values of the prior and of the decoder that needs most; both are kept from batch to batch.
-        pixels: activations where pixels are made, of the VQGAN's decoder or of a feed-forward decoder's head, at the
-            widest place, for as many images as are decoded at once.
+class Memory(NamedTuple):
+    """What sampling needs, in bytes, at its peak: weights of all parts, as a pipeline loads them; caches (keys and
+    values) of the prior and of the decoder that needs most, both kept from batch to batch; and activations at the
+    widest place where pixels are made, for as many images as are decoded at once.
     """
 
     weights: int
@@ -133,17 +127,13 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """The peak, which is while pixels are made."""
-        return self.weights + self.caches + self.pixels
+        """The peak."""
+        return sum(self)
 
 
 def sampling_memory(parts: Iterable[Part], batch: int, item: int) -> Memory:
-    """Estimate the memory of sampling images into a folder.
-
-    Args:
-        parts: of a model.
-        batch: images at a time; their pixels are made :func:`~digit.sampling.batching.decoded_at_once`.
-        item: bytes of a number in prior and decoders: 4 for float32, 2 for bfloat16. The other parts stay in float32.
+    """Estimate the memory of sampling so many images at a time with the parts of a model; ``item`` is the bytes of a
+    number in prior and decoders: 4 for float32, 2 for bfloat16. The other parts stay in float32.
     """
     weights, pixels = 0, 0
     caches = {"prior": 0, "decoder": 0}
@@ -169,21 +159,15 @@ def cache_bytes(model: TokenModelConfig, item: int) -> int:
 
 
 def model_tree(folder: str | Path, batch: int = 1) -> Tree:
-    """What ``digit info`` prints.
-
-    Args:
-        folder: of a model, of a component of any kind, or of the training run that made one.
-        batch: images at a time, for the memory estimate.
-
-    Raises:
-        DigitError: none of these, or damaged.
+    """What ``digit info`` prints of a model, of a component of any kind, or of the training run that made one, with the
+    memory for so many images at a time. DigitError: none of these, or damaged.
     """
     folder = Path(folder)
     if not (folder / INDEX).is_file():
         for place in (".", "model"):
             if (folder / place / "config.json").is_file():
                 tree = Tree(f"[bold]{escape(str(folder))}[/]")
-                _add_part(tree, dataclasses.replace(folder_part(folder, place), place="."))
+                _add_part(tree, _folder_part(folder, place), "")
                 return tree
     index = read_index(folder)
     parts = folder_parts(folder)
@@ -191,7 +175,7 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
     title = f"[bold]{escape(index['name'])}[/]  {_size(size)}, {millions(count)} parameters"
     tree = Tree(f"{title}  [dim]{escape(str(folder))}[/]")
     for part in parts:
-        _add_part(tree, part)
+        _add_part(tree, part, f"[bold]{part.place}[/]  ")
     if any(part.type in _SAMPLED for part in parts):
         _add_memory(tree, parts, batch)
     if names := index["class_names"]:
@@ -199,36 +183,28 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
     if index["provenance"]:
         branch = tree.add("[bold]provenance[/]")
         for key, value in index["provenance"].items():
-            branch.add(_fact(key, value))
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            branch.add(f"[dim]{key.replace('_', ' ')}: {escape(text)}[/]")
     return tree
 
 
-def _add_part(tree: Tree, part: Part) -> None:
-    label = "" if part.place == "." else f"[bold]{part.place}[/]  "
+def _add_part(tree: Tree, part: Part, label: str) -> None:
     branch = tree.add(f"{label}{millions(part.parameters)} parameters, {_size(part.bytes)} ({', '.join(part.dtypes)})")
     branch.add(escape(part.summary()))
     if preset := matching_preset(part):
         branch.add(f"preset: {preset}")
-    facts = {key: value for key, value in part.provenance.items() if value is not None}
-    for key in ("source", "updates", "steps", "data"):
-        value = facts.get(key, "")
-        if isinstance(value, Mapping):  # a dataset
-            value = " ".join(str(value[name]) for name in ("name", "split") if name in value)
-        elif len(str(value)) == 64 and str(value).isalnum():  # a checksum
-            value = f"{value[:12]}…"
-        if value != "":
-            checksum = f" (sha256 {facts['sha256'][:12]}…)" if key == "source" and "sha256" in facts else ""
-            branch.add(_fact(key, f"{value}{checksum}"))
+    for fact in part.origin():
+        branch.add(f"[dim]{escape(fact)}[/]")
 
 
 def _add_memory(tree: Tree, parts: list[Part], batch: int) -> None:
     images = "1 image" if batch == 1 else f"{batch} images"
     branch = tree.add(f"[bold]memory for sampling[/] {images} at a time, beside what PyTorch itself takes, about")
     for name, item in (("float32", 4), ("bfloat16", 2)):
-        m = sampling_memory(parts, batch, item)
-        kinds = {"weights": m.weights, "caches": m.caches, "activations of pixels": m.pixels}
-        terms = [f"{what} {_size(count)}" for what, count in kinds.items() if count]
-        branch.add(f"{name}: {_size(m.total)} = {' + '.join(terms)}")
+        memory = sampling_memory(parts, batch, item)
+        kinds = zip(("weights", "caches", "activations of pixels"), memory, strict=True)
+        terms = [f"{what} {_size(count)}" for what, count in kinds if count]
+        branch.add(f"{name}: {_size(memory.total)} = {' + '.join(terms)}")
     if any(part.type == "TokenModel" and part.typed_config().can_guide for part in parts):
         branch.add("with guidance: twice the prior's cache")
 
@@ -259,11 +235,6 @@ def _network(model: TokenModelConfig | FeedForwardConfig) -> Any:
         s = model.state_space
         shape |= {"label_smoothing": 0.0, "state_space": s and dataclasses.replace(s, dropout=0.0)}
     return dataclasses.replace(model, class_dropout=0.0, **shape)
-
-
-def _fact(key: str, value: object) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return f"[dim]{key.replace('_', ' ')}: {escape(text)}[/]"
 
 
 def _size(count: int) -> str:

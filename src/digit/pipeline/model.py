@@ -136,11 +136,7 @@ class Model:
         return found
 
     def part(self, name: str) -> Any:
-        """One of "encoder", "codebook", "prior", "vqgan".
-
-        Raises:
-            DigitError: this model lacks it.
-        """
+        """One of "encoder", "codebook", "prior", "vqgan". DigitError: this model lacks it."""
         value = getattr(self, name)
         if value is None:
             raise DigitError(f"The model '{self.name}' has no {name}, which this needs.")
@@ -176,9 +172,7 @@ class Model:
         self, device: torch.device | torch.dtype | str | None = None, dtype: torch.dtype | str | None = None
     ) -> Self:
         """Move every component to a device, or prior and decoders to a number format; tokenizing stays in float32.
-
-        Raises:
-            DigitError: no such device here.
+        DigitError: no such device here.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -213,11 +207,8 @@ class Model:
     # -- files
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write the model as a folder, whole or not at all.
-
-        Args:
-            folder: replaced if it exists.
-            dtype: store prior, decoders and VQGAN in it; float16 and bfloat16 halve their files.
+        """Write the model as a folder, whole or not at all; one that is there is replaced. Prior, decoders and VQGAN
+        are stored in ``dtype``; float16 and bfloat16 halve their files.
         """
         with write_folder(folder) as aside:
             for place, part in self.components.items():
@@ -244,12 +235,7 @@ class Model:
         write_bytes(Path(folder) / f"{CLASS_NAME[0]}.py", CODE.encode())
 
     def push_to_hub(self, repository: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
-        """Publish the model on the Hub, with its card; the address of the commit.
-
-        Args:
-            repository, options: see :func:`digit.pipeline.hub.push_folder`.
-            dtype: as for :meth:`save_pretrained`.
-        """
+        """Publish the model on the Hub: :meth:`save_pretrained`, and :func:`digit.pipeline.hub.push_folder`."""
         with tempfile.TemporaryDirectory() as aside:
             return push_folder(self.save_pretrained(Path(aside) / "model", dtype), repository, **options)
 
@@ -266,14 +252,8 @@ class Model:
         """Load a model: a folder, the name of a packaged model, or a Hub id; with none, the packaged one.
 
         Args:
-            model: where.
-            variant: which of the models that a Hub repository holds, such as "base-cond" of "DAMO-NLP-SG/DiGIT".
-            revision: branch, tag or commit on the Hub.
-            token: for private repositories; see huggingface_hub.
+            model, variant, revision, token: see :func:`digit.pipeline.hub.resolve_model`.
             torch_dtype, device: see :meth:`to`; None: float32 on the CPU.
-
-        Raises:
-            DigitError: nothing there; says what was tried.
         """
         found = resolve_model(model, variant=variant, revision=revision, token=token)
         return cls.from_folder(found).to(device, torch_dtype)

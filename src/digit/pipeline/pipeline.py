@@ -85,16 +85,16 @@ class DigitPipeline(Model):
             generator: draws the seed, instead of ``seed``; or one for each image.
             output_type: "pil" for Pillow images, "np" for (B, S, S, 3) float32 in 0..1, "pt" for a tensor (B, 3, S, S).
             callback_on_step_end: see :data:`StepCallback`.
-
-        Raises:
-            DigitError: see :meth:`~digit.sampling.request.SampleRequest.validate`.
         """
         given = {name: value for name, value in locals().items() if name in _SETTINGS} | decoder_settings
         if output_type not in ("pil", "np", "pt"):
             raise DigitError(f"output_type '{output_type}' was given; expected pil, np or pt.")
-        seeds = seed if generator is None else _seeds(generator)
+        if generator is not None:
+            several = [generator] if isinstance(generator, torch.Generator) else list(generator)
+            drawn = [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in several]
+            seed = drawn[0] if isinstance(generator, torch.Generator) else drawn
         numbers = None if labels is None else self.class_numbers(labels)
-        request = SampleRequest.of_run(num, numbers, seeds, decoder, given).validate(self)
+        request = SampleRequest.of_run(num, numbers, seed, decoder, given).validate(self)
         steps_done = itertools.count()
 
         def told(stage: str, done: int, tokens: Tensor) -> None:
@@ -114,34 +114,27 @@ class DigitPipeline(Model):
         return pixels if output_type == "pt" else pixels.movedim(1, -1).numpy()
 
     def class_numbers(self, labels: Sequence[Label] | Label | Tensor) -> list[int]:
-        """Classes by number or name, one or several, as numbers.
-
-        Raises:
-            DigitError: something else, or no class of this model.
+        """Classes by number, or by name where the model's classes have names, one or several, as numbers; "none" is -1.
+        DigitError: something else, or no class of this model.
         """
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.tolist()
-        return [self.class_number(label) for label in ([labels] if isinstance(labels, (int, str)) else list(labels))]
-
-    def class_number(self, name: Label) -> int:
-        """A class by its number, or by its name where the model's classes have names; "none" is -1.
-
-        Raises:
-            DigitError: neither.
-        """
-        number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
-        if number or (isinstance(name, str) and name.isdecimal()):
-            return int(name)
-        if not isinstance(name, str):
-            raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
-        if name in self.class_names:
-            return self.class_names.index(name)
-        if name == "none":
-            return NO_LABEL
-        if name.lstrip("-").isdecimal():
-            raise DigitError(f"The label {name} was given; classes are numbered from 0. For no class, give: none")
-        known = f"its classes: {', '.join(self.class_names[:20])}" if self.class_names else "its classes have no names"
-        raise DigitError(f"The label '{name}' is neither a number nor a class of this model; {known}.")
+        found: list[int] = []
+        for name in [labels] if isinstance(labels, (int, str)) else labels:
+            if isinstance(name, bool) or not isinstance(name, (int, np.integer, str)):
+                raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
+            if not isinstance(name, str) or name.isdecimal():
+                found.append(int(name))
+            elif name in self.class_names:
+                found.append(self.class_names.index(name))
+            elif name == "none":
+                found.append(NO_LABEL)
+            elif name.lstrip("-").isdecimal():
+                raise DigitError(f"The label {name} was given; classes are numbered from 0. For no class, give: none")
+            else:
+                known = f"classes: {', '.join(self.class_names[:20])}" if self.class_names else "classes have no names"
+                raise DigitError(f"The label '{name}' is neither a number nor a class of this model; its {known}.")
+        return found
 
     def sample_tokens(self, request: SampleRequest, callback: Callback | None = None) -> Tokens:
         """Run both stages, up to all that pixels are made of; for ``callback`` see there."""
@@ -182,13 +175,9 @@ class DigitPipeline(Model):
         images: Sequence[int] | None = None,
         **settings: Any,
     ) -> Float[Tensor, "B 3 S S"]:
-        """Semantic tokens (B, N) to images in 0..1.
-
-        Args:
-            first: as the prior or the tokenizer gives them.
-            seed, decoder, labels: see :class:`~digit.sampling.request.SampleRequest`.
-            images: numbers within the run; 0, 1, ... if left out.
-            settings: of the decoder, without ``decoder_`` in front.
+        """Semantic tokens (B, N), as the prior or the tokenizer gives them, to images in 0..1; the images are 0, 1, ...
+        of the run if nothing else is said. For the others see :class:`~digit.sampling.request.SampleRequest`; settings
+        are the decoder's, without ``decoder_`` in front.
         """
         first = torch.as_tensor(first)
         asked = {f"decoder_{name}": value for name, value in settings.items()}
@@ -198,11 +187,7 @@ class DigitPipeline(Model):
     def decode_tokens(
         self, first: Tensor, seed: int = 0, decoder: str | None = None, **settings: Any
     ) -> Int[Tensor, "B M"]:
-        """As :meth:`decode`, but to VQ tokens.
-
-        Raises:
-            DigitError: the decoder makes pixels itself.
-        """
+        """As :meth:`decode`, but to VQ tokens. DigitError: the decoder makes pixels itself."""
         asked = {f"decoder_{name}": value for name, value in settings.items()}
         vq = self.complete(first, SampleRequest(range(len(first)), seed, None, decoder, asked)).vq
         if vq is None:
@@ -214,11 +199,7 @@ class DigitPipeline(Model):
 
     @torch.inference_mode()
     def to_pixels(self, tokens: Tokens) -> Float[Tensor, "B 3 S S"]:
-        """Finished tokens to images in 0..1.
-
-        Raises:
-            DigitError: there are semantic tokens alone; :meth:`decode` finishes them.
-        """
+        """Finished tokens to images in 0..1. DigitError: they are semantic alone; :meth:`decode` finishes them."""
         if tokens.latents is None and tokens.vq is None:
             raise DigitError("Semantic tokens alone say no pixels; let a decoder finish them: pipe.decode(semantic).")
         stage = Stage2(self) if tokens.latents is None else self.stage2(tokens.latents.decoder)
@@ -231,11 +212,7 @@ class DigitPipeline(Model):
 
     @property
     def tokenizer(self) -> SemanticTokenizer:
-        """Encoder and codebook.
-
-        Raises:
-            DigitError: this model lacks one of them.
-        """
+        """Encoder and codebook. DigitError: this model lacks one of them."""
         return SemanticTokenizer(self.part("encoder"), self.part("codebook"))
 
     @property
@@ -244,11 +221,7 @@ class DigitPipeline(Model):
         return self.tokenizer if self.space == "semantic" else VQTokenizer(self.part("vqgan"))
 
     def stage2(self, kind: str | None = None) -> Stage2:
-        """What comes after the prior; ``kind`` of decoder, None: the default.
-
-        Raises:
-            DigitError: no such decoder.
-        """
+        """What comes after the prior; ``kind`` of decoder, None: the default. DigitError: no such decoder."""
         if self.space == "vq":
             return Stage2(self)
         kind = self.pick_decoder(kind)
@@ -275,10 +248,3 @@ class DigitPipeline(Model):
 
 
 _SETTINGS = {*to_dict(SamplingParams()), "guidance_scale"}
-
-
-def _seeds(generator: torch.Generator | Sequence[torch.Generator]) -> int | list[int]:
-    """A seed that a generator draws; of several, one each."""
-    if isinstance(generator, torch.Generator):
-        return int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return [int(torch.randint(2**62, (), generator=one, device=one.device)) for one in generator]

@@ -22,18 +22,17 @@ def reconstruction_sheet(
     """
     images = images.to(pipe.device)
     pipe.stage2(decoder).check_parts()
-    columns = [images]
-    if pipe.vqgan is not None:
-        columns.append(pipe.to_pixels(Tokens(vq=pipe.vqgan.encode(images))))
-    drawn = [[to_pil(image) for image in column] for column in columns]
-    titles = ["image", "VQGAN\nalone"][: len(columns)]
+    columns = {"image": list(map(to_pil, images))}
     if pipe.encoder is not None and pipe.codebook is not None:
         tokenizer, size = pipe.tokenizer, images.shape[-1]
         tokens = tokenizer.encode(images)  # (B, N)
-        titles.insert(1, "semantic\ntokens")
-        drawn.insert(1, [token_image(row, tokenizer.grid, tokenizer.vocab_size, size) for row in tokens])
+        drawn = [token_image(row, tokenizer.grid, tokenizer.vocab_size, size) for row in tokens]
+        columns["semantic\ntokens"] = drawn
+    if pipe.vqgan is not None:
+        columns["VQGAN\nalone"] = list(map(to_pil, pipe.to_pixels(Tokens(vq=pipe.vqgan.encode(images)))))
     if pipe.decoders:
-        titles.append(f"{pipe.pick_decoder(decoder)}\ndecoder")
-        drawn.append([to_pil(image) for image in pipe.reconstruct(images, seed, decoder)])
-    cells = [column[row] for row in range(len(images)) for column in drawn]
-    return image_grid(cells, columns=len(drawn), column_titles=titles), drawn[-1]
+        title = f"{pipe.pick_decoder(decoder)}\ndecoder"
+        columns[title] = list(map(to_pil, pipe.reconstruct(images, seed, decoder)))
+    rows = zip(*columns.values(), strict=True)
+    cells = [image for row in rows for image in row]
+    return image_grid(cells, columns=len(columns), column_titles=[*columns]), [*columns.values()][-1]

@@ -28,15 +28,8 @@ RECORD = "generation.json"
 
 
 class RunFolder:
-    """A folder being filled.
-
-    Args:
-        path: the folder; made if missing.
-        identity: what determines the images; kept in the record.
-        overwrite: begin anew in a folder that holds another run.
-
-    Raises:
-        DigitError: it is a file, or holds images of another run.
+    """A folder being filled, made if missing; ``identity`` is what determines the images, and is kept in the record.
+    DigitError: it is a file, or holds images of another run and is not to be overwritten.
     """
 
     def __init__(self, path: str | Path, identity: dict[str, Any], overwrite: bool = False) -> None:

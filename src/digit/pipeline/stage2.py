@@ -181,10 +181,8 @@ STAGES: dict[str, type[TokenDecoder]] = {"vq": TokenDecoder, "pixels": PixelDeco
 
 
 def checked(tokens: Tensor, length: int, vocab: int, kind: str) -> Int[Tensor, "B length"]:
-    """The tokens, if they are (B, length) ids below ``vocab``.
-
-    Raises:
-        DigitError: another shape, no integers, or ids out of range.
+    """The tokens, if they are (B, length) ids below ``vocab``. DigitError: another shape, no integers, or ids out of
+    range.
     """
     if tokens.ndim != 2 or tokens.shape[1] != length:
         raise DigitError(f"{kind} tokens of shape {tuple(tokens.shape)} were given; this model takes (B, {length}).")

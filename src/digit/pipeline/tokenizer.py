@@ -26,13 +26,8 @@ Images = Any
 
 
 class Tokenizer:
-    """Images to tokens (B, N), row by row.
-
-    Attributes:
-        image_size: side S of the square images it takes.
-        grid: (rows, columns) of the tokens of an image; N = rows * columns. Several tokens of a place lie side by side.
-        depth: tokens a place; more than 1 with a residual codebook.
-        vocab_size: ids are 0..vocab_size-1.
+    """Square images of side ``image_size`` to a grid of tokens (rows, columns), row by row (B, N), with ids from 0 to
+    ``vocab_size`` - 1. Several tokens of a place (``depth``, of a residual codebook) lie side by side.
     """
 
     def __init__(self, image_size: int, grid: tuple[int, int], vocab_size: int, depth: int = 1) -> None:

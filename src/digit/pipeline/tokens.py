@@ -19,13 +19,9 @@ from digit.core.files import write_file
 
 @dataclass(frozen=True)
 class PixelLatents:
-    """What a feed-forward decoder needs beside semantic tokens to make pixels.
-
-    Attributes:
-        decoder: its kind.
-        noise: (B, noise_dim), made from each image's number.
-        kept: (B, 3, S, S) an image in 0..1 of which parts stay as they are, for editing.
-        anew: (B, 1, S, S) bool, True where it does not.
+    """What a feed-forward decoder of a kind needs beside semantic tokens to make pixels: noise (B, noise_dim), made
+    from each image's number; and for editing, images ``kept`` (B, 3, S, S) in 0..1 and where to make them ``anew``
+    (B, 1, S, S) bool.
     """
 
     decoder: str
@@ -100,11 +96,7 @@ def save_tokens_file(path: str | Path, tokens: Tokens) -> Path:
 
 
 def load_tokens_file(path: str | Path) -> Tokens:
-    """Read what :func:`save_tokens_file` wrote.
-
-    Raises:
-        DigitError: no such file, or not integer grids.
-    """
+    """Read what :func:`save_tokens_file` wrote. DigitError: no such file, or not integer grids."""
     if not Path(path).is_file():
         raise DigitError(f"There is no token file {path}.")
     names = ("semantic", "vq", "labels")

@@ -42,7 +42,9 @@ def sample_autoregressive(
     with cache.lock:
         engine = cache.engine_for(model, batch, any(s != 1 for s in scale[known:]))
         draw = engine.begin(uniform, tokens, free, scale, params)
-        labels, prefix = (_pad(part, engine.batch) for part in (labels, prefix))
+        # some engines have a fixed size: the last row is repeated
+        rows = torch.arange(engine.batch, device=uniform.device).clamp(max=batch - 1)
+        labels, prefix = (part if part is None else part[rows] for part in (labels, prefix))
         guided = scale[known] != 1
         engine.prefill(model, known, labels, prefix, draw, guided)
         index = known + 1
@@ -59,10 +61,3 @@ def sample_autoregressive(
             if on_token is not None:
                 on_token(index, engine.state.tokens[:batch])
         return engine.state.tokens[:batch].clone()
-
-
-def _pad(part: Tensor | None, batch: int) -> Tensor | None:
-    """Repeat the last row until there are ``batch``: some engines have a fixed size."""
-    if part is None or len(part) == batch:
-        return part
-    return torch.cat([part, part[-1:].expand(batch - len(part), *part.shape[1:])])

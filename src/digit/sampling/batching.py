@@ -36,15 +36,9 @@ def decoded_at_once(side: int) -> int:
 
 
 class Batcher:
-    """Cuts a list of images into batches.
-
-    The first batch has :data:`PROBE` images, and the memory it took decides the size of the others; or the size is
-    given. When a batch does not fit after all, it is halved and tried again.
-
-    Args:
-        device: where the images are made.
-        size: how many at a time, or None to measure.
-        release: called after a batch did not fit, to free what is kept between batches.
+    """Cuts a list of images into batches of a size, or of None: the first has :data:`PROBE` images, and the memory it
+    took on the device decides the size of the others. When a batch does not fit after all, ``release`` frees what is
+    kept between batches, and the batch is halved and tried again.
     """
 
     def __init__(self, device: torch.device, size: int | None, release: Callable[[], None]) -> None:
@@ -57,12 +51,13 @@ class Batcher:
             part = images[start : start + (self.size or PROBE)]
             measure = self.size is None and len(images) > PROBE
             try:
-                if measure:
-                    before = allocated(self.device)
-                    reset_peak(self.device)
+                before = begin(self.device) if measure else 0
                 work(part)
                 if measure:
-                    self.size = self._fitting((peak(self.device) - before) // len(part))
+                    each = max(1, (peak(self.device) - before) // len(part))  # bytes
+                    limit, room = LIMITS.get(self.device.type, 64), available(self.device)
+                    fitting = int(SHARE * room / each) if room else limit
+                    self.size = max(PROBE, min(limit, fitting // PROBE * PROBE))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -84,12 +79,6 @@ class Batcher:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _fitting(self, each: int) -> int:
-        """How many images of ``each`` bytes fit into a batch."""
-        limit, room = LIMITS.get(self.device.type, 64), available(self.device)
-        fitting = int(SHARE * room / max(1, each)) if room else limit
-        return max(PROBE, min(limit, fitting // PROBE * PROBE))
-
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out, on a device or on the host."""
@@ -97,24 +86,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or "not enough memory" in str(error) or "allocate memory" in str(error)
 
 
-def allocated(device: torch.device) -> int:
-    """Bytes in use now."""
+def begin(device: torch.device) -> int:
+    """Bytes in use now; a new measurement of :func:`peak` begins, where the system can."""
     if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    with suppress(OSError):  # elsewhere than on Linux the peak is that of the whole process: too high, which is safe
+        Path("/proc/self/clear_refs").write_text("5")
     return _kernel("self/status", "VmRSS") or peak(device)
 
 
-def reset_peak(device: torch.device) -> None:
-    """Begin a new measurement of :func:`peak`, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:  # elsewhere than on Linux the peak is that of the whole process: too high, which is safe
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 def peak(device: torch.device) -> int:
-    """The most bytes in use since the last reset."""
+    """The most bytes in use since :func:`begin`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _kernel("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -22,12 +22,8 @@ from digit.sampling.request import SamplingParams
 
 
 class DrawParams(NamedTuple):
-    """The part of :class:`SamplingParams` that the draw reads; tensors, so that one compiled step serves every value.
-
-    Attributes:
-        temperature: () float32, or the number 0 for the most likely token.
-        top_k: 0 keeps all.
-        top_p: () float32, or the number 1 to keep all.
+    """The part of :class:`SamplingParams` that the draw reads; tensors () float32, so that one compiled step serves
+    every value, or the numbers 0 (temperature: the most likely token) and 1 (top-p: all).
     """
 
     temperature: Tensor | float
@@ -39,23 +35,19 @@ def scales(params: SamplingParams, count: int) -> list[float]:
     """The guidance scale at each of ``count`` tokens or steps; exactly 1.0 where the unguided half need not be
     computed.
     """
-    return [_scale(params, index / max(1, count - 1), index / count) for index in range(count)]
-
-
-def _scale(params: SamplingParams, progress: float, fraction: float) -> float:
-    """``progress`` runs from 0 to 1 inclusive and shapes the growth; ``fraction`` in [0, 1) is compared with the
-    interval.
-    """
+    found = [1.0] * count
     low, high = params.cfg_interval
-    if params.cfg_scale == 1 or not low <= fraction < high:
-        return 1.0
-    growth = {
-        "constant": 1.0,
-        "linear": progress,
-        "cosine": (1 - math.cos(math.pi * progress)) / 2,
-        "power-cosine": (1 - math.cos(math.pi * progress**params.cfg_power)) / 2,
-    }[params.cfg_schedule]
-    return 1 + (params.cfg_scale - 1) * growth
+    for index in range(count):
+        if params.cfg_scale != 1 and low <= index / count < high:
+            progress = index / max(1, count - 1)
+            growth = {
+                "constant": 1.0,
+                "linear": progress,
+                "cosine": (1 - math.cos(math.pi * progress)) / 2,
+                "power-cosine": (1 - math.cos(math.pi * progress**params.cfg_power)) / 2,
+            }[params.cfg_schedule]
+            found[index] = 1 + (params.cfg_scale - 1) * growth
+    return found
 
 
 def guide(
@@ -69,11 +61,8 @@ def guide(
 def kept_probabilities(
     logits: Float[Tensor, "*B V"], params: SamplingParams | DrawParams
 ) -> tuple[Float[Tensor, "*B k"], Int[Tensor, "*B k"] | None]:
-    """The filtered distribution, up to normalisation, at a temperature above 0.
-
-    Returns:
-        Probabilities in float32, zero where top-p cut, and their token ids, most likely first; or None for ids: all of
-        them in order.
+    """The filtered distribution, up to normalisation, at a temperature above 0: probabilities in float32, zero where
+    top-p cut, and their token ids, most likely first; or None for ids: all of them in order.
     """
     logits = logits.float() / params.temperature
     cut = isinstance(params.top_p, Tensor) or params.top_p < 1

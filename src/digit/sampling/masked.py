@@ -28,14 +28,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def masked_after(
     schedule: str, steps: int, step: int, total: Int[Tensor, " B"], masked: Int[Tensor, " B"]
 ) -> Int[Tensor, " B"]:
-    """How many tokens stay masked after an iteration.
-
-    Args:
-        schedule: see :class:`SamplingParams`.
-        steps: iterations in all.
-        step: 0-based iteration; after the last one it is 0.
-        total: tokens that were masked at the start.
-        masked: tokens masked before this iteration.
+    """How many tokens stay masked after iteration ``step`` of ``steps``, counted from 0: none after the last; ``total``
+    were masked at the start, and ``masked`` before this iteration.
     """
     if step + 1 == steps:
         return torch.zeros_like(masked)

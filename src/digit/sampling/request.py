@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 _OF_STEPS = ("steps", "mask_schedule", "choice_temperature", "order")
 _READ = {"masked": _OF_STEPS[:3], "random": (*_OF_STEPS[:2], "order")}  # by the role of the model
 _DECODER = "decoder_"
-_OTHER_NAMES = {"guidance_scale": "cfg_scale"}
+
+SETTINGS = (
+    "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p", "steps",
+    "decoder_temperature", "decoder_top_k", "decoder_top_p", "decoder_steps",
+)  # fmt: skip
+"""Of a run, as the command line and the JSON API offer them."""
 
 Sampled = Callable[..., Any]
 """Told (tokens known or steps done, tokens (B, length)), and by a model that takes steps which of them are open (B,
@@ -130,10 +135,7 @@ class SampleRequest:
     ) -> SampleRequest:
         """The images 0, 1, ... of a run, which take the given labels in turns; by default one image a label.
 
-        With a seed for each image, each is the image 0 of its seed.
-
-        Raises:
-            DigitError: no image, or an empty list of labels.
+        With a seed for each image, each is the image 0 of its seed. DigitError: no image, or an empty list of labels.
         """
         import torch
 
@@ -203,11 +205,11 @@ class SampleRequest:
         """What was asked of the prior, and of the decoder; whose ``steps`` and its like are is said."""
         asked = {name: value for name, value in self.settings.items() if value is not None}
         for prefix in ("", _DECODER):
-            for other, name in _OTHER_NAMES.items():
-                if prefix + other in asked:
-                    if prefix + name in asked:
-                        raise DigitError(f"{prefix}{other} and {prefix}{name} are the same setting; give one of them.")
-                    asked[prefix + name] = asked.pop(prefix + other)
+            other, name = f"{prefix}guidance_scale", f"{prefix}cfg_scale"
+            if other in asked and name in asked:
+                raise DigitError(f"{other} and {name} are the same setting; give one of them.")
+            if other in asked:
+                asked[name] = asked.pop(other)
         later = {name.removeprefix(_DECODER): asked.pop(name) for name in list(asked) if name.startswith(_DECODER)}
         if decoder_steps:
             later |= {name: asked.pop(name) for name in _OF_STEPS if name in asked}
@@ -238,12 +240,11 @@ def takes_steps(config: Any) -> bool:
 
 def check_model(config: Any, params: SamplingParams, labels: Tensor | None) -> None:
     """Refuse labels (B,) that a token model or decoder does not know, and guidance that it was not trained for."""
-    if labels is not None and bool(((labels >= config.num_classes) | (labels < -1)).any()):
-        bad = next(int(x) for x in labels if x >= config.num_classes or x < -1)
+    if labels is not None and len(bad := labels[(labels >= config.num_classes) | (labels < -1)]):
         raise DigitError(
-            f"The label {bad} was given; this model knows 0 to {config.num_classes - 1}."
+            f"The label {bad[0]} was given; this model knows 0 to {config.num_classes - 1}."
             if config.num_classes
-            else f"The label {bad} was given, but this model is unconditional; leave labels out."
+            else f"The label {bad[0]} was given, but this model is unconditional; leave labels out."
         )
     if params.cfg_scale == 1:
         return

@@ -25,11 +25,8 @@ Seeds = int | Sequence[int]
 def uniforms(seed: Seeds, images: Sequence[int], stage: str, shape: tuple[int, ...]) -> Float[Tensor, " B *shape"]:
     """Uniform numbers in [0, 1) for some images of a run, in float32 on the CPU.
 
-    Args:
-        seed: of the run, or one for each image.
-        images: (B,) numbers of the images within the run.
-        stage: "prior", "ar", "masked", ...; stages of one image are independent.
-        shape: numbers an image.
+    They have one seed, or one each, and (B,) numbers within the run. The stages "prior", "ar", "masked" ... of an image
+    are independent. ``shape`` is of the numbers of an image.
     """
     seeds = [seed] * len(images) if isinstance(seed, int) else list(seed)
     if bad := [s for s in seeds if s < 0]:
@@ -45,12 +42,8 @@ def uniforms(seed: Seeds, images: Sequence[int], stage: str, shape: tuple[int, .
 def pixel_latents(
     config: FeedForwardConfig, images: Sequence[int], seed: Seeds = 0, temperature: float = 1.0, stage: str = "onepass"
 ) -> Float[Tensor, "B noise_dim"]:
-    """Normal noise, in float32 on the CPU, that decides what a feed-forward decoder's tokens leave open.
-
-    Args:
-        config: of the decoder.
-        images, seed, stage: see :func:`uniforms`.
-        temperature: the standard deviation; 0 gives the middle of all images that the tokens allow.
+    """Normal noise, in float32 on the CPU, that decides what a feed-forward decoder's tokens leave open; see
+    :func:`uniforms`. The temperature is its standard deviation; 0 gives the middle of all images that they allow.
     """
     u = uniforms(seed, images, stage, (config.noise_dim,))
     # in float64 on the host, so that it is the same number on every machine

@@ -41,12 +41,8 @@ T = TypeVar("T")
 
 
 def make_app(service: Service, auth: tuple[str, str] | None = None, hosts: tuple[str, ...] | None = None) -> FastAPI:
-    """The ASGI application.
-
-    Args:
-        service: the model.
-        auth: (user, password), or None for everybody.
-        hosts: names the server answers to; None for any.
+    """The ASGI application over a model; ``auth`` is (user, password) asked by HTTP Basic, or None for everybody, and
+    ``hosts`` are the names the server answers to, None for any.
     """
     queue = JobQueue(service.limits.waiting, service.limits.seconds)
     app = FastAPIOffline(
@@ -156,15 +152,8 @@ def _for_client(error: Exception) -> Exception:
 
 
 def serve(app: FastAPI, host: str, port: int, share: bool = False) -> None:
-    """Serve until interrupted.
-
-    Args:
-        app: see :func:`make_app`.
-        host, port: where.
-        share: also reach out to Gradio's tunnel, which gives a public address for some days.
-
-    Raises:
-        DigitError: the port is taken, or the address is not this machine's.
+    """Serve until interrupted; ``share`` also reaches out to Gradio's tunnel, which gives a public address for some
+    days. DigitError: the port is taken, or the address is not this machine's.
     """
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
     try:

@@ -49,12 +49,7 @@ class Job:
             self._tell("error", error)
 
     def check(self) -> None:
-        """Called often during the work.
-
-        Raises:
-            Cancelled: nobody waits for the result any more.
-            Refused: the time is over.
-        """
+        """Called often during the work. Cancelled: nobody waits for the result any more. Refused: the time is over."""
         if self._left.is_set():
             raise Cancelled
         if time.monotonic() > self._deadline:
@@ -89,11 +84,8 @@ class Job:
 
 
 class JobQueue:
-    """First come, first served, by one worker thread; for the event loop alone.
-
-    Args:
-        waiting: jobs that may wait, beside the one that runs.
-        seconds: a job may run.
+    """First come, first served, by one worker thread; for the event loop alone. So many jobs may wait beside the one
+    that runs, which may take so many seconds.
     """
 
     def __init__(self, waiting: int, seconds: float) -> None:
@@ -107,11 +99,7 @@ class JobQueue:
         return len(self._unfinished)
 
     def submit(self, work: Callable[[Job], Any]) -> Job:
-        """Queue a job.
-
-        Raises:
-            Refused: the queue is full.
-        """
+        """Queue a job. Refused: the queue is full."""
         if self.active > self.waiting:
             raise Refused(f"The server is busy: {self.waiting} requests are waiting. Try again in a moment.", 429)
         job = Job(self._worker, self.seconds, work)

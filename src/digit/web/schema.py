@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 from pydantic import BaseModel, Field
 
 from digit.core.config import PositiveInt, config
-from digit.sampling.request import SamplingParams
+from digit.sampling.request import SETTINGS, SamplingParams
 
 T = TypeVar("T")
 Image = Annotated[str, Field(description="Base64 of a PNG, JPEG, WebP, GIF or BMP file, or a data URL of it.")]
@@ -16,10 +16,6 @@ Decoder = Annotated[str | None, Field(description="Kind of decoder; by default t
 Png = Annotated[str, Field(description="Base64 of a PNG file.")]
 Grids = list[list[int]] | None
 
-SETTINGS = (
-    "cfg_scale", "cfg_schedule", "temperature", "top_k", "top_p", "steps",
-    "decoder_temperature", "decoder_top_k", "decoder_top_p", "decoder_steps",
-)  # fmt: skip
 MAX_STEPS = 256
 
 

@@ -33,12 +33,8 @@ def error_response(error: Exception, status: int | None = None, headers: Any = N
 
 
 def middleware(limits: Limits, auth: tuple[str, str] | None, hosts: tuple[str, ...] | None) -> list[Middleware]:
-    """From the outermost on.
-
-    Args:
-        limits: of a request.
-        auth: (user, password) asked by HTTP Basic, or None for everybody.
-        hosts: names of the server, so that no other web site can point its own name at it; None for any.
+    """From the outermost on; for the arguments see :func:`digit.web.app.make_app`. The server answers to its own names,
+    so that no other web site can point its name at it.
     """
     return [
         Middleware(Guard, limits=limits, auth=auth),
@@ -47,13 +43,7 @@ def middleware(limits: Limits, auth: tuple[str, str] | None, hosts: tuple[str, .
 
 
 class Guard:
-    """Refuses what it must, reads a request's body, within limits, before anything else sees it, and sets headers.
-
-    Args:
-        app: what is guarded.
-        limits: bytes of a body, and of all bodies that are held at one time.
-        auth: (user, password), or None.
-    """
+    """Refuses what it must, reads a request's body, within limits, before anything else sees it, and sets headers."""
 
     def __init__(self, app: ASGIApp, limits: Limits, auth: tuple[str, str] | None = None) -> None:
         self.app, self.limits = app, limits

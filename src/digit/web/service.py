@@ -37,12 +37,8 @@ FRAMES = 16
 
 
 class Service:
-    """A loaded model. Its methods that take a job run in one thread at a time.
-
-    Args:
-        pipe: the model.
-        limits: of a request.
-        atlas: what its clusters look like, where it has one.
+    """A loaded model, with what its clusters look like where it has an atlas. Its methods that take a job run in one
+    thread at a time.
     """
 
     def __init__(self, pipe: DigitPipeline, limits: schema.Limits | None = None, atlas: Atlas | None = None) -> None:
@@ -90,11 +86,7 @@ class Service:
     # ---- what can be asked
 
     def generate(self, body: schema.Generate, job: Job) -> schema.Images:
-        """New images.
-
-        Raises:
-            DigitError: labels, settings or components that the model does not have, or too many images.
-        """
+        """New images. DigitError: labels, settings or components that the model does not have, or too many images."""
         request = self._request(body, body.num, body.labels)
         return self._images(self.pipe.sample_tokens(request, self._watch(job, request)), request, job)
 
@@ -102,24 +94,20 @@ class Service:
     def tokenize(self, body: schema.Tokenize, job: Job) -> schema.Tokenization:
         """The tokens of an image, and the images made of them."""
         pipe, image = self.pipe, self._read(body.image)
-        batch, semantic, vq, vqgan, full = self._batch(image), None, None, None, None
+        found: dict[str, Any] = dict.fromkeys(("semantic", "vq", "vqgan", "full"))
+        batch = self._batch(image)
         if pipe.encoder is not None and pipe.codebook is not None:
             semantic = pipe.tokenizer.encode(batch)
+            found["semantic"] = semantic[0].tolist()
             job.check()
             if pipe.can_generate:
                 request = SampleRequest(seed=body.seed, decoder=body.decoder).validate(pipe, prior=False)
-                full = pipe.to_pixels(pipe.complete(semantic, request, self._watch(job, request)))
+                tokens = pipe.complete(semantic, request, self._watch(job, request))
+                found["full"] = to_base64(to_pil(pipe.to_pixels(tokens)[0]))
         if pipe.vqgan is not None:
             vq = pipe.vqgan.encode(batch)
-            vqgan = pipe.to_pixels(Tokens(vq=vq))
-        return schema.Tokenization(
-            semantic=None if semantic is None else semantic[0].tolist(),
-            vq=None if vq is None else vq[0].tolist(),
-            grids=self.grids,
-            picture=to_base64(image),
-            vqgan=None if vqgan is None else to_base64(to_pil(vqgan[0])),
-            full=None if full is None else to_base64(to_pil(full[0])),
-        )
+            found |= {"vq": vq[0].tolist(), "vqgan": to_base64(to_pil(pipe.to_pixels(Tokens(vq=vq))[0]))}
+        return schema.Tokenization(grids=self.grids, picture=to_base64(image), **found)
 
     @torch.inference_mode()
     def stability(self, body: schema.Stability, job: Job) -> schema.Changed:
@@ -141,11 +129,8 @@ class Service:
         )
 
     def edit(self, body: schema.Edit, job: Job) -> schema.Images:
-        """Resample cells of an image, or everything below its first rows.
-
-        Raises:
-            Refused: both or neither of cells and rows, or cells outside of the grid.
-            DigitError: see :mod:`digit.pipeline.editing`.
+        """Resample cells of an image, or everything below its first rows. Refused: both or neither of cells and rows,
+        or cells outside of the grid. DigitError: see :mod:`digit.pipeline.editing`.
         """
         if (body.cells is None) == (body.rows is None):
             raise Refused("Say what to resample: exactly one of 'cells' and 'rows'.")
@@ -159,11 +144,7 @@ class Service:
         return self._images(tokens, request, job)
 
     def cluster(self, number: int) -> schema.Cluster:
-        """Patches of real images that are nearest to a cluster.
-
-        Raises:
-            DigitError: the model has no atlas, or no such cluster.
-        """
+        """Patches of real images that are nearest to a cluster. DigitError: no atlas, or no such cluster."""
         if self.atlas is None:
             raise DigitError(
                 "This model has no patches of its clusters; its owner can add them: digit atlas MODEL --data D"
