@@ -66,7 +66,7 @@ def reconstruction(
 
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
-    from digit.evaluation.metrics.model_reconstruction import SHARES, model_reconstruction
+    from digit.evaluation.metrics.reconstruction import SHARES, model_reconstruction
     from digit.evaluation.model_source import open_images
 
     images, pipe = open_images(data, split, num), options.load(model, device, variant=variant)
@@ -169,8 +169,8 @@ def prefix(
     Example:  digit evaluate prefix cifar10 --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/prefix
     """
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.studies.prefix import as_runs
-    from digit.evaluation.studies.prefix import prefix as measure
+    from digit.evaluation.studies.points import as_runs
+    from digit.evaluation.studies.points import prefix as measure
     from digit.evaluation.studies.sweep import parse_settings
 
     images, settings = open_images(data, split, num), parse_settings(fixed)
@@ -213,7 +213,7 @@ def robustness(
     Example:  digit evaluate robustness cifar10 --num 1000 --reference cifar10-train.npz --out runs/robustness
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.robustness import robustness as measure
+    from digit.evaluation.studies.points import robustness as measure
     from digit.evaluation.studies.sweep import parse_settings
 
     pipe = options.load(model, device, variant=variant)

@@ -197,8 +197,8 @@ def tokens(
     """
     from digit.clustering.discretisers import Discretisation
     from digit.core.config import from_dict
+    from digit.evaluation.studies.ranking import rank_tokens
     from digit.evaluation.studies.stages import Stages
-    from digit.evaluation.studies.tokens import rank_tokens
 
     if kinds != "kmeans" and not clusters:
         raise DigitError(

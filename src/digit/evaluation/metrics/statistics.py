@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from digit.core.errors import DigitError
-from digit.core.files import sha256_of, write_file
+from digit.core.files import sha256_of, write_bytes
 
 _INT16 = 32767
 
@@ -107,29 +107,6 @@ class Moments:
         return FeatureStatistics((self._origin + mean).numpy(), sigma.numpy(), self.n, dict(metadata or {}))
 
 
-class FeatureFile:
-    """Feature rows in a temporary file, read back memory-mapped, for metrics that need every row (KID, precision)."""
-
-    def __init__(self) -> None:
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
-        self._width = 0
-        self.n = 0
-
-    def append(self, rows: Tensor) -> None:
-        """Add (B, D) rows; they are kept as float32."""
-        self._width = rows.shape[1]
-        self._file.write(rows.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        self.n += len(rows)
-
-    def read(self) -> Tensor:
-        """All rows, (n, D) float32, backed by the file."""
-        self._file.flush()
-        return torch.from_numpy(np.memmap(self._file, dtype=np.float32, mode="r+", shape=(self.n, self._width)))
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def save_statistics(
     path: str | Path,
     statistics: FeatureStatistics,
@@ -160,11 +137,8 @@ def save_statistics(
     if spatial is not None:
         arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
 
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as handle:
-            (np.savez_compressed if compact else np.savez)(handle, **arrays)  # type: ignore[arg-type]
-
-    return write_file(path, write)
+    (np.savez_compressed if compact else np.savez)(buffer := io.BytesIO(), **arrays)  # type: ignore[arg-type]
+    return write_bytes(path, buffer.getvalue())
 
 
 def load_set(path: str | Path, features: bool = False) -> FeatureSet:
@@ -185,7 +159,13 @@ def load_set(path: str | Path, features: bool = False) -> FeatureSet:
             n = int(arrays["n"]) if "n" in found else None
             metadata = json.loads(str(arrays["metadata"])) if "metadata" in found else {}
             about = {**metadata, "file": path.name, "file_sha256": sha256_of(path)}
-            sigma = arrays["sigma"] if "sigma" in found else _unpacked(arrays["deviation"], arrays["correlation"])
+            if "sigma" in found:
+                sigma = arrays["sigma"]
+            else:  # of what `compact` wrote
+                deviation = arrays["deviation"]
+                half = np.zeros((len(deviation), len(deviation)))
+                half[np.triu_indices(len(half), 1)] = arrays["correlation"] / _INT16
+                sigma = (half + half.T + np.eye(len(half))) * np.outer(deviation, deviation.astype(np.float64))
             whole = _checked(path, arrays["mu"], sigma, n, about)
             spatial = _checked(path, arrays["mu_s"], arrays["sigma_s"], n, about) if "mu_s" in found else None
             rows = arrays["features"] if features and "features" in found else None
@@ -216,13 +196,6 @@ def npz_arrays(path: str | Path) -> set[str]:
         raise DigitError(
             f"{path} is not an .npz file; expected statistics ('mu', 'sigma') or images ('arr_0')."
         ) from error
-
-
-def _unpacked(deviation: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    """The covariance (D, D) of what ``compact`` wrote."""
-    matrix = np.zeros((len(deviation), len(deviation)))
-    matrix[np.triu_indices(len(deviation), 1)] = correlation / _INT16
-    return (matrix + matrix.T + np.eye(len(deviation))) * np.outer(deviation, deviation.astype(np.float64))
 
 
 def _checked(path: Path, mu: Any, sigma: Any, n: int | None, metadata: dict[str, Any]) -> FeatureStatistics:

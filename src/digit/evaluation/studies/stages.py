@@ -24,6 +24,7 @@ from digit.data.sampling import Batches, OrderedSampler
 from digit.data.token_cache import Views, build_token_cache
 from digit.evaluation import paper
 from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, score_features
+from digit.evaluation.model_source import spread
 from digit.evaluation.results import COLORS, OURS, PAPER, Result, Rows, legend, panels, provenance, shown
 from digit.evaluation.steps import Step, Steps
 from digit.models.codebook import Codebook
@@ -91,9 +92,7 @@ class Stages:
         kind: Discretisation | None = None,
     ) -> Codebook:  # fmt: skip
         """Fit a codebook to some of the training images (all of them if None); ``crops`` cuts and mirrors at random."""
-        dataset = self.train_images
-        if images is not None and images < len(dataset):
-            dataset = dataset.subset([i * len(dataset) // images for i in range(images)])
+        dataset = spread(self.train_images, images)
         inputs = {
             "encoder": describe_encoder(encoder), "preprocessing": to_dict(encoder.preprocessing), "clusters": clusters,
             "crops": crops, "seed": self.seed, "data": dataset.fingerprint,
@@ -109,13 +108,15 @@ class Stages:
 
         return Codebook.from_pretrained(self.steps.run("codebook", inputs, fit).folder)
 
+    @staticmethod
+    def tokenizer(pipe: DigitPipeline) -> dict[str, Any]:
+        """What tokens depend on beside the images."""
+        settings = getattr(pipe.encoder, "config", None)
+        return {"weights": pipe.fingerprint(), "encoder": None if settings is None else to_dict(settings)}
+
     def tokens(self, pipe: DigitPipeline, views: Views) -> Step:
         """The token cache of the training images."""
-        settings = getattr(pipe.encoder, "config", None)
-        inputs = {
-            "weights": pipe.fingerprint(), "encoder": to_dict(settings) if settings is not None else None,
-            "data": self.train_images.fingerprint, "views": to_dict(views),
-        }  # fmt: skip
+        inputs = {**self.tokenizer(pipe), "data": self.train_images.fingerprint, "views": to_dict(views)}
 
         def cache(folder: Path) -> None:
             build_token_cache(pipe, self.train_images, folder, views, batch_size=self.batch_size)
@@ -146,8 +147,6 @@ def predictability(nll: float, prior: TokenModel) -> dict[str, float]:
     length, codes = prior.config.length, prior.config.vocab_size
     return {"nats_per_token": nll, "bits_per_image": nll * length / math.log(2), "saved": 1 - nll / math.log(codes)}
 
-
-# ---- what is shown ---------------------------------------------------------------------------------------------------
 
 COLUMNS = {
     "vocabulary": ("Codes", 1),
