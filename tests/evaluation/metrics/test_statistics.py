@@ -10,6 +10,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 
 from digit.core.errors import DigitError
 from digit.evaluation.metrics.statistics import (
+    FeatureFile,
     FeatureStatistics,
     Moments,
     load_set,
@@ -167,3 +168,10 @@ def test_metadata_is_json_text_not_a_pickle(tmp_path):
             "n": "i",
             "metadata": "U",
         }
+
+
+def test_feature_file_returns_all_rows(rows):
+    file = FeatureFile()
+    for part in rows.split(33):
+        file.append(part)
+    assert torch.equal(file.read(), rows)

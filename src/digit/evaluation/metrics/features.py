@@ -19,6 +19,7 @@ from digit.core.transforms import center_crop, resize_shorter
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.evaluation.metrics.inception import PREPROCESSING, TorchExtractor, tool_name
 from digit.evaluation.metrics.statistics import (
+    FeatureFile,
     FeatureSet,
     FeatureStatistics,
     Moments,
@@ -44,8 +45,8 @@ class Collector:
         self.extractor = extractor
         self.moments = Moments()
         self.spatial = Moments() if "sfid" in wanted else None
-        self.features: list[Tensor] | None = [] if wanted & {"fid", "kid", "prc"} else None
-        self.logits: list[Tensor] | None = [] if "isc" in wanted and extractor.weights.has_head else None
+        self.features = FeatureFile() if wanted & {"fid", "kid", "prc"} else None
+        self.logits = FeatureFile() if "isc" in wanted and extractor.weights.has_head else None
         self._most = None if wanted & {"kid", "prc"} else FEW
         self._size: tuple[int, ...] | None = None
         self._began = time.monotonic()
@@ -87,8 +88,8 @@ class Collector:
         return FeatureSet(
             name,
             self.moments.statistics(metadata),
-            torch.cat(self.features) if self.features else None,
-            torch.cat(self.logits) if self.logits else None,
+            self.features.read() if self.features else None,
+            self.logits.read() if self.logits else None,
             self.spatial.statistics(metadata) if self.spatial else None,
             time.monotonic() - self._began,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -105,6 +106,26 @@ class Moments:
         mean = self._sum / self.n
         sigma = (self._products - self.n * torch.outer(mean, mean)) / (self.n - 1)
         return FeatureStatistics((self._origin + mean).numpy(), sigma.numpy(), self.n, dict(metadata or {}))
+
+
+class FeatureFile:
+    """Feature rows in a temporary file, read back memory-mapped, for metrics that need every row (KID, precision)."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
+        self._width = 0
+        self.n = 0
+
+    def append(self, rows: Tensor) -> None:
+        """Add (B, D) rows; they are kept as float32."""
+        self._width = rows.shape[1]
+        self._file.write(rows.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        self.n += len(rows)
+
+    def read(self) -> Tensor:
+        """All rows, (n, D) float32, backed by the file."""
+        self._file.flush()
+        return torch.from_numpy(np.memmap(self._file, dtype=np.float32, mode="r+", shape=(self.n, self._width)))
 
 
 def save_statistics(

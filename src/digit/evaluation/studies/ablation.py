@@ -31,7 +31,7 @@ from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
 from digit.evaluation.results import shown, stage_text, timed
 from digit.evaluation.studies.points import Reference
-from digit.evaluation.studies.stages import AblationResult, Stages, predictability, result_notes
+from digit.evaluation.studies.stages import Comparison, Stages, predictability, result_notes
 from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.card import describe_model
@@ -201,7 +201,7 @@ def run_ablation(
     reference: str | None = None,
     weights: str | TorchExtractor = "auto",
     device: str | None = None,
-) -> AblationResult:
+) -> Comparison:
     """Make and measure every variant; a run that was interrupted goes on.
 
     Args:
@@ -251,7 +251,8 @@ def run_ablation(
     }  # fmt: skip
     named = any(variant.paper for variant in variants)
     weights_used = extractor.weights.sha256 if extractor else None
-    return AblationResult(
+    return Comparison(
+        kind="ablation",
         title=f"Ablation: {ablation.what}",
         values=lines,
         settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": against, "fid_weights": weights_used},

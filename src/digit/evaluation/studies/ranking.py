@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -38,8 +37,8 @@ from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.metrics.reconstruction import psnr
 from digit.evaluation.metrics.stability import NOISE, stability, token_spaces
 from digit.evaluation.model_source import as_uint8, describe_data, image_batches, pipe_size
-from digit.evaluation.results import Result, Rows, timed
-from digit.evaluation.studies.stages import Stages, cells, comparison, predictability
+from digit.evaluation.results import timed
+from digit.evaluation.studies.stages import Comparison, Stages, predictability
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.neighbours import neighbour_accuracy
@@ -83,20 +82,6 @@ class RankingOptions:
         }  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ranking(Result):
-    """``values``: a line for each candidate, the best first."""
-
-    kind: str = "screen"
-
-    def rows(self) -> Rows:
-        return [{"Rank": rank, "Candidate": line["name"], **cells(line)} for rank, line in enumerate(self.values, 1)]
-
-    def figure(self) -> Any:
-        """The middle layer's probe, how predictable the tokens are, and the probe by layer; or what the bits buy."""
-        return comparison(self.values, ("middle", "saved", "worth", "psnr"))
-
-
 def candidates(
     models: Mapping[str, DigitPipeline],
     clusters: Sequence[int],
@@ -131,9 +116,10 @@ def candidates(
 
 def _ranked(
     lines: list[dict[str, Any]], by: str, entries: Mapping[str, DigitPipeline], stages: Stages, **facts: Any
-) -> Ranking:
+) -> Comparison:
     """The lines, the best first."""
-    return Ranking(
+    return Comparison(
+        kind="screen",
         values=sorted(lines, key=lambda line: -line[by]),
         model={name: describe_model(pipe) for name, pipe in entries.items()},
         data={
@@ -145,7 +131,7 @@ def _ranked(
 
 
 @timed
-def rank(entries: Mapping[str, DigitPipeline], stages: Stages, options: RankingOptions | None = None) -> Ranking:
+def rank(entries: Mapping[str, DigitPipeline], stages: Stages, options: RankingOptions | None = None) -> Comparison:
     """Train a small prior on the tokens of each candidate and probe it; what is finished is not done again.
 
     A tenth of the training images, at most 512, is held out for the loss. All images need classes, for the probe.
@@ -168,7 +154,7 @@ def rank(entries: Mapping[str, DigitPipeline], stages: Stages, options: RankingO
 
 
 @timed
-def rank_tokens(entries: Mapping[str, DigitPipeline], stages: Stages) -> Ranking:
+def rank_tokens(entries: Mapping[str, DigitPipeline], stages: Stages) -> Comparison:
     """Measure each candidate's tokens: learnt on the training images, measured on the test images. What is finished is
     not done again. Images without classes leave k-NN out.
 
