@@ -14,7 +14,7 @@ from typing import Any
 
 from digit.core.files import read_json, write_bytes, write_json
 from digit.evaluation.results import columns, shown
-from digit.evaluation.studies.ranking import Ranking
+from digit.evaluation.studies.stages import Comparison
 from digit.pipeline.info import folder_part
 from digit.training.logs import last_metrics
 
@@ -272,7 +272,7 @@ class Results:
 
     def discretisers(self) -> str:
         """The ranking of ``digit evaluate tokens``."""
-        found = Ranking.load(KEPT / "second" / "tokens.json")
+        found = Comparison.load(KEPT / "second" / "tokens.json")
         rows = found.rows()
         head = columns(rows)
         return table(head, ([shown(row.get(name)) for name in head] for row in rows)) + f"\n{found.provenance()}.\n"

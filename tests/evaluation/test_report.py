@@ -17,20 +17,17 @@ from digit.core.errors import DigitError
 from digit.core.files import read_json, write_json
 from digit.data.token_cache import build_token_cache
 from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
-from digit.evaluation.metrics.model_reconstruction import model_reconstruction
 from digit.evaluation.metrics.noise import Change
 from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, probe, split_off
+from digit.evaluation.metrics.reconstruction import model_reconstruction
 from digit.evaluation.metrics.stability import stability
 from digit.evaluation.metrics.toy import ToyConfig, toy
 from digit.evaluation.model_source import SamplingRun, open_images
 from digit.evaluation.report import save_only_run, write_report
 from digit.evaluation.report.beside import Bubbles, Model, conditional, warnings
-from digit.evaluation.report.collect import Collection, collect
-from digit.evaluation.report.runs import Curve, differences, matching, points
+from digit.evaluation.report.runs import Collection, Curve, collect, differences, matching, points
 from digit.evaluation.results import Result, is_numeric, millions, shown
-from digit.evaluation.studies.points import Reference
-from digit.evaluation.studies.prefix import prefix
-from digit.evaluation.studies.robustness import robustness
+from digit.evaluation.studies.points import Reference, prefix, robustness
 from digit.evaluation.studies.sweep import sweep
 from digit.pipeline.generation import generate_folder
 from digit.training.build import build_task
@@ -87,7 +84,8 @@ def page(run, tmp_path_factory) -> str:
 
 
 def text_of(folders, out: Path, **options) -> str:
-    return write_report(folders, out, **options).path.read_text(encoding="utf-8")
+    write_report(folders, out, **options)
+    return out.read_text(encoding="utf-8")
 
 
 # ---- what the page says ----------------------------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def test_figure_1_pairs_probe_and_fid_of_one_model(run, page):
     assert row_of(part, "tiny")[2] == shown(fid)
     assert row_of(part, "DiGIT 732M")[1:4] == ["80.30", "4.590", "732M"]
     models = (Model("a", 1, 2, 219, ""), Model("b", 2, 1, 732, "", here=True), Model("c", 2, 3, None, ""))
-    axes = Bubbles(title="t", values=[], models=models, axes=("x", "y")).figure().axes[0]
+    axes = Bubbles(title="t", values=models, axes=("x", "y")).figure().axes[0]
     sizes = [float(circle.get_sizes()[0]) for circle in axes.collections[:3]]
     assert (sizes[1] - 12) / (sizes[0] - 12) == pytest.approx(732 / 219)  # areas, not radii
     assert np.allclose(axes.collections[1].get_offsets(), [[2, 1]])
@@ -189,7 +187,7 @@ def test_figure_1_pairs_probe_and_fid_of_one_model(run, page):
 
 def test_a_logarithmic_axis_has_plain_numbers_enough_to_read(run):
     models = tuple(Model(str(y), x, y, 219, "") for x, y in enumerate((3.4, 9.1, 74.0)))
-    figure = Bubbles(title="t", values=[], models=models, axes=("accuracy", "FID")).figure()
+    figure = Bubbles(title="t", values=models, axes=("accuracy", "FID")).figure()
     figure.draw_without_rendering()
     (axes,) = figure.axes
     low, high = axes.get_ylim()
@@ -272,7 +270,7 @@ def test_broken_and_missing_files_are_named_and_the_rest_is_shown(copied, tmp_pa
     ]
     expected += ["odd/7", "prior/metrics.jsonl", "prior/config.yaml", "notes.json"]
     assert named == {f"demo/{name}" for name in expected}
-    text = report.path.read_text(encoding="utf-8")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name in named:
         assert f'<th scope="row">{name}</th>' in text
     assert f"{len(named)} files could not be read" in text
@@ -394,7 +392,7 @@ def test_the_command(run, tmp_path):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
 def test_the_page_in_a_browser(browser, run, tmp_path, width, scheme):
-    out = write_report([run], tmp_path / "report.html").path
+    write_report([run], out := tmp_path / "report.html")
     window = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab = window.new_page()
     said, asked = [], []
@@ -421,7 +419,7 @@ def test_the_page_in_a_browser(browser, run, tmp_path, width, scheme):
 
 def test_the_page_prints(browser, run, tmp_path):
     """On paper everything is open, and white even for readers of dark pages."""
-    out = write_report([run], tmp_path / "report.html").path
+    write_report([run], out := tmp_path / "report.html")
     window = browser.new_context(color_scheme="dark")
     tab = window.new_page()
     tab.goto(out.as_uri())

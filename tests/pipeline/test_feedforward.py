@@ -12,8 +12,8 @@ from rich.console import Console
 import tiny
 from digit import DigitPipeline
 from digit.core.errors import DigitError
-from digit.evaluation.metrics.model_reconstruction import paths
-from digit.evaluation.model_source import SamplingRun, pixels_of
+from digit.evaluation.metrics.reconstruction import paths
+from digit.evaluation.model_source import SamplingRun, as_uint8
 from digit.models.component import save_component
 from digit.pipeline.assembly import assemble
 from digit.pipeline.editing import continue_rows, edit_region, vary
@@ -91,7 +91,7 @@ def test_a_class_reaches_a_decoder_that_knows_classes(lean: DigitPipeline) -> No
     tokens = knowing.sample_tokens(tiny.request(range(2), [0, 1]))
     assert tokens.labels.tolist() == [0, 1]
     semantic = torch.zeros(1, 16, dtype=torch.long)
-    made = [pixels_of(knowing, semantic, [0], labels=torch.tensor([c])) for c in (-1, 0, 1)]
+    made = [as_uint8(knowing.decode(semantic, labels=torch.tensor([c]))) for c in (-1, 0, 1)]
     assert len({m.numpy().tobytes() for m in made}) == 3
     run = SamplingRun(knowing, 4, labels=[0, 1])
     run.check()

@@ -168,4 +168,4 @@ def report(
     made = write_report(folders, out, title, curves or [])
     for problem in made.problems:
         typer.echo(f"Not readable: {problem.place.rstrip('/')}: {problem.reason}")
-    typer.echo(f"{len(made.found)} results in {made.path} ({made.path.stat().st_size / 1e6:.1f} MB)")
+    typer.echo(f"{len(made.found)} results in {out} ({out.stat().st_size / 1e6:.1f} MB)")

@@ -62,7 +62,7 @@ def reconstruction(
     Example:  digit evaluate reconstruction cifar10 --data data/cifar10 --num 2000 --out runs/reconstruction
     """
     from digit.evaluation.metrics.inception import open_extractor
-    from digit.evaluation.metrics.model_reconstruction import SHARES, model_reconstruction
+    from digit.evaluation.metrics.reconstruction import SHARES, model_reconstruction
     from digit.evaluation.model_source import open_images
     from digit.models.lpips import load_lpips
 
@@ -143,7 +143,8 @@ def prefix(
     Example:  digit evaluate prefix cifar10 --baseline runs/vq/model --data data/cifar10 --num 2000 --out runs/prefix
     """
     from digit.evaluation.model_source import open_images
-    from digit.evaluation.studies.prefix import as_runs, prefix
+    from digit.evaluation.studies.points import as_runs
+    from digit.evaluation.studies.points import prefix as measure
     from digit.evaluation.studies.sweep import parse_settings
 
     images, settings = open_images(data, split, num), parse_settings(fixed)
@@ -157,7 +158,7 @@ def prefix(
         run.check()  # now, and not after the reference was measured
     source = (data, split) if reference is None else (reference, reference_split)
     real = _open_reference(*source, metrics, batch_size, weights, backend, device)
-    prefix(runs, images, real, out, given).save(out).show(out)
+    measure(runs, images, real, out, given).save(out).show(out)
 
 
 def robustness(
@@ -184,7 +185,7 @@ def robustness(
     Example:  digit evaluate robustness cifar10 --num 1000 --reference cifar10-train.npz --out runs/robustness
     """
     from digit.evaluation.model_source import SamplingRun
-    from digit.evaluation.studies.robustness import robustness
+    from digit.evaluation.studies.points import robustness as measure
     from digit.evaluation.studies.sweep import parse_settings
 
     pipe = options.load(model, device, variant=variant)
@@ -192,4 +193,4 @@ def robustness(
     run.check()  # now, and not after the reference was measured
     kinds, shares = decoders.split(",") if decoders else [], options.numbers(rates, "--rates")
     real = _open_reference(reference, reference_split, metrics, batch_size, weights, backend, device)
-    robustness(run, real, out, kinds, shares).save(out).show(out)
+    measure(run, real, out, kinds, shares).save(out).show(out)

@@ -185,8 +185,8 @@ def tokens(
     Example:  digit evaluate tokens cifar10 --data data/cifar10 --kinds kmeans,spherical,pca,residual,fsq
         --clusters 256,1024 --num 4000 --test-num 1000 --out runs/tokens
     """
+    from digit.evaluation.studies.ranking import rank_tokens
     from digit.evaluation.studies.stages import Stages
-    from digit.evaluation.studies.tokens import rank_tokens
 
     if kinds != "kmeans" and not clusters:
         raise DigitError("--kinds fits codebooks, and their sizes are not said; give --clusters, such as 256.")

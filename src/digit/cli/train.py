@@ -215,8 +215,7 @@ def train(
 def _close(out: Path, request: Request) -> None:
     """Print what a run reached beside the packaged run of its preset, where its curves are, and what is next."""
     from digit.core.files import write_file
-    from digit.evaluation.report.collect import training_run
-    from digit.evaluation.report.runs import differences, known_curves, label
+    from digit.evaluation.report.runs import differences, known_curves, label, training_run
     from digit.evaluation.results import Result, shown
 
     run = training_run(out).beside(known_curves())

@@ -24,8 +24,6 @@ from digit.sampling.request import SampleRequest
 
 _LABELS_SHOWN = 16
 
-# ---- data sets -------------------------------------------------------------------------------------------------------
-
 
 def open_images(path: str | Path, split: str = "train", num: int | None = None) -> ImageDataset:
     """A data set, or ``num`` of its images at equal distances, for data sets are often sorted by class.
@@ -34,11 +32,14 @@ def open_images(path: str | Path, split: str = "train", num: int | None = None) 
         DigitError: nothing there, or fewer than ``num`` images.
     """
     dataset = open_dataset(path, split)
-    if num is None or num == len(dataset):
-        return dataset
-    if num > len(dataset):
+    if num is not None and num > len(dataset):
         raise DigitError(f"{num:,} images were asked for; {dataset.name} {split} has {len(dataset):,}.")
-    return dataset.subset(np.arange(num) * len(dataset) // num)
+    return spread(dataset, num)
+
+
+def spread(dataset: ImageDataset, num: int | None) -> ImageDataset:
+    """At most ``num`` images, at equal distances."""
+    return dataset if num is None or num >= len(dataset) else dataset.subset(np.arange(num) * len(dataset) // num)
 
 
 def image_batches(
@@ -93,9 +94,6 @@ def pipe_size(pipe: DigitPipeline) -> int:
     return int(next(iter(sizes.values())))
 
 
-# ---- sampling runs ---------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class SamplingRun:
     """A run of generation, defined by its settings alone.
@@ -124,9 +122,10 @@ class SamplingRun:
         request = SampleRequest.of_run(self.num, labels, self.seed, self.decoder, self.settings)
         return request.validate(self.pipe)
 
-    def check(self) -> None:
-        """Try the settings without sampling."""
+    def check(self) -> SamplingRun:
+        """Itself, after the settings were tried without sampling."""
         _ = self.request
+        return self
 
     def stages(self) -> dict[str, Any]:
         """The settings of "prior" and "decoder" with every default filled in: runs that agree here are one."""
@@ -163,18 +162,6 @@ class SamplingRun:
         for part in self.request.batches(self.batch_size):
             first = self.pipe.sample_prior(part) if tokens is None else tokens[list(part.images)]
             yield as_uint8(self.pipe.to_pixels(self.pipe.complete(first, part)))
-
-
-def pixels_of(
-    pipe: DigitPipeline,
-    tokens: Tensor,
-    images: Sequence[int],
-    seed: int = 0,
-    decoder: str | None = None,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """The prior's tokens (B, N) to images (B, 3, S, S) uint8, through stage 2."""
-    return as_uint8(pipe.decode(tokens, seed, decoder, labels, images))
 
 
 def as_uint8(images: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
@@ -35,6 +36,7 @@ PAPER, OURS, OTHER = COLORS[:3]
 _NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?( ?[%MKB]| ±.*)?")
 Rows = list[dict[str, Any]]
 R = TypeVar("R", bound="Result")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,7 @@ class Result:
     """
 
     plot: ClassVar[str] = ""  # file name of the figure; "" stands for KIND.png
+    kinds: ClassVar[tuple[str, ...]] = ()  # of a class that serves several
 
     kind: str = ""
     title: str
@@ -103,7 +106,7 @@ class Result:
         Raises:
             DigitError: values that are not of that kind.
         """
-        kinds = {kind.kind: kind for kind in Result.__subclasses__()}
+        kinds = {kind: each for each in Result.__subclasses__() for kind in each.kinds or (each.kind,)}
         chosen = kinds.get(str(values.get("kind")), Result)
         unknown: dict[str, Any] = {"made": None, "hardware": {}, "versions": {}}
         try:
@@ -175,6 +178,18 @@ class Result:
         screen.print("\n".join(lines), markup=False)
 
 
+def timed(measure: Callable[P, R]) -> Callable[P, R]:
+    """A function whose result says how many ``seconds`` it took."""
+
+    @wraps(measure)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        began = time.monotonic()
+        found = measure(*args, **kwargs)
+        return replace(found, seconds=time.monotonic() - began)
+
+    return wrapped
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,12 +241,11 @@ def flatten(values: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: DASH if values is None else f"{values:.6g}" if isinstance(values, float) else str(values)}
 
 
+Facts = Mapping[str, Any] | None
+
+
 def provenance(
-    model: Mapping[str, Any] | None = None,
-    data: Mapping[str, Any] | None = None,
-    reference: Mapping[str, Any] | None = None,
-    network: str | None = None,
-    sampling: Mapping[str, Any] | None = None,
+    model: Facts = None, data: Facts = None, reference: Facts = None, network: str | None = None, sampling: Facts = None
 ) -> str:
     """One line of what a table's values depend on: numbers of images, reference, filters, network, labels, guidance.
 
@@ -247,11 +261,8 @@ def provenance(
     sets = {"": data} if data and isinstance(data.get("name"), str) else dict(data or {})
     facts += [f"{name} {_images(one)}".strip() for name, one in sets.items() if isinstance(one, Mapping)]
     runs = {"": sampling} if sampling and "num" in sampling else dict(sampling or {})
-    facts += [
-        f"{name}: {_sampled(run)}".removeprefix(": ")
-        for name, run in runs.items()
-        if isinstance(run, Mapping) and "num" in run
-    ]
+    told = {name: _sampled(run) for name, run in runs.items() if isinstance(run, Mapping) and "num" in run}
+    facts += [f"{name}: {text}".removeprefix(": ") for name, text in told.items()]
     if reference:
         facts.append(f"reference {_images(reference)}")
         weights = str(reference.get("weights") or "")[:12]
@@ -326,18 +337,18 @@ def panels(count: int = 1, size: tuple[float, float] = (4.8, 3.8), columns: int 
 Lines = Mapping[str, Sequence[tuple[float, float]]]
 
 
-def lines_figure(shown: Mapping[str, Lines], xlabel: str, ylabel: str = "") -> Any:
+def lines_figure(shown: Mapping[str, Lines], xlabel: str = "", ylabel: str = "", columns: int = 0) -> Any:
     """A matplotlib Figure of a panel for each quantity, by its label, and a line for each named thing, which keeps its
     colour; None where there is nothing to draw.
     """
     if not shown:
         return None
-    figure, places = panels(len(shown), (5.2, 4.0), len(shown) if len(shown) <= 3 else -(-len(shown) // 2))
+    figure, places = panels(len(shown), (5.2, 4.0), columns or (len(shown) if len(shown) <= 3 else -(-len(shown) // 2)))
     names = list(dict.fromkeys(name for lines in shown.values() for name in lines))
     for axes, (title, lines) in zip(places, shown.items(), strict=True):
         for name, points in lines.items():
             color = COLORS[1 + names.index(name) % (len(COLORS) - 1)]
-            axes.plot(*zip(*points, strict=True), "o-", color=color, label=name, markersize=4)
+            axes.plot(*zip(*sorted(points), strict=True), "o-", color=color, label=name, markersize=4)
         axes.set(xlabel=xlabel, ylabel=ylabel or title, title=title.rstrip(" ↓↑"))
         axes.margins(y=0.12)
     legend(places)

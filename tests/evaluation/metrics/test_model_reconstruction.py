@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from digit.core.errors import DigitError
 from digit.core.images import to_tensor
 from digit.evaluation.metrics.fidelity import fidelity
-from digit.evaluation.metrics.model_reconstruction import codebook_values, model_reconstruction, perturbed_path
+from digit.evaluation.metrics.reconstruction import Way, codebook_values, model_reconstruction
 from digit.evaluation.model_source import open_images
 from digit.evaluation.results import Result
 from digit.pipeline.pipeline import Tokens
@@ -68,9 +68,9 @@ def test_use_of_the_codebook_and_entropy(pipe, images, tensors):
 
 def test_no_perturbation_is_the_plain_path(pipe, tensors):
     numbers = range(40)
-    plain = perturbed_path(pipe, "vq", 0, 5)(tensors, numbers)
+    plain = Way(pipe, "vq", 0, 5)(tensors, numbers)
     assert torch.equal(plain, as_bytes(pipe.to_pixels(Tokens(None, pipe.vqgan.encode(tensors)))))
-    plain = perturbed_path(pipe, "semantic", 0, 5)(tensors, numbers)
+    plain = Way(pipe, "semantic", 0, 5)(tensors, numbers)
     assert torch.equal(plain, as_bytes(pipe.decode(pipe.tokenizer.encode(tensors))))
 
 
@@ -81,14 +81,14 @@ def test_pfid_is_the_mean_over_shares_and_neighbourhoods(pipe, images, tensors, 
     assert [(p["neighbours"], p["share"]) for p in vq["points"]] == [(4, 0.1), (4, 0.9), (20, 0.1), (20, 0.9)]
     for row in (vq, semantic):
         for point in row["points"]:
-            path = perturbed_path(pipe, row["space"], point["share"], point["neighbours"])
+            path = Way(pipe, row["space"], point["share"], point["neighbours"])
             expected = fidelity([path(tensors, range(40))], [as_bytes(tensors)], extractor=pooling).values["fid"]
             assert point["fid"] == pytest.approx(expected, abs=1e-3)
         assert row["pfid"] == pytest.approx(np.mean([p["fid"] for p in row["points"]]))
     # a token that is drawn from the whole codebook is noise: nine tenths of it are further from the image than one
     # tenth
-    few, many = (perturbed_path(pipe, "vq", share, 20)(tensors, range(40)) for share in (0.1, 0.9))
-    plain = perturbed_path(pipe, "vq", 0, 20)(tensors, range(40)).float()
+    few, many = (Way(pipe, "vq", share, 20)(tensors, range(40)) for share in (0.1, 0.9))
+    plain = Way(pipe, "vq", 0, 20)(tensors, range(40)).float()
     assert 0 < (few - plain).abs().mean() < (many - plain).abs().mean()
 
 

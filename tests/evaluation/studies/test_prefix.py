@@ -7,8 +7,7 @@ from digit.core.errors import DigitError
 from digit.evaluation.metrics.features import measure
 from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
 from digit.evaluation.model_source import SamplingRun, open_images
-from digit.evaluation.studies.points import Reference
-from digit.evaluation.studies.prefix import as_runs, prefix
+from digit.evaluation.studies.points import Reference, as_runs, prefix
 
 OPTIONS = FidelityOptions(metrics=("fid", "isc"), isc_splits=2)
 

@@ -8,8 +8,7 @@ import tiny
 from digit.core.errors import DigitError
 from digit.evaluation.metrics.fidelity import FidelityOptions, fidelity
 from digit.evaluation.model_source import SamplingRun
-from digit.evaluation.studies.points import Reference
-from digit.evaluation.studies.robustness import replaced, robustness
+from digit.evaluation.studies.points import Reference, replaced, robustness
 
 OPTIONS = FidelityOptions(metrics=("fid",))
 

@@ -11,9 +11,8 @@ from digit.core.errors import DigitError
 from digit.evaluation.metrics.probe import split_off
 from digit.evaluation.metrics.stability import NOISE, stability
 from digit.evaluation.model_source import image_batches, open_images
-from digit.evaluation.studies.ranking import candidates
+from digit.evaluation.studies.ranking import candidates, rank_tokens
 from digit.evaluation.studies.stages import Stages
-from digit.evaluation.studies.tokens import rank_tokens
 from digit.models.codebook import Codebook
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.neighbours import neighbour_accuracy
@@ -90,7 +89,7 @@ def test_more_bits_decode_better_and_nothing_is_done_twice(pipe, vq_pipe, stages
     assert json.loads((tmp_path / "result.json").read_text())["values"] == ranking.values
     assert len(ranking.rows()) == 4
     assert Image.open(tmp_path / "screen.png").width > 900
-    monkeypatch.setattr("digit.evaluation.studies.tokens.measure", lambda *_: pytest.fail("done twice"))
+    monkeypatch.setattr("digit.evaluation.studies.ranking.measure", lambda *_: pytest.fail("done twice"))
     assert rank_tokens(entries, stages).values == ranking.values
 
 

@@ -103,9 +103,6 @@ def _mixed_sizes(first: tuple[int, ...], other: tuple[int, ...], where: str) -> 
     )
 
 
-# ---- where images and statistics come from ---------------------------------------------------------------------------
-
-
 def packaged_statistics() -> dict[str, Path]:
     """The references that come with the package, by name."""
     return {path.stem: path for path in sorted(PACKAGED.glob("*.npz"))}
@@ -131,16 +128,6 @@ def _statistics_file(source: str | Path) -> Path | None:
     return None if path.exists() else packaged_statistics().get(str(source))
 
 
-def open_images_of(path: str | Path, split: str | None) -> ImageDataset:
-    """A data set or a folder of images. In a folder made by ``digit generate`` or ``digit decode`` (00000.png and so
-    on) the overview ``grid.png`` is left out.
-    """
-    dataset = open_dataset(path, split or "train")
-    if not Path(path, "00000.png").is_file():
-        return dataset
-    return dataset.subset([index for index in range(len(dataset)) if dataset.source.key(index) != "grid.png"])
-
-
 def dataset_batches(
     dataset: ImageDataset, batch_size: int, size: int | None = None, filter: str = "bicubic"
 ) -> Iterator[Tensor]:
@@ -163,9 +150,6 @@ def dataset_batches(
                 raise DigitError(_mixed_sizes(first, image.size, dataset.source.where(index)))
             arrays.append(np.asarray(image))
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 def measure(
@@ -199,8 +183,7 @@ def measure(
         cache: keep the statistics of a data set, by its content, size, filter and network, and take them from there.
 
     Raises:
-        DigitError: see :func:`dataset_batches`, :class:`Collector` and
-            :func:`~digit.evaluation.metrics.statistics.load_set`; or part of saved statistics was asked for.
+        DigitError: images or statistics that cannot be used, or part of saved statistics was asked for.
     """
     wanted = set(metrics)
     if isinstance(source, FeatureStatistics):
@@ -220,7 +203,9 @@ def measure(
         images = ImageArray(source)
         count = min(total or len(images), len(images))
         return _gather(images.batches(batch_size), extractor, wanted, name or images.path.name, count)
-    dataset = open_images_of(source, split)
+    dataset = open_dataset(source, split or "train")
+    if Path(source, "00000.png").is_file():  # of digit generate or digit decode, whose grid.png is an overview
+        dataset = dataset.subset([index for index in range(len(dataset)) if dataset.source.key(index) != "grid.png"])
     if total is not None and total < len(dataset):
         dataset = dataset.subset(np.arange(total) * len(dataset) // total if spread else np.arange(total))
     name = name or Path(source).name + (f" ({split})" if split else "")

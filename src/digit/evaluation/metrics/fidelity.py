@@ -8,7 +8,6 @@ names tool, weights, reference, counts and preprocessing. ``docs/evaluation.md``
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from digit.core.files import read_json
 from digit.evaluation.metrics.features import FEW, Source, is_statistics, measure
 from digit.evaluation.metrics.inception import TorchExtractor, open_extractor, tool_name
 from digit.evaluation.metrics.statistics import FeatureSet, FeatureStatistics, npz_arrays
-from digit.evaluation.results import Result, Rows, provenance
+from digit.evaluation.results import Result, Rows, provenance, timed
 from digit.pipeline.image_array import ImageArray
 
 METRICS = ("fid", "sfid", "kid", "prc", "isc")
@@ -114,6 +113,7 @@ class Fidelity(Result):
         return provenance(self.model, self.source, self.reference, network, self.sampling)
 
 
+@timed
 def fidelity(
     source: Source,
     reference: Source | None,
@@ -152,7 +152,7 @@ def fidelity(
     sides = [side for side in (source, reference) if side is not None]
     if extractor is None and not all(is_statistics(side, options.metrics) for side in sides):
         extractor = open_extractor()
-    theirs, began = None, time.monotonic()
+    theirs = None
     if reference is not None:
         wanted = [metric for metric in options.metrics if metric != "isc"]  # it looks at no real image
         theirs = measure(
@@ -161,61 +161,43 @@ def fidelity(
         )  # fmt: skip
         if extractor is not None and not is_statistics(source):  # now, and not after the long part
             _check_width(theirs, extractor.width)
-    ours = measure(
-        source,
-        extractor,
-        options.metrics,
-        batch_size=options.batch_size,
-        name=source_name,
-        split=source_split,
-        total=total,
-    )
-    return replace(compare(ours, theirs, options, began), sampling=_sampling(source))
+    how: dict[str, Any] = {"batch_size": options.batch_size, "name": source_name, "split": source_split, "total": total}
+    ours = measure(source, extractor, options.metrics, **how)
+    return replace(compare(ours, theirs, options), sampling=_sampling(source))
 
 
 def _sampling(source: Source) -> dict[str, Any] | None:
     """What ``digit generate`` noted beside or inside its images; None for others."""
     if not isinstance(source, (str, Path)) or not Path(source).exists():
         return None
-    record = Path(source) / "generation.json"
+    about, record = {}, Path(source) / "generation.json"
     if record.is_file():
         about = read_json(record)
     elif Path(source).suffix == ".npz" and "arr_0" in npz_arrays(source):
         about = ImageArray(source).about
-    else:
-        return None
-    labels = about.get("labelling") or about.get("labels")
     kept = {name: about[name] for name in ("model", "num", "decoder", "settings", "stages") if name in about}
-    return {**kept, "labels": labels} if kept else None
+    return {**kept, "labels": about.get("labelling") or about.get("labels")} if kept else None
 
 
-def compare(
-    ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOptions, began: float | None = None
-) -> Fidelity:
+@timed
+def compare(ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOptions) -> Fidelity:
     """Compute the metrics between two measured sets; one reference can serve many comparisons.
-
-    ``began`` is the monotonic time from which the seconds of the result are counted; now, if left out.
 
     Raises:
         DigitError: the two have features of different widths.
     """
     if theirs is not None:
         _check_width(theirs, len(ours.statistics.mu))
-    began = time.monotonic() if began is None else began
+    reasons = {metric: _reason_against(metric, ours, theirs, options) for metric in options.metrics}
     values: dict[str, float] = {}
-    reasons: dict[str, str] = {}
-    for metric in options.metrics:
-        reason = _reason_against(metric, ours, theirs, options)
-        if reason:
-            reasons[metric] = f"not measured: {reason}"
-        else:
-            values.update(_metric(metric, ours, theirs, options))
+    for metric in (metric for metric, reason in reasons.items() if not reason):
+        values |= _metric(metric, ours, theirs, options)
     made_with = dict.fromkeys(("weights_sha256", "weights_source", "backend", "preprocessing"), "unknown")
     made_with |= ours.statistics.metadata
     return Fidelity(
         title=f"Fidelity of {ours.name}" + (f" against {theirs.name}" if theirs else ""),
         values=values,
-        not_measured=reasons,
+        not_measured={metric: f"not measured: {reason}" for metric, reason in reasons.items() if reason},
         source=_describe(ours),
         reference=_describe(theirs) if theirs else None,
         tool=tool_name(),
@@ -224,7 +206,6 @@ def compare(
         preprocessing=made_with["preprocessing"],
         options=to_dict(options),
         notes=tuple(_notes(ours, theirs, values)),
-        seconds=time.monotonic() - began,
         images_per_second=ours.statistics.n / ours.seconds if ours.seconds and ours.statistics.n else None,
     )
 
@@ -241,50 +222,43 @@ def _check_width(reference: FeatureSet, width: int) -> None:
 def _reason_against(metric: str, ours: FeatureSet, theirs: FeatureSet | None, options: FidelityOptions) -> str:
     """Why a metric cannot be had from what is there, or the empty string."""
     if metric == "isc":
-        return _reason_against_isc(ours, options)
+        if not ours.seconds:
+            return f"the source {ours.name} is saved statistics, and the Inception Score needs the images."
+        if ours.logits is None and ours.statistics.metadata.get("classifier_head"):
+            return f"the source {ours.name} was measured without keeping logits; ask for isc when measuring it."
+        if ours.logits is None:
+            return (
+                "the weights in use have no classifier head, which the Inception Score needs; use torch-fidelity's "
+                "full file (--weights public, or its path)."
+            )
+        splits, count = options.isc_splits, len(ours.logits)
+        return f"the Inception Score averages {splits} parts and there are {count} images." if count < splits else ""
     if theirs is None:
         return "no reference was given."
-    if metric == "fid":
-        return ""
-    for side, given in (("source", ours), ("reference", theirs)):
-        saved, rows = not given.seconds, given.features
-        if metric == "sfid":
-            if given.spatial is None:
-                return (
-                    f"the {side} {given.name} has no spatial statistics (mu_s, sigma_s); ask for sfid when measuring "
-                    "it, or make the file with digit evaluate statistics."
-                )
-        elif rows is None:
-            kept = "is saved statistics without features" if saved else "was measured without keeping features"
+    for name, side in ((f"source {ours.name}", ours), (f"reference {theirs.name}", theirs)):
+        rows = side.features
+        if metric == "sfid" and side.spatial is None:
             return (
-                f"the {side} {given.name} {kept}, and this metric needs the features of every image "
-                "(digit evaluate statistics --features keeps them)."
+                f"the {name} has no spatial statistics (mu_s, sigma_s); ask for sfid when measuring it, or make the "
+                "file with digit evaluate statistics."
             )
-        elif metric == "kid" and len(rows) < options.kid_subset_size:
+        if metric in ("kid", "prc") and rows is None:
+            kept = "was measured without keeping features" if side.seconds else "is saved statistics without features"
             return (
-                f"KID draws subsets of {options.kid_subset_size} images and the {side} {given.name} has {len(rows)}; "
-                "give more images or a smaller subset size."
+                f"the {name} {kept}, and this metric needs the features of every image (digit evaluate statistics "
+                "--features keeps them)."
             )
-        elif metric == "prc" and len(rows) <= options.prc_neighbours:
+        count = 0 if rows is None else len(rows)
+        if metric == "kid" and count < options.kid_subset_size:
             return (
-                f"precision and recall look at {options.prc_neighbours} neighbours of each image and the {side} "
-                f"{given.name} has {len(rows)} images."
+                f"KID draws subsets of {options.kid_subset_size} images and the {name} has {count}; give more images "
+                "or a smaller subset size."
             )
-    return ""
-
-
-def _reason_against_isc(ours: FeatureSet, options: FidelityOptions) -> str:
-    if not ours.seconds:
-        return f"the source {ours.name} is saved statistics, and the Inception Score needs the images."
-    if ours.logits is None and ours.statistics.metadata.get("classifier_head"):
-        return f"the source {ours.name} was measured without keeping logits; ask for isc when measuring it."
-    if ours.logits is None:
-        return (
-            "the weights in use have no classifier head, which the Inception Score needs; use torch-fidelity's full "
-            "file (--weights public, or its path)."
-        )
-    if len(ours.logits) < options.isc_splits:
-        return f"the Inception Score averages {options.isc_splits} parts and there are {len(ours.logits)} images."
+        if metric == "prc" and count <= options.prc_neighbours:
+            return (
+                f"precision and recall look at {options.prc_neighbours} neighbours of each image and the {name} has "
+                f"{count} images."
+            )
     return ""
 
 

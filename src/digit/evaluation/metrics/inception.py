@@ -28,7 +28,6 @@ from digit.core.errors import DigitError, require
 from digit.core.files import cache_folder, write_file
 from digit.models.weights import PublishedWeights
 
-FEATURE_WIDTH = 2048
 SPATIAL_BLOCK, SPATIAL_CHANNELS = "Mixed_6d", 7
 PREPROCESSING = "uint8 RGB, bilinear resize to 299 x 299 as TensorFlow 1 does it, (x - 128) / 128"
 PUBLISHED = PublishedWeights(
@@ -103,9 +102,6 @@ def load_inception(weights: str | Path = "auto") -> InceptionWeights:
     return InceptionWeights.of(*PUBLISHED.load(cache_folder() / PUBLISHED.cached[1] if weights == "wheel" else weights))
 
 
-# ---- running the network ---------------------------------------------------------------------------------------------
-
-
 def untrained(layers: list[str]) -> nn.Module:
     """torch-fidelity's InceptionV3 without weights.
 
@@ -150,7 +146,7 @@ class _Layers(nn.Module):
 class TorchExtractor:
     """torch-fidelity's network on any device: the reference. Takes (B, 3, H, W) uint8 RGB images; ``width`` is D."""
 
-    width = FEATURE_WIDTH
+    width = 2048
     at_once: int | None = None
 
     def __init__(self, weights: InceptionWeights, device: str = "cpu") -> None:
@@ -190,7 +186,13 @@ class OnnxExtractor(TorchExtractor):
         self.backend = f"onnxruntime {runtime.__version__} on cpu"
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session = runtime.InferenceSession(str(_onnx_file(self.weights)), options, providers=["CPUExecutionProvider"])
+        path = cache_folder() / f"inception-{self.weights.sha256[:12]}-spatial.onnx"
+        if not path.is_file():
+            require("onnx", "eval", "Exporting the FID network to ONNX")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch announces its newer exporter, which would need one more package
+                write_file(path, lambda aside: _export(_Layers(self.weights), aside))
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
         def run(scaled: Tensor) -> tuple[Tensor, Tensor]:
             features, spatial = session.run(None, {"images": scaled.numpy()})
@@ -199,24 +201,11 @@ class OnnxExtractor(TorchExtractor):
         return run
 
 
-def _onnx_file(weights: InceptionWeights) -> Path:
-    """The exported network in the cache; exported now where it is missing."""
-    path = cache_folder() / f"inception-{weights.sha256[:12]}-spatial.onnx"
-    if path.is_file():
-        return path
-    require("onnx", "eval", "Exporting the FID network to ONNX")
-    layers, example, names = _Layers(weights), (torch.zeros(1, 3, 299, 299),), ["images", "features", "spatial"]
-    options: dict[str, Any] = {
-        "input_names": names[:1],
-        "output_names": names[1:],
-        "opset_version": 17,
-        "dynamo": False,
-    }
-    options["dynamic_axes"] = {name: {0: "batch"} for name in names}
-    with warnings.catch_warnings():
-        # torch announces its newer exporter, which would need one more package
-        warnings.simplefilter("ignore")
-        return write_file(path, lambda aside: torch.onnx.export(layers, example, str(aside), **options))
+def _export(layers: nn.Module, path: Path) -> None:
+    torch.onnx.export(
+        layers, (torch.zeros(1, 3, 299, 299),), str(path), input_names=["images"], output_names=["features", "spatial"],
+        dynamic_axes={name: {0: "batch"} for name in ("images", "features", "spatial")}, opset_version=17, dynamo=False,
+    )  # fmt: skip
 
 
 def open_extractor(

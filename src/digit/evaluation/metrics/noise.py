@@ -11,18 +11,16 @@ import io
 import math
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from digit.core.config import config
-from digit.core.errors import DigitError
+from digit.core.errors import DigitError, require
 from digit.core.images import to_pil, to_tensor
 from digit.models.codebook import nearest
 from digit.sampling.rng import uniforms
@@ -90,13 +88,9 @@ def apply_change(images: Tensor, change: Change, numbers: Sequence[int], model: 
     """
     if change.kind == "noise":
         return add_noise(images, change.level, numbers, model or NoiseModel())
-    if change.kind == "jpeg":
-        return jpeg(images, int(change.level))
-    if change.kind == "blur":
-        return blur(images, change.level)
-    if change.kind == "shift":
-        return shift(images, int(change.level))
-    return (images * change.level).clamp(0, 1)
+    if change.kind == "brightness":
+        return (images * change.level).clamp(0, 1)
+    return {"jpeg": jpeg, "blur": blur, "shift": shift}[change.kind](images, change.level)
 
 
 def add_noise(images: Tensor, snr: float, numbers: Sequence[int], model: NoiseModel) -> Tensor:
@@ -128,36 +122,27 @@ def normals(seed: int, numbers: Sequence[int], shape: tuple[int, ...]) -> Tensor
     return torch.from_numpy(np.stack(draws))
 
 
-def jpeg(images: Tensor, quality: int) -> Tensor:
+def jpeg(images: Tensor, quality: float) -> Tensor:
     """Save as JPEG (Pillow, its default chroma subsampling) and read again."""
-
-    def through(image: Tensor) -> Tensor:
-        buffer = io.BytesIO()
-        to_pil(image).save(buffer, format="JPEG", quality=quality)
-        buffer.seek(0)
-        return to_tensor(Image.open(buffer))
-
-    with ThreadPoolExecutor(4) as pool:
-        return torch.stack(list(pool.map(through, images.cpu()))).to(images)
+    read = []
+    for image in images.cpu():
+        to_pil(image).save(buffer := io.BytesIO(), format="JPEG", quality=int(quality))
+        read.append(to_tensor(Image.open(buffer)))
+    return torch.stack(read).to(images)
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
     """Gaussian blur over three standard deviations, edge pixels repeated."""
     if sigma == 0:
         return images
-    radius = math.ceil(3 * sigma)
-    x = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.exp(-(x**2) / (2 * sigma**2))
-    kernel = (kernel / kernel.sum()).expand(images.shape[1], 1, -1)  # (3, 1, 2 radius + 1)
-    for weight in (kernel[:, :, None], kernel[..., None]):  # along the rows, then along the columns
-        margin = (weight.shape[3] // 2,) * 2 + (weight.shape[2] // 2,) * 2
-        images = F.conv2d(F.pad(images, margin, mode="replicate"), weight, groups=images.shape[1])
-    return images
+    gaussian = require("scipy.ndimage", "eval", "Blurring images").gaussian_filter
+    how = {"axes": (2, 3), "mode": "nearest", "radius": math.ceil(3 * sigma)}
+    return torch.from_numpy(gaussian(images.cpu().numpy(), sigma, **how)).to(images)
 
 
-def shift(images: Tensor, pixels: int) -> Tensor:
+def shift(images: Tensor, pixels: float) -> Tensor:
     """Move the content to the right; the left edge is repeated."""
-    columns = (torch.arange(images.shape[3], device=images.device) - pixels).clamp(min=0)
+    columns = (torch.arange(images.shape[3], device=images.device) - int(pixels)).clamp(min=0)
     return images[..., columns]
 
 

@@ -10,9 +10,9 @@ fixed views can be kept instead, so that every learning rate costs minutes. The 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
 from digit.evaluation.metrics.probe_features import FEATURES, Features, collect_features, crops, fresh_feed
 from digit.evaluation.model_source import describe_data
-from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
+from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels, timed
 from digit.evaluation.steps import Steps
 from digit.models.probe import LinearProbe, LinearProbeConfig
 from digit.models.transformer import PositiveInt, Probability
@@ -108,15 +108,12 @@ class Probe(Result):
     def rows(self) -> Rows:
         named = [(f"state {s.state}" + " (embedding)" * (s.state == 0), s) for s in self.values.layers]
         named += [("encoder", self.values.encoder)] if self.values.encoder else []
-        return [
-            {
-                "Features": name,
-                "Top-1, %": f"{100 * score.accuracy:.2f}",
-                "Best learning rate": score.lr,
-                "k-NN, %": None if score.knn is None else f"{100 * score.knn:.2f}",
-            }
-            for name, score in named
-        ]
+        rows = []
+        for name, score in named:
+            knn = None if score.knn is None else f"{100 * score.knn:.2f}"
+            told = {"Top-1, %": f"{100 * score.accuracy:.2f}", "Best learning rate": score.lr, "k-NN, %": knn}
+            rows.append({"Features": name, **told})
+        return rows
 
     def figure(self) -> Any:
         layers, encoder = self.values.layers, self.values.encoder
@@ -152,11 +149,6 @@ def kept_feed(train: Features, options: ProbeOptions) -> Iterator[tuple[Tensor, 
             yield train.values[:, index], train.labels[index]
 
 
-def training_steps(count: int, options: ProbeOptions) -> int:
-    """Steps over ``count`` training examples."""
-    return options.epochs * (count // min(options.batch_size, count))
-
-
 def train_probes(
     feed: Feed, count: int, classes: int, options: ProbeOptions, device: str | torch.device = "cpu"
 ) -> dict[float, LinearProbe]:
@@ -167,7 +159,8 @@ def train_probes(
     Raises:
         DigitError: a learning rate at which they diverge.
     """
-    steps, scale = training_steps(count, options), min(options.batch_size, count) / AUTHORS_BATCH
+    size = min(options.batch_size, count)
+    steps, scale = options.epochs * (count // size), size / AUTHORS_BATCH
     probes: dict[float, LinearProbe] = {}
     running: list[tuple[LinearProbe, torch.optim.Optimizer, Any]] = []
     for values, labels in feed:
@@ -207,10 +200,12 @@ def top1(probe: LinearProbe, features: Features) -> list[float]:
     return [int(count) / len(features.labels) for count in right]
 
 
-def _scores(
-    probes: Mapping[float, LinearProbe], test: Features, train: Features | None, options: ProbeOptions
-) -> list[ProbeScore]:
-    """A score for each state; k-NN where the training features were kept."""
+Probed = tuple[list[ProbeScore], dict[float, LinearProbe]]
+"""A score for each state, and the probe (of all states) of each learning rate."""
+
+
+def _scored(probes: dict[float, LinearProbe], test: Features, train: Features | None, options: ProbeOptions) -> Probed:
+    """With k-NN where the training features were kept."""
     found, scores = {lr: top1(probe, test) for lr, probe in probes.items()}, []
     for state, values in enumerate(test.values):
         knn = None
@@ -219,18 +214,18 @@ def _scores(
             knn = neighbour_accuracy(train.values[state], train.labels, values, test.labels, *how)
         accuracy, lr = max((values[state], lr) for lr, values in found.items())
         scores.append(ProbeScore(state, accuracy, lr, {str(lr): values[state] for lr, values in found.items()}, knn))
-    return scores
+    return scores, probes
 
 
 def score_features(
     train: Features, test: Features, classes: int, options: ProbeOptions, device: str | torch.device = "cpu"
-) -> tuple[list[ProbeScore], dict[float, LinearProbe]]:
-    """A score for each state of kept features, and the probe (of all states) of each learning rate."""
+) -> Probed:
+    """Train on kept features, and test."""
     if options.standardize:
         mean, deviation = train.values.mean(1, keepdim=True), train.values.std(1, keepdim=True).clamp(min=1e-6)
         train, test = (Features((part.values - mean) / deviation, part.labels) for part in (train, test))
     probes = train_probes(kept_feed(train, options), len(train.labels), classes, options, device)
-    return _scores(probes, test, train, options), probes
+    return _scored(probes, test, train, options)
 
 
 # ---- the whole measurement -------------------------------------------------------------------------------------------
@@ -268,9 +263,7 @@ class ProbeData:
         seed, cut = self.seed if views else 0, to_dict(crops(pipe)[0 if views else 1])
         made_from = {"model": weights, "data": dataset.fingerprint, "views": views, "seed": seed, "crop": cut}
 
-        def collect() -> Features:
-            return collect_features(pipe, dataset, FEATURES[kind], views, self.batch_size, self.seed)
-
+        collect = partial(collect_features, pipe, dataset, FEATURES[kind], views, self.batch_size, self.seed)
         if self.cache is None:
             return collect()
         file = "features.safetensors"
@@ -283,18 +276,19 @@ class ProbeData:
 
     def score(
         self, pipe: DigitPipeline, kind: str, model: Mapping[str, Any], options: ProbeOptions, last: bool = True
-    ) -> tuple[list[ProbeScore], dict[float, LinearProbe]]:
-        """Scores and probes of "prior" or "encoder"; without ``last`` its last state is left out."""
+    ) -> Probed:
+        """Probe "prior" or "encoder"; without ``last`` its last state is left out."""
         stop = None if last else -1
         if not self.fresh:
             train, test = (Features(f.values[:stop], f.labels) for f in self.features(pipe, kind, model))
             return score_features(train, test, self.classes, options, pipe.device)
-        size, steps = min(options.batch_size, len(self.train)), training_steps(len(self.train), options)
+        size = min(options.batch_size, len(self.train))
+        steps = options.epochs * (len(self.train) // size)
         feed = fresh_feed(pipe, self.train, FEATURES[kind], size, steps, self.batch_size, options.seed)
         cut = ((values[:stop], labels) for values, labels in feed)
         probes = train_probes(cut, len(self.train), self.classes, options, pipe.device)
         test = self._kept(pipe, kind, model, "test")
-        return _scores(probes, Features(test.values[:stop], test.labels), None, options), probes
+        return _scored(probes, Features(test.values[:stop], test.labels), None, options)
 
 
 def split_off(dataset: ImageDataset, share: float, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
@@ -329,6 +323,7 @@ def preset_options(preset: Mapping[str, Any], train: ImageDataset) -> dict[str, 
     return {"epochs": epochs, "lrs": (training["lr"],), **same}
 
 
+@timed
 def probe(
     pipe: DigitPipeline,
     data: ProbeData,
@@ -347,7 +342,7 @@ def probe(
         DigitError: no prior, no labels, a learning rate at which a probe diverges, or fresh crops that are to be
             standardized.
     """
-    options, began, out = options or ProbeOptions(), time.monotonic(), Path(out)
+    options, out = options or ProbeOptions(), Path(out)
     if layers not in ("paper", "all"):
         raise DigitError(f"The layers '{layers}' were asked for; expected paper or all.")
     if data.fresh and (options.standardize or data.views):
@@ -376,7 +371,6 @@ def probe(
         },
         paper={"source": f"{paper.SOURCE}, Table 2: ImageNet top-1, %", "rows": [row._asdict() for row in paper.PROBE]},
         notes=_notes(options, data, crops(pipe)[1]),
-        seconds=time.monotonic() - began,
     )
 
 

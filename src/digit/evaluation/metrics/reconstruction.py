@@ -1,24 +1,42 @@
-"""How close reconstructions are to their originals: PSNR, SSIM, LPIPS pair by pair, and rFID between the two sets."""
+"""How close reconstructions are to their originals, and how well a model gives back real images.
+
+PSNR, SSIM and LPIPS are of pairs, rFID is between the two sets. A model's paths lead through the VQGAN alone, and
+through semantic tokens and each decoder; of their tokens stand the share of the codebook that occurs and the entropy.
+These are the ceilings of generation (last rows of tables 3 and 4): no prior makes better images than the decoders make
+of real tokens. Perturbed tokens show how forgiving decoders are: RobusTok (arXiv 2509.12474) calls the FID under random
+replacement of tokens by near ones pFID, the mean over shares and neighbourhoods.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from digit.core.errors import DigitError, require
+from digit.core.images import to_tensor
 from digit.core.progress import bar
-from digit.evaluation.metrics.features import Collector
+from digit.data.dataset import ImageDataset
+from digit.evaluation import paper
+from digit.evaluation.metrics.features import Collector, measure
 from digit.evaluation.metrics.fidelity import FidelityOptions, compare
 from digit.evaluation.metrics.inception import TorchExtractor
+from digit.evaluation.metrics.noise import perturb_tokens
+from digit.evaluation.metrics.stability import SPACES, token_spaces
 from digit.evaluation.metrics.statistics import FeatureSet
+from digit.evaluation.model_source import as_uint8, describe_data, image_batches, pipe_size
+from digit.evaluation.results import Result, Rows, lines_figure, shown, timed
 from digit.models.lpips import Lpips
+from digit.pipeline.card import describe_model
+from digit.pipeline.pipeline import DigitPipeline, Tokens
+from digit.pipeline.tokenizer import VQTokenizer
 
 Pair = tuple[Tensor, Tensor]
 SSIM_WINDOW = 11
@@ -54,10 +72,7 @@ class Reconstructed:
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each pair, from two (B, 3, H, W) uint8.
-
-    Returns:
-        (B,) float64 in dB, infinite where the two are equal.
+    """Peak signal-to-noise ratio of each pair of (B, 3, H, W) uint8: (B,) float64 in dB, infinite where two are equal.
 
     Raises:
         DigitError: the two differ in shape, or are not uint8.
@@ -68,14 +83,11 @@ def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """Structural similarity of each pair, from two (B, 3, H, W) uint8: the Gaussian window of Wang et al. 2004 (11 x
-    11, deviation 1.5), mean of RGB.
-
-    Returns:
-        (B,) float64, 1 where the two are equal.
+    """Structural similarity of each pair as :func:`psnr` takes them, (B,) float64, 1 where two are equal: the Gaussian
+    window of Wang et al. 2004 (11 x 11, deviation 1.5), mean of RGB.
 
     Raises:
-        DigitError: the two differ in shape, are not uint8, or are smaller than the window.
+        DigitError: as there, or they are smaller than the window.
     """
     measure = require("skimage.metrics", "eval", "Measuring SSIM").structural_similarity
     size = tuple(originals.shape[2:])
@@ -86,12 +98,6 @@ def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
 
 
 def _each(metric: Callable[..., float], originals: Tensor, reconstructions: Tensor) -> Tensor:
-    _check_pair(originals, reconstructions)
-    sides = (images.permute(0, 2, 3, 1).cpu().numpy() for images in (originals, reconstructions))  # (B, H, W, 3)
-    return torch.tensor([metric(a, b) for a, b in zip(*sides, strict=True)], dtype=torch.float64)
-
-
-def _check_pair(originals: Tensor, reconstructions: Tensor) -> None:
     for images in (originals, reconstructions):
         if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8:
             raise DigitError(
@@ -102,6 +108,8 @@ def _check_pair(originals: Tensor, reconstructions: Tensor) -> None:
             f"Originals {tuple(originals.shape)} and reconstructions {tuple(reconstructions.shape)} differ in shape; "
             "compare them at the size the model works at."
         )
+    sides = (images.permute(0, 2, 3, 1).cpu().numpy() for images in (originals, reconstructions))  # (B, H, W, 3)
+    return torch.tensor([metric(a, b) for a, b in zip(*sides, strict=True)], dtype=torch.float64)
 
 
 def reconstruction(
@@ -179,4 +187,214 @@ def reconstruction(
         identical=same,
         fidelity=rfid.to_dict() if rfid else None,
         notes=tuple(notes),
+    )
+
+
+Numbers = Sequence[int]
+METRICS = {
+    "rfid": "rFID ↓",
+    "psnr": "PSNR, dB ↑",
+    "ssim": "SSIM ↑",
+    "lpips": "LPIPS ↓",
+    "usage": "Codebook used ↑",
+    "entropy": "Entropy, bits a token ↑",
+}
+SHARES = (0.5, 0.6, 0.7, 0.8, 0.9)
+NEIGHBOURHOODS = (200 / 4096, 280 / 4096, 360 / 4096)
+"""RobusTok's 200, 280 and 360 nearest codes as shares of the codebook; that its codebook has 4,096 entries is an
+assumption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction(Result):
+    """Every path from an image through a model and back; ``settings["perturbation"]`` has FIDs under perturbation."""
+
+    plot: ClassVar[str] = "perturbation.png"
+    kind: str = "reconstruction"
+    values: tuple[Reconstructed, ...]
+
+    @property
+    def perturbed(self) -> list[dict[str, Any]]:
+        """By space: ``pfid`` (the mean), ``codes`` and ``points`` of share, neighbours and fid."""
+        return list(self.settings.get("perturbation") or ())
+
+    def rows(self) -> Rows:
+        rows: Rows = [
+            {"Path": one.name, **{title: _cell(one, key) for key, title in METRICS.items()}, "Images": one.images}
+            for one in self.values
+        ]
+        rows += [
+            {"Path": f"{row['space']} tokens, perturbed: pFID", METRICS["rfid"]: row["pfid"]} for row in self.perturbed
+        ]
+        return rows + [
+            {"Path": f"Paper, ImageNet: {row.method}", METRICS["rfid"]: row.fid, "Images": 50_000}
+            for row in paper.CEILING
+        ]
+
+    def figure(self) -> Any:
+        shown_lines: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for row in self.perturbed:
+            lines = shown_lines.setdefault(f"{SPACES[row['space']]}: pFID {row['pfid']:.2f} ↓", {})
+            for point in row["points"]:
+                name = f"{point['neighbours']} nearest of {shown(row['codes'])} codes"
+                lines.setdefault(name, []).append((100 * point["share"], point["fid"]))
+        return lines_figure(shown_lines, "replaced tokens, %", "FID against the originals (lower is better)")
+
+
+def _cell(one: Reconstructed, metric: str) -> str | None:
+    if metric not in one.values:
+        return None
+    if metric == "usage":
+        return f"{one.values[metric]:.1%}"
+    error = f" ±{shown(one.errors[metric], 2)}" if metric in one.errors else ""
+    return shown(one.values[metric]) + error
+
+
+@dataclass(frozen=True)
+class Way:
+    """A path from images through "vq" or "semantic" tokens and back.
+
+    Attributes:
+        share: of the tokens, which are replaced by one of the ``neighbours`` nearest codes; 0 neighbours for none.
+        seed: of that choice and of the decoder.
+        decoder: its kind; None for the default one.
+    """
+
+    pipe: DigitPipeline
+    space: str
+    share: float = 0
+    neighbours: int = 0
+    seed: int = 0
+    decoder: str | None = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """What makes its tokens."""
+        return VQTokenizer(self.pipe.part("vqgan")) if self.space == "vq" else self.pipe.tokenizer
+
+    def encode(self, images: Tensor, numbers: Numbers) -> Tensor:
+        """Images (B, 3, S, S) in 0..1, and their numbers, to tokens (B, N)."""
+        if not self.neighbours:
+            return self.tokenizer.encode(images)  # type: ignore[no-any-return]
+        of = token_spaces(self.pipe)[self.space]
+        return perturb_tokens(
+            of.features(images), of.codebook.centroids, self.share, self.neighbours, numbers, self.seed
+        )
+
+    def decode(self, tokens: Tensor, numbers: Numbers) -> Tensor:
+        """Tokens to images (B, 3, S, S) uint8."""
+        if self.space == "vq":
+            return as_uint8(self.pipe.to_pixels(Tokens(vq=tokens)))
+        return as_uint8(self.pipe.decode(tokens, self.seed, self.decoder, images=numbers))
+
+    def __call__(self, images: Tensor, numbers: Numbers) -> Tensor:
+        """Images and their numbers to reconstructions (B, 3, S, S) uint8."""
+        return self.decode(self.encode(images, numbers), numbers)
+
+
+def paths(pipe: DigitPipeline, seed: int = 0) -> dict[str, Way]:
+    """The paths from an image through a model and back: by name, the VQGAN first.
+
+    Raises:
+        DigitError: the model has no VQGAN, and no decoder that does without.
+    """
+    found: dict[str, Way] = {}
+    if pipe.vqgan is None:
+        pipe.stage2().check_parts()
+    else:
+        found["VQGAN alone"] = Way(pipe, "vq")
+    if pipe.space == "semantic" and pipe.encoder is not None and pipe.codebook is not None:
+        for kind in pipe.decoders:
+            found[f"semantic tokens, {kind} decoder"] = Way(pipe, "semantic", seed=seed, decoder=kind)
+    return found
+
+
+@torch.inference_mode()
+def _pairs(
+    pipe: DigitPipeline, dataset: ImageDataset, way: Way, batch_size: int, counts: Tensor | None = None
+) -> Iterator[Pair]:
+    """Originals and reconstructions; adds how often each code was used to ``counts`` (K,)."""
+    for batch in image_batches(dataset, pipe_size(pipe), batch_size, torch.uint8):
+        images, numbers = to_tensor(batch.images.movedim(1, -1).numpy()).to(pipe.device), batch.indices.tolist()
+        tokens = way.encode(images, numbers)
+        if counts is not None:
+            counts += torch.bincount(tokens.flatten().cpu(), minlength=len(counts))
+        yield batch.images, way.decode(tokens, numbers)
+
+
+def codebook_values(counts: Tensor) -> dict[str, float]:
+    """``usage``, the share of codes that occur, and ``entropy`` in bits, from how often each of them does (K,)."""
+    shares = counts.double() / counts.sum()
+    return {
+        "usage": float((counts > 0).double().mean()),
+        "entropy": float(torch.special.entr(shares).sum() / math.log(2)),
+    }
+
+
+@timed
+def model_reconstruction(
+    pipe: DigitPipeline,
+    dataset: ImageDataset,
+    extractor: TorchExtractor | None,
+    lpips: Lpips | None,
+    reasons: Mapping[str, str] | None = None,
+    perturb: bool = False,
+    shares: Sequence[float] = SHARES,
+    neighbourhoods: Sequence[float] = NEIGHBOURHOODS,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Reconstruction:
+    """Measure every path of :func:`paths` with :func:`reconstruction`.
+
+    Args:
+        perturb: also the FID under perturbation, of VQ tokens and, where there is a decoder, of semantic tokens.
+        shares: of the tokens that are then replaced.
+        neighbourhoods: from how many nearest codes, as shares of the codebook; at least 2 codes.
+        seed: of the decoders and of the perturbation.
+
+    Raises:
+        DigitError: no VQGAN, too few images, or perturbation without the FID network.
+    """
+    if perturb and extractor is None:
+        raise DigitError(
+            f"FID under perturbation needs the FID network: {(reasons or {}).get('rfid', 'none was given.')}"
+        )
+    ways, total, theirs = paths(pipe, seed), len(dataset), None
+    if extractor is not None:
+        batches = image_batches(dataset, pipe_size(pipe), batch_size, torch.uint8)
+        theirs = measure((batch.images for batch in batches), extractor, (), name="originals", total=total)
+
+    def compared(name: str, way: Way) -> Reconstructed:
+        counts = torch.zeros(way.tokenizer.vocab_size, dtype=torch.long)
+        pairs = _pairs(pipe, dataset, way, batch_size, counts)
+        found = reconstruction(
+            pairs, extractor=extractor, originals=theirs, lpips=lpips, reasons=reasons, total=total, name=name
+        )
+        return replace(found, values={**found.values, **codebook_values(counts)})
+
+    def fid(space: str, share: float, neighbours: int) -> float:
+        pairs = _pairs(pipe, dataset, Way(pipe, space, share, neighbours, seed), batch_size)
+        name = f"{space}, {share:.0%} of the tokens, {neighbours} codes"
+        made = measure((images for _, images in pairs), extractor, (), name=name, total=total)
+        return compare(made, theirs, RFID).values["fid"]
+
+    values = [compared(*way) for way in ways.items()]
+    perturbed = []
+    for space, tokens_of in reversed(token_spaces(pipe).items() if perturb else ()):  # VQ first, as in the table
+        if space == "vq" or pipe.decoders:
+            codes = len(tokens_of.codebook.centroids)
+            sizes = dict.fromkeys(max(2, round(part * codes)) for part in neighbourhoods)
+            points = [{"share": s, "neighbours": n, "fid": fid(space, s, n)} for n in sizes for s in shares]
+            mean = sum(point["fid"] for point in points) / len(points)
+            perturbed.append({"space": space, "codes": codes, "pfid": mean, "points": points})
+    ceiling = {row.method: row.fid for row in paper.CEILING}
+    against = {"name": "the originals", "weights": extractor.weights.sha256} if extractor is not None else None
+    return Reconstruction(
+        title=f"Reconstruction of {total:,} images (last rows of tables 3 and 4)",
+        values=tuple(values),
+        settings={"seed": seed, "batch_size": batch_size, "perturbation": perturbed, "reference": against},
+        model=describe_model(pipe),
+        data=describe_data(dataset, pipe),
+        paper={"source": f"{paper.SOURCE}, tables 3 and 4: FID, ImageNet validation images", **ceiling},
+        notes=tuple(dict.fromkeys(n for row in values for n in (*row.notes, *row.not_measured.values()))),
     )

@@ -11,10 +11,10 @@ free of that. The paper publishes no protocol, so the choices (noise model, clip
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from digit.data.dataset import ImageDataset
 from digit.evaluation import paper
 from digit.evaluation.metrics.noise import Change, Kind, NoiseModel, apply_change, realised_snr
 from digit.evaluation.model_source import describe_data, image_batches, pipe_size
-from digit.evaluation.results import OTHER, OURS, Result, Rows, legend, panels
+from digit.evaluation.results import OTHER, OURS, Result, Rows, legend, panels, timed
 from digit.models.codebook import Codebook
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
@@ -121,54 +121,43 @@ class Stability(Result):
         noise = sorted((r for r in self.values if r.kind == "noise" and math.isfinite(r.level)), key=lambda r: r.level)
         others = [row for row in self.values if row.kind != "noise"]
         figure, axes = panels(2 * bool(noise) + bool(others))
+        spaces = list(dict.fromkeys(row.space for row in self.values))
         if noise:
-            self._draw_noise(noise, *axes[:2])
+            left, right = axes[:2]
+            for space, (place, measure, style, label) in product(
+                spaces,
+                (
+                    (left, "changed", "o-", ""),
+                    (right, "cosine_features", "o-", ", features"),
+                    (right, "cosine_codes", "s:", ", codes"),
+                    (right, "cosine_centred", "^-.", ", centred codes"),
+                ),
+            ):
+                color, mine = _COLORS[space], [(r.level, getattr(r, measure)) for r in noise if r.space == space]
+                x, name = [level for level, _ in mine], SPACES[space] + label
+                place.plot(x, [e.mean for _, e in mine], style, color=color, label=name, markersize=4)
+                place.fill_between(x, [e.low for _, e in mine], [e.high for _, e in mine], color=color, alpha=0.2, lw=0)
+            for space, (place, measure) in product(spaces, ((left, "changed"), (right, "cosine"))):
+                values, name = paper.STABILITY[space][measure], f"{SPACES[space]}, paper (ImageNet)"
+                place.plot(paper.SNRS, values, "x--", color=_COLORS[space], alpha=0.45, label=name, markersize=5)
+            left.set(title="Tokens that change", ylabel="share of tokens (lower is more stable)", ylim=(0, 1))
+            right.set(title="Cosine before and after", ylabel="cosine similarity (higher is more stable)")
+            for place in (left, right):
+                place.set(xlabel="signal-to-noise ratio of the pixels, dB")
+                place.invert_xaxis()  # more noise to the right, as in the table
         if others:
-            _draw_bars(others, axes[-1])
+            changes, height = list(dict.fromkeys(row.change for row in others)), 0.8 / len(spaces)
+            for index, space in enumerate(spaces):
+                shares = [row.changed for row in others if row.space == space]
+                rows = [i + (index - (len(spaces) - 1) / 2) * height for i in range(len(changes))]
+                how = {"xerr": [e.high - e.mean for e in shares], "ecolor": "#000000", "label": SPACES[space]}
+                axes[-1].barh(rows, [e.mean for e in shares], height, color=_COLORS[space], **how)
+            axes[-1].set_yticks(range(len(changes)), [str(change) for change in changes])
+            axes[-1].invert_yaxis()
+            axes[-1].set(xlabel="share of tokens (lower is more stable)", title="Other small changes", xlim=(0, None))
+            axes[-1].grid(visible=False, axis="y")
         legend(axes)
         return figure
-
-    def _draw_noise(self, rows: Sequence[Row], left: Any, right: Any) -> None:
-        for space in dict.fromkeys(row.space for row in rows):
-            mine = [row for row in rows if row.space == space]
-            for axes, measure, style, label in (
-                (left, "changed", "o-", ""),
-                (right, "cosine_features", "o-", ", features"),
-                (right, "cosine_codes", "s:", ", codes"),
-                (right, "cosine_centred", "^-.", ", centred codes"),
-            ):
-                x, color = [row.level for row in mine], _COLORS[space]
-                estimates = [getattr(row, measure) for row in mine]
-                name = SPACES[space] + label
-                axes.plot(x, [e.mean for e in estimates], style, color=color, label=name, markersize=4)
-                band = [e.low for e in estimates], [e.high for e in estimates]
-                axes.fill_between(x, *band, color=color, alpha=0.2, lw=0)
-            for axes, measure in ((left, "changed"), (right, "cosine")):
-                values, name = paper.STABILITY[space][measure], f"{SPACES[space]}, paper (ImageNet)"
-                axes.plot(paper.SNRS, values, "x--", color=_COLORS[space], alpha=0.45, label=name, markersize=5)
-        left.set(title="Tokens that change", ylabel="share of tokens (lower is more stable)", ylim=(0, 1))
-        right.set(title="Cosine before and after", ylabel="cosine similarity (higher is more stable)")
-        for axes in (left, right):
-            axes.set(xlabel="signal-to-noise ratio of the pixels, dB")
-            axes.invert_xaxis()  # more noise to the right, as in the table
-
-
-def _draw_bars(rows: Sequence[Row], axes: Any) -> None:
-    changes, spaces = ([*dict.fromkeys(getattr(row, name) for row in rows)] for name in ("change", "space"))
-    height = 0.8 / len(spaces)
-    for index, space in enumerate(spaces):
-        mine = {row.change: row.changed for row in rows if row.space == space}
-        places = [i + (index - (len(spaces) - 1) / 2) * height for i in range(len(changes))]
-        errors = [mine[change].high - mine[change].mean for change in changes]
-        values = [mine[change].mean for change in changes]
-        axes.barh(places, values, height, xerr=errors, color=_COLORS[space], ecolor="#000000", label=SPACES[space])
-    axes.set_yticks(range(len(changes)), [str(change) for change in changes])
-    axes.invert_yaxis()
-    axes.set(xlabel="share of tokens (lower is more stable)", title="Other small changes", xlim=(0, None))
-    axes.grid(visible=False, axis="y")
-
-
-# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -214,6 +203,7 @@ def token_spaces(pipe: DigitPipeline) -> dict[str, TokenSpace]:
     return spaces
 
 
+@timed
 @torch.inference_mode()
 def stability(
     pipe: DigitPipeline,
@@ -230,7 +220,7 @@ def stability(
     Raises:
         DigitError: fewer than two images, or a model without tokens.
     """
-    law, began, spaces = law or NoiseModel(), time.monotonic(), token_spaces(pipe)
+    law, spaces = law or NoiseModel(), token_spaces(pipe)
     if len(dataset) < 2:
         raise DigitError(f"{len(dataset)} image was given; a confidence interval needs at least 2.")
     values: dict[tuple[str, Change], list[Tensor]] = {(space, change): [] for space in spaces for change in changes}
@@ -246,23 +236,21 @@ def stability(
                 for name, space in spaces.items():
                     values[name, change].append(space.measure(clean[name], changed))
             progress.advance(len(images))
+    rows = []
+    for (name, change), found in values.items():
+        snr = torch.cat(real[change])
+        finite, measures = snr[snr.isfinite()], map(Estimate.of, torch.cat(found).double().T)
+        rows.append(Row(name, change.kind, change.level, float(finite.mean()) if len(finite) else None, *measures))
     sizes = {name: len(space.codebook.centroids) for name, space in spaces.items()}
     return Stability(
         title="Stability of tokens under small changes of the pixels (Table 1)",
-        values=tuple(_row(*key, torch.cat(found), torch.cat(real[key[1]])) for key, found in values.items()),
+        values=tuple(rows),
         settings={"noise": to_dict(law), "snr_unit": "dB", "batch_size": batch_size, "codes": sizes},
         model=describe_model(pipe),
         data=describe_data(dataset, pipe),
         paper={"source": f"{paper.SOURCE}, Table 1", "snr": paper.SNRS, **paper.STABILITY},
         notes=_notes(law, sizes, len(dataset)),
-        seconds=time.monotonic() - began,
     )
-
-
-def _row(space: str, change: Change, values: Tensor, real: Tensor) -> Row:
-    finite = real[torch.isfinite(real)]
-    snr = float(finite.mean()) if len(finite) else None
-    return Row(space, change.kind, change.level, snr, *map(Estimate.of, values.double().T))
 
 
 def _notes(law: NoiseModel, sizes: dict[str, int], count: int) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 import zipfile
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from digit.core.errors import DigitError
-from digit.core.files import sha256_of, write_file
+from digit.core.files import sha256_of, write_bytes
 
 _INT16 = 32767
 
@@ -127,9 +128,6 @@ class FeatureFile:
         return torch.from_numpy(np.memmap(self._file, dtype=np.float32, mode="r+", shape=(self.n, self._width)))
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
-
-
 def save_statistics(
     path: str | Path,
     statistics: FeatureStatistics,
@@ -160,11 +158,8 @@ def save_statistics(
     if spatial is not None:
         arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
 
-    def write(aside: Path) -> None:
-        with open(aside, "wb") as handle:
-            (np.savez_compressed if compact else np.savez)(handle, **arrays)  # type: ignore[arg-type]
-
-    return write_file(path, write)
+    (np.savez_compressed if compact else np.savez)(buffer := io.BytesIO(), **arrays)  # type: ignore[arg-type]
+    return write_bytes(path, buffer.getvalue())
 
 
 def load_set(path: str | Path, features: bool = False) -> FeatureSet:
@@ -185,7 +180,13 @@ def load_set(path: str | Path, features: bool = False) -> FeatureSet:
             n = int(arrays["n"]) if "n" in found else None
             metadata = json.loads(str(arrays["metadata"])) if "metadata" in found else {}
             about = {**metadata, "file": path.name, "file_sha256": sha256_of(path)}
-            sigma = arrays["sigma"] if "sigma" in found else _unpacked(arrays["deviation"], arrays["correlation"])
+            if "sigma" in found:
+                sigma = arrays["sigma"]
+            else:  # of what `compact` wrote
+                deviation = arrays["deviation"]
+                half = np.zeros((len(deviation), len(deviation)))
+                half[np.triu_indices(len(half), 1)] = arrays["correlation"] / _INT16
+                sigma = (half + half.T + np.eye(len(half))) * np.outer(deviation, deviation.astype(np.float64))
             whole = _checked(path, arrays["mu"], sigma, n, about)
             spatial = _checked(path, arrays["mu_s"], arrays["sigma_s"], n, about) if "mu_s" in found else None
             rows = arrays["features"] if features and "features" in found else None
@@ -216,13 +217,6 @@ def npz_arrays(path: str | Path) -> set[str]:
         raise DigitError(
             f"{path} is not an .npz file; expected statistics ('mu', 'sigma') or images ('arr_0')."
         ) from error
-
-
-def _unpacked(deviation: np.ndarray, correlation: np.ndarray) -> np.ndarray:
-    """The covariance (D, D) of what ``compact`` wrote."""
-    matrix = np.zeros((len(deviation), len(deviation)))
-    matrix[np.triu_indices(len(deviation), 1)] = correlation / _INT16
-    return (matrix + matrix.T + np.eye(len(deviation))) * np.outer(deviation, deviation.astype(np.float64))
 
 
 def _checked(path: Path, mu: Any, sigma: Any, n: int | None, metadata: dict[str, Any]) -> FeatureStatistics:

@@ -7,16 +7,15 @@ one. The paper shows this figure (Fig. 5) without its numbers; :class:`ToyConfig
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import require
-from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels
+from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels, timed
 
 Points = NDArray[np.float64]
 METHODS = {"PCA": (OTHER, "--"), "LDA": (OURS, "-")}
@@ -81,7 +80,7 @@ class Toy(Result):
             projection = fit(method, points, labels)
             ends = projection.centre + np.outer([-5.5, 5.5], projection.direction)
             plane.plot(*ends.T, color="#000000", linestyle=line, label=f"{method} direction")
-            values = projection(points)
+            values = projection(points)[:, 0]
             bins = np.linspace(values.min(), values.max(), 50)
             for label, shade in enumerate(colors):
                 axes.hist(values[labels == label], bins, color=shade, alpha=0.6, label=f"class {label}")
@@ -95,8 +94,7 @@ class Toy(Result):
         return figure
 
 
-@dataclass(frozen=True)
-class Projection:
+class Projection(NamedTuple):
     """A fitted map from the plane to one number, and scikit-learn's logistic regression on that number.
 
     ``direction`` is a (2,) unit vector, ``centre`` (2,) the point that maps to zero.
@@ -107,13 +105,9 @@ class Projection:
     classifier: Any
 
     def __call__(self, points: Points) -> Points:
-        """Project (n, 2) points to (n,) numbers."""
-        projected: Points = (points - self.centre) @ self.direction
+        """Project (n, 2) points to (n, 1) numbers."""
+        projected: Points = (points - self.centre) @ self.direction[:, None]
         return projected
-
-    def accuracy(self, points: Points, labels: NDArray[np.int64]) -> float:
-        """Share of (n, 2) points whose class is told correctly from the projected number alone."""
-        return float(self.classifier.score(self(points)[:, None], labels))
 
 
 def draw(settings: ToyConfig, rng: np.random.Generator) -> tuple[Points, NDArray[np.int64]]:
@@ -141,14 +135,16 @@ def fit(method: str, points: Points, labels: NDArray[np.int64]) -> Projection:
     # a direction has no sign of its own; class 1 goes to the right
     difference = points[labels == 1].mean(axis=0) - points[labels == 0].mean(axis=0)
     direction = direction * (1.0 if direction @ difference >= 0 else -1.0)
-    centre = points.mean(axis=0)
     regression = require("sklearn.linear_model", "eval", "The toy figure").LogisticRegression()
-    return Projection(direction, centre, regression.fit(((points - centre) @ direction)[:, None], labels))
+    projection = Projection(direction, points.mean(axis=0), regression)
+    regression.fit(projection(points), labels)
+    return projection
 
 
+@timed
 def toy(settings: ToyConfig | None = None) -> Toy:
     """Fit on clean points and test on fresh points under growing noise, ``repeats`` times."""
-    settings, began = settings or ToyConfig(), time.monotonic()
+    settings = settings or ToyConfig()
     scores: dict[str, list[list[float]]] = {method: [] for method in METHODS}
     for repeat in range(settings.repeats):
         rng = np.random.default_rng([settings.seed, repeat])
@@ -157,8 +153,8 @@ def toy(settings: ToyConfig | None = None) -> Toy:
         noise = rng.standard_normal(tested.shape)
         for method in METHODS:
             projection = fit(method, points, labels)
-            noisy = [projection.accuracy(tested + level * noise, tested_labels) for level in settings.noise]
-            scores[method].append(noisy)
+            noisy = [projection(tested + level * noise) for level in settings.noise]
+            scores[method].append([projection.classifier.score(numbers, tested_labels) for numbers in noisy])
     mean, deviation = ({m: f(v, axis=0).tolist() for m, v in scores.items()} for f in (np.mean, np.std))
     return Toy(
         title="PCA and LDA projections of two classes under noise (paper, Fig. 5)",
@@ -169,5 +165,4 @@ def toy(settings: ToyConfig | None = None) -> Toy:
             "the classifier (logistic regression on the projected number, fitted without noise) are this project's "
             "choice.",
         ),
-        seconds=time.monotonic() - began,
     )

@@ -10,7 +10,7 @@ import base64
 import io
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,68 +24,36 @@ from digit.core.errors import DigitError, MissingPackageError, require
 from digit.core.files import write_bytes, write_json
 from digit.evaluation.paper import SOURCE
 from digit.evaluation.report import beside
-from digit.evaluation.report.collect import Collection, Found, Problem, collect
-from digit.evaluation.report.runs import Training, known_curves
+from digit.evaluation.report.runs import Collection, Found, Training, collect, known_curves
 from digit.evaluation.results import COLORS, Result, Rows, columns, flatten, is_numeric, shown
 
 _LARGEST_FILE, _LARGEST_SIDE = 1_500_000, 1600  # bytes and pixels that go into the page as they are
-_SECTIONS: tuple[tuple[str, str, str, str, tuple[Callable[[Collection], Result | None], ...]], ...] = (
-    ("samples", "Generated images", "", "generation", ()),
-    ("fidelity", "Fidelity", "", "fidelity", (beside.fidelity,)),
-    (
-        "understanding", "Understanding and generation",
-        "The area of a circle is the number of the prior's parameters.",
-        "", (beside.understanding, beside.conditional),
-    ),
-    (
-        "stability", "Stability of tokens",
-        "Share of an image's tokens that change, and cosine before and after; means over images with 95% intervals.",
-        "stability", (),
-    ),
-    ("probe", "Linear probes", "", "probe", (beside.probes,)),
-    ("sweeps", "Sweeps of sampling settings", "The paper's figure 6 shows curves without their values.", "sweep", ()),
-    (
-        "prefix", "Fidelity against the given prefix",
-        "Real tokens are given, the prior continues. The paper's figure 4b shows curves without their values.",
-        "prefix", (),
-    ),
-    (
-        "robustness", "Robustness of decoders",
-        "The same prior and tokens through each decoder, while a share of the tokens is replaced.", "robustness", (),
-    ),
-    (
-        "reconstruction", "Reconstruction",
-        "The best that generation could reach with these tokens: real images, encoded and decoded.", "reconstruction",
-        (),
-    ),
-    ("ablations", "Ablations", "One thing is varied, everything else is shared.", "ablation", ()),
-    (
-        "screen", "Which tokens to train on",
-        "Each candidate's tokens were learnt briefly by the same small prior and probed, or ridge regression decoded "
-        "them.",
-        "screen", (),
-    ),
-    ("toy", "Toy figure: PCA and LDA", "", "toy", ()),
-    ("others", "Other measurements", "", "", ()),
-    ("training", "Training runs", "Dashed grey: the reference run of the same preset, where there is one.", "training",
-    ()),
-    ("paper", "The paper's ablations", "", "", (beside.additive, beside.encoders)),
+_SECTIONS: tuple[tuple[str, str, str, tuple[Callable[[Collection], Result | None], ...], str], ...] = (
+    ("samples", "Generated images", "generation", (), ""),
+    ("fidelity", "Fidelity", "fidelity", (beside.fidelity,), ""),
+    ("understanding", "Understanding and generation", "", (beside.understanding, beside.conditional),
+     "The area of a circle is the number of the prior's parameters."),
+    ("stability", "Stability of tokens", "stability", (),
+     "Share of an image's tokens that change, and cosine before and after; means over images with 95% intervals."),
+    ("probe", "Linear probes", "probe", (beside.probes,), ""),
+    ("sweeps", "Sweeps of sampling settings", "sweep", (), "The paper's figure 6 shows curves without their values."),
+    ("prefix", "Fidelity against the given prefix", "prefix", (),
+     "Real tokens are given, the prior continues. The paper's figure 4b shows curves without their values."),
+    ("robustness", "Robustness of decoders", "robustness", (),
+     "The same prior and tokens through each decoder, while a share of the tokens is replaced."),
+    ("reconstruction", "Reconstruction", "reconstruction", (),
+     "The best that generation could reach with these tokens: real images, encoded and decoded."),
+    ("ablations", "Ablations", "ablation", (), "One thing is varied, everything else is shared."),
+    ("screen", "Which tokens to train on", "screen", (),
+     "Each candidate's tokens were learnt briefly by the same small prior and probed, or ridge regression decoded "
+     "them."),
+    ("toy", "Toy figure: PCA and LDA", "toy", (), ""),
+    ("others", "Other measurements", "", (), ""),
+    ("training", "Training runs", "training", (),
+     "Dashed grey: the reference run of the same preset, where there is one."),
+    ("paper", "The paper's ablations", "", (beside.additive, beside.encoders), ""),
 )  # fmt: skip
-"""Anchor, title, introduction, kind of results and comparisons with the paper, in the order of the page."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What went into a page.
-
-    Attributes:
-        found: everything that was reported.
-        problems: files that are missing, broken or not as expected; the page lists them too.
-    """
-
-    path: Path
-    found: list[Found]
-    problems: list[Problem]
+"""Anchor, title, kind of results, comparisons with the paper and introduction, in the order of the page."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +73,15 @@ def write_report(
     out: str | Path = "report.html",
     title: str = "digit report",
     curves: Sequence[str | Path] = (),
-) -> Report:
+) -> Collection:
     """Write one self-contained HTML page about runs: measurements beside the paper's, training curves, images.
 
     Args:
         folders: run folders; everything below them is looked at.
         curves: folders with more reference curves than the packaged ones.
+
+    Returns:
+        What went into the page; it lists the problems too.
 
     Raises:
         DigitError: a folder does not exist, or there is nothing to report.
@@ -127,7 +98,7 @@ def write_report(
         for item in collection.found
     ]
     write_bytes(out, page(collection, title).encode())
-    return Report(Path(out), collection.found, collection.problems)
+    return collection
 
 
 def save_only_run(folders: Sequence[str | Path], path: str | Path) -> Path:
@@ -149,29 +120,20 @@ def save_only_run(folders: Sequence[str | Path], path: str | Path) -> Path:
 
 def page(collection: Collection, title: str) -> str:
     """The whole document."""
-    sections = list(_sections(collection))
+    known, sections = {kind for _, _, kind, _, _ in _SECTIONS}, []
+    for anchor, name, kind, comparisons, intro in _SECTIONS:
+        kinds = {kind} if anchor != "others" else {found.result.kind for found in collection.found} - known
+        given: tuple[Any, ...] = (*comparisons, *(found for found in collection.found if found.result.kind in kinds))
+        if items := [item for item in (_item(collection, one) for one in given) if item is not None]:
+            sections.append((anchor, name, intro, items))
     template = Path(__file__).with_name("page.html.jinja").read_text("utf-8")
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-    helpers = {"columns": columns, "is_numeric": is_numeric, "shown": shown, "flatten": flatten}
     made = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    about = f"Made {made} with digit {__version__}. Grey and unmarked figures are those of {SOURCE}."
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
-        title=title, about=about, sections=sections, found=collection.found, problems=collection.problems,
-        here=beside.HERE, **helpers,
+        title=title, sections=sections, found=collection.found, problems=collection.problems, here=beside.HERE,
+        about=f"Made {made} with digit {__version__}. Grey and unmarked figures are those of {SOURCE}.",
+        columns=columns, is_numeric=is_numeric, shown=shown, flatten=flatten,
     )  # fmt: skip
-
-
-def _sections(collection: Collection) -> Iterable[tuple[str, str, str, list[Item]]]:
-    """Anchor, title, introduction and items of every section that has any."""
-    known = {kind for _, _, _, kind, _ in _SECTIONS}
-    for anchor, title, intro, kind, comparisons in _SECTIONS:
-        items = [_item(collection, compare) for compare in comparisons]
-        for found in collection.found:
-            if found.result.kind == kind or (anchor == "others" and found.result.kind not in known):
-                items.append(_item(collection, found))
-        shown_items = [item for item in items if item is not None]
-        if shown_items:
-            yield anchor, title, intro, shown_items
 
 
 def _item(collection: Collection, given: Found | Callable[[Collection], Result | None]) -> Item | None:
@@ -181,8 +143,7 @@ def _item(collection: Collection, given: Found | Callable[[Collection], Result |
         result = given.result if isinstance(given, Found) else given(collection)
         if result is None:
             return None
-        rows, told = result.rows(), result.provenance()
-        drawn = charts(result)
+        rows, told, drawn = result.rows(), result.provenance(), charts(result)
     except Exception as error:  # whatever a damaged file may hold
         if found is not None:
             reason = f"this {found.result.kind} result is not as expected: {type(error).__name__}, {error}."

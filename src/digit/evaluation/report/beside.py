@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from digit.core.errors import require
 from digit.evaluation import paper
-from digit.evaluation.metrics.fidelity import TITLES, Fidelity
-from digit.evaluation.metrics.probe import Probe
-from digit.evaluation.report.collect import Collection, Found
+from digit.evaluation.metrics.fidelity import TITLES
+from digit.evaluation.report.runs import Collection, Found
 from digit.evaluation.results import DASH, OURS, PAPER, Result, Rows, legend, millions, panels, shown
 
 HERE = "Measured here"
@@ -20,14 +19,16 @@ HERE = "Measured here"
 
 @dataclass(frozen=True, kw_only=True)
 class Beside(Result):
-    """``values``: the rows as shown; ``about``: the line under them. ``notes`` say what must not be compared."""
+    """``values``: the cells of each row under ``head``; ``about``: the line below. ``notes`` say what must not
+    be compared.
+    """
 
     kind: str = "beside"
-    values: Rows
+    head: tuple[str, ...] = ()
     about: str = f"The paper's values are those of {paper.SOURCE}."
 
     def rows(self) -> Rows:
-        return self.values
+        return [dict(zip(self.head, row, strict=True)) for row in self.values]
 
     def provenance(self) -> str:
         return self.about
@@ -38,11 +39,22 @@ class Beside(Result):
 
 def fidelity(collection: Collection) -> Beside | None:
     """Our values above the rows of Tables 3 and 4, and whatever forbids comparing them."""
-    results = [item.result for item in collection.found if isinstance(item.result, Fidelity)]
+    results = [item.result for item in collection.of("fidelity")]
     if not results:
         return None
-    extra = [key for key in _EXTRA if any(key in r.values for r in results)]
-    rows: Rows = [_fidelity_row(result, extra) for result in results]
+    known = {key for result in results for key in result.values}
+    extra = [key for key in ("fid_infinity", "sfid", "kid_mean", "precision", "recall") if key in known]
+    rows: list[tuple[Any, ...]] = []
+    for result in results:
+        values, reference = result.values, result.reference
+        scores = [
+            _two(values.get(key)) if metric not in result.not_measured else "not measured"
+            for key, metric in (("fid", "fid"), ("is_mean", "isc"))
+        ]
+        where = f"{reference['name']}, {shown(reference['images'])} images" if reference else "none"
+        labels = str((result.sampling or {}).get("labels") or DASH)
+        cells = (str(result.source["name"]), millions(_size(result)), *scores, shown(result.source.get("images")))
+        rows.append((*cells, where, labels, HERE, *(shown(values.get(key)) for key in extra)))
     for title, part, labels in (
         ("Paper, Table 3: class-unconditional", paper.UNCONDITIONAL, "none"),
         ("Paper, Table 4: class-conditional", paper.CONDITIONAL, "classes"),
@@ -51,31 +63,22 @@ def fidelity(collection: Collection) -> Beside | None:
         for row in part:
             own = row.method.startswith(("DiGIT", "VQ only"))
             how = ("50,000", "ImageNet validation") if own else (DASH, "its own paper's")
-            values = (f"{row.method} ({row.family})", millions(row.parameters), _two(row.fid), _two(row.inception))
-            rows.append(dict(zip(_HEAD, (*values, *how, labels, title), strict=True)))
-    about = f"The paper's own rows: {paper.FID_REFERENCE}. Rows of other methods are copied from their papers."
-    return Beside(title="Beside Tables 3 and 4", values=rows, notes=tuple(warnings(results)), about=about)
+            cells = (f"{row.method} ({row.family})", millions(row.parameters), _two(row.fid), _two(row.inception), *how)
+            rows.append((*cells, labels, title, *(None for _ in extra)))
+    return Beside(
+        title="Beside Tables 3 and 4",
+        head=(*_HEAD, *(TITLES[key] for key in extra)),
+        values=rows,
+        notes=tuple(warnings(results)),
+        about=f"The paper's own rows: {paper.FID_REFERENCE}. Rows of other methods are copied from their papers.",
+    )
 
 
-_EXTRA = ("fid_infinity", "sfid", "kid_mean", "precision", "recall")
 _HEAD = ("Model", "Parameters", "FID ↓", "IS ↑", "Images", "Reference", "Labels", "From")
 
 
 def _two(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, (int, float)) else DASH
-
-
-def _fidelity_row(result: Fidelity, extra: Sequence[str]) -> dict[str, Any]:
-    values, reference, missing = result.values, result.reference, result.not_measured
-    where = f"{reference['name']}, {shown(reference['images'])} images" if reference else "none"
-    cells = [
-        _two(values[key]) if key in values else "not measured" if metric in missing else DASH
-        for key, metric in (("fid", "fid"), ("is_mean", "isc"))
-    ]
-    count = result.source.get("images")
-    labels = (result.sampling or {}).get("labels") or DASH
-    row = (str(result.source["name"]), millions(_size(result)), *cells, shown(count), where, str(labels), HERE)
-    return {**dict(zip(_HEAD, row, strict=True)), **{TITLES[key]: shown(values.get(key)) for key in extra}}
 
 
 def _size(result: Result) -> float | None:
@@ -84,7 +87,7 @@ def _size(result: Result) -> float | None:
     return prior["parameters"] / 1e6 if prior else None
 
 
-def warnings(results: Sequence[Fidelity]) -> list[str]:
+def warnings(results: Sequence[Any]) -> list[str]:
     """Sentences about values that must not be compared, with the paper or among themselves."""
     against, ways, lines = {}, set(), []
     for result in (result for result in results if "fid" in result.values and result.reference):
@@ -108,37 +111,33 @@ def warnings(results: Sequence[Fidelity]) -> list[str]:
 
 def probes(collection: Collection) -> Beside | None:
     """The best layer of each probe above the rows of Table 2."""
-    results = [item.result for item in collection.found if isinstance(item.result, Probe)]
+    results = [item.result for item in collection.of("probe")]
     if not results:
         return None
     head = ("Model", "Tokens", "Width", "Parameters", "Top-1, % ↑", "Images", "From")
     rows: list[tuple[Any, ...]] = []
     for result in results:
-        data = result.data or {}
+        name, data = (result.model or {})["name"], result.data or {}
         where = f"{data['train']['name']}, {shown(data['classes'])} classes"
-        name, best = (result.model or {})["name"], 100 * result.best.accuracy
-        rows.append((name, DASH, DASH, millions(_size(result)), shown(best, 3), where, HERE))
-    rows += [
-        (r.method, r.tokens, r.width, millions(r.parameters), shown(r.accuracy, 3), "ImageNet", "Paper, Table 2")
-        for r in paper.PROBE
-    ]
-    foreign = [_FOREIGN] if any(not _of_imagenet(result) for result in results) else []
-    values = [dict(zip(head, row, strict=True)) for row in rows]
-    return Beside(title="Beside Table 2, best layer", values=values, notes=tuple(foreign))
+        rows.append((name, DASH, DASH, millions(_size(result)), shown(100 * result.best.accuracy, 3), where, HERE))
+    for r in paper.PROBE:
+        cells = (r.method, r.tokens, r.width, millions(r.parameters), shown(r.accuracy, 3))
+        rows.append((*cells, "ImageNet", "Paper, Table 2"))
+    return Beside(title="Beside Table 2, best layer", head=head, values=rows, notes=_foreign(results))
 
 
-_FOREIGN = "The paper probes on ImageNet's 1,000 classes. Accuracies on other images and classes are no match for it."
-
-
-def _of_imagenet(result: Result) -> bool:
-    return "imagenet" in str((result.data or {})["train"]["name"]).lower()
+def _foreign(results: Sequence[Any]) -> tuple[str, ...]:
+    if all("imagenet" in str((result.data or {})["train"]["name"]).lower() for result in results):
+        return ()
+    return (
+        "The paper probes on ImageNet's 1,000 classes. Accuracies on other images and classes are no match for it.",
+    )
 
 
 # ---- figure 1 --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Model:
+class Model(NamedTuple):
     """A bubble of figure 1: a model, its place, its parameters in millions, where its values come from, and whether
     they were measured here.
     """
@@ -153,42 +152,31 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Bubbles(Beside):
-    """One half of figure 1.
-
-    Attributes:
-        models: the bubbles.
-        axes: what x and y are.
-    """
+    """One half of figure 1: ``values`` are the bubbles, ``axes`` what x and y are."""
 
     kind: str = "bubbles"
-    models: tuple[Model, ...]
+    values: Sequence[Model]
     axes: tuple[str, str]
 
     def rows(self) -> Rows:
-        return [
-            {
-                "Model": m.name,
-                self.axes[0]: shown(m.x),
-                self.axes[1]: shown(m.y),
-                "Parameters": millions(m.parameters),
-                "Source": m.source,
-                "From": HERE if m.here else "Paper",
-            }
-            for m in sorted(self.models, key=lambda m: not m.here)
+        head = ("Model", *self.axes, "Parameters", "Source", "From")
+        ours_first = sorted(self.values, key=lambda m: not m.here)
+        rows = [
+            (m.name, shown(m.x), shown(m.y), millions(m.parameters), m.source, HERE if m.here else "Paper")
+            for m in ours_first
         ]
+        return [dict(zip(head, row, strict=True)) for row in rows]
 
     def figure(self) -> Any:
         figure, (axes,) = panels(1, (5.2, 4.2))
-        largest = max((model.parameters or 0 for model in self.models), default=0) or 1
-        areas = [
-            900 * (model.parameters or 0) / largest + 12 for model in self.models
-        ]  # square points, the marker's box
-        for model, area in zip(self.models, areas, strict=True):
+        largest = max(model.parameters or 0 for model in self.values) or 1
+        areas = [900 * (model.parameters or 0) / largest + 12 for model in self.values]  # square points, a marker's box
+        for model, area in zip(self.values, areas, strict=True):
             color = OURS if model.here else PAPER
             axes.scatter(model.x, model.y, area, color if model.parameters else "none", alpha=0.6, edgecolors=color)
         for label, color in (("measured here", OURS), ("the paper, ImageNet", PAPER)):
             axes.scatter([], [], 40, color, label=label)
-        values = [model.y for model in self.models]
+        values = [model.y for model in self.values]
         if max(values) > 15 * min(values) > 0:
             axes.set_yscale("log")
             axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
@@ -197,7 +185,7 @@ class Bubbles(Beside):
         axes.set(xlabel=self.axes[0], ylabel=self.axes[1])
         axes.margins(0.18)
         legend([axes])
-        _label(axes, self.models, areas)
+        _label(axes, self.values, areas)
         return figure
 
 
@@ -207,15 +195,12 @@ def _label(axes: Any, models: Sequence[Model], areas: Sequence[float]) -> None:
     """
     axes.figure.draw_without_rendering()  # now places are known
     pixel, bounds = axes.figure.dpi / 72, require("matplotlib.transforms", "eval", "Drawing figures").Bbox.from_bounds
-    centers = [axes.transData.transform((model.x, model.y)) for model in models]
-    radii = [math.sqrt(area) / 2 for area in areas]  # points
-    taken = [
-        bounds(x - r * pixel, y - r * pixel, 2 * r * pixel, 2 * r * pixel)
-        for (x, y), r in zip(centers, radii, strict=True)
-    ]
-    for model, r in sorted(
-        zip(models, radii, strict=True), key=lambda pair: (not pair[0].here, "DiGIT" not in pair[0].name)
-    ):
+    taken, circles = [], []
+    for model, area in zip(models, areas, strict=True):
+        (x, y), r = axes.transData.transform((model.x, model.y)), math.sqrt(area) / 2  # pixels, points
+        taken.append(bounds(x - r * pixel, y - r * pixel, 2 * r * pixel, 2 * r * pixel))
+        circles.append((model, r))
+    for model, r in sorted(circles, key=lambda circle: (not circle[0].here, "DiGIT" not in circle[0].name)):
         for dx, dy, ha, va in ((0, 1, "center", "bottom"), (0, -1, "center", "top"), (1, 0, "left", "center"),
                                (-1, 0, "right", "center")):  # fmt: skip
             place = {"xytext": (dx * (r + 2), dy * (r + 2)), "textcoords": "offset points", "ha": ha, "va": va}
@@ -229,56 +214,57 @@ def _label(axes: Any, models: Sequence[Model], areas: Sequence[float]) -> None:
 
 def understanding(collection: Collection) -> Bubbles | None:
     """Figure 1a: FID against probe accuracy of one model; None where no model has both."""
-    ours: list[Model] = []
-    paired: list[Fidelity] = []
-    foreign = False
-    for probe in collection.of("probe"):
-        fid, result = _fid_of(collection, probe), probe.result
-        if fid is not None and isinstance(result, Probe) and isinstance(fid.result, Fidelity):
-            name, place = str((result.model or {})["name"]), f"{probe.place}; {fid.place}"
-            x, y = 100 * result.best.accuracy, fid.result.values["fid"]
-            ours.append(Model(name, x, y, _size(result), place, here=True))
-            foreign = foreign or not _of_imagenet(result)
-            paired.append(fid.result)
-    if not ours:
-        return None
+    pairs = [(probe, fid) for probe in collection.of("probe") if (fid := _fid_of(collection, probe)) is not None]
+    ours = [
+        Model(
+            (probe.result.model or {})["name"], 100 * probe.result.best.accuracy, fid.result.values["fid"],
+            _size(probe.result), f"{probe.place}; {fid.place}", here=True,
+        )
+        for probe, fid in pairs
+    ]  # fmt: skip
     theirs = [
         Model(b.name, b.accuracy, b.fid, b.parameters, "read off figure 1" if b.read_off else "Tables 2 and 3")
         for b in paper.BUBBLES
     ]
-    return Bubbles(
-        title="FID against linear probe (figure 1a)",
-        values=[],
-        models=(*theirs, *ours),
-        axes=("linear probe, top-1 in %", "FID, lower is better"),
-        notes=(*warnings(paired), *([_FOREIGN] if foreign else [])),
+    return (
+        Bubbles(
+            title="FID against linear probe (figure 1a)",
+            values=(*theirs, *ours),
+            axes=("linear probe, top-1 in %", "FID, lower is better"),
+            notes=(*warnings([fid.result for _, fid in pairs]), *_foreign([probe.result for probe, _ in pairs])),
+        )
+        if ours
+        else None
     )
 
 
 def conditional(collection: Collection) -> Bubbles | None:
     """Figure 1b: Inception Score against FID, class-conditional; None where no model with labels has both."""
-    ours: list[Model] = []
-    labelled: list[Fidelity] = []
-    for item in collection.of("fidelity"):
-        result = item.result
-        if isinstance(result, Fidelity) and (result.sampling or {}).get("labels") not in (None, "none"):
-            labelled.append(result)
-            if {"fid", "is_mean"} <= result.values.keys():
-                name, values = _model_of(collection, item) or item.place, result.values
-                ours.append(Model(name, values["fid"], values["is_mean"], _size(result), item.place, here=True))
-    if not ours:
-        return None
+    labelled = [
+        item for item in collection.of("fidelity") if (item.result.sampling or {}).get("labels") not in (None, "none")
+    ]
+    ours = [
+        Model(
+            _model_of(collection, item) or item.place, item.result.values["fid"], item.result.values["is_mean"],
+            _size(item.result), item.place, here=True,
+        )
+        for item in labelled
+        if {"fid", "is_mean"} <= item.result.values.keys()
+    ]  # fmt: skip
     theirs = [
         Model(f"{row.method} {millions(row.parameters)}", row.fid, row.inception, row.parameters, "Table 4")
         for row in paper.CONDITIONAL
         if row.inception is not None and row.method.startswith(("DiGIT", "VQGAN", "MaskGIT", "VAR", "ADM", "DiT"))
     ]
-    return Bubbles(
-        title="Inception Score against FID (figure 1b)",
-        values=[],
-        models=(*theirs, *ours),
-        axes=("class-conditional FID, lower is better", "Inception Score, higher is better"),
-        notes=tuple(warnings(labelled)),
+    return (
+        Bubbles(
+            title="Inception Score against FID (figure 1b)",
+            values=(*theirs, *ours),
+            axes=("class-conditional FID, lower is better", "Inception Score, higher is better"),
+            notes=tuple(warnings([item.result for item in labelled])),
+        )
+        if ours
+        else None
     )
 
 
@@ -307,25 +293,14 @@ def _model_of(collection: Collection, item: Found) -> str | None:
 
 def additive(_: Collection) -> Beside:
     """Figure 3a, which own ablations stand beside."""
-    rows: Rows = [
-        {
-            "": r.method,
-            "Parameters": millions(r.parameters),
-            "Epochs": r.epochs,
-            "FID ↓": _two(r.fid),
-            "IS ↑": _two(r.inception),
-        }
-        for r in paper.ADDITIVE
-    ]
-    return Beside(title="Figure 3a: what each step adds, class-unconditional", values=rows)
+    head = ("", "Parameters", "Epochs", "FID ↓", "IS ↑")
+    rows = [(r.method, millions(r.parameters), r.epochs, _two(r.fid), _two(r.inception)) for r in paper.ADDITIVE]
+    return Beside(title="Figure 3a: what each step adds, class-unconditional", head=head, values=rows)
 
 
 def encoders(_: Collection) -> Beside:
     """Figure 4a, likewise."""
-    rows: Rows = [
-        {"Encoder": r.encoder, "Kind": r.kind or DASH, "FID ↓": _two(r.fid), "IS ↑": _two(r.inception),
-         "Probe of the prior, %": _two(r.probe), "Probe of the encoder, %": _two(r.own)}
-        for r in paper.ENCODERS
-    ]  # fmt: skip
+    head = ("Encoder", "Kind", "FID ↓", "IS ↑", "Probe of the prior, %", "Probe of the encoder, %")
+    rows = [(r.encoder, r.kind or DASH, *map(_two, (r.fid, r.inception, r.probe, r.own))) for r in paper.ENCODERS]
     kinds = "P patch, R reconstructive, G global, D discriminative."
-    return Beside(title="Figure 4a: which encoder, class-unconditional", values=rows, about=kinds)
+    return Beside(title="Figure 4a: which encoder, class-unconditional", head=head, values=rows, about=kinds)

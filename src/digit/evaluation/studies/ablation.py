@@ -7,7 +7,6 @@ codebook, tokens, prior, decoder, probe and FID.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,9 +29,9 @@ from digit.evaluation.metrics.fidelity import FidelityOptions
 from digit.evaluation.metrics.inception import TorchExtractor, open_extractor
 from digit.evaluation.metrics.probe import ProbeOptions
 from digit.evaluation.model_source import SamplingRun, describe_data, image_batches, pipe_size
-from digit.evaluation.results import shown, stage_text
+from digit.evaluation.results import shown, stage_text, timed
 from digit.evaluation.studies.points import Reference
-from digit.evaluation.studies.stages import AblationResult, Stages, predictability, result_notes
+from digit.evaluation.studies.stages import Comparison, Stages, predictability, result_notes
 from digit.models.vqgan import VQGAN
 from digit.pipeline.assembly import part_folder
 from digit.pipeline.card import describe_model
@@ -140,15 +139,10 @@ def load_ablation(name: str, overrides: Sequence[str] = ()) -> Ablation:
 
 def paper_rows() -> dict[str, dict[str, float | None]]:
     """The paper's rows that a variant may name as its own."""
-    rows: dict[str, dict[str, float | None]] = {
-        f"{row.method} {row.parameters:g}M": {"fid": row.fid, "inception": row.inception}
-        for row in paper.UNCONDITIONAL
-        if row.parameters
-    }
-    rows |= {row.method: {"fid": row.fid, "inception": row.inception} for row in paper.ADDITIVE}
-    return rows | {
-        row.encoder: {"fid": row.fid, "inception": row.inception, "probe": row.probe} for row in paper.ENCODERS
-    }
+    rows = {f"{row.method} {row.parameters:g}M": row for row in paper.UNCONDITIONAL if row.parameters}
+    rows |= {row.method: row for row in paper.ADDITIVE} | {row.encoder: row for row in paper.ENCODERS}
+    kept = ("fid", "inception", "probe")
+    return {name: {key: getattr(row, key) for key in kept if hasattr(row, key)} for name, row in rows.items()}
 
 
 def plan(ablation: Ablation) -> list[Variant]:
@@ -196,6 +190,7 @@ def check_parts(variants: Sequence[Variant]) -> None:
 # ---- the whole measurement -------------------------------------------------------------------------------------------
 
 
+@timed
 def run_ablation(
     ablation: Ablation,
     data: str | Path,
@@ -206,7 +201,7 @@ def run_ablation(
     reference: str | None = None,
     weights: str | TorchExtractor = "auto",
     device: str | None = None,
-) -> AblationResult:
+) -> Comparison:
     """Make and measure every variant; a run that was interrupted goes on.
 
     Args:
@@ -224,7 +219,7 @@ def run_ablation(
     """
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise DigitError(f"The metrics {', '.join(unknown)} were asked for; known are {', '.join(METRICS)}.")
-    variants, began, reasons = plan(ablation), time.monotonic(), {}
+    variants, reasons = plan(ablation), {}
     check_parts(variants)
     if "probe" in metrics and min(int(train_images.labels.min()), int(test_images.labels.min())) < 0:
         raise DigitError("The images have no classes, which the probe needs; leave it out with --metrics nll,fid.")
@@ -256,14 +251,14 @@ def run_ablation(
     }  # fmt: skip
     named = any(variant.paper for variant in variants)
     weights_used = extractor.weights.sha256 if extractor else None
-    return AblationResult(
+    return Comparison(
+        kind="ablation",
         title=f"Ablation: {ablation.what}",
         values=lines,
         settings={**to_dict(ablation), "metrics": list(metrics), "fid_reference": against, "fid_weights": weights_used},
         data={"train": describe_data(train_images, path=data), "test": describe_data(test_images)},
         paper=theirs if named else None,
         notes=(*reasons.values(), *result_notes(ablation.what, lines, named)),
-        seconds=time.monotonic() - began,
     )
 
 
@@ -301,28 +296,16 @@ def _line(
             line |= {"decoder": decoder.config.role, "decoder_parameters": step.value["parameters"]}
             line |= {"decoder_nats": step.value["metrics"]["nll"]} if "nats_per_token" in line else {}
     if "fid" in metrics and "fid" not in reasons:
-        run = SamplingRun(
-            pipe, ablation.fid_images, ablation.seed, batch_size=ablation.batch_size, settings=recipe.sampling
-        )
-        run.check()
-        real = reference(pipe_size(pipe))
-        inputs = {
-            **run.identity(),
-            **run.stages(),
-            "model": describe_model(pipe)["parts"],
-            "reference": real.describe(),
-        }
+        how = {"batch_size": ablation.batch_size, "settings": recipe.sampling}
+        run = SamplingRun(pipe, ablation.fid_images, ablation.seed, **how).check()  # type: ignore[arg-type]
+        real, model = reference(pipe_size(pipe)), describe_model(pipe)["parts"]
+        inputs = {**run.identity(), **run.stages(), "model": model, "reference": real.describe()}
         found = stages.steps.run(
             "fid", inputs, lambda _: real.measure(run.batches(), run.num, variant.name)["values"]["fid"]
         )
-        params = run.request.params
-        filters = {stage: stage_text(to_dict(params[stage])) for stage in params}
-        line |= {
-            "fid": found.value,
-            "against": real.features.statistics.n,
-            "classes": pipe.num_classes,
-            "sampling": filters,
-        }
+        filters = {stage: stage_text(to_dict(params)) for stage, params in run.request.params.items()}
+        line |= {"fid": found.value, "against": real.features.statistics.n}
+        line |= {"classes": pipe.num_classes, "sampling": filters}
     return {**line, "not_measured": reasons}
 
 

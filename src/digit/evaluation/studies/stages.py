@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from digit.clustering.discretisers import Discretisation
 from digit.clustering.kmeans import describe_encoder, fit_codebook
@@ -24,6 +24,7 @@ from digit.data.sampling import Batches, OrderedSampler
 from digit.data.token_cache import Views, build_token_cache
 from digit.evaluation import paper
 from digit.evaluation.metrics.probe import ProbeData, ProbeOptions, score_features
+from digit.evaluation.model_source import spread
 from digit.evaluation.results import COLORS, OURS, PAPER, Result, Rows, legend, panels, provenance, shown
 from digit.evaluation.steps import Step, Steps
 from digit.models.codebook import Codebook
@@ -91,9 +92,7 @@ class Stages:
         kind: Discretisation | None = None,
     ) -> Codebook:  # fmt: skip
         """Fit a codebook to some of the training images (all of them if None); ``crops`` cuts and mirrors at random."""
-        dataset = self.train_images
-        if images is not None and images < len(dataset):
-            dataset = dataset.subset([i * len(dataset) // images for i in range(images)])
+        dataset = spread(self.train_images, images)
         inputs = {
             "encoder": describe_encoder(encoder), "preprocessing": to_dict(encoder.preprocessing), "clusters": clusters,
             "crops": crops, "seed": self.seed, "data": dataset.fingerprint,
@@ -109,13 +108,15 @@ class Stages:
 
         return Codebook.from_pretrained(self.steps.run("codebook", inputs, fit).folder)
 
+    @staticmethod
+    def tokenizer(pipe: DigitPipeline) -> dict[str, Any]:
+        """What tokens depend on beside the images."""
+        settings = getattr(pipe.encoder, "config", None)
+        return {"weights": pipe.fingerprint(), "encoder": None if settings is None else to_dict(settings)}
+
     def tokens(self, pipe: DigitPipeline, views: Views) -> Step:
         """The token cache of the training images."""
-        settings = getattr(pipe.encoder, "config", None)
-        inputs = {
-            "weights": pipe.fingerprint(), "encoder": to_dict(settings) if settings is not None else None,
-            "data": self.train_images.fingerprint, "views": to_dict(views),
-        }  # fmt: skip
+        inputs = {**self.tokenizer(pipe), "data": self.train_images.fingerprint, "views": to_dict(views)}
 
         def cache(folder: Path) -> None:
             build_token_cache(pipe, self.train_images, folder, views, batch_size=self.batch_size)
@@ -146,8 +147,6 @@ def predictability(nll: float, prior: TokenModel) -> dict[str, float]:
     length, codes = prior.config.length, prior.config.vocab_size
     return {"nats_per_token": nll, "bits_per_image": nll * length / math.log(2), "saved": 1 - nll / math.log(codes)}
 
-
-# ---- what is shown ---------------------------------------------------------------------------------------------------
 
 COLUMNS = {
     "vocabulary": ("Codes", 1),
@@ -187,65 +186,65 @@ def cells(line: Line) -> dict[str, Any]:
     return {title: scale * line[key] for key, (title, scale) in COLUMNS.items() if line.get(key) is not None}
 
 
-def comparison(lines: Sequence[Line], keys: Sequence[str], layers: bool = True) -> Any:
-    """Bars for each of ``keys`` that some line has, the paper's values beside them, and the probe by layer."""
-    drawn = [key for key in keys if any(key in line for line in lines)]
-    layers = layers and any("probe" in line for line in lines)
-    if not drawn and not layers:
-        return None
-    figure, places = panels(len(drawn) + layers, (5.4, 0.42 * len(lines) + 2.6))
-    rows, names = range(len(lines)), [line["name"] for line in lines]
-    for index, (key, axes) in enumerate(zip(drawn, places, strict=False)):
-        scale = COLUMNS[key][1]
-        axes.barh(rows, [scale * line.get(key, math.nan) for line in lines], color=OURS, label="here")
-        theirs = [(line.get("paper", {}).get(_PAPER.get(key)), row) for row, line in zip(rows, lines, strict=True)]
-        if known := [(value, row) for value, row in theirs if value is not None]:
-            axes.plot(*zip(*known, strict=True), "D", color=PAPER, label="the paper, at its scale", markersize=6)
-        axes.set_yticks(rows, ["" for _ in names] if index else names)
-        axes.invert_yaxis()
-        axes.set(xlabel=_PANELS[key][0], title=_PANELS[key][1])
-        axes.grid(visible=False, axis="y")
-    if layers:
-        for index, line in enumerate(line for line in lines if "probe" in line):
-            color = COLORS[1 + index % (len(COLORS) - 1)]
-            values = [100 * value for value in line["probe"]]
-            places[-1].plot(values, "o-", color=color, label=line["name"], markersize=4)
-        places[-1].set(xlabel="state of the prior (0: embedding)", ylabel="linear probe, %", title="Layer by layer")
-        places[-1].xaxis.get_major_locator().set_params(integer=True)
-    legend(places)
-    return figure
-
-
 @dataclass(frozen=True, kw_only=True)
-class AblationResult(Result):
-    """``values``: a line for each variant in the order of the ablation."""
+class Comparison(Result):
+    """``values``: a line for each variant in the order of the ablation, or for each candidate, the best first."""
 
-    kind: str = "ablation"
+    kinds: ClassVar[tuple[str, ...]] = ("ablation", "screen")
 
     def rows(self) -> Rows:
-        """A row for each variant: what its FID was measured against, how it was sampled, and the paper's values, none
-        of which were sampled with classes.
+        """Of an ablation also what FID was measured against, how images were sampled, and the paper's values, none of
+        which were sampled with classes.
         """
         rows = []
-        for line in self.values:
-            row = {"Variant": line["name"], **cells(line)}
+        for rank, line in enumerate(self.values, 1):
+            head = {"Variant": line["name"]} if self.kind == "ablation" else {"Rank": rank, "Candidate": line["name"]}
+            row = {**head, **cells(line)}
             if "against" in line:
                 stages = ", ".join(f"{stage}: {text}" for stage, text in line["sampling"].items())
                 row |= {"FID against": line["against"], "Classes": line["classes"] or "none", "Sampling": stages}
-            row |= {f"{_THEIRS} {key}": line["paper"][key] for key in ("probe", "fid") if line["paper"].get(key)}
+            theirs = line.get("paper") or {}
+            row |= {f"{_THEIRS} {key}": theirs[key] for key in ("probe", "fid") if theirs.get(key)}
             rows.append(row)
         return rows
 
     def provenance(self) -> str:
+        if self.kind == "screen":
+            return super().provenance()
         measured, s = any("fid" in line for line in self.values), self.settings
         reference = {"name": s["fid_reference"], "weights": s.get("fid_weights")} if measured else None
         count = f"; {shown(s['fid_images'])} generated images per variant" if measured else ""
         return provenance(data=self.data, reference=reference) + count
 
     def figure(self) -> Any:
-        if self.settings["what"] == "decoder":
-            return comparison(self.values, ("decoder_nats", "fid"), layers=False)
-        return comparison(self.values, ("best", "saved", "fid"))
+        """Bars for what was measured, the paper's values beside them, and the probe by layer."""
+        lines, what = self.values, self.settings.get("what", self.kind)
+        sets = {"screen": ("middle", "saved", "worth", "psnr"), "decoder": ("decoder_nats", "fid")}
+        keys = sets.get(what, ("best", "saved", "fid"))
+        drawn = [key for key in keys if any(key in line for line in lines)]
+        probed = [line for line in lines if "probe" in line and what != "decoder"]
+        if not drawn and not probed:
+            return None
+        figure, places = panels(len(drawn) + bool(probed), (5.4, 0.42 * len(lines) + 2.6))
+        rows, names = range(len(lines)), [line["name"] for line in lines]
+        for index, (key, axes) in enumerate(zip(drawn, places, strict=False)):
+            scale = COLUMNS[key][1]
+            axes.barh(rows, [scale * line.get(key, math.nan) for line in lines], color=OURS, label="here")
+            theirs = [(line.get("paper", {}).get(_PAPER.get(key)), row) for row, line in zip(rows, lines, strict=True)]
+            if known := [(value, row) for value, row in theirs if value is not None]:
+                axes.plot(*zip(*known, strict=True), "D", color=PAPER, label="the paper, at its scale", markersize=6)
+            axes.set_yticks(rows, ["" for _ in names] if index else names)
+            axes.invert_yaxis()
+            axes.set(xlabel=_PANELS[key][0], title=_PANELS[key][1])
+            axes.grid(visible=False, axis="y")
+        for index, line in enumerate(probed):
+            color, values = COLORS[1 + index % (len(COLORS) - 1)], [100 * value for value in line["probe"]]
+            places[-1].plot(values, "o-", color=color, label=line["name"], markersize=4)
+        if probed:
+            places[-1].set(xlabel="state of the prior (0: embedding)", ylabel="linear probe, %", title="Layer by layer")
+            places[-1].xaxis.get_major_locator().set_params(integer=True)
+        legend(places)
+        return figure
 
 
 def result_notes(what: str, lines: Sequence[Line], named: bool) -> list[str]:

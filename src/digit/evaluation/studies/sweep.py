@@ -8,27 +8,31 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from digit.core.config import read_value
 from digit.core.errors import DigitError
 from digit.core.files import write_bytes
-from digit.core.progress import bar
 from digit.evaluation.metrics.fidelity import TITLES
 from digit.evaluation.model_source import SamplingRun
-from digit.evaluation.results import COLORS, Result, Rows, legend, panels
+from digit.evaluation.results import Result, Rows, lines_figure, timed
 from digit.evaluation.steps import Steps
-from digit.evaluation.studies.points import Point, Reference, measured, point_cells, point_notes, prior_step
+from digit.evaluation.studies.points import (
+    SHOWN,
+    Point,
+    Reference,
+    measure_points,
+    point_cells,
+    point_notes,
+    prior_step,
+)
 from digit.pipeline.card import describe_model
 
 Axes = Mapping[str, Sequence[Any]]
-
-
-# ---- what the user asks for ------------------------------------------------------------------------------------------
 
 
 def parse_axes(items: Sequence[str], option: str = "--vary") -> dict[str, list[Any]]:
@@ -67,15 +71,10 @@ def plan(axes: Axes, grid: bool = False) -> list[dict[str, Any]]:
 
 def planned_runs(run: SamplingRun, axes: Axes, grid: bool = False) -> list[SamplingRun]:
     """The run of every point of :func:`plan`, tried without sampling."""
-    runs = [replace(run, settings={**run.settings, **point}) for point in plan(axes, grid)]
-    for each in runs:
-        each.check()
-    return runs
+    return [replace(run, settings={**run.settings, **point}).check() for point in plan(axes, grid)]
 
 
-# ---- measuring -------------------------------------------------------------------------------------------------------
-
-
+@timed
 def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, grid: bool = False) -> Sweep:
     """Measure every point, going on where an earlier run into the folder ``out`` stopped.
 
@@ -87,34 +86,26 @@ def sweep(run: SamplingRun, axes: Axes, reference: Reference, out: str | Path, g
     Raises:
         DigitError: a setting that does not exist or that the model cannot do, before anything is sampled.
     """
-    runs, began = planned_runs(run, axes, grid), time.monotonic()
-    model, against = describe_model(run.pipe), reference.describe()
+    runs, model, against = planned_runs(run, axes, grid), describe_model(run.pipe), reference.describe()
     steps = Steps(Path(out), {**run.identity(), "model": model["parts"]})
 
-    def point(each: SamplingRun, name: str) -> dict[str, Any]:
+    def point(each: SamplingRun, settings: Mapping[str, Any]) -> dict[str, Any]:
         tokens, prior = prior_step(steps, each)
-        return {**reference.measure(each.batches(tokens), run.num, name), "prior_shared": prior.reused}
+        found = reference.measure(each.batches(tokens), run.num, settings_text(settings))
+        return {**found, "prior_shared": prior.reused}
 
-    points = []
-    with bar("Sweep", len(runs), "points") as progress:
-        for settings, each in zip(plan(axes, grid), runs, strict=True):
-            name = settings_text(settings)
-            inputs = {**each.stages(), "reference": against}
-            step = steps.run("points", inputs, lambda _, each=each, name=name: point(each, name))  # type: ignore[misc]
-            points.append({"settings": settings, **step.value})
-            values = step.value["values"]
-            progress.advance(1, "  ".join(f"{TITLES[m]} {values[m]:.2f}" for m in ("fid", "is_mean") if m in values))
+    planned = [
+        ({"settings": settings}, {**each.stages(), "reference": against}, partial(point, each, settings))
+        for settings, each in zip(plan(axes, grid), runs, strict=True)
+    ]
+    points = measure_points(steps, "Sweep", planned)
     return Sweep(
         title="Fidelity over the settings of sampling (figure 6)",
         values={"axes": {name: list(values) for name, values in axes.items()}, "grid": grid, "points": points},
         settings={**run.describe(), "reference": against},
         model=model,
         notes=point_notes(points),
-        seconds=time.monotonic() - began,
     )
-
-
-# ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,24 +126,21 @@ class Sweep(Result):
         """
         axes, points = self.values["axes"], self.values["points"]
         shown = [name for name in (list(axes)[:1] if self.values["grid"] else axes) if len(axes[name]) > 1]
-        metrics = measured(points)
+        metrics = [key for key in SHOWN if points and all(key in point["values"] for point in points)]
         if not shown or not metrics:
             return None
-        figure, places = panels(len(shown) * len(metrics), columns=len(metrics))
-        for place, (name, metric) in zip(places, itertools.product(shown, metrics), strict=True):
-            lines: dict[str, dict[Any, float]] = {}
+        drawn: dict[str, dict[str, list[tuple[float, float]]]] = {}
+        for name, metric in itertools.product(shown, metrics):
+            lines = drawn.setdefault(f"{TITLES[metric]} over {name.replace('_', ' ')}", {})
             for point in (p for p in points if name in p["settings"]):
                 others = settings_text({k: v for k, v in point["settings"].items() if k != name})
-                lines.setdefault(others, {})[point["settings"][name]] = point["values"][metric]
+                at = in_order(name, axes[name]).index(point["settings"][name])
+                lines.setdefault(others, []).append((at, point["values"][metric]))
+        figure = lines_figure(drawn, columns=len(metrics))
+        for place, (name, _) in zip(figure.axes, itertools.product(shown, metrics), strict=True):
             values = in_order(name, axes[name])
-            for index, (label, at) in enumerate(lines.items()):
-                color = COLORS[1 + index % (len(COLORS) - 1)]
-                place.plot(range(len(values)), [at[v] for v in values], "o-", color=color, label=label, markersize=4)
             place.set_xticks(range(len(values)), [setting_text(name, v) for v in values])
-            place.margins(y=0.12)
-            words = name.replace("_", " ")
-            place.set(xlabel=words, ylabel=TITLES[metric], title=f"{TITLES[metric].rstrip(' ↓↑')} over {words}")
-        legend(places)
+            place.set_xlabel(name.replace("_", " "))
         return figure
 
     def save(self, folder: str | Path) -> Sweep:

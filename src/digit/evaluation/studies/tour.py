@@ -57,9 +57,10 @@ class _Stages:
 
     def run(self, name: str, command: str, work: Callable[[], None], **inputs: Any) -> None:
         """Do a stage unless it is finished; another input than that of an earlier run is another stage."""
-        number, left = list(SHARES).index(name) + 1, 1 - sum(list(SHARES.values())[: list(SHARES).index(name)])
+        before = list(SHARES).index(name)
+        left = 1 - sum(list(SHARES.values())[:before])
         rest = f", about {max(1, round(self.spent / self.done * left / 60))} min left" if self.done else ""
-        told = f"[bold]Stage {number} of {len(SHARES)}: {name}[/]{rest}  [dim]{command}[/]"
+        told = f"[bold]Stage {before + 1} of {len(SHARES)}: {name}[/]{rest}  [dim]{command}[/]"
         Console(stderr=True, highlight=False).print(told, soft_wrap=True)
         began = time.perf_counter()
 
@@ -85,7 +86,7 @@ def run_tour(
     """
     out, started = Path(out), time.perf_counter()
     overrides = ["training.precision=auto", *overrides]
-    given = "".join(f" --set {item}" for item in overrides)
+    changes = "".join(f" --set {item}" for item in overrides)
     source = Path(data) if data is not None else out / "cifar10"
     stages = _Stages(out, {"data": str(source), "overrides": list(overrides)})
 
@@ -104,7 +105,7 @@ def run_tour(
             task, config = build_task(component, preset, where, name)
             train(task, config, out / run, resume=True)
 
-        command = f"digit train {component} --preset {name} --data {where} --out {out / run}{given}"
+        command = f"digit train {component} --preset {name} --data {where} --out {out / run}{changes}"
         stages.run(run, command, work, preset=preset)
 
     def fit() -> None:
@@ -122,22 +123,16 @@ def run_tour(
         build_token_cache(tokenizers, some, out / "tokens", Views(center=True, flip=False))
 
     train_part("encoder", "encoder", source)
-    command = (
-        f"digit fit-codebook --encoder {out / 'encoder'} --data {source} --clusters {CLUSTERS} --out {out / 'codebook'}"
-    )
-    stages.run("codebook", command, fit, clusters=CLUSTERS, seed=seed)
+    given = f"--encoder {out / 'encoder'} --data {source} --clusters {CLUSTERS}"
+    stages.run("codebook", f"digit fit-codebook {given} --out {out / 'codebook'}", fit, clusters=CLUSTERS, seed=seed)
     train_part("vqgan", "vqgan", source)
-    command = f"digit cache-tokens --model {out / 'tokenizers'} --data {source} --out {out / 'tokens'}"
-    stages.run("tokens", command, cache, images=CACHE_IMAGES, seed=seed)
+    given = f"--model {out / 'tokenizers'} --data {source}"
+    stages.run("tokens", f"digit cache-tokens {given} --out {out / 'tokens'}", cache, images=CACHE_IMAGES, seed=seed)
     for run, component in (("prior", "prior"), ("ar", "decoder"), ("masked", "decoder")):
         train_part(run, component, out / "tokens")
     losses = {run: [(line["step"], line["loss"]) for line in read_metrics(out / run) if "loss" in line] for run in RUNS}
-    stages.run(
-        "samples",
-        f"digit generate {out / 'model'} --out {out / 'more'}",
-        lambda: _show(out, source, seed, losses),
-        seed=seed,
-    )
+    command = f"digit generate {out / 'model'} --out {out / 'more'}"
+    stages.run("samples", command, lambda: _show(out, source, seed, losses), seed=seed)
     summary = {
         "seconds": round(time.perf_counter() - started, 1),
         "seconds_by_stage": stages.seconds,
