@@ -14,7 +14,7 @@ from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
 from digit.sampling import SampleRequest, SamplingParams
-from digit.sampling.batching import decoded_at_once, peak, reset_peak
+from digit.sampling.batching import begin, decoded_at_once, peak
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, release
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,7 +80,7 @@ def paper_pipeline(name: str, guided: bool, device: str = "cuda", smaller: dict 
 def chain(pipe, batch: int, rounds: int, compile: bool, bandwidth: float) -> dict:
     """Images a second from labels to pixels, and the time of an average step against reading the weights once."""
     models = [pipe.prior, *pipe.decoders.values()]
-    reset_peak(pipe.device)
+    begin(pipe.device)
     for m in models:
         accelerate(m, compile=compile)
     labels = torch.zeros(batch, dtype=torch.long) if pipe.num_classes else None

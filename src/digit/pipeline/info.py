@@ -81,10 +81,11 @@ def folder_parts(folder: str | Path) -> list[Part]:
     folder = Path(folder)
     decoders = [f"decoder/{path.name}" for path in sorted(folder.glob("decoder/*"))]
     places = ["encoder", "codebook", "prior", *decoders, "vqgan", "probe"]
-    return [_folder_part(folder, place) for place in places if (folder / place / "config.json").is_file()]
+    return [folder_part(folder, place) for place in places if (folder / place / "config.json").is_file()]
 
 
-def _folder_part(folder: Path, place: str) -> Part:
+def folder_part(folder: Path, place: str) -> Part:
+    """One component of a folder, such as the "model" of a training run."""
     path, values = folder / place / "model.safetensors", read_component(folder / place)
     try:
         with safe_open(str(path), framework="pt") as handle:
@@ -167,7 +168,7 @@ def model_tree(folder: str | Path, batch: int = 1) -> Tree:
         for place in (".", "model"):
             if (folder / place / "config.json").is_file():
                 tree = Tree(f"[bold]{escape(str(folder))}[/]")
-                _add_part(tree, _folder_part(folder, place), "")
+                _add_part(tree, folder_part(folder, place), "")
                 return tree
     index = read_index(folder)
     parts = folder_parts(folder)

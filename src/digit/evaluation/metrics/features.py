@@ -32,7 +32,7 @@ from digit.pipeline.image_array import ImageArray
 
 Source = str | Path | FeatureStatistics | Iterable[Tensor]
 FEW = 10_000
-"""FID of fewer images is extrapolated, for which their features are kept."""
+"""FID of so many images or fewer is extrapolated, for which their features are kept."""
 PACKAGED = Path(__file__).parents[2] / "packaged"
 """Statistics that come with the package: ``NAME.npz``."""
 
@@ -65,7 +65,7 @@ class Collector:
         self.moments.update(found.features)
         if self.spatial is not None:
             self.spatial.update(found.spatial)
-        if self._most is not None and self.moments.n >= self._most:
+        if self._most is not None and self.moments.n > self._most:
             self.features = None
         if self.features is not None:
             self.features.append(found.features)

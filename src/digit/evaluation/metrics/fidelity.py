@@ -55,7 +55,7 @@ class FidelityOptions:
         prc_neighbours: a ball reaches to the k-th nearest neighbour.
         isc_splits: parts whose scores are averaged.
         seed: of the subsets and of the shuffle before the splits.
-        extrapolate: also FID∞ where there are fewer than 10,000 images.
+        extrapolate: also FID∞ where there are at most 10,000 images.
     """
 
     metrics: tuple[str, ...] = ("fid",)
@@ -283,7 +283,7 @@ def _metric(metric: str, ours: FeatureSet, theirs: FeatureSet | None, options: F
     if metric == "fid":
         value = {"fid": _frechet(ours.statistics, theirs.statistics)}
         n = ours.statistics.n or 0
-        if options.extrapolate and 20 <= n < FEW and ours.features is not None:
+        if options.extrapolate and 20 <= n <= FEW and ours.features is not None:
             value["fid_infinity"] = fid_infinity(ours.features, theirs.statistics, options.seed)
         return value
     if metric == "kid":
