@@ -24,14 +24,13 @@ _GROUPS = 8
 
 @config
 class DiscriminatorConfig:
-    """Shape of a discriminator.
+    """Shape of a discriminator, as ``presets/bases/pixels.yaml`` explains.
 
     Attributes:
-        channels: width after the first convolution over pixels; it doubles with every further one.
-        levels: convolutions over pixels that halve the side.
-        feature_channels: hidden width of the head over each layer of features; 0 leaves the features out.
+        channels: it doubles with every further convolution.
+        feature_channels: 0 leaves the features out.
         norm: "spectral" bounds every convolution [1]; "group" is group norm, and no bound.
-        lecam: weight of the LeCAM regulariser; see :func:`~digit.training.losses.adversarial.lecam`.
+        lecam: weight of the LeCAM regulariser; see :func:`~digit.training.losses.images.lecam`.
     """
 
     channels: PositiveInt = 64
@@ -49,10 +48,8 @@ class DiscriminatorConfig:
 
 
 class Discriminator(nn.Module):
-    """Images, and layers of features of them, to maps of logits, high for real.
-
-    Attributes:
-        averages: (maps, 2) means of the real and fake logits of earlier batches; only where the config has ``lecam``.
+    """Images, and layers of features of widths ``feature_dims``, to maps of logits, high for real. Where the config has
+    ``lecam``, ``averages`` (maps, 2) are means of the real and fake logits of earlier batches.
     """
 
     averages: Tensor

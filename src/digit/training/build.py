@@ -34,8 +34,7 @@ _SECTIONS = {"component", "model", "objective", "data", "training"}
 @config
 class Request:
     """What ``digit train`` was asked for: everything a run needs to begin or to go on, but its folder and device. The
-    fields are as for :func:`build_task`; ``preset`` is its name or file, and ``settings`` its sections, with the user's
-    changes.
+    fields are as for :func:`build_task`; ``settings`` are the sections of ``preset``, with the user's changes.
     """
 
     component: Literal["encoder", "vqgan", "prior", "decoder"]
@@ -61,10 +60,8 @@ def request_for(
     changes: Sequence[str],
 ) -> Request:
     """What the user asks for: what is given, and what is left out as the run that is resumed in the folder ``run`` has
-    it. ``changes`` are ``a.b=c``, of the preset, or of the run's own settings.
-
-    Raises:
-        DigitError: something is neither given nor known, or the run is another component's or preset's.
+    it. ``changes`` are ``a.b=c``, of the preset, or of the run's own settings. A DigitError where something is neither
+    given nor known, or the run is another component's or preset's.
     """
     path = None if run is None else run / REQUEST
     if path is not None and path.is_file():
@@ -127,6 +124,8 @@ def build_task(
         raise DigitError(
             f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}."
         )
+    objective = known_fields(preset.get("objective") or {}, f"{where}, objective")
+    preset = {**preset, "objective": objective, "data": preset.get("data") or {}}
     settings: TrainingConfig = from_dict(TrainingConfig, preset["training"], f"{where}, training")
     seed_everything(settings.seed)
     task: Any
@@ -154,9 +153,8 @@ def _token_task(
     cache = open_token_cache(folder)
     if os.environ.get("RANK", "0") == "0":
         cache.verify()  # seconds a gigabyte, once; a flipped bit would be learnt without a word
-    data = from_dict(TokenData, preset.get("data") or {}, f"{where}, data")
-    objective = f"{where}, objective"
-    auxiliary = from_dict(Auxiliary, known_fields(preset.get("objective") or {}, objective), objective)
+    data = from_dict(TokenData, preset["data"], f"{where}, data")
+    auxiliary = from_dict(Auxiliary, preset["objective"], f"{where}, objective")
     origin: dict[str, Any] = {}
     if start is None:
         model = TokenModel(token_model_config(preset["model"], cache, data, f"{where}, model"))

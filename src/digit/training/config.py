@@ -10,40 +10,12 @@ from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt
 
 @config
 class TrainingConfig:
-    """Everything about a run that is not the model or the data. The defaults are the paper's stage 1 (section 4;
-    DAMO-NLP-SG/DiGIT at cd6d8ca, config/stage1), except for the length.
+    """Everything about a run that is not the model or the data; ``presets/bases/training.yaml`` explains each field.
 
-    Attributes:
-        steps, epochs: the length of the run; exactly one of them.
-        batch_size: examples a step over all processes and accumulation.
-        accumulation: parts that a process cuts its share of the batch into, one after the other: less memory, same
-            gradient.
-        precision: "no" is float32; "bf16" and "fp16" compute in 16 bits and keep the weights in float32; "auto" is bf16
-            where the device has instructions for it, else float32. A run keeps what it began with.
-        lr: the highest learning rate.
-        betas, eps, weight_decay, fused: of AdamW; ``fused`` None uses the fused kernel on CUDA.
-        schedule: "inverse_sqrt" (lr * sqrt(warmup / step)), "cosine" (to ``final_lr``) or "constant", after a linear
-            warm-up.
-        warmup_steps, warmup_from: length and first value of the warm-up.
-        final_lr: where the cosine ends.
-        clip_norm: largest norm of the gradient; 0 does not clip.
-        ema_decay: of the exponential moving average of the weights, which then is what is validated and exported; 0 is
-            off.
-        patience: after so many validations without a better one the run ends, and the best is what is exported; 0
-            runs to the end and exports that. For token models, by their validation "nll".
-        max_spike: a loss of the model above this many times the median of the last ones stops the run; 0 never does.
-        z_loss: weight of mean(log Z ^ 2), which keeps the logits of token models from drifting (PaLM, arXiv 2204.02311,
-            sec. 5).
-        compile: use torch.compile.
-        shard: with several processes, cut weights, gradients and optimizer state over them (FSDP2) instead of keeping
-            all of it in each (DDP). For token models; ``accelerate launch --use_fsdp`` sets it too.
-        gradient_checkpointing: recompute activations of transformers in the backward pass: less memory, a third more
-            time.
-        seed: of initial weights, data order and every random choice.
-        log_every, validate_every, checkpoint_every, sample_every: in steps; 0 is never (the end of a run always
-            validates and leaves a checkpoint). Between two log lines the loop never waits for the device.
-        keep_checkpoints: how many of the newest to keep.
-        workers: data loading threads.
+    The defaults are the paper's stage 1 (section 4; DAMO-NLP-SG/DiGIT at cd6d8ca, config/stage1), except for the
+    length. A run keeps the ``precision`` that "auto" chose at its beginning. Patience goes by the validation "nll" of
+    token models, and exports the best weights. The z-loss is PaLM's (arXiv 2204.02311, sec. 5). ``accelerate launch
+    --use_fsdp`` sets ``shard`` too. The end of a run always validates and leaves a checkpoint.
     """
 
     steps: PositiveInt | None = None

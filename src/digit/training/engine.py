@@ -21,7 +21,6 @@ from digit.models.state_space import StateSpace
 from digit.models.transformer import Transformer
 from digit.training import sharding
 from digit.training.config import TrainingConfig
-from digit.training.ema import EMA
 from digit.training.task import Step, Task
 
 
@@ -47,14 +46,57 @@ def check_launch() -> None:
         )
 
 
+class EMA:
+    """An exponential moving average of named parameters, on their device and in their dtype: smoother than the last
+    step's, and usually better to sample from. torch's ``AveragedModel`` keeps a second module; this keeps tensors
+    alone, which may be shards (FSDP2).
+
+    After step k the average moves by ``1 - min(decay, (1 + k) / (10 + k))``, so that a short run is not dominated by
+    its random start (the ramp of TensorFlow's ExponentialMovingAverage with ``num_updates``).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the averages towards the parameters as they are after ``step`` (from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        both = (self.averages, self.parameters)
+        averages, parameters = ([sharding.local(t.detach()) for t in each.values()] for each in both)
+        torch._foreach_lerp_(averages, parameters, weight)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters hold the averages while the block runs."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Take averages that were saved."""
+        for name, average in self.averages.items():
+            average.copy_(sharding.like(averages[name], average))
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # values, not tensors: FSDP2 keeps its own reference to a parameter's memory
+        for name, parameter in self.parameters.items():
+            weight, average = sharding.local(parameter.detach()), sharding.local(self.averages[name])
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
 class Engine:
     """The networks of a task on their device, with their optimizers and the average of the weights.
 
     Attributes:
-        accelerator: Accelerate's; processes, precision and gradient scaling.
         networks: the plain modules, whose names and tensors do not depend on how they are wrapped.
         trained: the parameters of each optimizer, by name.
-        optimizers: by name.
         ema: the average of what the optimizer "model" trains, or None.
     """
 

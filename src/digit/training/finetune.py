@@ -63,10 +63,7 @@ class FineTune:
 
 def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
     """The folder of a saved part, "encoder", "vqgan", "prior" (of any role) or a decoder's kind, and the class names
-    that a whole model says.
-
-    Raises:
-        DigitError: nothing there, or a model without such a part.
+    that a whole model says; a DigitError where nothing is there, or a model without such a part.
     """
     path = Path(source)
     if any((folder / "config.json").is_file() for folder in (path, path / "model")):
@@ -96,33 +93,38 @@ def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) 
 
 
 def saved_part(
-    start: FineTune, role: str, load: Callable[[Path], M], fits: Callable[[M], bool], may_freeze: str = ""
-) -> tuple[M, dict[str, Any]]:
-    """The saved encoder, VQGAN or feed-forward decoder that a run begins with, opened by ``load``, and what to note
-    about it. Of its parts none but ``may_freeze`` may stay as it is.
+    start: FineTune,
+    role: str,
+    load: Callable[[Path], M],
+    own: M,
+    fits: Callable[[M], bool] = lambda _: True,
+    may_freeze: str = "",
+) -> dict[str, Any]:
+    """Give ``own`` the weights of the saved encoder, VQGAN or feed-forward decoder that a run begins with, opened by
+    ``load``; what to note about it. Of its parts none but ``may_freeze`` may stay as it is.
 
     Raises:
-        DigitError: nothing there, not of the preset's shape (``fits`` says), or something else is to be frozen.
+        DigitError: nothing there, of another shape (or ``fits`` says no), or something else is to be frozen.
     """
     if start.lora or set(start.freeze) - {may_freeze}:
         but = f", or with --freeze {may_freeze}" if may_freeze else ""
         raise DigitError(f"--freeze and --lora are for token models; this part is trained as a whole{but}.")
     part = load(start_folder(start.source, role)[0])
-    if not fits(part):
+    shapes, known = ({name: t.shape for name, t in one.state_dict().items()} for one in (part, own))
+    if shapes != known or not fits(part):
         raise DigitError(
             f"{start.source} is of another shape than the preset's model section describes, or of other tokens."
         )
-    return part, {"weights": weights_checksum(part)}
+    own.load_state_dict(part.state_dict())
+    return {"weights": weights_checksum(part)}
 
 
 def start_model(
     start: FineTune, values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str
 ) -> tuple[TokenModel, dict[str, Any]]:
     """A saved token model, ready to be trained on a cache, and what to note about it. ``values`` is the preset's
-    ``model`` section.
-
-    Raises:
-        DigitError: it has another vocabulary or length than the cache, another role, or nothing would move.
+    ``model`` section. A DigitError where it has another vocabulary or length than the cache, another role, or nothing
+    would move.
     """
     role = str(values.get("role", "prior"))
     folder, names = start_folder(start.source, role if data.prefix else "prior")

@@ -75,11 +75,8 @@ def train(
     Interrupted and resumed, a run ends in the same weights as one that was left alone (on one device, bit for bit).
 
     Args:
-        task, config: what is trained, and how.
-        out: the run folder.
-        resume: go on from the newest checkpoint in ``out``; from the start if there is none yet.
+        resume: go on from the newest checkpoint in the run folder ``out``; from the start if there is none yet.
         device: "cpu", "cuda", or None for the best there is.
-        show: show a progress bar.
         request: a config of what the user asked for, kept as ``request.json``; ``digit train --resume`` reads it.
         extend: the length of the run may change though its learning rates depend on it (schedule "cosine").
 

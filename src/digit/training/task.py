@@ -69,10 +69,9 @@ class Loss(NamedTuple):
 
     Attributes:
         optimizer: whose parameters move; see :data:`Groups`.
-        value: () the loss, a mean over the examples of the batch that was given. It is logged as "loss"
-            ("discriminator/loss" for the optimizer "discriminator").
-        metrics: () tensors worth logging, without gradients; all are averaged over accumulation, processes and steps
-            between two log lines.
+        value: () a mean over the examples of the batch that was given, logged as "loss" ("discriminator/loss").
+        metrics: () tensors worth logging, without gradients, which are averaged over accumulation, processes and
+            steps.
     """
 
     optimizer: str

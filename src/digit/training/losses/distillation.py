@@ -27,20 +27,8 @@ from digit.training.views import Views, apply_views
 class DistillationObjective:
     """The student's view of an image should be assigned to the same prototypes as the teacher's other view.
 
-    Attributes:
-        method: "dino".
-        views: the two large views, which teacher and student see.
-        local_views, local_count: small views that the student alone sees.
-        hidden, bottleneck: widths of the heads.
-        prototypes: their outputs.
-        batch_norm: in the heads, which convolutional networks want.
-        teacher_momentum: of the moving average at the start; a cosine takes it to 1 at the end.
-        teacher_temperature: first and last; linear over ``temperature_warmup``, a share of the run.
-        temperature_warmup: see there.
-        patch_weight: of the iBOT loss; 0 leaves it out.
-        masked_images: share of the large views of which patches are hidden.
-        masked_share: least and greatest share of their patches that is hidden.
-        koleo_weight: of the KoLeo loss, which spreads the image vectors evenly.
+    ``presets/cifar10-encoder-vit.yaml`` explains the fields. ``batch_norm`` is what convolutional networks want in the
+    heads.
     """
 
     method: Literal["dino"] = "dino"

@@ -65,9 +65,8 @@ class Projection(nn.Module):
         self.patch_head = patch_head
 
     def forward(self, images: Tensor, masked: Tensor | None = None, take: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Projections (B, P) of images (B, 3, s, s) in 0..1, the vectors (B, D) they were made of, and with ``take``
-        those of the n patches it names (n, P), all in float32: (B, N) bool, or (n,) places in the B * N patches.
-        ``masked`` (B, N) are hidden patches.
+        """Projections (B, P) of images (B, 3, s, s) in 0..1, the vectors (B, D) they were made of, and with a patch
+        head those of the n patches of ``take`` (B, N) bool, (n, P); all in float32. ``masked`` (B, N) are hidden.
         """
         vector, patches = summary_and_patches(self.encoder, images, masked)
         out = (self.head(vector).float(), vector.float())

@@ -23,14 +23,11 @@ _SETTLED = 10_000  # updates after which the averages move at their final speed
 
 
 class EmaQuantizer(nn.Module):
-    """Snaps latents to a codebook, which it moves.
-
-    Its state is all in buffers, so a checkpoint resumes it exactly.
+    """Snaps latents to a codebook, which it moves. Its state is all in buffers, so a checkpoint resumes it exactly.
 
     Attributes:
         codebook: (V, D), the VQGAN's own parameter.
-        uses: (V,) moving average of how many latents of a batch take each code.
-        sums: (V, D) moving average of their sums.
+        uses, sums: (V,), (V, D) moving averages of how many latents of a batch take each code, and of their sums.
         updates: () int64, how often the codebook has been moved; 0 until it is put on data.
     """
 

@@ -60,11 +60,8 @@ class VitModel:
 
 @config
 class EncoderData(ImageData):
-    """Which images are learned from, and which are classified by their neighbours; without classes only the spread of
-    their features is measured.
-
-    Attributes:
-        memory: how many training images are the neighbours; 0 takes all.
+    """Which images are learned from, and which are classified by their neighbours, ``memory`` training images (0: all);
+    without classes only the spread of their features is measured.
     """
 
     memory: NonNegativeInt = 10000
@@ -122,32 +119,23 @@ class EncoderTask(Task):
         start: FineTune | None = None,
     ) -> None:
         """Make the encoder ``model``, which learns from ``train`` and is measured on ``held_out`` (None: not at all).
-
-        With ``start`` it begins as a saved encoder, with the heads of its run where there is one; a DigitError where
-        that is of another shape. ``memory``: see :class:`EncoderData`.
+        With ``start`` it begins as a saved encoder, with the heads of its run where there is one; a DigitError for
+        another shape.
         """
         self.method = build_method(model, objective)
         self.modules = nn.ModuleDict(self.method.modules)
-        origin = {} if start is None else {"start": self._start(start)}
+        origin: dict[str, Any] = {}
+        if start is not None:
+            take_modules(self.modules, start.source, tuple(self.modules))
+            encoder = self.method.encoder
+            origin = {"start": saved_part(start, "encoder", load_encoder, encoder)}
+            cast(nn.Module, self.modules["student"].encoder).load_state_dict(encoder.state_dict())
         self.train, self.examples = train, len(train)
         self.size = model.image_size
         self.memory = some_images(train, memory)
         self.held_out = held_out
         about = {"model": to_dict(model), "objective": to_dict(objective), "data": described(train)}
         self.description = {"component": "encoder", **about, **origin}
-
-    def _start(self, start: FineTune) -> dict[str, Any]:
-        """Begin with saved weights; what to note about them."""
-
-        def shapes(encoder: nn.Module) -> dict[str, torch.Size]:
-            return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-
-        own = shapes(self.method.encoder)
-        saved, note = saved_part(start, "encoder", load_encoder, lambda saved: shapes(saved) == own)
-        take_modules(self.modules, start.source, tuple(self.modules))
-        for name in {"student", "teacher"} & set(self.modules):
-            cast(nn.Module, self.modules[name].encoder).load_state_dict(saved.state_dict())
-        return note
 
     def parameters_by_optimizer(self) -> Groups:
         """Matrices and kernels decay; biases, norms and tokens do not."""
@@ -193,6 +181,6 @@ class EncoderTask(Task):
 def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> EncoderTask:
     """The task of an encoder preset over a dataset; see :func:`digit.training.build.build_task`."""
     model = model_from(preset["model"], f"{where}, model")
-    objective = objective_from(preset.get("objective") or {}, f"{where}, objective")
-    choice: EncoderData = from_dict(EncoderData, preset.get("data") or {}, f"{where}, data")
+    objective = objective_from(preset["objective"], f"{where}, objective")
+    choice: EncoderData = from_dict(EncoderData, preset["data"], f"{where}, data")
     return EncoderTask(model, objective, *choice.open(data), choice.memory, start)

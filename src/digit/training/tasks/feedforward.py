@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from digit.core.config import NonNegative, PositiveInt, Share, config, from_dict
 from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.token_cache import TokenCache, open_token_cache
-from digit.models.component import load_strict, save_component, weights_checksum
+from digit.models.component import save_component, weights_checksum
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
@@ -41,7 +42,6 @@ from digit.sampling.rng import pixel_latents
 from digit.training.auxiliary import Auxiliary, neighbours, set_embeddings
 from digit.training.finetune import FineTune, saved_part, take_modules
 from digit.training.losses.images import ImageLoss, ImageObjective
-from digit.training.losses.posterior import Posterior, drawn
 from digit.training.task import Batch, Loss, Step, Stream
 from digit.training.tasks.images import (
     ImageData,
@@ -58,21 +58,9 @@ from digit.training.tasks.tokens import fitted
 
 @config
 class OnePassObjective(ImageObjective):
-    """What a feed-forward decoder is trained for: images like those that the tokens were made of.
-
-    Attributes:
-        kl: weight of the information (nats per image) that the posterior puts into the noise; 0 trains without a
-            posterior, every image with fresh noise.
-        fresh_pixels: how much of the pixels' loss the half with fresh noise pays too: an anchor, weak enough to leave
-            it its colours.
-        posterior_channels: width of the posterior network after its first convolution.
-        vq: for the head "vq", weight of the cross entropy of the VQ tokens; the images' losses reach the logits
-            through the VQGAN's decoder.
-        prefix_noise, prefix_tokens, prefix_neighbours: disturbed input tokens; see
-            :class:`~digit.training.auxiliary.Auxiliary`.
-        centroid_embeddings: begin with the centroids as token vectors; see there.
-        samples: with ``data.samples``, how many images of the prior's own tokens a step adds, as a share of the
-            batch. They have no image to be like, so the discriminator alone rates them.
+    """What a feed-forward decoder is trained for: images like those that the tokens were made of. The fields are
+    explained in ``presets/bases/onepass.yaml``; images of the prior's own tokens (``samples``) have no image to be
+    like, so the discriminator alone rates them.
     """
 
     kl: NonNegative = 1e-4
@@ -94,17 +82,39 @@ class OnePassObjective(ImageObjective):
 
 @config
 class OnePassData(ImageData):
-    """Which images are learned from.
-
-    Attributes:
-        labels: condition on the class.
-        tokens: a token cache of the dataset, so that its tokens need not be made again; None makes them in every step.
-        samples: a file of the prior's own tokens, as ``digit generate --save-tokens`` writes it, for post-training.
-    """
+    """Which images are learned from, and where their tokens come from; see ``presets/bases/onepass.yaml``."""
 
     labels: bool = False
     tokens: str | None = None
     samples: str | None = None
+
+
+class Posterior(nn.Module):
+    """Mean and log variance (B, noise_dim) of an image's noise [0]; it serves training alone."""
+
+    def __init__(self, noise_dim: int, channels: int) -> None:
+        super().__init__()
+        widths = (3, channels, 2 * channels, 4 * channels)
+        layers: list[nn.Module] = []
+        for before, width in pairwise(widths):
+            layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(widths[-1], 2 * noise_dim)
+        # begin with a noise that tells something of the image, or the decoder learns to do without
+        nn.init.constant_(self.out.bias[noise_dim:], -2.0)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at images (B, 3, S, S) in 0..1, in no more than 64 pixels: light and colours need no detail."""
+        side = min(64, images.shape[-1])
+        features = self.layers(F.adaptive_avg_pool2d(images, side) * 2 - 1).mean((2, 3))  # (B, 4 C)
+        mean, log_variance = self.out(features).float().chunk(2, 1)
+        return mean, log_variance.clamp(-8, 8)
+
+
+def drawn(mean: Tensor, log_variance: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise (B, d) made of ``fresh`` normal numbers (B, d), and what it tells of the image: () nats, the mean."""
+    information = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+    return mean + (log_variance / 2).exp() * fresh, information
 
 
 class OnePassTask(ImageTask):
@@ -128,8 +138,6 @@ class OnePassTask(ImageTask):
         """Train ``model`` for ``objective`` on images whose tokens the frozen ``tokenizer`` makes.
 
         Args:
-            held_out: what the decoder is measured on; None measures nothing.
-            data: whether the class is learned.
             cache: the tokens of ``train`` in the views "center" and "flip", if they are at hand.
             samples: (n, N) tokens of the prior, for post-training.
             vqgan: whose codes the head "vq" predicts.
@@ -305,8 +313,8 @@ def build(
             "codebook make them with --model, and a dataset (not a token cache) with --data."
         )
     tokenizer = parts.tokenizer
-    objective: OnePassObjective = from_dict(OnePassObjective, preset.get("objective") or {}, f"{where}, objective")
-    choice: OnePassData = from_dict(OnePassData, preset.get("data") or {}, f"{where}, data")
+    objective: OnePassObjective = from_dict(OnePassObjective, preset["objective"], f"{where}, objective")
+    choice: OnePassData = from_dict(OnePassData, preset["data"], f"{where}, data")
     train, held_out = choice.open(data)
     shape = _shape(preset["model"], tokenizer, parts.vqgan, train if choice.labels else None, f"{where}, model")
     model, origin = FeedForwardDecoder(shape), dict[str, Any]()
@@ -315,8 +323,7 @@ def build(
         def fits(saved: FeedForwardDecoder) -> bool:
             return replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) == shape
 
-        saved, origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained, fits)
-        load_strict(model, saved.state_dict(), start.source)
+        origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained, model, fits)
     elif objective.centroid_embeddings:
         set_embeddings(model.token_embedding, tokenizer.codebook.centroids)
     cache = None if choice.tokens is None else _open_cache(choice.tokens, data, choice.split, tokenizer)

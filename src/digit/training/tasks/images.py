@@ -28,12 +28,8 @@ _DRAWS = 0x7669  # keeps these seeds apart from other uses of (seed, step)
 
 @config
 class ImageData:
-    """Which images are learned from, and which measure.
-
-    Attributes:
-        split: of the training images.
-        held_out_split: of the images that measure; None keeps some of the training images back, at most a tenth.
-        held_out: how many of them; 0 takes all.
+    """Which images are learned from, and which measure; see ``presets/bases/images.yaml``. Without a split of their
+    own, at most a tenth of the training images measure.
     """
 
     split: str = "train"

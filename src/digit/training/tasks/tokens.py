@@ -53,14 +53,8 @@ _INPUTS = ("tokens", "labels", "prefix", "mask", "order")  # of a batch, for the
 
 @config
 class TokenData:
-    """Which tokens of a cache are learnt.
-
-    Attributes:
-        target: what is predicted.
-        prefix: what it is conditioned on: the semantic tokens, for decoders.
-        labels: condition on the class.
-        views: the cached views that are drawn from, by name; None takes all.
-        held_out: images kept back for validation; at most a tenth of the cache is.
+    """Which tokens of a cache are learnt; ``presets/bases/tokens.yaml`` explains the fields. At most a tenth of the
+    cache is held out.
     """
 
     target: Literal["semantic", "vq"] = "semantic"
@@ -76,10 +70,7 @@ class TokenData:
 
 def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str) -> TokenModelConfig:
     """The config of a model for a cache: vocabularies, lengths and classes that ``values``, read from ``where``, leaves
-    out come from the cache.
-
-    Raises:
-        DigitError: a field is wrong, or is given and does not fit the cache.
+    out come from the cache. A DigitError where a field is wrong, or is given and does not fit the cache.
     """
     target = cache.space(data.target)
     known = {"vocab_size": target.vocab_size, "length": target.length, "num_classes": 0, "codebook_depth": target.depth}
