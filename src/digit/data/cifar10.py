@@ -29,7 +29,7 @@ from digit.core.hub import out_of_reach
 from digit.core.images import decode, encode_png
 from digit.core.progress import bar
 from digit.core.threads import map_ahead
-from digit.data.writer import refuse_to_replace, write_dataset
+from digit.data.dataset import refuse_to_replace, write_dataset
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BLOCK = 10_000
@@ -70,10 +70,7 @@ def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
     """Write CIFAR-10 as a dataset folder ``out``, which is given back; an older dataset there is replaced.
 
     ``source`` is a folder or archive with the original python pickles or the Hub's parquet files. Without it the cache
-    and then the Hub are tried.
-
-    Raises:
-        DigitError: nothing was found (it says what was tried), or what was found is not CIFAR-10.
+    and then the Hub are tried. A DigitError says what was tried, or that what was found is not CIFAR-10.
     """
     out = Path(out)
     refuse_to_replace(out)

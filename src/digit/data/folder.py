@@ -15,8 +15,8 @@ from digit.core.images import decode, encode_png
 from digit.core.progress import bar
 from digit.core.threads import map_ahead
 from digit.core.transforms import center_crop, resampling, resize_shorter
+from digit.data.dataset import refuse_to_replace, write_dataset
 from digit.data.sources import survey_folder
-from digit.data.writer import refuse_to_replace, write_dataset
 
 _KEPT_AS_THEY_ARE = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 _AHEAD = 64  # images being decoded at a time, which bounds the memory
@@ -82,12 +82,9 @@ def import_folder(
     """Make a dataset of a folder of images, flat or with a folder for each class (which may hold further folders), and
     with or without a level ``train/``, ``val/`` above; an older dataset at ``out`` is replaced.
 
-    Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given; others are stored as PNG after
-    what :func:`digit.core.images.decode` does to them. ``OUT/report.json`` accounts for every file.
-
-    Args:
-        size: scale the shorter side to this many pixels and cut the square in the middle.
-        filter: how it is scaled; ``dataset.json`` says it.
+    Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given, which scales the shorter side to
+    so many pixels with ``filter`` and cuts the square in the middle; others are stored as PNG after what
+    :func:`digit.core.images.decode` does to them. ``OUT/report.json`` accounts for every file.
 
     Raises:
         DigitError: no such folder, no image in it, an unknown filter, or ``out`` lies in ``source`` or is something

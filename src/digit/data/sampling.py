@@ -25,8 +25,7 @@ Positions = NDArray[np.int64]
 
 
 class StepSampler:
-    """Shuffled batches without end: every epoch is one permutation of the ``length`` images, and a batch may span two
-    epochs.
+    """Shuffled batches without end: every epoch is one permutation of the ``length`` images, and a batch may span two.
 
     ``indices(step)`` depends on (length, batch_size, seed, step) alone. The ranks share the global batch, whose size
     ``world_size`` divides, in equal, disjoint parts, which concatenated by rank are the batch of a single process.
@@ -71,8 +70,7 @@ class OrderedSampler:
     """One pass that sees each image once, in ``order`` (length,) or as they are numbered; the last batch may be
     smaller.
 
-    The ranks share each global batch in parts that differ by at most one image; where it has fewer images than there
-    are ranks, some parts are empty.
+    The ranks share each global batch in parts that differ by at most one image, and may be empty.
     """
 
     def __init__(
@@ -125,8 +123,7 @@ class Batches:
     Args:
         transform: what is done to each image; its randomness comes from ``sample_rng(seed, epoch, index)``.
         stop: by default the sampler's end, if it has one.
-        workers: number of threads; 0 does the work in the caller's.
-        prefetch: batches to keep ready, for each worker.
+        workers: number of threads, each with ``prefetch`` batches ready; 0 does the work in the caller's.
         dtype: torch.float32 (0..1) or torch.uint8.
     """
 

@@ -31,18 +31,10 @@ _FINGERPRINTED = 1024  # whole images read for the fingerprint of a source that 
 
 
 class Source:
-    """The bytes behind an :class:`~digit.data.dataset.ImageDataset`.
-
-    Attributes:
-        labels: (n,) class ids; -1 for none.
-        classes: their names; empty if there are none.
-    """
+    """The bytes behind an :class:`~digit.data.dataset.ImageDataset`, with its ``labels`` (n,) and ``classes``."""
 
     labels: NDArray[np.int64]
     classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def key(self, i: int) -> str:
         """What image ``i`` is called within the dataset."""
@@ -64,10 +56,11 @@ class Source:
         """SHA-256 over every key, label and length, and over the bytes of at most 1,024 images spread evenly: reading
         a whole ImageNet to name it would take an hour.
         """
+        count = len(self.labels)
         digest = hashlib.sha256(self.labels.tobytes() + self.lengths().tobytes())
-        for i in range(len(self)):
+        for i in range(count):
             digest.update(self.key(i).encode() + b"\0")
-        for i in np.unique(np.linspace(0, len(self) - 1, min(_FINGERPRINTED, len(self))).round().astype(int)):
+        for i in np.unique(np.linspace(0, count - 1, min(_FINGERPRINTED, count)).round().astype(int)):
             digest.update(short_digest(self.read(int(i))))
         return digest.hexdigest()
 
@@ -172,27 +165,6 @@ class HubSource(Source):
         return data
 
 
-class SubsetSource(Source):
-    """Some images of another source; ``numbers`` says which, of the source that is no subset itself."""
-
-    def __init__(self, source: Source, indices: NDArray[np.int64]) -> None:
-        self._source, self._indices = source, indices
-        self.labels, self.classes = source.labels[indices], source.classes
-        self.numbers: NDArray[np.int64] = source.numbers[indices] if isinstance(source, SubsetSource) else indices
-
-    def key(self, i: int) -> str:
-        return self._source.key(int(self._indices[i]))
-
-    def where(self, i: int) -> str:
-        return self._source.where(int(self._indices[i]))
-
-    def read(self, i: int) -> bytes:
-        return self._source.read(int(self._indices[i]))
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._source.fingerprint().encode() + self._indices.tobytes()).hexdigest()
-
-
 class Survey(NamedTuple):
     """What lies in a folder of images."""
 
@@ -229,10 +201,8 @@ def survey_folder(folder: Path, images_only: bool) -> Survey:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """All files below a folder, as sorted relative paths with ``/``; links to folders are followed, each folder once.
-
-    Returns:
-        The files, and apart the hidden ones (a part of the path begins with a dot).
+    """All files below a folder, and apart the hidden ones (a part of the path begins with a dot), as sorted relative
+    paths with ``/``; links to folders are followed, each folder once.
     """
     files: list[str] = []
     hidden: list[str] = []

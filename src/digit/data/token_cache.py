@@ -55,7 +55,6 @@ class Views:
         crops: further random cuts, each mirrored one time in two.
         crop: how they are cut: "random" places the square anywhere (the paper), "random-resized" also varies its size.
         scale: for random-resized, the least and the greatest share of the image's area.
-        seed: of the crops.
     """
 
     center: bool = True
@@ -110,8 +109,7 @@ class TokenCache:
     Attributes:
         info: its ``index.json``.
         spaces: what kinds of tokens it holds.
-        views: names of the views.
-        classes: class names; empty without classes.
+        views, classes: their names.
         shards: their folders.
     """
 
@@ -226,14 +224,12 @@ def build_token_cache(
     Args:
         model: with encoder and codebook, a VQGAN, or all; it decides which kinds of tokens are made, and runs where it
             is.
-        dataset: the images.
-        out: the cache's folder.
         views: which cuts of an image.
         batch_size: images at a time; each is tokenized in all its views.
         shard_size: images a shard.
         workers: decoding threads.
-        rank: number of this process; it makes the shards ``rank``, ``rank + world``, ...
-        world: how many processes there are.
+        rank, world: number of this process, which makes the shards ``rank``, ``rank + world``, ..., and how many there
+            are.
 
     Returns:
         The cache, or None where other processes have shards left to make.
