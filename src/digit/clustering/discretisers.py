@@ -87,13 +87,11 @@ def residual(kmeans: KMeans, depth: int, features: Vectors) -> Codebook:
 
 
 def principal_components(components: int | None, fit: Callable[[Vectors], Codebook], features: Vectors) -> Codebook:
-    """Another discretiser in the space of the directions in which vectors vary most; None: a quarter of the width.
+    """Another discretiser in the space of the directions in which vectors vary most; None: a quarter of the width. A
+    DigitError for more components than the vectors are wide.
 
     Mean and covariance are sums over a pass, so vectors are not kept. The components are not scaled to equal variance.
     ``pca`` in the provenance has the share of variance kept.
-
-    Raises:
-        DigitError: more components than the vectors are wide.
     """
     width = features.first.shape[1]
     count = components or max(1, width // 4)

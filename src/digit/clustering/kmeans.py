@@ -51,11 +51,8 @@ class Fit(NamedTuple):
 
     @property
     def quality(self) -> dict[str, Any]:
-        """What a codebook's provenance says of it.
-
-        Returns:
-            "inertia"; "used_clusters", "dead_clusters": with and without any vector; "perplexity": exp of the entropy
-            of the ids, between 1 and K.
+        """What a codebook's provenance says of it: "inertia"; "used_clusters", "dead_clusters": with and without any
+        vector; "perplexity": exp of the entropy of the ids, between 1 and K.
         """
         share = self.counts[self.counts > 0] / self.counts.sum()
         return {
@@ -94,9 +91,8 @@ class KMeans:
         """Move centroids to the means of the vectors that are nearest to them, again and again; one more pass over the
         data measures the result.
 
-        Args:
-            stream: the vectors of this process; with ``mini_batch`` every process must get as many parts in a pass.
-            centroids: float32 to begin with, the same in every process, on the device that computes.
+        ``stream`` has the vectors of this process; with ``mini_batch`` every process must get as many parts in a pass.
+        ``centroids`` are float32 to begin with, the same in every process, on the device that computes.
         """
         seen = torch.zeros(len(centroids), dtype=wide(centroids), device=centroids.device)  # (K,) of mini-batches
         last = first_pass + self.iterations

@@ -136,10 +136,8 @@ class Sample:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
-    """Join the processes that ``torchrun`` started, if it did, for as long as the block runs.
-
-    Yields:
-        (number of this process, how many there are, its device): on CUDA each process gets a GPU of its own.
+    """Join the processes that ``torchrun`` started, if it did, for as long as the block runs: the number of this
+    process, how many there are, and its device: on CUDA each process gets a GPU of its own.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:

@@ -16,10 +16,8 @@ DTYPES = {
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for; with None or "auto" a CUDA GPU, else Apple's, else the CPU.
-
-    Raises:
-        DigitError: no such device here.
+    """The device asked for; with None or "auto" a CUDA GPU, else Apple's, else the CPU. A DigitError where there is no
+    such device.
     """
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -33,11 +31,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """A number format by its name in torch, or fp32, bf16, fp16.
-
-    Raises:
-        DigitError: another name.
-    """
+    """A number format by its name in torch, or fp32, bf16, fp16; a DigitError for another name."""
     if name not in DTYPES:
         raise DigitError(f"--dtype {name} was given; expected one of: {', '.join(DTYPES)}.")
     return DTYPES[name]

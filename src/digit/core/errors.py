@@ -19,15 +19,10 @@ class MissingPackageError(DigitError):
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional module, or say in one sentence how to get it.
+    """Import an optional module such as ``"lpips"``, or say in one sentence which ``extra`` of this distribution brings
+    it.
 
-    Args:
-        module: what to import, such as ``"lpips"``.
-        extra: the extra of this distribution that brings it, such as ``"train"``.
-        purpose: what it is needed for, as in "fitting a codebook".
-
-    Raises:
-        MissingPackageError: the module cannot be imported.
+    ``purpose`` is what it is needed for, as in "fitting a codebook". Raises MissingPackageError.
     """
     try:
         return importlib.import_module(module)

@@ -115,11 +115,7 @@ def write_json(path: str | Path, value: object) -> Path:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DigitError: it is missing or is not JSON; the message names it and the line.
-    """
+    """Read a JSON file; a DigitError where it is missing or is not JSON names it and the line."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -140,11 +136,7 @@ def write_tensors(
 
 
 def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Read every tensor of a safetensors file.
-
-    Raises:
-        DigitError: it is missing, truncated, or another kind of file.
-    """
+    """Read every tensor of a safetensors file; a DigitError where it is missing, truncated, or another kind of file."""
     path = Path(path)
     if not path.is_file():
         raise DigitError(f"There is no file {path}.")

@@ -19,14 +19,10 @@ def image_grid(
     row_titles: Sequence[str] = (),
     column_titles: Sequence[str] = (),
 ) -> Image.Image:
-    """Lay images out row by row on white.
+    """Lay images of one size out row by row on white, ``columns`` in a row.
 
-    Args:
-        images: of one size.
-        columns: in a row.
-        scale: enlarge each by this whole number without smoothing; by default so that an image has at least 96 pixels.
-        row_titles: text at the left of each row.
-        column_titles: text above each column, on as many lines as it has.
+    ``scale`` enlarges each by this whole number without smoothing; by default so that an image has at least 96 pixels.
+    Titles stand left of each row, and above each column on as many lines as they have.
     """
     width, height = images[0].size
     scale = scale or max(1, -(-96 // max(width, height)))

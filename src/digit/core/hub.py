@@ -30,15 +30,10 @@ def is_repository(name: str) -> bool:
 
 
 def repository_id(name: str, what: str, places: str = "no such file or folder") -> str:
-    """``name``, where it can be a repository on the Hub. Mistyped paths are answered at once.
+    """``name``, where it can be a repository on the Hub. Mistyped paths are answered at once: a DigitError where it
+    looks like a path, or its first part is a folder that is here.
 
-    Args:
-        name: what the user gave, and is not on this machine.
-        what: of which kind it should be, such as "model".
-        places: where it was looked for.
-
-    Raises:
-        DigitError: it looks like a path, or its first part is a folder that is here.
+    ``what`` kind it should be, such as "model", and the ``places`` where it was looked for, are for the message.
     """
     owner, _, rest = name.partition("/")
     if not is_repository(name):

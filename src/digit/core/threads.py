@@ -14,13 +14,8 @@ B = TypeVar("B")
 
 def map_ahead(function: Callable[[A], B], items: Iterable[A], workers: int, ahead: int) -> Iterator[B]:
     """``map`` with threads: the results come in order, and at most ``ahead`` of them are made before they are asked
-    for.
-
-    Args:
-        function: may run in many threads at a time; what it raises comes out here.
-        items: may have no end.
-        workers: number of threads; 0 does the work in the caller's.
-        ahead: bounds the memory.
+    for. What ``function`` raises comes out here, ``items`` may have no end, and 0 ``workers`` do the work in the
+    caller's thread.
     """
     rest = iter(items)
     if not workers:

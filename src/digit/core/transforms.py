@@ -106,11 +106,7 @@ def random_resized_crop(
 
 
 def resampling(filter: str) -> Image.Resampling:
-    """Pillow's name of a filter.
-
-    Raises:
-        DigitError: there is no such filter.
-    """
+    """Pillow's name of a filter; a DigitError where there is no such filter."""
     if filter not in FILTERS:
         raise DigitError(f"The filter '{filter}' was given; expected one of {', '.join(FILTERS)}.")
     return Image.Resampling[filter.upper()]

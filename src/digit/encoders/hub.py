@@ -16,10 +16,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the second only where a re
 
 
 def repository_folder(name: str) -> Path:
-    """A local folder with the JSON files and the weights of a Hub repository, ``owner/name``.
-
-    Raises:
-        DigitError: it is not in the cache, and the Hub is switched off, out of reach, or has no such repository.
+    """A local folder with the JSON files and the weights of a Hub repository, ``owner/name``; a DigitError where it is
+    not in the cache, and the Hub is switched off, out of reach, or has no such repository.
     """
     for pattern in _WEIGHTS:
         if folder := _snapshot(name, None, pattern):

@@ -177,11 +177,10 @@ class TransformersEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> TransformersEncoder:
         """Read a folder written by :meth:`save_pretrained`, in float32 and frozen, with ``changes`` of fields of its
-        :class:`EncoderConfig`. An earlier layer than the saved one is always possible; a later one only if the folder
-        has its blocks.
+        config.
 
-        Raises:
-            DigitError: files are missing or damaged, or do not fit; the message names them.
+        An earlier layer than the saved one is always possible; a later one only if the folder has its blocks. A
+        DigitError where files are missing or damaged, or do not fit.
         """
         values = read_component(folder)
         saved = from_dict(EncoderConfig, values["config"], str(Path(folder) / "config.json"))

@@ -24,7 +24,7 @@ class Component(nn.Module):
 
     Attributes:
         config: an instance of ``config_class``, and the only argument that the constructor needs.
-        provenance: where the weights come from: data, steps, metrics, converted file; saved with them.
+        provenance: where the weights come from; saved with them.
         saved_as: the "type" in ``config.json``; the name of the class where nothing else is said.
     """
 
@@ -65,13 +65,10 @@ def save_component(
     provenance: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a component as a folder, whole or not at all.
+    """Write a component as a folder, whole or not at all; ``config`` and ``provenance`` are the module's own where left
+    out.
 
-    Args:
-        folder: replaced if it exists.
-        module: a :class:`Component`, or one with its state dict if ``config`` is given.
-        config, provenance: the module's own where left out.
-        dtype: store floating-point tensors in it (bfloat16 or float16 halve the file); None keeps them.
+    ``dtype`` stores floating-point tensors in it (bfloat16 or float16 halve the file); None keeps them.
     """
     config = module.config if config is None else config
     facts = getattr(module, "provenance", {}) if provenance is None else provenance
@@ -86,10 +83,8 @@ def save_component(
 
 
 def read_component(folder: str | Path) -> dict[str, Any]:
-    """What ``config.json`` says: "type", "config" and "provenance".
-
-    Raises:
-        DigitError: there is none, or it describes no component.
+    """What ``config.json`` says: "type", "config" and "provenance"; a DigitError where there is none, or it describes
+    no component.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -101,10 +96,8 @@ def read_component(folder: str | Path) -> dict[str, Any]:
 
 
 def load_component(folder: str | Path, *classes: type[M]) -> M:
-    """Read a saved component that is one of these classes, in float32, eval mode and frozen.
-
-    Raises:
-        DigitError: files are missing or damaged, or tensors do not fit the config; the message names them.
+    """Read a saved component that is one of these classes, in float32, eval mode and frozen; a DigitError where files
+    are missing or damaged, or tensors do not fit the config.
     """
     values = read_component(folder)
     module_class = next((one for one in classes if one.saved_as == values["type"]), classes[0])

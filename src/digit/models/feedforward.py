@@ -238,13 +238,11 @@ class FeedForwardDecoder(Component):
     def forward(
         self, tokens: Int[Tensor, "B n"], noise: Float[Tensor, "B noise_dim"] | None = None, labels: Labels = None
     ) -> Float[Tensor, "B ..."]:
-        """Decode semantic tokens. The noise is standard normal; None is zeros, the middle of all images.
+        """Decode semantic tokens to images (B, 3, S, S), nominally 0..1, not clamped; with the head "vq", to logits (B,
+        N, V).
 
-        Returns:
-            Images (B, 3, S, S), nominally 0..1, not clamped; with the head "vq", logits (B, N, V).
-
-        Raises:
-            DigitError: another number of tokens, or labels for a decoder that knows no classes.
+        The noise is standard normal; None is zeros, the middle of all images. A DigitError for another number of
+        tokens, or labels where no classes are known.
         """
         x = self._embed(tokens, noise, labels)
         if not self.training and torch.is_autocast_enabled(x.device.type):

@@ -32,11 +32,8 @@ BACKBONES = {
 
 @dataclass(frozen=True)
 class Lpips:
-    """The network; make one with :func:`load_lpips`.
-
-    Attributes:
-        network: of the package `lpips`.
-        description: package, version, backbone and where its weights come from.
+    """The ``network`` of the package `lpips`, and its ``description``: version, backbone and where its weights come
+    from.
     """
 
     network: nn.Module
@@ -52,12 +49,10 @@ class Lpips:
 
 
 def load_lpips(net: str = "alex", weights: str | Path = "auto", device: str = "cpu") -> Lpips:
-    """LPIPS with "alex" (what the authors advise for measuring) or "vgg"; values of the two are not comparable.
+    """LPIPS with "alex" (what the authors advise for measuring) or "vgg"; values of the two are not comparable. A
+    DigitError for an unknown network, a missing package, or no weights (it says what was tried).
 
     ``weights`` of the backbone: see :meth:`~digit.models.weights.PublishedWeights.load`.
-
-    Raises:
-        DigitError: unknown network, missing package, or no weights; the message says what was tried.
     """
     if net not in BACKBONES:
         raise DigitError(f"LPIPS with '{net}' was asked for; there are: {', '.join(BACKBONES)}.")

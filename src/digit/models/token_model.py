@@ -205,14 +205,11 @@ class TokenModel(Component):
         inputs: Ids | None = None,
         order: Order = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy in nats and its parts.
+        """Cross entropy in nats with label smoothing, and ``{"nll", "accuracy"}`` without.
 
         For role "masked" the mean runs over the masked places of the whole batch, else over all tokens. ``z_loss``
         weighs mean(log Z ^ 2), with Z the sum that the softmax divides by (PaLM, arXiv 2204.02311, section 5).
         ``inputs`` are shown as earlier or visible tokens instead of the true ones.
-
-        Returns:
-            The loss with label smoothing, and ``{"nll", "accuracy"}`` without.
         """
         shown = tokens if inputs is None else inputs
         if self.config.role == "masked":

@@ -105,12 +105,8 @@ class KVCache:
 
 
 class KVSlot(NamedTuple):
-    """Where a block finds its cache, and where the inputs stand in it.
-
-    Attributes:
-        keys, values: (B, H, T, d), of this block.
-        position: (t,) int64, the positions of the inputs.
-        visible: (t, S) bool, which of the first S positions of the cache each input attends to.
+    """Where a block finds its cache: ``keys``, ``values`` (B, H, T, d); where its inputs stand in it: ``position`` (t,)
+    int64; and which of the first S positions each of them attends to: ``visible`` (t, S) bool.
     """
 
     keys: Tensor
@@ -217,7 +213,6 @@ class Transformer(Stack):
         """Map embeddings to the last, normed states.
 
         Args:
-            x: the inputs.
             cache: is filled at ``position``, and everything in it up to each input is attended to.
             position: () or (T,), where the inputs stand in the cache.
             kv_len: how many positions of the cache are read: more than the last position; all by default.

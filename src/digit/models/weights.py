@@ -26,7 +26,6 @@ class PublishedWeights:
 
     Attributes:
         title: what messages call it.
-        url: the publisher's address.
         sha256: of the published file, or its first digits.
         cached: safetensors files in the cache folder that may hold these tensors; the first is written after a
             download.
@@ -45,14 +44,10 @@ class PublishedWeights:
         return self.url.rsplit("/", 1)[1]
 
     def load(self, source: str | Path = "auto") -> tuple[dict[str, Tensor], str]:
-        """The tensors, and where they come from.
+        """The tensors, and where they come from; a DigitError says what was tried.
 
-        Args:
-            source: "auto": the cache, else the publisher's address; "public": the address's own file, from the cache or
-                now; a ``.pth`` or ``.safetensors`` file; or a file on the Hub, ``hf://OWNER/NAME/FILE``.
-
-        Raises:
-            DigitError: nothing usable; the message says what was tried.
+        ``source`` is "auto": the cache, else the publisher's address; "public": the address's own file, from the cache
+        or now; a ``.pth`` or ``.safetensors`` file; or a file on the Hub, ``hf://OWNER/NAME/FILE``.
         """
         if source not in ("auto", "public"):
             return self._given(str(source))
@@ -87,10 +82,7 @@ class PublishedWeights:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file or of one written by ``torch.save``, whose pickle may hold nothing but
-    tensors.
-
-    Raises:
-        DigitError: no such file, or another kind of file.
+    tensors; a DigitError where there is no such file, or another kind.
     """
     if not path.is_file():
         raise DigitError(f"There are no weights at {path}.")
@@ -105,9 +97,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def download(url: str, path: Path, sha256: str, timeout: float = 20.0) -> Path:
     """Fetch ``url`` into ``path``, whole or not at all; ``sha256`` may be its first digits, ``timeout`` is in seconds.
-
-    Raises:
-        DigitError: the address is out of reach, or sends another file.
+    A DigitError where the address is out of reach, or sends another file.
     """
 
     def fetch(aside: Path) -> None:

@@ -50,8 +50,8 @@ class Acceleration(NamedTuple):
             size.
         quantize: "int8" stores the step's matrices in 8 bits, a scale a row; a step on a CPU reads a quarter of the
             bytes. Tokens change slightly.
-        native: on a CPU, run the C++ step (a few seconds of building once for all models and times): None where it can
-            and is quicker than the plain one, measured at the first use of a shape; True wherever it can; False never.
+        native: on a CPU, run the C++ step (a few seconds of building once for all models and times): None where it is
+            the quicker, measured at the first use of a shape; True wherever it can; False never.
     """
 
     compile: bool = False
@@ -122,10 +122,8 @@ _caches: WeakKeyDictionary[TokenModel, EngineCache] = WeakKeyDictionary()
 def accelerate(
     model: TokenModel, compile: bool = False, quantize: str | None = None, native: bool | None = None
 ) -> None:
-    """Choose how ``model`` samples from now on; see :class:`Acceleration`.
-
-    Raises:
-        DigitError: an unknown kind of quantization, or one that this device has no fast kernel for.
+    """Choose how ``model`` samples from now on; see :class:`Acceleration`. A DigitError for an unknown kind of
+    quantization, or one that this device has no fast kernel for.
     """
     if quantize not in (None, "int8"):
         raise DigitError(f"quantize = {quantize} was given; expected int8, or nothing.")

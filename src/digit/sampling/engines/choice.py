@@ -29,13 +29,8 @@ _known: dict[str, dict[str, float]] = {}  # of this process, for folders that ca
 def measured(
     model: TokenModel, batch: int, guided: bool, quantize: str | None, engines: Mapping[str, Callable[[], DecodeEngine]]
 ) -> dict[str, float]:
-    """Seconds of a step of each engine for such batches, from memory where this shape was measured before.
-
-    Args:
-        model: on the CPU.
-        batch, guided: of which a step has ``batch`` rows, or twice as many.
-        quantize: what the engines' weights are stored in.
-        engines: by name; they are made one after the other.
+    """Seconds of a step of each of the ``engines``, which are made one after the other, for such batches: ``batch``
+    rows, or twice as many when ``guided``. From memory where this shape was measured before.
     """
     shape = shape_class(model, batch, guided, quantize)
     stored, machine = _stored(), _machine()

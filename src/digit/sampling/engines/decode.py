@@ -64,14 +64,9 @@ def decode_one_token(
 ) -> None:
     """Draw token ``state.place`` and add 1 to it.
 
-    Args:
-        model: the network.
-        cache: of B sequences, or of 2B when guided: with labels first, without after them.
-        state: see there.
-        places: any tensor (S,): how far into the cache the step reads. A tensor, because compilers take sizes as
-            unknowns more readily than numbers.
-        guided: whether both halves run.
-        params: of the draw.
+    ``cache`` is of B sequences, or of 2B when guided: with labels first, without after them. ``places`` is any tensor
+    (S,): how far into the cache the step reads. A tensor, because compilers take sizes as unknowns more readily than
+    numbers.
     """
     index = state.place.view(1)
     token = state.tokens.index_select(1, index - 1).squeeze(1)  # (B,)

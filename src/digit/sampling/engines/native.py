@@ -68,10 +68,9 @@ class _Batch(ctypes.Structure):
 
 
 def suits(model: TokenModel) -> bool:
-    """Whether the C++ step covers this model.
-
-    It does on the CPU, in float32 or bfloat16, for one token after the other, where the widths of a head and of the
-    feed-forward layers are multiples of 16, and not in training mode, for it knows no dropout.
+    """Whether the C++ step covers this model: on the CPU, in float32 or bfloat16, for one token after the other, where
+    the widths of a head and of the feed-forward layers are multiples of 16, and not in training mode, for it knows no
+    dropout.
     """
     config = model.config.transformer
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
@@ -82,14 +81,8 @@ def suits(model: TokenModel) -> bool:
 
 
 class NativeStep:
-    """The packed weights of one model, and its step. Weights that change later are not seen: make another.
-
-    Args:
-        model: one that :func:`suits`; it is not kept alive.
-        quantize: "int8" for the matrices of :func:`digit.sampling.engines.quantize.quantized`.
-
-    Raises:
-        NoCompiler: see :func:`digit.native.library`.
+    """The packed weights of one model that :func:`suits`, which is not kept alive, and its step; NoCompiler where there
+    is none. Weights that change later are not seen: make another.
     """
 
     def __init__(self, model: TokenModel, quantize: str | None = None) -> None:

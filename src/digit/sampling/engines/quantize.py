@@ -17,11 +17,8 @@ from digit.models.token_model import TokenModel
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with int8 weights, rounded to nearest.
-
-    Attributes:
-        weight: (out, in) int8.
-        scale: (out,) bfloat16; row i of the matrix is weight[i] * scale[i].
+    """A linear layer with ``weight`` (out, in) int8, rounded to nearest, and ``scale`` (out,) bfloat16; row i of the
+    matrix is weight[i] * scale[i].
     """
 
     weight: Tensor
