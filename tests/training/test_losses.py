@@ -16,8 +16,8 @@ from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.models.lpips import BACKBONES
 from digit.training.losses.images import (
     EncoderView,
+    ImageLoss,
     ImageObjective,
-    LpipsDistance,
     discriminator_hinge,
     feature_distance,
     generator_hinge,
@@ -25,7 +25,7 @@ from digit.training.losses.images import (
     lecam,
     ramp,
 )
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.tasks.encoder import neighbour_accuracy
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -97,7 +97,7 @@ def test_lpips_without_weights_says_where_to_put_them(monkeypatch: pytest.Monkey
     monkeypatch.setenv("DIGIT_CACHE", str(tmp_path))
     monkeypatch.setitem(BACKBONES, "vgg", replace(BACKBONES["vgg"], url="https://127.0.0.1:9/vgg16.pth"))
     with pytest.raises(DigitError, match=r"Tried .*lpips-vgg\.safetensors.*set objective\.perceptual to"):
-        LpipsDistance()
+        ImageLoss(ImageObjective(perceptual="lpips"), 32)
 
 
 # -- neighbours

@@ -16,7 +16,7 @@ from digit.evaluation.studies.stages import Stages
 from digit.evaluation.studies.tokens import rank_tokens
 from digit.models.codebook import Codebook
 from digit.pipeline.pipeline import DigitPipeline
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.tasks.encoder import neighbour_accuracy
 
 
 @pytest.fixture(scope="module")

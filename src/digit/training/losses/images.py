@@ -80,17 +80,21 @@ class ImageObjective:
 
 
 class ImageLoss:
-    """The frozen networks of an objective, which only compare, and its losses. A ``discriminator`` is to be trained
-    beside the generator, as an entry of the task's ``modules``.
+    """The losses of an objective, the frozen networks that only compare, and a ``discriminator`` that is to be
+    trained.
     """
 
     def __init__(self, objective: ImageObjective, resolution: int, last: Tensor | None = None) -> None:
-        """Load what compares images of ``resolution`` pixels; a DigitError where the perceptual network is missing or
-        does not fit. ``last`` is the weight of the generator's last layer, where ``gan_adaptive`` compares gradients;
-        without it they are compared at the images.
+        """Load what compares images of ``resolution`` pixels; a DigitError where it is missing or does not fit.
+        Gradients are compared at ``last``, the weight of the generator's last layer, or else at the images.
         """
         self.objective, self.last = objective, last
-        self.lpips = LpipsDistance() if objective.perceptual == "lpips" else None
+        self.lpips: nn.Module | None = None
+        if objective.perceptual == "lpips":
+            try:
+                self.lpips = load_lpips("vgg").network
+            except DigitError as error:
+                raise DigitError(f"{error} Or set objective.perceptual to 'encoder' or 'none'.") from error
         eyes = objective.perceptual_encoder
         self.view = None if eyes is None else EncoderView(load_encoder(eyes), resolution)
         self.frozen = [network for network in (self.lpips, self.view) if network is not None]
@@ -164,7 +168,7 @@ class ImageLoss:
         if self.lpips is None:
             distance = feature_distance([s[rows] for s in seen], [w[rows] for w in wanted])
         else:
-            distance = self.lpips(rebuilt, images)
+            distance = self.lpips(rebuilt * 2 - 1, images * 2 - 1).float().mean()
         return value + objective.perceptual_weight * distance, {**metrics, "perceptual": distance.detach()}
 
     def _adversarial(
@@ -212,9 +216,7 @@ class ImageLoss:
 
 
 def discriminator_hinge(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """() from maps of logits: real ones should be above 1, fake ones below -1; 1 is chance. Every map counts alike,
-    whatever its size.
-    """
+    """() real logits should be above 1, fake ones below -1; 1 is chance. Every map counts alike, whatever its size."""
     terms = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(terms).mean() / 2
 
@@ -225,8 +227,8 @@ def generator_hinge(fake: Sequence[Tensor]) -> Tensor:
 
 
 def lecam(real: Sequence[Tensor], fake: Sequence[Tensor], averages: Tensor) -> Tensor:
-    """() how far logits stand on the wrong side of ``averages`` (maps, 2), those of the real and fake logits of earlier
-    batches, squared [3].
+    """() how far logits stand on the wrong side of ``averages`` (maps, 2), the real and fake ones of before, squared
+    [3].
     """
     terms = [
         F.relu(r - mean_fake).square().mean() + F.relu(mean_real - f).square().mean()
@@ -247,23 +249,6 @@ def ramp(progress: float, start: float, warmup: float) -> float:
     if progress < start:
         return 0.0
     return min(1.0, (progress - start) / warmup) if warmup else 1.0
-
-
-class LpipsDistance(nn.Module):
-    """LPIPS [1] with VGG16."""
-
-    def __init__(self) -> None:
-        """Load the weights; a DigitError where the package or the weights are missing."""
-        super().__init__()
-        try:
-            self.network = load_lpips("vgg").network
-        except DigitError as error:
-            raise DigitError(f"{error} Or set objective.perceptual to 'encoder' or 'none'.") from error
-
-    def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Mean distance () of two batches (B, 3, S, S) in 0..1; gradients flow into ``images``."""
-        distance: Tensor = self.network(images * 2 - 1, others * 2 - 1).float()
-        return distance.mean()
 
 
 class EncoderView(nn.Module):

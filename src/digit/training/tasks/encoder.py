@@ -1,8 +1,4 @@
-"""Training an encoder for small images, self-supervised: SimCLR, VICReg, DINO with iBOT, or a masked autoencoder.
-
-An encoder preset has the sections ``model`` (:class:`ConvModel` or :class:`VitModel`), ``objective`` (by its
-``method``), ``data`` (:class:`EncoderData`) and ``training``.
-"""
+"""Training an encoder for small images, self-supervised: SimCLR, VICReg, DINO with iBOT, or a masked autoencoder."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.core.config import NonNegativeInt, PositiveInt, config, from_dict, to_dict
@@ -18,11 +15,17 @@ from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset
 from digit.encoders.loading import load_encoder, small_conv, small_vit
 from digit.training.finetune import FineTune, saved_part, take_modules
-from digit.training.losses.distillation import DistillationMethod, DistillationObjective
-from digit.training.losses.masked_autoencoder import MaskedAutoencoderMethod, MaskedAutoencoderObjective
-from digit.training.losses.pairs import PairMethod, PairObjective, spread
-from digit.training.losses.projection import Method, TrainableEncoder
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.losses.encoders import (
+    DistillationMethod,
+    DistillationObjective,
+    MaskedAutoencoderMethod,
+    MaskedAutoencoderObjective,
+    Method,
+    PairMethod,
+    PairObjective,
+    TrainableEncoder,
+    spread,
+)
 from digit.training.task import Batch, Groups, Loss, Step, Stream, Task
 from digit.training.tasks.images import ImageData, described, image_batches, image_chunks, some_images
 
@@ -67,6 +70,7 @@ class EncoderData(ImageData):
     memory: NonNegativeInt = 10000
 
 
+_CHUNK = 1000  # queries at a time
 Model = ConvModel | VitModel
 Objective = PairObjective | DistillationObjective | MaskedAutoencoderObjective
 _MODELS: dict[str, type[Model]] = {"conv": ConvModel, "vit": VitModel}
@@ -106,6 +110,29 @@ def build_method(model: Model, objective: Objective) -> Method:
     return DistillationMethod(model.build(), model.build(), objective)
 
 
+def neighbour_accuracy(
+    memory: Tensor,
+    memory_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Share of the queries (m, D), of classes ``labels`` (m,), whose class wins the vote of their nearest neighbours
+    among the features ``memory`` (n, D), of classes ``memory_labels`` (n,). A vote counts exp(cosine / temperature).
+    """
+    with torch.autocast(memory.device.type, enabled=False):
+        memory = F.normalize(memory.float(), dim=1).T.contiguous()  # (D, n)
+        classes = int(torch.cat([memory_labels, labels]).max()) + 1
+        right = 0
+        for chunk, expected in zip(torch.split(queries, _CHUNK), torch.split(labels, _CHUNK), strict=True):
+            similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(min(neighbours, memory.shape[1]))
+            votes = similar.new_zeros(len(chunk), classes)
+            votes.scatter_add_(1, memory_labels[nearest], (similar / temperature).exp())
+            right += int((votes.argmax(1) == expected).sum())
+    return right / len(queries)
+
+
 class EncoderTask(Task):
     """An encoder in training."""
 
@@ -118,12 +145,11 @@ class EncoderTask(Task):
         memory: int = 0,
         start: FineTune | None = None,
     ) -> None:
-        """Make the encoder ``model``, which learns from ``train`` and is measured on ``held_out`` (None: not at all).
-        With ``start`` it begins as a saved encoder, with the heads of its run where there is one; a DigitError for
-        another shape.
+        """Make the encoder ``model``, or with ``start`` a saved one with the heads of its run, which learns from
+        ``train`` and is measured on ``held_out``; a DigitError for another shape.
         """
         self.method = build_method(model, objective)
-        self.modules = nn.ModuleDict(self.method.modules)
+        self.modules = self.method.modules
         origin: dict[str, Any] = {}
         if start is not None:
             take_modules(self.modules, start.source, tuple(self.modules))
@@ -148,13 +174,11 @@ class EncoderTask(Task):
         return image_batches(self.train, self.size, stream, self.method.draw)
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
-        """The method's loss."""
-        value, metrics = self.method.loss(self.modules, batch["images"].float() / 255, batch, step)
+        value, metrics = self.method.loss(batch["images"].float() / 255, batch, step)
         yield Loss("model", value, metrics)
 
     def after_step(self, step: Step) -> None:
-        """Move the teacher, if there is one."""
-        self.method.after_step(self.modules, step)
+        self.method.after_step(step)
 
     def validate(self) -> dict[str, float]:
         """20-NN accuracy of the mean patch feature on held-out images, and how spread these are (0 is collapse)."""
@@ -173,7 +197,6 @@ class EncoderTask(Task):
         return torch.cat([encoder(chunk).float().mean(1) for chunk in image_chunks(images, self.size, self.device)])
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the encoder, which ``load_encoder`` reads."""
         self.method.encoder.provenance = dict(provenance)
         self.method.encoder.save_pretrained(folder)
 

@@ -1,10 +1,6 @@
 """Training a feed-forward ("one-pass") decoder: images from their semantic tokens, in one step, with the losses of the
 VQGAN.
 
-A preset has the sections ``model`` (:class:`~digit.models.feedforward.FeedForwardConfig`; vocabulary, grid and classes
-come from the tokenizer and the data), ``objective`` (:class:`OnePassObjective`), ``data`` (:class:`OnePassData`) and
-``training``.
-
 What the tokens leave open, the noise must decide, and the pixel loss alone would teach the decoder to ignore the noise
 and to output the mean. So a small *posterior* network, which is thrown away afterwards, says which noise belongs to an
 image: with that noise, half of a batch has to come back pixel by pixel. The other half gets fresh noise, as in use; it
@@ -58,9 +54,8 @@ from digit.training.tasks.tokens import fitted
 
 @config
 class OnePassObjective(ImageObjective):
-    """What a feed-forward decoder is trained for: images like those that the tokens were made of. The fields are
-    explained in ``presets/bases/onepass.yaml``; images of the prior's own tokens (``samples``) have no image to be
-    like, so the discriminator alone rates them.
+    """What a feed-forward decoder is trained for, as ``presets/bases/onepass.yaml`` explains. Images of the prior's own
+    tokens (``samples``) have no image to be like, so the discriminator alone rates them.
     """
 
     kl: NonNegative = 1e-4
@@ -174,7 +169,6 @@ class OnePassTask(ImageTask):
             self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours, tokenizer.depth)  # (K, m)
 
     def to_device(self, device: str) -> None:
-        """Move the networks, those that only serve too."""
         super().to_device(device)
         self.tokenizer.to(device)
         self.near = None if self.near is None else self.near.to(device)
@@ -246,7 +240,6 @@ class OnePassTask(ImageTask):
         return sheet(images, *(self._render(tokens, 0, seed, labels) for seed in (0, 1)))
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the decoder."""
         names = list(self.train.classes) if self.data.labels else []
         save_component(folder, self.model, self.model.config, {**provenance, "class_names": names})
 
@@ -304,9 +297,7 @@ def build(
     parts: DigitPipeline | None,
     start: FineTune | None = None,
 ) -> OnePassTask:
-    """The task of a preset over a dataset, and the encoder, codebook and (for the head "vq") VQGAN of ``parts``; see
-    :func:`digit.training.build.build_task`.
-    """
+    """The task of a preset over a dataset, and the encoder, codebook and (for the head "vq") VQGAN of ``parts``."""
     if parts is None or parts.encoder is None or parts.codebook is None:
         raise DigitError(
             "A feed-forward decoder is trained on images and their semantic tokens: give the model whose encoder and "

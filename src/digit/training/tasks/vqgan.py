@@ -1,8 +1,5 @@
 """Training a VQGAN: pixels, a perceptual distance, a patch discriminator, and a codebook that follows the latents.
 
-A VQGAN preset has the sections ``model`` (:class:`~digit.models.vqgan.VQGANConfig`), ``objective``
-(:class:`VqganObjective`), ``data`` (:class:`~digit.training.tasks.images.ImageData`) and ``training``.
-
 Source: Esser et al. 2021, arXiv 2012.09841, section 3.1. Unlike there, the codebook moves by averages.
 """
 
@@ -31,8 +28,8 @@ from digit.training.tasks.images import ImageData, ImageTask, described, errors,
 
 @config
 class VqganObjective(ImageObjective):
-    """What a VQGAN is trained for: images like those that went in, and codes that are all used. The fields are
-    explained in ``presets/bases/vqgan.yaml``.
+    """What a VQGAN is trained for: good images and codes that are all used, as ``presets/bases/vqgan.yaml``
+    explains.
     """
 
     commitment: NonNegative = 0.25
@@ -98,7 +95,6 @@ class VqganTask(ImageTask):
         return codes, self.objective.commitment * commitment, metrics
 
     def after_step(self, step: Step) -> None:  # noqa: ARG002
-        """Move the codebook."""
         if self.quantizer is not None:
             self.quantizer.update()
 
@@ -126,7 +122,6 @@ class VqganTask(ImageTask):
         return sheet(images, self._reconstruct(images)[1])
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the VQGAN."""
         self.vqgan.provenance = dict(provenance)
         self.vqgan.save_pretrained(folder)
 
