@@ -17,10 +17,9 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_json, read_tensors
 from digit.training import checkpoint, speed
-from digit.training.config import TrainingConfig
 from digit.training.logs import Averages
 from digit.training.loop import Interrupted, train
-from digit.training.task import Batch, Loss, Step, Stream
+from digit.training.task import Batch, Loss, Step, Stream, TrainingConfig
 from runs import curve, fell, lines, same
 
 

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from digit.training import speed
-from digit.training.speed import with_precision
+from digit.training import health as speed
+from digit.training.health import with_precision
 from runs import settings
 
 CPU = torch.device("cpu")

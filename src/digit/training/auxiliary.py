@@ -141,9 +141,7 @@ def set_embeddings(table: nn.Embedding, centroids: Tensor) -> None:
 
 
 def load_centroids(folder: str, kinds: set[str], cache: TokenCache) -> dict[str, Tensor]:
-    """The centroids (K, D) of kinds of tokens ("semantic", "vq"); DigitError where the folder has none of a kind, or
-    not as many as the cache has tokens.
-    """
+    """The centroids (K, D) of kinds of tokens; a DigitError where the folder has none, or not as many as the cache."""
     whole = (Path(folder) / INDEX).is_file()
     found = {}
     for kind in sorted(kinds):
