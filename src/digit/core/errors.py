@@ -19,10 +19,8 @@ class MissingPackageError(DigitError):
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional module such as ``"lpips"``, or say in one sentence which ``extra`` of this distribution brings
+    """Import an optional module needed for ``purpose``, or raise MissingPackageError, which names the ``extra`` with
     it.
-
-    ``purpose`` is what it is needed for, as in "fitting a codebook". Raises MissingPackageError.
     """
     try:
         return importlib.import_module(module)

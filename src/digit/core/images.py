@@ -31,14 +31,11 @@ EXTENSIONS = frozenset(
 
 
 class Decoded(NamedTuple):
-    """An image and what had to be done to it."""
+    """An upright 8-bit RGB image, what was changed, such as "palette", and Pillow's name of the format, as "JPEG"."""
 
     image: Image.Image
-    """8-bit RGB, upright."""
     notes: tuple[str, ...]
-    """What was changed, such as "palette" or "animated, 12 frames"; empty for plain 8-bit RGB."""
     format: str
-    """Pillow's name of the file format, such as "JPEG"."""
 
 
 def decode(

@@ -37,12 +37,10 @@ _CHUNK = 512
 
 
 class Sample(NamedTuple):
-    """One image of a dataset."""
+    """One image of a dataset, 8-bit RGB, with its class id, or -1 for none."""
 
     image: Image.Image
-    """8-bit RGB."""
     label: int
-    """Class id, or -1 for none."""
     key: str
 
 
@@ -109,8 +107,8 @@ class ImageDataset:
         return self.image_size is not None and self._bytes(self.image_size) <= _MEMORY_BYTES
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """All images (n, H, W, 3) uint8 and labels (n,) int64, decoded once and kept; do not write into them. A
-        DigitError where the images have more than one size, or would take more than 2 GiB.
+        """Pixels (n, H, W, 3) uint8 and labels (n,), decoded once and kept; a DigitError for other sizes or above 2
+        GiB.
         """
         with self._lock:
             if self._arrays is None:
@@ -225,8 +223,8 @@ class DatasetWriter:
     def add(
         self, split: str, key: str, data: bytes, extension: str, size: tuple[int, int], label: int = NO_LABEL
     ) -> None:
-        """Append an image of ``size`` (width, height), whose file has the bytes ``data`` and the ``extension`` "png" or
-        "jpg". The ``key`` is unique within the split; its last part has no dot.
+        """Append the bytes of a png or jpg of ``size`` (width, height). The last part of a unique ``key`` has no
+        dot.
         """
         self.sizes.add(size)
         shards = self.splits.setdefault(split, [])

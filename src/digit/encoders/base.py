@@ -71,21 +71,16 @@ class Encoder(Protocol):
     @property
     def dim(self) -> int:
         """Width D of a feature."""
-        ...
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the features of one image; N = rows * columns, row by row."""
-        ...
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Images (B, 3, S, S) in 0..1, S = ``preprocessing.image_size``, to features (B, N, D)."""
-        ...
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move to a device or dtype, as :meth:`torch.nn.Module.to`."""
-        ...
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
-        ...

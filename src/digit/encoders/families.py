@@ -63,9 +63,7 @@ _IDLE_FIELDS = {
 
 
 def plain_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The vision network's own config out of a `transformers` config.json; a DigitError for other families than those
-    of :data:`FAMILIES`.
-    """
+    """The vision network's own config out of a `transformers` config.json; a DigitError for unknown families."""
     if "vision_config" in values:  # SigLIP: an image and a text network in one file
         parent = str(values.get("model_type"))
         values = {"model_type": f"{parent}_vision_model", **values["vision_config"]}
@@ -77,10 +75,7 @@ def plain_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def network_config(hf_config: Mapping[str, Any], blocks: int | None = None) -> Any:
-    """A `transformers` config object of "model_type" and the family's fields, where what is missing takes the family's
-    default; only the first ``blocks`` are kept. A DigitError for an unknown family or a field that its config
-    refuses.
-    """
+    """A `transformers` config of given fields and the family's defaults, with the first ``blocks``; or a DigitError."""
     transformers = _transformers()
     values = plain_config(hf_config, "The encoder config")
     values |= FAMILIES[values["model_type"]].options
