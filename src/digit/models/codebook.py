@@ -24,9 +24,8 @@ _CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
 
 def nearest(features: Float[Tensor, "*B D"], centroids: Float[Tensor, "K D2"], half: bool = False) -> Int[Tensor, "*B"]:
     """The id of the nearest centroid (squared Euclidean distance, the lowest id on ties), in 64 MiB beyond the inputs;
-    a DigitError where the widths D differ.
-
-    ``half`` computes distances in float16, as the authors' training and sampling did; near ties then fall otherwise.
+    a DigitError where the widths D differ. ``half`` computes in float16, as the authors did; near ties then fall
+    otherwise.
     """
     if features.shape[-1] != centroids.shape[-1]:
         raise DigitError(
@@ -76,8 +75,7 @@ class CodebookConfig:
 
 class Codebook(Component):
     """K centroids (K, D), or (d K, D) with d tokens a place: those of the features, then those of what the ones before
-    leave over (residual quantisation, as in Lee et al. 2022, arXiv 2203.01941). Its provenance says how it was
-    fitted.
+    leave over (residual quantisation, as in Lee et al. 2022, arXiv 2203.01941).
     """
 
     config_class = CodebookConfig
@@ -99,9 +97,7 @@ class Codebook(Component):
         return book.eval()
 
     def check_encoder(self, encoder: Any) -> None:
-        """Raise DigitError for an encoder whose features differ from those that the codebook was fitted on, in width or
-        in how positions stretch, as far as both tell.
-        """
+        """Raise DigitError for an encoder of other features than those it was fitted on, as far as both tell."""
         if encoder.dim != self.config.dim:
             raise DigitError(
                 f"The parts do not fit: the feature width is {encoder.dim} in the encoder and {self.config.dim} in the "

@@ -83,9 +83,7 @@ def save_component(
 
 
 def read_component(folder: str | Path) -> dict[str, Any]:
-    """What ``config.json`` says: "type", "config" and "provenance"; a DigitError where there is none, or it describes
-    no component.
-    """
+    """What ``config.json`` says: "type", "config" and "provenance"; a DigitError where it describes no component."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise DigitError(f"{folder} is not a saved component: it has no config.json.")
@@ -96,8 +94,8 @@ def read_component(folder: str | Path) -> dict[str, Any]:
 
 
 def load_component(folder: str | Path, *classes: type[M]) -> M:
-    """Read a saved component that is one of these classes, in float32, eval mode and frozen; a DigitError where files
-    are missing or damaged, or tensors do not fit the config.
+    """Read a saved component of one of these classes, in float32, eval mode and frozen; a DigitError says what is
+    wrong.
     """
     values = read_component(folder)
     module_class = next((one for one in classes if one.saved_as == values["type"]), classes[0])

@@ -32,9 +32,7 @@ BACKBONES = {
 
 @dataclass(frozen=True)
 class Lpips:
-    """The ``network`` of the package `lpips`, and its ``description``: version, backbone and where its weights come
-    from.
-    """
+    """The ``network`` of the package `lpips`, with its version, backbone and the origin of the weights."""
 
     network: nn.Module
     description: str
@@ -49,10 +47,8 @@ class Lpips:
 
 
 def load_lpips(net: str = "alex", weights: str | Path = "auto", device: str = "cpu") -> Lpips:
-    """LPIPS with "alex" (what the authors advise for measuring) or "vgg"; values of the two are not comparable. A
-    DigitError for an unknown network, a missing package, or no weights (it says what was tried).
-
-    ``weights`` of the backbone: see :meth:`~digit.models.weights.PublishedWeights.load`.
+    """LPIPS with "alex" (what the authors advise for measuring) or "vgg"; values of the two are not comparable. For
+    ``weights`` see :meth:`~digit.models.weights.PublishedWeights.load`; a DigitError says what is missing.
     """
     if net not in BACKBONES:
         raise DigitError(f"LPIPS with '{net}' was asked for; there are: {', '.join(BACKBONES)}.")

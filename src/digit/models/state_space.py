@@ -24,9 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from digit.core.config import PositiveInt as PositiveInt
-from digit.core.config import Probability as Probability
-from digit.core.config import config
+from digit.core.config import PositiveInt, Probability, config
 from digit.models.transformer import Stack
 
 
@@ -89,9 +87,8 @@ class StateSpaceConfig:
 
 
 class StateCache:
-    """What every block keeps of the tokens so far: the last ``inputs`` of its convolution (B, conv_width - 1,
-    conv_dim), and its ``states`` (B, H, P, N), in float32 at least, for what is added is often far smaller than the
-    sum.
+    """The last ``inputs`` of every block's convolution (B, conv_width - 1, conv_dim), and its ``states`` (B, H, P, N),
+    in float32 at least, for what is added is often far smaller than the sum.
     """
 
     def __init__(self, config: StateSpaceConfig, batch: int, device: torch.device | str, dtype: torch.dtype) -> None:

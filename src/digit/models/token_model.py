@@ -222,12 +222,6 @@ class TokenModel(Component):
         else:
             logits = self(shown[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
             targets = tokens.flatten() % self.config.codes
-        return self.score(logits, targets, z_loss)
-
-    def score(
-        self, logits: Float[Tensor, "m V"], targets: Int[Tensor, " m"], z_loss: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of logits, and its parts, as :meth:`loss` returns them."""
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
         if z_loss:
@@ -243,9 +237,7 @@ class TokenModel(Component):
         return torch.where(drop, torch.full_like(labels, NO_LABEL), labels)
 
     def new_cache(self, batch: int, spare: int = 0) -> Cache:
-        """An empty cache for ``batch`` sequences of full length and ``spare`` positions, on the model's device and in
-        its dtype.
-        """
+        """An empty cache for ``batch`` sequences of full length and ``spare`` positions, in the model's dtype."""
         if self.config.state_space is not None:
             return StateCache(self.config.state_space, batch, self.start.device, self.start.dtype)
         # the last token is never an input; of role "random" each has its instruction in front

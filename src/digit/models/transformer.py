@@ -17,9 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from digit.core.config import PositiveInt as PositiveInt
-from digit.core.config import Probability as Probability
-from digit.core.config import config
+from digit.core.config import PositiveInt, Probability, config
 
 
 @config
@@ -227,11 +225,11 @@ class Transformer(Stack):
         return self.run(x, slots)
 
 
-def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Normal(0, std) for matrices and tables, zero for biases (GPT-2's choice); norms keep ones and zeros."""
+def init_weights(module: nn.Module) -> None:
+    """Normal(0, 0.02) for matrices and tables, zero for biases (GPT-2's choice); norms keep ones and zeros."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=std)
+            nn.init.normal_(part.weight, std=0.02)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
 

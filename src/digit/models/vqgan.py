@@ -80,9 +80,7 @@ class VQGANConfig:
         return f"{self.resolution} px to {rows} x {columns} of {self.codes:,} codes; {shape}"
 
     def activation_bytes(self) -> int:
-        """Float32 activations of the decoder for one image, in bytes, where they are largest, without the convolutions'
-        own workspace, which depends on the machine.
-        """
+        """Float32 activations of the decoder for one image, in bytes, where they are largest, without workspaces."""
         widths = [self.channels * m for m in self.multipliers]
         before = [*widths[1:], widths[-1]]  # what comes up from the coarser level
         sides = [self.resolution >> level for level in range(len(widths))]
@@ -90,9 +88,8 @@ class VQGANConfig:
 
 
 def held_channels(before: int, width: int) -> int:
-    """How many channels a residual block holds at most at a time: of one width its input, and what the running layer
-    reads and writes; else its input twice, as it came and normed, and the hidden features, or later its input, the
-    hidden features, the shortcut and their sum.
+    """How many channels a residual block holds at a time: of one width its input, and what the running layer reads and
+    writes; else its input twice and the hidden features, or these, the input, the shortcut and their sum.
     """
     return 3 * width if before == width else max(2 * before + width, before + 3 * width)
 

@@ -81,9 +81,7 @@ class PublishedWeights:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of one written by ``torch.save``, whose pickle may hold nothing but
-    tensors; a DigitError where there is no such file, or another kind.
-    """
+    """The tensors of a ``.safetensors`` file, or of ``torch.save`` (``weights_only``); a DigitError for other files."""
     if not path.is_file():
         raise DigitError(f"There are no weights at {path}.")
     if path.suffix == ".safetensors":
@@ -95,13 +93,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def download(url: str, path: Path, sha256: str, timeout: float = 20.0) -> Path:
-    """Fetch ``url`` into ``path``, whole or not at all; ``sha256`` may be its first digits, ``timeout`` is in seconds.
-    A DigitError where the address is out of reach, or sends another file.
-    """
+def download(url: str, path: Path, sha256: str) -> Path:
+    """Fetch ``url`` into ``path``, whole or not at all; a DigitError where that fails. ``sha256``: its first digits."""
 
     def fetch(aside: Path) -> None:
-        with urllib.request.urlopen(url, timeout=timeout) as answer, open(aside, "wb") as handle:
+        with urllib.request.urlopen(url, timeout=20.0) as answer, open(aside, "wb") as handle:
             shutil.copyfileobj(answer, handle, 1 << 20)
         if not sha256_of(aside).startswith(sha256):
             raise DigitError(f"{url} sent another file than expected: its SHA-256 does not begin with {sha256[:16]}.")
