@@ -1,7 +1,5 @@
-"""CIFAR-10 (Krizhevsky 2009, "Learning multiple layers of features from tiny images"), from any of its usual forms.
-
-Whatever the form, the result is the same 50,000 + 10,000 images in the authors' order, checked against frozen
-checksums.
+"""CIFAR-10 (Krizhevsky 2009, "Learning multiple layers of features from tiny images"), from any of its usual forms: the
+same images in the authors' order, checked against frozen checksums.
 """
 
 from __future__ import annotations

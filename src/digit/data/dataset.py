@@ -87,9 +87,8 @@ class ImageDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that identify the content: keys, labels, class names and the images' bytes.
-
-        For our own format all bytes count; for other sources every length and the bytes of up to 1,024 images.
+        """64 hexadecimal digits that identify keys, labels, class names and the images' bytes: of our own format all,
+        of other sources every length and the bytes of up to 1,024 images.
         """
         source = self.source.fingerprint()
         if not self._whole:

@@ -111,9 +111,8 @@ def load_component(folder: str | Path, *classes: type[M]) -> M:
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules that are built here get shapes and no weights: for those that are loaded afterwards.
-
-    Initial values of tensors that hold nothing are not drawn: PyTorch would import its compiler for that, two seconds.
+    """Modules that are built here get shapes and no weights, for those that are loaded afterwards. Nothing is drawn for
+    them: PyTorch would import its compiler for that, two seconds.
     """
     with torch.device("meta"), _Uninitialized():
         yield

@@ -1,8 +1,6 @@
-"""LPIPS [1]: the distance of two images in the features of AlexNet or VGG16.
+"""LPIPS: the distance of two images in the features of AlexNet or VGG16 (Zhang et al., CVPR 2018, arXiv 1801.03924).
 
 The package `lpips` brings the network's structure and its trained heads; the ImageNet backbone is torchvision's.
-
-[1] Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, CVPR 2018
 """
 
 from __future__ import annotations

@@ -117,9 +117,8 @@ def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def neighbours(centroids: Tensor, count: int, depth: int = 1) -> Tensor:
-    """The nearest other centroids of each of (K, D), the nearest first: ids (K, m) int64, m = min(count, K - 1).
-
-    Of a residual codebook (d K, D) those of the same depth.
+    """The nearest other centroids of each of (K, D), the nearest first, of a residual codebook (d K, D) at the same
+    depth: ids (K, m) int64, m = min(count, K - 1).
     """
     if depth > 1:
         tables = centroids.chunk(depth)

@@ -283,7 +283,8 @@ def version(model: TokenModel) -> tuple[Any, ...]:
 class Int8Linear(nn.Module):
     """A matrix in 8 bits, of which a step on a CPU reads a quarter of the bytes; activations stay in floating point.
 
-    ``weight`` (out, in) int8, rounded to nearest, and ``scale`` (out,) bfloat16: row i is weight[i] * scale[i].
+    ``weight`` (out, in) int8, rounded to nearest, and ``scale`` (out,) bfloat16, absolute maximum / 127: row i is
+    weight[i] * scale[i]. PyTorch's kernel multiplies them in bfloat16; docs/performance.md says where it is faster.
     """
 
     weight: Tensor

@@ -250,8 +250,9 @@ def _with_heads(encoder: TrainableEncoder, objective: DistillationObjective) -> 
 
 @config
 class MaskedAutoencoderObjective:
-    """Hidden patches of an image should be rebuilt from the visible ones: only these are encoded, and the decoder is
-    light. The loss is the mean squared error on the hidden patches' pixels, each patch normalised.
+    """Hidden patches of an image (``hidden_share`` of them) should be rebuilt from the visible ones, which alone are
+    encoded, by a light decoder that is thrown away. The loss is the mean squared error of their pixels, each patch
+    normalised.
     """
 
     method: Literal["mae"] = "mae"

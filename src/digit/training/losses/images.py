@@ -274,9 +274,8 @@ class EncoderView(nn.Module):
             ]
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place.
-
-        Of a convolutional encoder, what each of its blocks gives; of a ViT, four blocks at equal distances.
+        """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place: of each
+        block of a convolutional encoder, or of four blocks of a ViT at equal distances.
         """
         encoder = self.encoder
         if isinstance(encoder, TransformersEncoder):

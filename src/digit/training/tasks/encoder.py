@@ -119,7 +119,8 @@ def neighbour_accuracy(
     temperature: float = 0.07,
 ) -> float:
     """Share of the queries (m, D), of classes ``labels`` (m,), whose class wins the vote of their nearest neighbours
-    among the features ``memory`` (n, D), of classes ``memory_labels`` (n,). A vote counts exp(cosine / temperature).
+    among the features ``memory`` (n, D), of classes ``memory_labels`` (n,). A vote counts exp(cosine / temperature): Wu
+    et al. 2018, arXiv 1805.01978, section 3.4; DINO (arXiv 2104.14294, section 4.1) found 20 neighbours best.
     """
     with torch.autocast(memory.device.type, enabled=False):
         memory = F.normalize(memory.float(), dim=1).T.contiguous()  # (D, n)

@@ -213,10 +213,9 @@ class OnePassTask(ImageTask):
         return self.criterion(loss, metrics, rebuilt, images, batch, step, self.modules, matched, fresh)
 
     def validate(self) -> dict[str, float]:
-        """How held-out images come back from their tokens, with noise as in use.
-
-        PSNR in dB (mean over images) and mean absolute error; "agreement", the share of tokens that the tokenizer finds
-        again in the image; and "spread", the mean absolute difference of two images of the same tokens.
+        """How held-out images come back from their tokens, with noise as in use: PSNR in dB (mean over images) and mean
+        absolute error; "agreement", the share of tokens that the tokenizer finds again in the image; and "spread", the
+        mean absolute difference of two images of the same tokens.
         """
         if self.held_out is None:
             return {}

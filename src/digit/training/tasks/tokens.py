@@ -195,10 +195,8 @@ class TokenTask(Task):
 
     def validate(self) -> dict[str, float]:
         """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of counting tokens and
-        pairs of them.
-
-        Held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens, a
-        random-order one in fixed random orders.
+        pairs, of held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens,
+        a random-order one in fixed random orders.
         """
         if not len(self._held_out):
             return {}
