@@ -5,7 +5,7 @@
 Without ``--presets`` on a CPU the small ones are measured, on a GPU the paper's. Models have the presets' shapes and
 random weights; a step is forward, backward and AdamW, as in ``digit train``. "On the fly" runs encoder, codebook and
 VQGAN on every batch of images before the same step. MFU counts matrix products that are needed
-(digit/training/speed.py) against the maker's figure on known GPUs and a measured product of 512 x 512 matrices on a
+(digit/training/health.py) against the maker's figure on known GPUs and a measured product of 512 x 512 matrices on a
 CPU. The last line is JSON.
 """
 
@@ -33,10 +33,9 @@ from digit.models.token_config import TokenModelConfig
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN, VQGANConfig
 from digit.pipeline.pipeline import DigitPipeline
-from digit.training.config import TrainingConfig
 from digit.training.engine import Engine
-from digit.training.speed import forward_flops, peak_flops, peak_memory
-from digit.training.task import Step
+from digit.training.health import forward_flops, peak_flops, peak_memory
+from digit.training.task import Step, TrainingConfig
 from digit.training.tasks.encoder import model_from
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
 

@@ -37,7 +37,7 @@ pack() {
   "$PYTHON" - "$OUT/data" <<'PY'
 import sys
 from digit.data.dataset import open_dataset
-from digit.data.writer import write_dataset
+from digit.data.dataset import write_dataset
 
 with write_dataset(sys.argv[1], "cifar10-part", open_dataset("data/cifar10").classes, "A part of CIFAR-10", "") as writer:
     for split, count in (("train", 20_000), ("test", 2_000)):

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 
 from digit.core.files import read_tensors
-from digit.training.config import TrainingConfig
+from digit.training.health import SPEED
 from digit.training.logs import read_metrics
 from digit.training.loop import train
-from digit.training.speed import SPEED
-from digit.training.task import Batch, Stream, Task
+from digit.training.task import Batch, Stream, Task, TrainingConfig
 
 
 def settings(**changes: object) -> TrainingConfig:

@@ -30,8 +30,8 @@ from digit.evaluation.studies.points import Reference
 from digit.models.component import load_component
 from digit.models.token_model import TokenModel
 from digit.pipeline.assembly import assemble
+from digit.training.health import forward_flops
 from digit.training.logs import last_metrics
-from digit.training.speed import forward_flops
 
 PACKAGED = Path(digit.__file__).parent / "packaged" / "cifar10"
 MODELS = {

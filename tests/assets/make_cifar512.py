@@ -10,8 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from digit.data.dataset import open_dataset
-from digit.data.writer import write_dataset
+from digit.data.dataset import open_dataset, write_dataset
 
 
 def main(cifar10: str) -> None:

@@ -11,9 +11,8 @@ from digit.core.config import from_dict, load_preset, preset_names, to_dict
 from digit.models.token_config import TokenModelConfig
 from digit.models.token_model import TokenModel
 from digit.training.auxiliary import Auxiliary
-from digit.training.config import TrainingConfig
-from digit.training.losses.distillation import DistillationObjective
-from digit.training.losses.pairs import PairObjective
+from digit.training.losses.encoders import DistillationObjective, PairObjective
+from digit.training.task import TrainingConfig
 from digit.training.tasks.feedforward import OnePassObjective
 from digit.training.tasks.tokens import TokenData
 from digit.training.tasks.vqgan import VqganObjective

@@ -12,12 +12,11 @@ from PIL import Image
 from digit.core.errors import DigitError
 from digit.core.files import cache_folder
 from digit.core.images import encode_png
+from digit.data import dataset as writer_module
 from digit.data import shards as shards_module
-from digit.data import writer as writer_module
-from digit.data.dataset import open_dataset
+from digit.data.dataset import open_dataset, write_dataset
 from digit.data.shards import ShardIndex
 from digit.data.sources import HubSource, list_folder
-from digit.data.writer import write_dataset
 
 SHARD = "train-00000.tar"
 

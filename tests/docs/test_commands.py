@@ -14,8 +14,7 @@ import pytest
 
 import tiny
 from digit.core.images import encode_png, save_png
-from digit.data.dataset import open_dataset
-from digit.data.writer import write_dataset
+from digit.data.dataset import open_dataset, write_dataset
 from doc_blocks import PAGES, ROOT, blocks, digit_words, parse, unknown_options
 from terminal import run
 

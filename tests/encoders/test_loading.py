@@ -7,12 +7,12 @@ import time
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from digit.cli.convert import converters
 from digit.core.errors import DigitError
 from digit.encoders import Preprocessing, load_encoder, small_conv, small_vit
-from digit.encoders import hub as hub_module
 
 TINY = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
 
@@ -170,8 +170,8 @@ def test_nothing_found_says_at_once_where_it_looked(monkeypatch, tmp_path):
     with pytest.raises(DigitError, match="no such file or folder"):
         load_encoder("models/dinov2_vitb14_reg4_pretrain.pth")
     monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr(hub_module.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub_module.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(DigitError, match=r"the Hub \(http://127.0.0.1:9\) is out of reach: "):
         load_encoder("facebook/dinov2-with-registers-giant")
     assert time.monotonic() - began < 6

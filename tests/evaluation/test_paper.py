@@ -14,8 +14,7 @@ from digit.cli.app import app
 from digit.core.config import load_preset
 from digit.core.files import read_json
 from digit.core.images import encode_png, save_png
-from digit.data.dataset import open_dataset
-from digit.data.writer import write_dataset
+from digit.data.dataset import open_dataset, write_dataset
 from digit.encoders.base import Preprocessing
 from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
 from digit.evaluation import paper

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from digit.models.transformer import Block
 from digit.sampling import SamplingParams, sample
 from digit.sampling.engines.acceleration import accelerate
+from digit.sampling.engines.decode import Int8Linear, quantized
 from digit.sampling.engines.native import FORMATS, PANEL, pack
-from digit.sampling.engines.quantize import Int8Linear, quantized
 from digit.sampling.rng import uniforms
 from tiny import loud
 

@@ -16,8 +16,8 @@ from torch import nn
 from digit.core.errors import DigitError
 from digit.core.files import read_tensors
 from digit.data.token_cache import TokenCache
-from digit.training.config import TrainingConfig
 from digit.training.engine import Engine, check_launch
+from digit.training.task import TrainingConfig
 from runs import curve
 
 # Sums of gradients are rounded in another order, and AdamW's first steps pass that on; 12 steps of float32 leave this

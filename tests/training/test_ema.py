@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from digit.training.ema import EMA
+from digit.training.engine import EMA
 
 
 def test_average_follows_the_closed_form() -> None:

@@ -20,10 +20,9 @@ from digit.pipeline.pipeline import DigitPipeline, Tokens
 from digit.pipeline.tokens import save_tokens_file
 from digit.sampling.rng import pixel_latents
 from digit.training.build import build_task
-from digit.training.config import TrainingConfig
 from digit.training.finetune import FineTune
 from digit.training.logs import read_metrics
-from digit.training.task import Step, Stream
+from digit.training.task import Step, Stream, TrainingConfig
 from digit.training.tasks.feedforward import OnePassData, OnePassObjective, OnePassTask
 from runs import curve, learn, lines, pure_batches, resumed, settings
 

@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import tiny
-from digit.training.speed import forward_flops, measured_flops, peak_flops, token_model_in
+from digit.training.health import forward_flops, measured_flops, peak_flops, token_model_in
 
 
 def test_flops_of_a_state_space_model_are_what_torch_counts() -> None:

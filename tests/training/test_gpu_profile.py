@@ -13,11 +13,10 @@ from typer.testing import CliRunner
 
 from digit.cli.app import app
 from digit.core.config import from_dict
-from digit.data.dataset import open_dataset
-from digit.data.writer import write_dataset
+from digit.data.dataset import open_dataset, write_dataset
 from digit.evaluation.metrics.inception import untrained
 from digit.training.build import change, load_preset
-from digit.training.config import TrainingConfig
+from digit.training.task import TrainingConfig
 
 SPEC = importlib.util.spec_from_file_location(
     "gpu_study", Path(__file__).parents[2] / "experiments" / "cifar10" / "study.py"

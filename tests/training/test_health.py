@@ -12,8 +12,7 @@ from digit.core.errors import DigitError
 from digit.core.files import read_json
 from digit.data.token_cache import TokenCache
 from digit.training.build import build_task
-from digit.training.health import Counts, Guard
-from digit.training.speed import Meter, forward_flops, peak_flops
+from digit.training.health import Counts, Guard, Meter, forward_flops, peak_flops
 from digit.training.task import Step
 
 BATCH = {"index": torch.arange(20, 24)}

@@ -16,11 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_json, read_tensors
-from digit.training import checkpoint, speed
-from digit.training.config import TrainingConfig
+from digit.training import checkpoint, health
 from digit.training.logs import Averages
 from digit.training.loop import Interrupted, train
-from digit.training.task import Batch, Loss, Step, Stream
+from digit.training.task import Batch, Loss, Step, Stream, TrainingConfig
 from runs import curve, fell, lines, same
 
 
@@ -119,7 +118,7 @@ def test_a_run_leaves_what_it_says(tmp_path: Path) -> None:
 
 def test_a_run_keeps_the_precision_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for fast, steps in ((False, 10), (True, 20)):  # begun on one processor, continued on another
-        monkeypatch.setattr(speed, "bf16_is_fast", lambda _, fast=fast: fast)
+        monkeypatch.setattr(health, "bf16_is_fast", lambda _, fast=fast: fast)
         train(
             Regression(),
             config(precision="auto", steps=steps),

@@ -5,7 +5,7 @@ import pytest
 
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
-from digit.training.config import TrainingConfig
+from digit.training.task import TrainingConfig
 
 
 def config(**values: object) -> TrainingConfig:

@@ -28,7 +28,7 @@ from digit.core.hub import out_of_reach, packaged_models
 from digit.models.component import load_component
 from digit.models.token_model import TokenModel
 from digit.pipeline.index import read_index
-from digit.sampling.engines import choice
+from digit.sampling.engines import acceleration as choice
 from digit.sampling.engines.acceleration import Acceleration, EngineCache
 
 State = Literal["ok", "note", "broken"]

@@ -53,9 +53,7 @@ class Discretisation:
         return ", ".join(filter(None, (self.kind, *parts)))
 
     def __call__(self, kmeans: KMeans, features: Vectors) -> Codebook:
-        """The codebook of feature vectors, with the settings of ``kmeans``, and with its quality as its provenance; the
-        same in every process.
-        """
+        """The codebook of feature vectors, by the settings of ``kmeans``; the same in every process."""
         if self.kind == "fsq":
             levels = fsq_levels(kmeans.clusters)
             return principal_components(len(levels), partial(fsq, levels), features)
@@ -87,13 +85,11 @@ def residual(kmeans: KMeans, depth: int, features: Vectors) -> Codebook:
 
 
 def principal_components(components: int | None, fit: Callable[[Vectors], Codebook], features: Vectors) -> Codebook:
-    """Another discretiser in the space of the directions in which vectors vary most; None: a quarter of the width.
+    """Another discretiser in the space of the directions in which vectors vary most; None: a quarter of the width. A
+    DigitError for more components than the vectors are wide.
 
     Mean and covariance are sums over a pass, so vectors are not kept. The components are not scaled to equal variance.
     ``pca`` in the provenance has the share of variance kept.
-
-    Raises:
-        DigitError: more components than the vectors are wide.
     """
     width = features.first.shape[1]
     count = components or max(1, width // 4)
@@ -128,9 +124,7 @@ def fsq(levels: tuple[int, ...], features: Vectors) -> Codebook:
 
 
 def fsq_levels(clusters: int) -> tuple[int, ...]:
-    """Levels whose product is near K and not above it: at least 5 each where K allows it, as the paper found best, and
-    as equal as can be.
-    """
+    """Levels whose product is near K and not above it: as equal as can be, at least 5 each where K allows it."""
     count = max(1, int(log(clusters) / log(5) + 1e-9))
     levels = [int(clusters ** (1 / count) + 1e-9)] * count
     for index in range(count):

@@ -40,22 +40,16 @@ _FAR = 256  # vectors of a pass that empty clusters may start again at
 
 
 class Fit(NamedTuple):
-    """What k-means found."""
+    """Centroids, how many vectors each is nearest to, and the mean squared distance of a vector to its centroid."""
 
     centroids: Float[Tensor, "K D"]
-    """float32, on the CPU."""
     counts: Float[Tensor, " K"]
-    """float64: how many vectors each is nearest to."""
     inertia: float
-    """Mean squared distance of a vector to its centroid."""
 
     @property
     def quality(self) -> dict[str, Any]:
-        """What a codebook's provenance says of it.
-
-        Returns:
-            "inertia"; "used_clusters", "dead_clusters": with and without any vector; "perplexity": exp of the entropy
-            of the ids, between 1 and K.
+        """For a provenance: "inertia", "used_clusters", "dead_clusters", and "perplexity", exp of the entropy of the
+        ids.
         """
         share = self.counts[self.counts > 0] / self.counts.sum()
         return {
@@ -94,9 +88,8 @@ class KMeans:
         """Move centroids to the means of the vectors that are nearest to them, again and again; one more pass over the
         data measures the result.
 
-        Args:
-            stream: the vectors of this process; with ``mini_batch`` every process must get as many parts in a pass.
-            centroids: float32 to begin with, the same in every process, on the device that computes.
+        ``stream`` has the vectors of this process; with ``mini_batch`` every process must get as many parts in a pass.
+        ``centroids`` are float32 to begin with, the same in every process, on the device that computes.
         """
         seen = torch.zeros(len(centroids), dtype=wide(centroids), device=centroids.device)  # (K,) of mini-batches
         last = first_pass + self.iterations
@@ -147,11 +140,9 @@ def fit_codebook(
     exactly what the tokenizer will see. Every process of a group calls this and gets the same codebook.
 
     Args:
-        encoder: frozen.
         batches: images (B, 3, S, S) in 0..1, or batches that carry ``images`` and their ``indices`` in the dataset, as
             :class:`digit.data.sampling.Batch`. Read once, to the end; or called with the number of the pass, which the
             modes "whole" and "mini-batch" need: see :class:`~digit.clustering.streams.PassSampler`.
-        clusters: K.
         discretiser: what is made of k-means with these settings and the vectors, such as
             :class:`~digit.clustering.discretisers.Discretisation`; None leaves plain k-means.
         mode: see the module. "whole" and "mini-batch" read the data ``iterations`` + 2 times.
@@ -159,16 +150,11 @@ def fit_codebook(
             whose time grows with K squared.
         seed: of the sample and of the first centroids.
         iterations: of k-means. The paper: 20.
-        max_points_per_centroid: size of the sample in mode "sample", 4 K D bytes each in all processes together
-            (6.4 GB for the paper's base model).
-        device: where encoder and k-means run.
+        max_points_per_centroid: size of the sample in mode "sample", 4 K D bytes each in all processes together (6.4 GB
+            for the paper's base model).
         total: number of images, for the progress bar.
-        provenance: more to keep with the codebook, such as the data's fingerprint.
-        show: show progress.
-
-    Returns:
-        The codebook; its provenance has the encoder's type, checksum, layer and preprocessing, the seed, vectors seen
-        and used, and :attr:`Fit.quality`.
+        provenance: more to keep with the codebook, beside the encoder, the seed, vectors seen and used, and
+            :attr:`Fit.quality`.
 
     Raises:
         DigitError: fewer vectors than clusters, or features that are not finite.
@@ -253,10 +239,8 @@ def _features(encoder: Encoder, images: Tensor, indices: Tensor, device: torch.d
 
 
 def start_centroids(sample: Float[Tensor, "m D"], clusters: int, start: StartBy, seed: int) -> Float[Tensor, "K D"]:
-    """First centroids out of a sample in random order, m >= K.
-
-    "random" takes the first; "k-means++" takes one after the other, each with a probability that grows with the squared
-    distance to the nearest of those before.
+    """First centroids out of a sample in random order, m >= K: the first ones; or with "k-means++" one after the other,
+    with a probability that grows with the squared distance to the nearest of those before.
     """
     if start == "random":
         return sample[:clusters].clone()

@@ -28,10 +28,8 @@ MAX_SIDE = 32  # pixels that are stored a patch
 
 
 class Atlas:
-    """Patches by cluster, from a file written by :func:`build_atlas`.
-
-    Raises:
-        DigitError: there is no such file, it is damaged, or it was made for another codebook than the tokenizer's.
+    """Patches by cluster, from a file written by :func:`build_atlas`; a DigitError where there is no such file, it is
+    damaged, or it was made for another codebook than the tokenizer's.
     """
 
     def __init__(self, path: str | Path, tokenizer: SemanticTokenizer) -> None:
@@ -58,14 +56,12 @@ class Atlas:
 def build_atlas(
     tokenizer: SemanticTokenizer, batches: Iterable[Tensor], path: str | Path, each: int = 8, source: str = ""
 ) -> NDArray[np.int64]:
-    """Find the patches nearest to each centroid, ``each`` a cluster, and write them; (K,) how many each cluster has.
+    """Find the patches nearest to each centroid, ``each`` a cluster, and write them; (K,) how many each cluster has. A
+    DigitError where there are no images, or ``each`` is below 1.
 
     An image gives a cluster at most one patch, so that eight patches are of eight images. Every patch is stored with
     the ring of patches around it, as at most 32 x 32 pixels. ``batches`` are images (B, 3, S, S) in 0..1, and
     ``source`` is their name, kept in the file.
-
-    Raises:
-        DigitError: no images, or ``each`` below 1.
     """
     if tokenizer.depth > 1:
         raise DigitError("Patches show what a token looks like; several residual tokens stand for one place together.")

@@ -20,12 +20,10 @@ _CHUNK = 65536  # vectors of a sample at a time
 
 
 class Points(NamedTuple):
-    """A part of a stream of feature vectors."""
+    """A part of a stream: vectors (n, D) float32 on the device that computes, and their own numbers (n,) int64."""
 
     numbers: Tensor
-    """(n,) int64, each vector's own, whichever process reads it."""
     features: Tensor
-    """(n, D) float32 on the device that computes."""
 
 
 Stream = Callable[[int], Iterable[Points]]
@@ -33,16 +31,16 @@ Stream = Callable[[int], Iterable[Points]]
 
 
 class Vectors(NamedTuple):
-    """What a codebook is fitted to."""
+    """What a codebook is fitted to: the vectors of this process, from the pass number ``passes`` on.
+
+    ``first`` (m, D) are some of all vectors in random order, the same in every process: first centroids come from them.
+    What is ``held`` lies in memory, so what is made of it may, too.
+    """
 
     stream: Stream
-    """The vectors of this process."""
     first: Tensor
-    """(m, D) some of all vectors in random order, the same in every process: first centroids come from them."""
     passes: int = 0
-    """The number of the first pass."""
     held: bool = False
-    """They lie in memory, so what is made of them may, too."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Vectors:
         """The vectors (n, D) as ``change`` makes them, (n, E)."""
@@ -55,9 +53,7 @@ class Vectors(NamedTuple):
 
 
 class PassSampler(OrderedSampler):
-    """All images once, in a random order that depends on (seed, number of the pass); every process gets its part of
-    each batch.
-    """
+    """All images once, in a random order that depends on (seed, number of the pass), shared by the processes."""
 
     def __init__(self, length: int, batch_size: int, seed: int, number: int, rank: int = 0, world: int = 1) -> None:
         order = np.random.default_rng([seed, number]).permutation(length)
@@ -136,10 +132,8 @@ class Sample:
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[tuple[int, int, torch.device]]:
-    """Join the processes that ``torchrun`` started, if it did, for as long as the block runs.
-
-    Yields:
-        (number of this process, how many there are, its device): on CUDA each process gets a GPU of its own.
+    """Join the processes that ``torchrun`` started, if it did, for as long as the block runs: the number of this
+    process, how many there are, and its device, a GPU of its own.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -178,9 +172,7 @@ def gathered(value: Tensor) -> Tensor:
 
 
 def hashed(numbers: Tensor, seed: int) -> Tensor:
-    """A random-looking (n,) int64, 0 or more, for each number and seed: the finalizer of splitmix64 (Steele et al.
-    2014).
-    """
+    """A random-looking (n,) int64, 0 or more, for each number and seed: splitmix64's finalizer (Steele et al. 2014)."""
     x = numbers.cpu().numpy().astype(np.uint64) + np.uint64(seed * 0x9E3779B97F4A7C15 % (1 << 64))
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)

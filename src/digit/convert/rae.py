@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from digit.core.errors import DigitError, require
-from digit.core.hub import repository_id
+from digit.core.hub import repository_folder, repository_id
 from digit.encoders.families import final_norm_name
-from digit.encoders.hub import repository_folder
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.codebook import Codebook
 from digit.models.component import without_weights

@@ -47,15 +47,10 @@ def config(cls: type[T]) -> type[T]:
 
 
 def from_dict(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """Build a config from plain values.
+    """Build a config, a class made with :func:`config`, from plain values, nested dicts for nested configs.
 
-    Args:
-        cls: a class made with :func:`config`.
-        values: its fields, nested dicts for nested configs.
-        where: what is being read, for the message: a file name or "preset NAME".
-
-    Raises:
-        DigitError: names every wrong field, what was given and what was expected; suggests the nearest known name.
+    ``where`` is what is being read, a file name or "preset NAME". A DigitError names every wrong field, what was given
+    and what was expected, and suggests the nearest known name.
     """
     try:
         return TypeAdapter(cls).validate_python(dict(values))
@@ -121,8 +116,7 @@ def load_preset(name: str, overrides: Iterable[str] = (), group: str = "") -> di
 
     Args:
         name: a packaged preset's name, or the path of a YAML file.
-        overrides: items ``dotted.path=value``; the value is YAML, so ``3e-4``, ``true`` and ``[1, 2]`` mean what they
-            say.
+        overrides: items ``dotted.path=value``; see :func:`read_value`.
         group: "" for trainings, or "ablations".
 
     Raises:

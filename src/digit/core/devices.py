@@ -16,11 +16,7 @@ DTYPES = {
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device asked for; with None or "auto" a CUDA GPU, else Apple's, else the CPU.
-
-    Raises:
-        DigitError: no such device here.
-    """
+    """The device asked for; with None or "auto" the best there is. A DigitError where there is no such device."""
     if name in (None, "auto"):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -33,20 +29,14 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """A number format by its name in torch, or fp32, bf16, fp16.
-
-    Raises:
-        DigitError: another name.
-    """
+    """A number format by its name in torch, or fp32, bf16, fp16; a DigitError for another name."""
     if name not in DTYPES:
         raise DigitError(f"--dtype {name} was given; expected one of: {', '.join(DTYPES)}.")
     return DTYPES[name]
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 is quicker than float32 there: on GPUs that know it, and on processors with instructions for
-    it.
-    """
+    """Whether bfloat16 is quicker than float32 there: where GPU or processor have instructions for it."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private names, which may go

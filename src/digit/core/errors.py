@@ -19,15 +19,8 @@ class MissingPackageError(DigitError):
 
 
 def require(module: str, extra: str, purpose: str) -> ModuleType:
-    """Import an optional module, or say in one sentence how to get it.
-
-    Args:
-        module: what to import, such as ``"lpips"``.
-        extra: the extra of this distribution that brings it, such as ``"train"``.
-        purpose: what it is needed for, as in "fitting a codebook".
-
-    Raises:
-        MissingPackageError: the module cannot be imported.
+    """Import an optional module needed for ``purpose``, or raise MissingPackageError, which names the ``extra`` with
+    it.
     """
     try:
         return importlib.import_module(module)

@@ -22,9 +22,7 @@ if TYPE_CHECKING:  # the command line writes JSON without waiting for torch
 
 
 def cache_folder() -> Path:
-    """Where downloads, indices and built code are kept: ``$DIGIT_CACHE``, else ``~/.cache/digit`` (or that of
-    ``$XDG_CACHE_HOME``).
-    """
+    """Where downloads, indices and built code are kept: ``$DIGIT_CACHE``, else ``digit`` in the user's cache."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("DIGIT_CACHE") or home / "digit")
 
@@ -82,10 +80,7 @@ def write_file(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 @contextmanager
 def write_folder(path: str | Path) -> Iterator[Path]:
-    """Fill a new folder aside and rename it to ``path`` when the block ends without an error; else remove it.
-
-    An existing ``path`` is replaced at the end, never half way.
-    """
+    """Fill a new folder aside; in the end, if there was no error, it takes the place of ``path`` in one step."""
     path = Path(path)
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,11 +110,7 @@ def write_json(path: str | Path, value: object) -> Path:
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        DigitError: it is missing or is not JSON; the message names it and the line.
-    """
+    """Read a JSON file; a DigitError where it is missing or is not JSON names it and the line."""
     path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -139,17 +130,13 @@ def write_tensors(
     return write_file(path, lambda aside: save_file(ready, str(aside), metadata=metadata))
 
 
-def read_tensors(path: str | Path, device: str = "cpu") -> dict[str, torch.Tensor]:
-    """Read every tensor of a safetensors file.
-
-    Raises:
-        DigitError: it is missing, truncated, or another kind of file.
-    """
+def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Read every tensor of a safetensors file; a DigitError where it is missing, truncated, or another kind of file."""
     path = Path(path)
     if not path.is_file():
         raise DigitError(f"There is no file {path}.")
     try:
-        with safe_open(str(path), framework="pt", device=device) as handle:
+        with safe_open(str(path), framework="pt") as handle:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise DigitError(

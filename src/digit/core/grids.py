@@ -10,26 +10,19 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2  # pixels between the images of a grid
+_GOLDEN = 0.618033988749895
 
 
 def image_grid(
-    images: Sequence[Image.Image],
-    columns: int = 8,
-    scale: int | None = None,
-    row_titles: Sequence[str] = (),
-    column_titles: Sequence[str] = (),
+    images: Sequence[Image.Image], columns: int = 8, row_titles: Sequence[str] = (), column_titles: Sequence[str] = ()
 ) -> Image.Image:
-    """Lay images out row by row on white.
+    """Lay images of one size out row by row on white, ``columns`` in a row.
 
-    Args:
-        images: of one size.
-        columns: in a row.
-        scale: enlarge each by this whole number without smoothing; by default so that an image has at least 96 pixels.
-        row_titles: text at the left of each row.
-        column_titles: text above each column, on as many lines as it has.
+    They are enlarged by a whole number without smoothing, so that an image has at least 96 pixels. Titles stand left of
+    each row, and above each column on as many lines as they have.
     """
     width, height = images[0].size
-    scale = scale or max(1, -(-96 // max(width, height)))
+    scale = max(1, -(-96 // max(width, height)))
     w, h = width * scale, height * scale
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -50,18 +43,14 @@ def image_grid(
     return sheet
 
 
-def token_colors(vocab_size: int) -> np.ndarray:
-    """One colour per id, (vocab_size, 3) uint8: hues by the golden ratio, so that near ids look different."""
-    golden = 0.618033988749895
+def token_image(tokens: Tensor, grid: tuple[int, int], vocab_size: int, size: int) -> Image.Image:
+    """One image's tokens (N,) as coloured cells, ``size`` pixels wide: hues by the golden ratio, so that near ids look
+    different.
+    """
     colors = [
-        colorsys.hsv_to_rgb((i * golden) % 1.0, 0.45 + 0.5 * ((i // 7) % 3) / 2, 0.65 + 0.35 * ((i // 3) % 4) / 3)
+        colorsys.hsv_to_rgb((i * _GOLDEN) % 1.0, 0.45 + 0.5 * ((i // 7) % 3) / 2, 0.65 + 0.35 * ((i // 3) % 4) / 3)
         for i in range(vocab_size)
     ]
-    return np.asarray(np.rint(np.array(colors) * 255), dtype=np.uint8)
-
-
-def token_image(tokens: Tensor, grid: tuple[int, int], vocab_size: int, size: int) -> Image.Image:
-    """One image's tokens (N,) as coloured cells, ``size`` pixels wide."""
-    colors = token_colors(vocab_size)
-    cells = Image.fromarray(colors[tokens.cpu().numpy()].reshape(*grid, 3))  # (rows, columns, 3)
+    table = np.rint(np.array(colors) * 255).astype(np.uint8)  # (vocab_size, 3)
+    cells = Image.fromarray(table[tokens.cpu().numpy()].reshape(*grid, 3))  # (rows, columns, 3)
     return cells.resize((size, size * grid[0] // grid[1]), Image.Resampling.NEAREST)

@@ -31,14 +31,11 @@ EXTENSIONS = frozenset(
 
 
 class Decoded(NamedTuple):
-    """An image and what had to be done to it."""
+    """An upright 8-bit RGB image, what was changed, such as "palette", and Pillow's name of the format, as "JPEG"."""
 
     image: Image.Image
-    """8-bit RGB, upright."""
     notes: tuple[str, ...]
-    """What was changed, such as "palette" or "animated, 12 frames"; empty for plain 8-bit RGB."""
     format: str
-    """Pillow's name of the file format, such as "JPEG"."""
 
 
 def decode(
@@ -52,11 +49,11 @@ def decode(
     Args:
         source: a path, or the bytes of a file.
         name: how to call it in an error, anything with a ``str``; by default its path.
-        max_pixels: refuse anything with more pixels.
         formats: Pillow's names of the file formats that are accepted; None accepts all.
 
     Raises:
-        DigitError: names the file: missing, unreadable, not an image, truncated or damaged, or too large.
+        DigitError: names the file: missing, unreadable, not an image, truncated or damaged, or of more than
+            ``max_pixels``.
     """
     if isinstance(source, bytes):
         name = name or f"the image of {len(source):,} bytes"
@@ -133,18 +130,10 @@ def load_image(source: str | Path | bytes, max_pixels: int = MAX_PIXELS) -> Imag
 
 
 def load_images(paths: str | Path | Sequence[str | Path | bytes], size: int | None = None) -> torch.Tensor:
-    """Read images into one tensor.
+    """Read images, by one path or a sequence of paths or file contents, into a float32 tensor (B, 3, H, W) in 0..1.
 
-    Args:
-        paths: one path, or a sequence of paths or file contents.
-        size: scale the shorter side to this many pixels (bicubic) and take the center crop. Without it all images must
-            have one size.
-
-    Returns:
-        float32 (B, 3, H, W) in 0..1.
-
-    Raises:
-        DigitError: nothing was given, an image cannot be read, or the sizes differ and no ``size`` was given.
+    ``size`` scales the shorter side to this many pixels (bicubic) and takes the center crop. A DigitError where nothing
+    was given, an image cannot be read, or the sizes differ and no ``size`` was given.
     """
     sources = [paths] if isinstance(paths, (str, Path)) else list(paths)
     if not sources:
@@ -169,13 +158,10 @@ def to_tensor(image: Image.Image | NDArray[np.uint8]) -> torch.Tensor:
 
 
 def to_uint8(images: torch.Tensor) -> NDArray[np.uint8]:
-    """(..., 3, H, W) in 0..1, of any float type, to 8 bits (..., H, W, 3).
+    """(..., 3, H, W) in 0..1, of any float type, to 8 bits (..., H, W, 3); a DigitError where there is a NaN.
 
     Values are clamped to 0..1, multiplied by 255 and rounded to the nearest integer (halves to even), so that
     ``to_uint8(to_tensor(x))`` is ``x``.
-
-    Raises:
-        DigitError: there is a NaN in it.
     """
     values = images.detach().float()
     if torch.isnan(values).any():

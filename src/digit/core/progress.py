@@ -73,11 +73,8 @@ class Bar:
 def bar(description: str, total: int | None = None, unit: str = "images", show: bool = True) -> Iterator[Bar]:
     """Show progress while the block runs; call ``advance`` on what it yields.
 
-    Args:
-        description: what is being done, as in "Fitting the codebook".
-        total: how many units there are; without it there is no time left.
-        unit: what is counted, in the plural.
-        show: False shows nothing, as for every process but the first.
+    ``total`` is how many units there are (without it there is no time left), ``unit`` what is counted, in the plural.
+    ``show`` False shows nothing, as for every process but the first.
     """
     with _display(show and sys.stderr.isatty()) as display:
         shown = Bar(description, total, unit, display, show)

@@ -27,22 +27,22 @@ FILTERS: tuple[Filter, ...] = get_args(Filter)
 
 @config
 class Transform:
-    """How an image becomes a square of ``size`` pixels."""
+    """How an image becomes a square of ``size`` pixels.
+
+    Attributes:
+        crop: center and random: the shorter side is scaled to ``size`` (or ``resize``), then the square is cut in the
+            middle or anywhere. random-resized: a random part of the image is scaled to the square. none: the image must
+            have the size already.
+        flip: mirror left to right with probability one half.
+        scale: for random-resized: the least and the greatest share of the image's area.
+    """
 
     size: Annotated[int, Field(ge=1)]
-    """Side of the result, in pixels."""
     crop: Literal["center", "random", "random-resized", "none"] = "center"
-    """center and random: the shorter side is scaled to ``size``, then the square is cut in the middle or anywhere.
-    random-resized: a random part of the image is scaled to the square. none: the image must have the size
-    already."""
     flip: bool = False
-    """Mirror left to right with probability one half."""
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.2, 1.0)
-    """For random-resized: the least and the greatest share of the image's area."""
     filter: Filter = "bicubic"
-    """How it is resized."""
     resize: Annotated[int, Field(ge=1)] | None = None
-    """For center and random: the shorter side is scaled to this before the crop, in place of ``size``."""
 
     def __post_init__(self) -> None:
         if self.resize is not None and self.resize < self.size:
@@ -57,10 +57,7 @@ class Transform:
 
 
 def build_transform(transform: Transform) -> Step:
-    """The function (image, generator) -> image of ``size`` x ``size`` that a config describes.
-
-    The generator is drawn from in a fixed order, crop first, so one generator state gives one image.
-    """
+    """The function (image, generator) -> image that a config describes; one generator state gives one image."""
     size, filter, before = transform.size, transform.filter, transform.resize or transform.size
     crops: dict[str, Step] = {
         "center": lambda image, _: center_crop(resize_shorter(image, before, filter), size),
@@ -71,7 +68,12 @@ def build_transform(transform: Transform) -> Step:
     crop = crops[transform.crop]
     if not transform.flip:
         return crop
-    return lambda image, rng: random_flip(crop(image, rng), rng)
+
+    def flipped(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        cut = crop(image, rng)
+        return ImageOps.mirror(cut) if rng.random() < 0.5 else cut
+
+    return flipped
 
 
 def resize_shorter(image: Image.Image, size: int, filter: str = "bicubic") -> Image.Image:
@@ -106,19 +108,10 @@ def random_resized_crop(
 
 
 def resampling(filter: str) -> Image.Resampling:
-    """Pillow's name of a filter.
-
-    Raises:
-        DigitError: there is no such filter.
-    """
+    """Pillow's name of a filter; a DigitError where there is no such filter."""
     if filter not in FILTERS:
         raise DigitError(f"The filter '{filter}' was given; expected one of {', '.join(FILTERS)}.")
     return Image.Resampling[filter.upper()]
-
-
-def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Mirror left to right, one time in two."""
-    return ImageOps.mirror(image) if rng.random() < 0.5 else image
 
 
 def _random_box(size: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator) -> Box:

@@ -1,7 +1,5 @@
-"""CIFAR-10 (Krizhevsky 2009, "Learning multiple layers of features from tiny images"), from any of its usual forms.
-
-Whatever the form, the result is the same 50,000 + 10,000 images in the authors' order, checked against frozen
-checksums.
+"""CIFAR-10 (Krizhevsky 2009, "Learning multiple layers of features from tiny images"), from any of its usual forms: the
+same images in the authors' order, checked against frozen checksums.
 """
 
 from __future__ import annotations
@@ -28,8 +26,8 @@ from digit.core.files import cache_folder
 from digit.core.hub import out_of_reach
 from digit.core.images import decode, encode_png
 from digit.core.progress import bar
-from digit.core.threads import map_ahead
-from digit.data.writer import refuse_to_replace, write_dataset
+from digit.data.dataset import refuse_to_replace, write_dataset
+from digit.data.sampling import map_ahead
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 BLOCK = 10_000
@@ -54,9 +52,7 @@ LICENCE = (
 
 _NAMES = re.compile(r"data_batch_[1-5]|test_batch|(train|test).*\.parquet")
 _MOST_MEMBER_BYTES = 1 << 30
-_ON_THE_HUB = ["plain_text/*.parquet"]
-_AHEAD = 256  # images being compressed at a time
-Files = Mapping[str, Callable[[], bytes]]
+Files = Mapping[str, bytes]
 
 
 class Split(NamedTuple):
@@ -70,10 +66,7 @@ def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
     """Write CIFAR-10 as a dataset folder ``out``, which is given back; an older dataset there is replaced.
 
     ``source`` is a folder or archive with the original python pickles or the Hub's parquet files. Without it the cache
-    and then the Hub are tried.
-
-    Raises:
-        DigitError: nothing was found (it says what was tried), or what was found is not CIFAR-10.
+    and then the Hub are tried. A DigitError says what was tried, or that what was found is not CIFAR-10.
     """
     out = Path(out)
     refuse_to_replace(out)
@@ -84,7 +77,7 @@ def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
         bar("Writing CIFAR-10", total) as progress,
     ):
         for name, (pixels, labels) in splits.items():
-            files = map_ahead(lambda image: encode_png(Image.fromarray(image)), pixels, os.cpu_count() or 1, _AHEAD)
+            files = map_ahead(lambda image: encode_png(Image.fromarray(image)), pixels, os.cpu_count() or 1, 256)
             for i, (data, label) in enumerate(zip(files, labels, strict=True)):
                 writer.add(name, f"{i:05d}", data, "png", (32, 32), int(label))
                 progress.advance()
@@ -92,17 +85,13 @@ def build_cifar10(out: str | Path, source: str | Path | None = None) -> Path:
 
 
 def load_cifar10(source: str | Path | None = None) -> tuple[dict[str, Split], str]:
-    """The verified images by split ("train", "test") and a sentence on where they came from; see
-    :func:`build_cifar10`.
-    """
+    """The verified images by split, "train" and "test", and where they came from; see :func:`build_cifar10`."""
     path, origin = (Path(source), Path(source).name) if source is not None else find_cifar10()
     return verify(read_cifar10(path), str(path)), f"CIFAR-10 from {origin}"
 
 
 def find_cifar10() -> tuple[Path, str]:
-    """Where a copy lies, of the cache or else fetched from the Hub, and which of them it is; a DigitError says what was
-    tried.
-    """
+    """Where a copy lies, of the cache or else of the Hub, and which of them it is; a DigitError says what was tried."""
     tried = []
     for name, fetch in (("the cache", _from_cache), (f"the Hub dataset {HUB_DATASET}", _from_hub)):
         try:
@@ -117,7 +106,7 @@ def find_cifar10() -> tuple[Path, str]:
 
 def read_cifar10(path: Path) -> dict[str, Split]:
     """Read a local copy in either form, unverified; a DigitError where it is missing, of another form or damaged."""
-    files = _list_files(path)
+    files = _read_files(path)
     if "data_batch_1" in files:
         read: Callable[[Files, str], Split] = _read_pickles
     elif any(name.endswith(".parquet") for name in files):
@@ -134,9 +123,7 @@ def read_cifar10(path: Path) -> dict[str, Split]:
 
 
 def verify(splits: dict[str, Split], where: str) -> dict[str, Split]:
-    """Check counts and checksums, and bring the blocks of 10,000, which some copies hold in another order, into that of
-    the authors; a DigitError says what differs from CIFAR-10.
-    """
+    """Check counts and checksums, and bring blocks into the authors' order; a DigitError says what differs."""
     ordered = {}
     for name, (pixels, labels) in splits.items():
         count = BLOCK * len(CHECKSUMS[name])
@@ -168,21 +155,18 @@ def block_checksum(block: Split) -> str:
 # Local forms
 
 
-def _list_files(path: Path) -> Files:
-    """Readers by bare file name: of a folder to two levels, or of a tar archive, whose names are no paths here."""
+def _read_files(path: Path) -> Files:
+    """The files that matter by bare name: of a folder to two levels, or of a tar archive, whose names are no paths."""
     if path.is_dir():
         found = [item for pattern in ("*", "*/*") for item in sorted(path.glob(pattern)) if item.is_file()]
-        return {item.name: item.read_bytes for item in reversed(found)}
+        return {item.name: item.read_bytes() for item in reversed(found) if _NAMES.fullmatch(item.name)}
     if not path.is_file():
         raise DigitError(f"There is no folder or archive {path}.")
     try:
-        with tarfile.open(path) as tar:
-            found_here: dict[str, Callable[[], bytes]] = {}
-            for member in tar:  # in one pass, for going back in a compressed file means unpacking it again
-                name = member.name.rsplit("/", 1)[-1]
-                if _NAMES.fullmatch(name) and member.size <= _MOST_MEMBER_BYTES and (handle := tar.extractfile(member)):
-                    found_here[name] = partial(bytes, handle.read())
-            return found_here
+        with tarfile.open(path) as tar:  # in one pass, for going back in a compressed file means unpacking it again
+            named = ((member.name.rsplit("/", 1)[-1], member) for member in tar if member.size <= _MOST_MEMBER_BYTES)
+            known = ((name, tar.extractfile(member)) for name, member in named if _NAMES.fullmatch(name))
+            return {name: handle.read() for name, handle in known if handle}
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DigitError(f"{path} is not a readable tar archive ({error}); it may be half downloaded.") from error
 
@@ -195,7 +179,7 @@ def _read_parquet(files: Files, split: str) -> Split:
     if not names:
         raise KeyError(f"{split}-*.parquet")
     for name in names:
-        for row in parquet.read_table(io.BytesIO(files[name]())).to_pylist():
+        for row in parquet.read_table(io.BytesIO(files[name])).to_pylist():
             cell = next(row[column] for column in ("img", "image") if column in row)
             pixels.append(np.asarray(decode(cell["bytes"], f"an image in {name}").image))
             labels.append(row["label"])
@@ -205,7 +189,7 @@ def _read_parquet(files: Files, split: str) -> Split:
 def _read_pickles(files: Files, split: str) -> Split:
     """The authors' python batches: (10000, 3072) bytes, the planes of an image one after the other."""
     names = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
-    return _joined(_unpickle(files[name](), name) for name in names)
+    return _joined(_unpickle(files[name], name) for name in names)
 
 
 class _BatchUnpickler(pickle.Unpickler):
@@ -240,13 +224,14 @@ def _unpickle(data: bytes, name: str) -> Split:
 
 def _from_cache() -> Path:
     path = cache_folder() / "cifar10"
-    if not any(_NAMES.fullmatch(name) for name in (_list_files(path) if path.is_dir() else ())):
+    if not any(_NAMES.fullmatch(item.name) for pattern in ("*", "*/*") for item in path.glob(pattern)):
         raise DigitError(f"there is no copy in {path}.")
     return path
 
 
 def _from_hub() -> Path:
-    fetch = partial(huggingface_hub.snapshot_download, HUB_DATASET, repo_type="dataset", allow_patterns=_ON_THE_HUB)
+    how: dict[str, Any] = {"repo_type": "dataset", "allow_patterns": ["plain_text/*.parquet"]}
+    fetch = partial(huggingface_hub.snapshot_download, HUB_DATASET, **how)
     with suppress(Exception):  # not in the Hub's own cache: ask the network
         return Path(fetch(local_files_only=True))
     if barrier := out_of_reach():

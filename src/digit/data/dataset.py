@@ -11,8 +11,9 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,25 +23,24 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from digit.core.errors import DigitError
-from digit.core.files import read_json
+from digit.core.files import read_json, write_folder, write_json
 from digit.core.images import decode
 from digit.core.progress import bar, track
-from digit.data.shards import ShardIndex
-from digit.data.sources import ShardSource, Source, SubsetSource, open_folder, open_hub, open_tars
+from digit.data.shards import BLOCK, NO_LABEL, Shard, ShardIndex, Span, short_digest, tar_member
+from digit.data.sources import ShardSource, Source, open_folder, open_hub, open_tars
 
 FORMAT = "digit-dataset"
 VERSION = 1
+SHARD_BYTES = 256 << 20  # a shard is closed when it has grown to this
 _MEMORY_BYTES = 2 << 30
 _CHUNK = 512
 
 
 class Sample(NamedTuple):
-    """One image of a dataset."""
+    """One image of a dataset, 8-bit RGB, with its class id, or -1 for none."""
 
     image: Image.Image
-    """8-bit RGB."""
     label: int
-    """Class id, or -1 for none."""
     key: str
 
 
@@ -48,11 +48,11 @@ class ImageDataset:
     """Images by number: ``ds[i] -> Sample``. Reading is safe from many threads.
 
     Attributes:
-        name: of the dataset.
         split: such as "train".
         classes: class names; empty if there are no classes.
         image_size: (width, height) if all images are known to have it, else None.
         filter: how ``digit data folder --size`` scaled them, if it did.
+        numbers: (n,) int64, where its images stand in the whole source, of which it may be a part.
         labels: (n,) int64, -1 for none.
     """
 
@@ -63,41 +63,42 @@ class ImageDataset:
         split: str,
         image_size: tuple[int, int] | None = None,
         filter: str | None = None,
+        numbers: NDArray[np.int64] | None = None,
     ) -> None:
         self.source, self.name, self.split, self.image_size, self.filter = source, name, split, image_size, filter
-        self.classes, self.labels = source.classes, source.labels
+        self.classes, self._whole = source.classes, numbers is None
+        self.numbers = np.arange(len(source.labels)) if numbers is None else numbers
+        self.labels = source.labels if numbers is None else source.labels[numbers]
         self._arrays: NDArray[np.uint8] | None = None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.numbers)
 
     def __getitem__(self, i: int) -> Sample:
         """Image ``i``; negative counts from the end. A DigitError names a file or shard that is missing or damaged."""
-        n = len(self)
-        if not -n <= i < n:
-            raise IndexError(f"image {i} of {n}")
-        i = int(i) % n
-        image = decode(self.source.read(i), self.source.where(i)).image
-        return Sample(image, int(self.labels[i]), self.source.key(i))
+        number = int(self.numbers[i])
+        image = decode(self.source.read(number), self.where(i)).image
+        return Sample(image, int(self.labels[i]), self.source.key(number))
+
+    def where(self, i: int) -> str:
+        """How to call image ``i`` in an error."""
+        return self.source.where(int(self.numbers[i]))
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hexadecimal digits that identify the content: keys, labels, class names and the images' bytes.
-
-        For our own format all bytes count; for other sources every length and the bytes of up to 1,024 images.
+        """64 hexadecimal digits that identify keys, labels, class names and the images' bytes: of our own format all,
+        of other sources every length and the bytes of up to 1,024 images.
         """
-        return hashlib.sha256(json.dumps(self.classes).encode() + self.source.fingerprint().encode()).hexdigest()
+        source = self.source.fingerprint()
+        if not self._whole:
+            source = hashlib.sha256(source.encode() + self.numbers.tobytes()).hexdigest()
+        return hashlib.sha256(json.dumps(self.classes).encode() + source.encode()).hexdigest()
 
     def subset(self, indices: Sequence[int] | NDArray[np.int64]) -> ImageDataset:
         """A dataset of these images, in this order."""
-        source = SubsetSource(self.source, np.asarray(indices, dtype=np.int64))
-        return ImageDataset(source, self.name, self.split, self.image_size, self.filter)
-
-    @property
-    def numbers(self) -> NDArray[np.int64]:
-        """(n,) where its images stand in the whole dataset, of which it may be a subset."""
-        return self.source.numbers if isinstance(self.source, SubsetSource) else np.arange(len(self))
+        numbers = self.numbers[np.asarray(indices, dtype=np.int64)]
+        return ImageDataset(self.source, self.name, self.split, self.image_size, self.filter, numbers)
 
     @property
     def in_memory(self) -> bool:
@@ -105,10 +106,8 @@ class ImageDataset:
         return self.image_size is not None and self._bytes(self.image_size) <= _MEMORY_BYTES
 
     def arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        """All images (n, H, W, 3) uint8 and labels (n,) int64, decoded once and kept; do not write into them.
-
-        Raises:
-            DigitError: the images have more than one size, or would take more than 2 GiB.
+        """Pixels (n, H, W, 3) uint8 and labels (n,), decoded once and kept; a DigitError for other sizes or above 2
+        GiB.
         """
         with self._lock:
             if self._arrays is None:
@@ -137,7 +136,7 @@ class ImageDataset:
                 image = self[i].image
                 if image.size != size:
                     raise DigitError(
-                        f"{self.source.where(i)} is {image.width}x{image.height}, others are {width}x{height}; import "
+                        f"{self.where(i)} is {image.width}x{image.height}, others are {width}x{height}; import "
                         "them at one size with: digit data folder SRC --size N --out DIR"
                     )
                 pixels[i] = np.asarray(image)
@@ -154,7 +153,7 @@ class ImageDataset:
 
 
 def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
-    """Open images wherever they are.
+    """Open images wherever they are; a DigitError says what was tried, or that a shard is missing, damaged or changed.
 
     Args:
         path: a folder made by ``digit data``; a plain folder of images, flat or class-per-folder, with or without a
@@ -162,10 +161,6 @@ def open_dataset(path: str | Path, split: str = "train") -> ImageDataset:
             ``"shards/*.tar"``), whose index is built once; or the id of a Hub dataset such as ``"uoft-cs/cifar10"``.
             What exists on disk comes before the Hub.
         split: which part; a source that is not divided is all ``"train"``.
-
-    Raises:
-        DigitError: nothing was found (it says what was tried), no such split, or a shard is missing, damaged or
-            changed.
     """
     text, place = str(path), Path(path)
     if place.is_dir():
@@ -214,3 +209,94 @@ def _open_own(folder: Path, split: str) -> ImageDataset:
     size = tuple(info["image_size"]) if info["image_size"] else None
     source = ShardSource(folder, index, info["classes"])
     return ImageDataset(source, info["name"], split, size, info.get("filter"))
+
+
+class DatasetWriter:
+    """Takes images one by one; made by :func:`write_dataset`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.splits: dict[str, list[Shard]] = {}
+        self.sizes: set[tuple[int, int]] = set()
+
+    def add(
+        self, split: str, key: str, data: bytes, extension: str, size: tuple[int, int], label: int = NO_LABEL
+    ) -> None:
+        """Append the bytes of a png or jpg of ``size`` (width, height). The last part of a unique ``key`` has no
+        dot.
+        """
+        self.sizes.add(size)
+        shards = self.splits.setdefault(split, [])
+        if not shards or shards[-1].size >= SHARD_BYTES:
+            self._end(shards)
+            shards.append(Shard(f"{split}-{len(shards):05d}.tar"))
+        header, padded = tar_member(f"{key}.{extension}", data)
+        offset = shards[-1].size + len(header)
+        shards[-1].spans.append(Span(key, offset, len(data), label, short_digest(data)))
+        text = tar_member(f"{key}.cls", str(label).encode()) if label != NO_LABEL else ()
+        self._append(shards[-1], b"".join([header, padded, *text]))
+
+    def finish(self) -> dict[str, dict[str, object]]:
+        """Write the index of each split, and describe the splits."""
+        described: dict[str, dict[str, object]] = {}
+        for split, shards in self.splits.items():
+            self._end(shards)
+            index = ShardIndex.of(shards)
+            index.save(self.folder / f"{split}.index.npz")
+            files = [{"name": shard.name, "bytes": shard.size} for shard in shards]
+            described[split] = {"count": len(index), "checksum": index.fingerprint(), "shards": files}
+        return described
+
+    def _end(self, shards: list[Shard]) -> None:
+        if shards:
+            self._append(shards[-1], b"\0" * 2 * BLOCK)
+
+    def _append(self, shard: Shard, data: bytes) -> None:
+        with open(self.folder / shard.name, "ab") as handle:
+            handle.write(data)
+        shard.size += len(data)
+
+
+@contextmanager
+def write_dataset(
+    path: str | Path, name: str, classes: Sequence[str], source: str, licence: str, filter: object = None
+) -> Iterator[DatasetWriter]:
+    """Create a dataset folder; it appears when the block ends without an error, and else not at all. An older dataset
+    at ``path`` is replaced.
+
+    ``source`` and ``licence`` say in words where the images came from and what may be done with them, ``filter`` how
+    they were resized, if they were. A DigitError where ``path`` is something else than a dataset and is not empty,
+    nothing was added, or the disk is full.
+    """
+    path = Path(path)
+    refuse_to_replace(path)
+    with write_folder(path) as folder:
+        writer = DatasetWriter(folder)
+        yield writer
+        if not writer.splits:
+            raise DigitError(f"No image was found for the dataset {path}; nothing was written.")
+        splits = writer.finish()
+        checksums = "".join(str(part["checksum"]) for part in splits.values())
+        info = {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": name,
+            "classes": list(classes),
+            "image_size": writer.sizes.pop() if len(writer.sizes) == 1 else None,
+            "source": source,
+            "licence": licence,
+            **({"filter": filter} if filter else {}),
+            "checksum": hashlib.sha256(checksums.encode()).hexdigest(),
+            "splits": splits,
+        }
+        write_json(folder / "dataset.json", info)
+
+
+def refuse_to_replace(path: Path) -> None:
+    """Raise DigitError if something that is not a dataset stands at ``path``: nobody's folder is ever replaced."""
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / "dataset.json").is_file():
+            raise DigitError(f"The folder {path} exists and is not a dataset; choose another --out or empty it first.")
+        read_description(path)
+    elif path.exists() and not path.is_dir():
+        raise DigitError(f"{path} is a file; choose another --out.")

@@ -13,10 +13,10 @@ from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.core.images import decode, encode_png
 from digit.core.progress import bar
-from digit.core.threads import map_ahead
 from digit.core.transforms import center_crop, resampling, resize_shorter
+from digit.data.dataset import refuse_to_replace, write_dataset
+from digit.data.sampling import map_ahead
 from digit.data.sources import survey_folder
-from digit.data.writer import refuse_to_replace, write_dataset
 
 _KEPT_AS_THEY_ARE = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png"}
 _AHEAD = 64  # images being decoded at a time, which bounds the memory
@@ -24,20 +24,23 @@ _AHEAD = 64  # images being decoded at a time, which bounds the memory
 
 @dataclass
 class FolderReport:
-    """What became of each file below the source folder. ``used + len(skipped)`` is ``files``."""
+    """What became of each file below the source folder. ``used + len(skipped)`` is ``files``.
+
+    Attributes:
+        converted: file: what was changed, such as "palette" or "EXIF rotation"; these are among the used.
+        animated: file: how many frames it has; the first one is used.
+        without_class: used images beside the class folders.
+        skipped: file: why.
+    """
 
     source: str
     files: int = 0
     used: int = 0
     per_class: dict[str, int] = field(default_factory=dict)
     converted: dict[str, str] = field(default_factory=dict)
-    """File: what was changed, such as "palette" or "EXIF rotation"; these are among the used."""
     animated: dict[str, str] = field(default_factory=dict)
-    """File: how many frames it has; the first one is used."""
     without_class: list[str] = field(default_factory=list)
-    """Used images beside the class folders."""
     skipped: dict[str, str] = field(default_factory=dict)
-    """File: why."""
 
     def summary(self) -> str:
         """A few lines for the screen."""
@@ -82,12 +85,9 @@ def import_folder(
     """Make a dataset of a folder of images, flat or with a folder for each class (which may hold further folders), and
     with or without a level ``train/``, ``val/`` above; an older dataset at ``out`` is replaced.
 
-    Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given; others are stored as PNG after
-    what :func:`digit.core.images.decode` does to them. ``OUT/report.json`` accounts for every file.
-
-    Args:
-        size: scale the shorter side to this many pixels and cut the square in the middle.
-        filter: how it is scaled; ``dataset.json`` says it.
+    Plain 8-bit RGB JPEG and PNG files are kept byte for byte unless ``size`` is given, which scales the shorter side to
+    so many pixels with ``filter`` and cuts the square in the middle; others are stored as PNG after what
+    :func:`digit.core.images.decode` does to them. ``OUT/report.json`` accounts for every file.
 
     Raises:
         DigitError: no such folder, no image in it, an unknown filter, or ``out`` lies in ``source`` or is something

@@ -7,9 +7,12 @@ batch of step t is always the same set of images, each augmented in the same way
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,23 +20,22 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from digit.core.errors import DigitError
-from digit.core.threads import map_ahead
 from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
 
 Positions = NDArray[np.int64]
+A = TypeVar("A")
+B = TypeVar("B")
 
 
 class StepSampler:
-    """Shuffled batches without end: every epoch is one permutation of the ``length`` images, and a batch may span two
-    epochs.
+    """Shuffled batches without end: every epoch is one permutation of the ``length`` images, and a batch may span two.
 
     ``indices(step)`` depends on (length, batch_size, seed, step) alone. The ranks share the global batch, whose size
     ``world_size`` divides, in equal, disjoint parts, which concatenated by rank are the batch of a single process.
     """
 
-    steps = None
-    """It never ends."""
+    steps = None  # it never ends
 
     def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         if length < 1 or batch_size < 1:
@@ -47,7 +49,7 @@ class StepSampler:
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self._share = batch_size // world_size
         self._first = rank * self._share
-        self._permutation = lru_cache(maxsize=2)(self._permute)
+        self._permutation = lru_cache(maxsize=2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(length))
 
     def indices(self, step: int) -> Positions:
         """The images of this rank at ``step``: (batch_size / world_size,) int64."""
@@ -63,16 +65,10 @@ class StepSampler:
         start = step * self.batch_size + self._first
         return np.arange(start, start + self._share, dtype=np.int64)
 
-    def _permute(self, epoch: int) -> Positions:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.length)
-
 
 class OrderedSampler:
     """One pass that sees each image once, in ``order`` (length,) or as they are numbered; the last batch may be
-    smaller.
-
-    The ranks share each global batch in parts that differ by at most one image; where it has fewer images than there
-    are ranks, some parts are empty.
+    smaller. The ranks share each global batch in parts that differ by at most one image, and may be empty.
     """
 
     def __init__(
@@ -100,17 +96,13 @@ class OrderedSampler:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator that augments image ``index`` in pass (or step) ``epoch`` of a run: streams of a counter-based
-    generator (Philox4x64), one for each triple of numbers of 0 or more, so that it does not matter who draws when.
-    """
+    """The generator of image ``index`` in pass (or step) ``epoch``: one Philox stream each, whoever draws when."""
     # the lowest counter word is left to the draws themselves: 2^64 of them before two streams could meet
     return np.random.Generator(np.random.Philox(key=[seed, 0x617567], counter=[0, 0, epoch, index]))
 
 
 class Batch(NamedTuple):
-    """What :class:`Batches` yields: images (B, 3, H, W) float32 in 0..1 or uint8, labels (B,) int64, -1 for none, and
-    their numbers in the dataset (B,) int64.
-    """
+    """Images (B, 3, H, W) float32 in 0..1 or uint8, labels (B,) int64, and numbers in the dataset (B,) int64."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -125,8 +117,7 @@ class Batches:
     Args:
         transform: what is done to each image; its randomness comes from ``sample_rng(seed, epoch, index)``.
         stop: by default the sampler's end, if it has one.
-        workers: number of threads; 0 does the work in the caller's.
-        prefetch: batches to keep ready, for each worker.
+        workers: number of threads, each with ``prefetch`` batches ready; 0 does the work in the caller's.
         dtype: torch.float32 (0..1) or torch.uint8.
     """
 
@@ -156,9 +147,7 @@ class Batches:
         yield from map_ahead(self.batch, steps, self.workers, self.workers * self.prefetch)
 
     def batch(self, step: int) -> Batch:
-        """The batch of one step, made here and now; a DigitError where an image cannot be read, or (with crop "none")
-        has another size.
-        """
+        """The batch of one step, made here and now; a DigitError where an image cannot be read, or has another size."""
         indices = self.sampler.indices(step)
         images = torch.from_numpy(self._pixels(step, indices)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
         if self.dtype == torch.float32:
@@ -176,3 +165,22 @@ class Batches:
             image = self.dataset[index].image if stored is None else Image.fromarray(stored[index])
             pixels[row] = np.asarray(self._apply(image, sample_rng(self.seed, epoch, index)))
         return pixels
+
+
+def map_ahead(function: Callable[[A], B], items: Iterable[A], workers: int, ahead: int) -> Iterator[B]:
+    """``map`` with threads (0: the caller's): the results come in order, and at most ``ahead`` of them are made before
+    they are asked for. What ``function`` raises comes out here, and ``items`` may have no end.
+    """
+    rest = iter(items)
+    if not workers:
+        yield from map(function, rest)
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="digit-data")
+    try:
+        pending = deque(pool.submit(function, item) for item in islice(rest, max(1, ahead)))
+        while pending:
+            result = pending.popleft().result()
+            pending.extend(pool.submit(function, item) for item in islice(rest, 1))
+            yield result
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -139,11 +139,7 @@ def tar_member(name: str, data: bytes) -> tuple[bytes, bytes]:
 
 
 def scan_shards(paths: Sequence[Path]) -> ShardIndex:
-    """Build an index by reading the headers of tar files (and their small label members), not the images.
-
-    Raises:
-        DigitError: names the shard: missing, not a plain tar, truncated, or with a label that is not a number.
-    """
+    """An index of the headers and labels of tar files; a DigitError names a shard that is missing or damaged."""
     tracked = track(paths, "Indexing shards", unit="shards")
     return ShardIndex.of([Shard(path.name, path.stat().st_size, list(scan_shard(path))) for path in tracked])
 

@@ -31,18 +31,10 @@ _FINGERPRINTED = 1024  # whole images read for the fingerprint of a source that 
 
 
 class Source:
-    """The bytes behind an :class:`~digit.data.dataset.ImageDataset`.
-
-    Attributes:
-        labels: (n,) class ids; -1 for none.
-        classes: their names; empty if there are none.
-    """
+    """The bytes behind an :class:`~digit.data.dataset.ImageDataset`, with its ``labels`` (n,) and ``classes``."""
 
     labels: NDArray[np.int64]
     classes: tuple[str, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def key(self, i: int) -> str:
         """What image ``i`` is called within the dataset."""
@@ -61,13 +53,14 @@ class Source:
         return np.zeros(0, dtype=np.int64)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every key, label and length, and over the bytes of at most 1,024 images spread evenly: reading
-        a whole ImageNet to name it would take an hour.
+        """SHA-256 over keys, labels and lengths, and the bytes of at most 1,024 images: reading all would take an
+        hour.
         """
+        count = len(self.labels)
         digest = hashlib.sha256(self.labels.tobytes() + self.lengths().tobytes())
-        for i in range(len(self)):
+        for i in range(count):
             digest.update(self.key(i).encode() + b"\0")
-        for i in np.unique(np.linspace(0, len(self) - 1, min(_FINGERPRINTED, len(self))).round().astype(int)):
+        for i in np.unique(np.linspace(0, count - 1, min(_FINGERPRINTED, count)).round().astype(int)):
             digest.update(short_digest(self.read(int(i))))
         return digest.hexdigest()
 
@@ -172,47 +165,22 @@ class HubSource(Source):
         return data
 
 
-class SubsetSource(Source):
-    """Some images of another source; ``numbers`` says which, of the source that is no subset itself."""
-
-    def __init__(self, source: Source, indices: NDArray[np.int64]) -> None:
-        self._source, self._indices = source, indices
-        self.labels, self.classes = source.labels[indices], source.classes
-        self.numbers: NDArray[np.int64] = source.numbers[indices] if isinstance(source, SubsetSource) else indices
-
-    def key(self, i: int) -> str:
-        return self._source.key(int(self._indices[i]))
-
-    def where(self, i: int) -> str:
-        return self._source.where(int(self._indices[i]))
-
-    def read(self, i: int) -> bytes:
-        return self._source.read(int(self._indices[i]))
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._source.fingerprint().encode() + self._indices.tobytes()).hexdigest()
-
-
 class Survey(NamedTuple):
-    """What lies in a folder of images."""
+    """What lies in a folder: of each of its ``files``, as sorted relative paths, the split and the class (-1: none).
+
+    ``others`` are hidden files, and files without an image's ending if only images were asked for.
+    """
 
     files: list[str]
-    """Relative paths with ``/``, sorted."""
     splits: list[str]
-    """The split of each file; "train" where the folder is not divided."""
     labels: NDArray[np.int64]
-    """The class of each file; -1 for files that lie in no folder of their own."""
     classes: tuple[str, ...]
-    """The names of the class folders, sorted; the same for all splits."""
     others: list[str]
-    """Hidden files, and files without an image's ending if only images were asked for."""
 
 
 def survey_folder(folder: Path, images_only: bool) -> Survey:
-    """List a folder's files with their classes.
-
-    The first folder of a path is its class. If the folders at the top are all called train, val, valid, validation or
-    test, they are splits, and the classes are one level down.
+    """List a folder's files; the first folder of a path is the class. If those at the top are all called train, val,
+    valid, validation or test, they are splits, and the classes are one level down.
     """
     files, others = list_folder(folder)
     if images_only:
@@ -229,10 +197,8 @@ def survey_folder(folder: Path, images_only: bool) -> Survey:
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """All files below a folder, as sorted relative paths with ``/``; links to folders are followed, each folder once.
-
-    Returns:
-        The files, and apart the hidden ones (a part of the path begins with a dot).
+    """All files below a folder, and apart the hidden ones, as sorted relative paths; links to folders are followed
+    once.
     """
     files: list[str] = []
     hidden: list[str] = []
@@ -250,9 +216,7 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def open_folder(folder: Path, split: str) -> FolderSource:
-    """A plain folder of images; files without an image's ending are left out with a warning. A DigitError where there
-    is no image in it, or no such split.
-    """
+    """A plain folder of images; other files are left out with a warning. A DigitError where there is no such split."""
     files, splits, labels, classes, others = survey_folder(folder, images_only=True)
     if not files:
         raise DigitError(f"There is no image in the folder {folder}; it has {len(others)} other files.")
@@ -265,8 +229,8 @@ def open_folder(folder: Path, split: str) -> FolderSource:
 
 
 def open_tars(paths: Sequence[Path], split: str) -> ShardSource:
-    """Foreign tar shards in one folder; their index is kept beside them, or in the cache where that is read-only. A
-    DigitError where there is no image in them, no such split, or a shard is damaged.
+    """Foreign tar shards in one folder, with an index beside them or in the cache; a DigitError where none has
+    images.
     """
     folder = paths[0].parent
     parts = {re.split(r"[-_.]", path.name)[0] for path in paths}
@@ -293,9 +257,7 @@ def open_tars(paths: Sequence[Path], split: str) -> ShardSource:
 
 
 def open_hub(name: str, split: str) -> HubSource:
-    """A dataset of the Hub, from the cache of `datasets` where the Hub is out of reach. A DigitError says what was
-    tried.
-    """
+    """A dataset of the Hub, or of the cache of `datasets`; a DigitError says what was tried."""
     repository_id(name, "dataset")
     tried = f"There is no folder or file {name}, so a Hub dataset of that name was tried"
     try:

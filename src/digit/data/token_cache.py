@@ -33,10 +33,9 @@ from digit.core.errors import DigitError
 from digit.core.files import read_json, sha256_of, write_bytes, write_folder, write_json
 from digit.core.images import to_tensor
 from digit.core.progress import bar
-from digit.core.threads import map_ahead
 from digit.core.transforms import Transform, build_transform
 from digit.data.dataset import ImageDataset
-from digit.data.sampling import sample_rng
+from digit.data.sampling import map_ahead, sample_rng
 from digit.pipeline.pipeline import DigitPipeline
 from digit.pipeline.tokenizer import Tokenizer, VQTokenizer
 
@@ -55,7 +54,6 @@ class Views:
         crops: further random cuts, each mirrored one time in two.
         crop: how they are cut: "random" places the square anywhere (the paper), "random-resized" also varies its size.
         scale: for random-resized, the least and the greatest share of the image's area.
-        seed: of the crops.
     """
 
     center: bool = True
@@ -85,8 +83,8 @@ class Views:
 
 @dataclass(frozen=True)
 class TokenSpace:
-    """The tokens of one kind: ids are 0..vocab_size-1, an image has a ``grid`` of (rows, columns) of them, and a place
-    ``depth``; more than one of a residual codebook.
+    """Tokens of one kind: ids below ``vocab_size``, a ``grid`` of (rows, columns) places, and ``depth`` tokens a
+    place.
     """
 
     vocab_size: int
@@ -105,15 +103,7 @@ class TokenSpace:
 
 
 class TokenCache:
-    """A finished cache, read through memory maps.
-
-    Attributes:
-        info: its ``index.json``.
-        spaces: what kinds of tokens it holds.
-        views: names of the views.
-        classes: class names; empty without classes.
-        shards: their folders.
-    """
+    """A finished cache, read through memory maps; ``info`` is its ``index.json``."""
 
     def __init__(self, folder: Path, info: Mapping[str, Any]) -> None:
         self.folder, self.info = folder, info
@@ -139,8 +129,8 @@ class TokenCache:
         return np.concatenate([self.array(shard, "labels") for shard in range(len(self.shards))])
 
     def tokens(self, kind: Kind, images: NDArray[np.int64], views: NDArray[np.int64] | int = 0) -> Tensor:
-        """The tokens (B, tokens an image) int64 of the images of these numbers (B,), in views (B,) or one for all; a
-        DigitError where this cache does not hold that kind.
+        """Tokens (B, n) int64 of images (B,), in views (B,) or one for all; a DigitError for a kind that is not
+        here.
         """
         space = self.space(kind)
         chosen = np.broadcast_to(np.asarray(views, dtype=np.int64), images.shape)
@@ -170,9 +160,7 @@ class TokenCache:
                     )
 
     def array(self, shard: int, name: str) -> NDArray[Any]:
-        """The memory-mapped array of a shard: "labels" (n,), or a kind of tokens (n, views, tokens an image). A
-        DigitError where the file is missing, damaged or of another shape.
-        """
+        """A shard's "labels" (n,), or tokens (n, views, tokens an image), memory-mapped; a DigitError where damaged."""
         if (shard, name) not in self._arrays:
             path = self.shards[shard] / f"{name}.npy"
             again = f"remove the folder {path.parent} and run digit cache-tokens again"
@@ -226,14 +214,9 @@ def build_token_cache(
     Args:
         model: with encoder and codebook, a VQGAN, or all; it decides which kinds of tokens are made, and runs where it
             is.
-        dataset: the images.
-        out: the cache's folder.
-        views: which cuts of an image.
         batch_size: images at a time; each is tokenized in all its views.
-        shard_size: images a shard.
-        workers: decoding threads.
-        rank: number of this process; it makes the shards ``rank``, ``rank + world``, ...
-        world: how many processes there are.
+        rank, world: number of this process, which makes the shards ``rank``, ``rank + world``, ..., and how many there
+            are.
 
     Returns:
         The cache, or None where other processes have shards left to make.
@@ -267,7 +250,13 @@ def build_token_cache(
                     tokens = tokenizer.encode(batch.flatten(0, 1).to(model.device)).view(*batch.shape[:2], -1)
                     arrays[kind][start : start + batch_size] = tokens.cpu().numpy()
                 progress.advance(len(batch))
-            _write_shard(folders[number], arrays)
+            with write_folder(folders[number]) as aside:
+                for name, array in arrays.items():
+                    buffer = io.BytesIO()
+                    np.save(buffer, array, allow_pickle=False)
+                    write_bytes(aside / f"{name}.npy", buffer.getvalue())
+                sums = {path.name: sha256_of(path) for path in sorted(aside.glob("*.npy"))}
+                write_json(aside / "checksums.json", sums)
     return None if any(not folder.is_dir() for folder in folders) else open_token_cache(out)
 
 
@@ -327,15 +316,6 @@ def _claim(out: Path, info: dict[str, Any], rank: int, world: int) -> None:
         # another process may be writing its own right now
         if int(aside.name.split(".")[1].removeprefix("shard-")) % world == rank:
             shutil.rmtree(aside)
-
-
-def _write_shard(folder: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    with write_folder(folder) as aside:
-        for name, array in arrays.items():
-            buffer = io.BytesIO()
-            np.save(buffer, array, allow_pickle=False)
-            write_bytes(aside / f"{name}.npy", buffer.getvalue())
-        write_json(aside / "checksums.json", {path.name: sha256_of(path) for path in sorted(aside.glob("*.npy"))})
 
 
 def _shard_folders(out: Path, images: int, shard_size: int) -> list[Path]:

@@ -18,16 +18,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @config
 class Preprocessing:
-    """From images in 0..1 to what the network sees. It is saved with the encoder, so fitting and tokenizing cannot
+    """From images in 0..1 to what the network sees, saved with the encoder, so that fitting and tokenizing cannot
     differ.
 
-    The order is that of the authors' code: normalise first, then resize (DAMO-NLP-SG/DiGIT at cd6d8ca, model.py).
+    It normalises first, then resizes, as the authors' code does (DAMO-NLP-SG/DiGIT at cd6d8ca, model.py).
 
     Attributes:
         image_size: side of the square images that come in; the tokenizer resizes and center-crops images to it.
         resize: side that the network sees; None leaves ``image_size``. The paper: 256 in, 224 seen.
         interpolation, antialias: how the tensor is resized (torch's names). The paper: bicubic, no antialias.
-        mean, std: per channel.
     """
 
     image_size: PositiveInt = 256
@@ -72,21 +71,16 @@ class Encoder(Protocol):
     @property
     def dim(self) -> int:
         """Width D of a feature."""
-        ...
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the features of one image; N = rows * columns, row by row."""
-        ...
 
     def __call__(self, images: Tensor, /) -> Tensor:
         """Images (B, 3, S, S) in 0..1, S = ``preprocessing.image_size``, to features (B, N, D)."""
-        ...
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move to a device or dtype, as :meth:`torch.nn.Module.to`."""
-        ...
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors``."""
-        ...

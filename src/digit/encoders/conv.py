@@ -97,9 +97,7 @@ class ConvEncoder(Component):
         self.norm = nn.LayerNorm(before)
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, H, W) of any side that the factor divides, to features (B, H / factor * W / factor,
-        D).
-        """  # channels last is the layout in which CPU and GPU convolve fastest
+        """Normalised pixels (B, 3, H, W), of any side that the factor divides, to features (B, h * w, D)."""
         x: Tensor = self.blocks(self.stem(pixels.contiguous(memory_format=torch.channels_last)))  # (B, D, h, w)
         out: Tensor = self.norm(x.flatten(2).transpose(1, 2))  # (B, h * w, D)
         return out

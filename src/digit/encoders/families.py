@@ -30,7 +30,6 @@ class Family:
         interpolate: positions of another grid must be asked for in the call.
         options: fields of the network's config that are always set so.
         arguments: further arguments of the network's constructor.
-        mean, std: of the pixels the family was trained on.
     """
 
     prefix: int = 1
@@ -64,9 +63,7 @@ _IDLE_FIELDS = {
 
 
 def plain_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The vision network's own config out of a `transformers` config.json; a DigitError for other families than those
-    of :data:`FAMILIES`.
-    """
+    """The vision network's own config out of a `transformers` config.json; a DigitError for unknown families."""
     if "vision_config" in values:  # SigLIP: an image and a text network in one file
         parent = str(values.get("model_type"))
         values = {"model_type": f"{parent}_vision_model", **values["vision_config"]}
@@ -78,12 +75,7 @@ def plain_config(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def network_config(hf_config: Mapping[str, Any], blocks: int | None = None) -> Any:
-    """A `transformers` config object of "model_type" and the family's fields, where what is missing takes the family's
-    default; only the first ``blocks`` are kept.
-
-    Raises:
-        DigitError: an unknown family or a field that its config refuses.
-    """
+    """A `transformers` config of given fields and the family's defaults, with the first ``blocks``; or a DigitError."""
     transformers = _transformers()
     values = plain_config(hf_config, "The encoder config")
     values |= FAMILIES[values["model_type"]].options
@@ -120,11 +112,10 @@ def load_network(
         config: from :func:`network_config`.
         source: a folder with ``model.safetensors`` (or what else transformers reads), or tensors by their names on the
             hub.
-        where: what is being read, for the message.
         final_norm: the norm after the last block is needed; an encoder without it is saved without its tensors.
 
     Raises:
-        DigitError: tensors are missing or of another shape, or the file cannot be read; the message names them.
+        DigitError: tensors are missing or of another shape, or the file of ``where`` cannot be read.
     """
     folder, tensors = (None, dict(source)) if isinstance(source, Mapping) else (str(source), None)
     how: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}

@@ -8,7 +8,7 @@ from typing import Any
 
 from digit.core.errors import DigitError
 from digit.core.files import read_json, sha256_of
-from digit.core.hub import repository_id
+from digit.core.hub import repository_folder, repository_id
 from digit.encoders.base import Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, patch_side, plain_config
@@ -53,8 +53,6 @@ def load_encoder(
     options = {name: value for name, value in options.items() if value is not None}
     path = Path(source)
     if not path.exists():
-        from digit.encoders.hub import repository_folder  # slow to import, and local encoders have no use for it
-
         path = repository_folder(repository_id(str(source), "encoder"))
     described = path / "config.json"
     timm = read_json(described) if described.is_file() else {}
@@ -87,7 +85,10 @@ def _load_folder(
         return ConvEncoder.from_pretrained(folder)
     if kind == "TransformersEncoder":
         if image_size or resize:
-            options["preprocessing"] = _resized(values["config"], image_size, resize)
+            before = Preprocessing(**values["config"]["preprocessing"])
+            size = image_size or before.image_size
+            seen = resize or (_tiled(size, values["config"]["hf_config"]) if image_size else before.resize)
+            options["preprocessing"] = dataclasses.replace(before, image_size=size, resize=seen)
         return TransformersEncoder.from_pretrained(folder, **options)
     if "model_type" not in values:
         raise DigitError(
@@ -98,14 +99,6 @@ def _load_folder(
     given = {"mean": saved.get("image_mean"), "std": saved.get("image_std")}
     config = _foreign_config(plain_config(values, name), given, image_size, resize, options)
     return TransformersEncoder.from_weights(config, folder, name, {"source": name})
-
-
-def _resized(saved: dict[str, Any], image_size: int | None, resize: int | None) -> Preprocessing:
-    """The saved preprocessing at other sizes."""
-    before = Preprocessing(**saved["preprocessing"])
-    size = image_size or before.image_size
-    seen = resize or (_tiled(size, saved["hf_config"]) if image_size else before.resize)
-    return dataclasses.replace(before, image_size=size, resize=seen)
 
 
 def _foreign_config(
@@ -136,9 +129,7 @@ def _tiled(size: int, hf_config: dict[str, Any]) -> int:
 def small_vit(
     image_size: int = 32, patch: int = 4, dim: int = 192, depth: int = 6, heads: int = 3
 ) -> TransformersEncoder:
-    """A DINOv2 network of random weights for small images, with all its blocks and ready to train; its features are a
-    grid of ``image_size / patch``.
-    """
+    """A DINOv2 network of random weights for small images, with all its blocks and ready to train."""
     hf_config = {
         "model_type": "dinov2",
         "hidden_size": dim,
@@ -152,7 +143,7 @@ def small_vit(
 
 
 def small_conv(image_size: int = 32, **shape: Any) -> ConvEncoder:
-    """A convolutional encoder of random weights for small images (32 px to a grid of 8 x 8), ready to train; ``shape``
-    are fields of its :class:`~digit.encoders.conv.ConvEncoderConfig`.
+    """A convolutional encoder of random weights (32 px to 8 x 8), ready to train; ``shape`` are fields of its
+    config.
     """
     return ConvEncoder(ConvEncoderConfig(preprocessing=Preprocessing(image_size=image_size), **shape))

@@ -75,9 +75,7 @@ class EncoderConfig:
         return max(self.layers, default=self.layer)
 
     def network_config(self) -> Any:
-        """The `transformers` config with the blocks up to the last chosen layer only; a DigitError for an unknown
-        family, or a layer that the network does not have.
-        """
+        """The `transformers` config up to the last chosen layer; a DigitError for an unknown family or layer."""
         depth = network_config(self.hf_config).num_hidden_layers
         for layer in self.layers or (self.layer,):
             if not -depth <= layer <= -1:
@@ -97,9 +95,7 @@ class EncoderConfig:
 
 
 class TransformersEncoder(nn.Module):
-    """Images to the patch features of one layer of a `transformers` network, or of several; blocks after the last
-    chosen one are not kept. ``provenance`` says where the weights come from.
-    """
+    """Images to the patch features of one or several layers of a network; blocks after the last one are not kept."""
 
     provenance: dict[str, Any]
 
@@ -132,8 +128,8 @@ class TransformersEncoder(nn.Module):
             embeddings.interpolate_pos_encoding = functools.partial(offset_positions, embeddings)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, S, S) in 0..1 to features (B, N, dim), row by row; S is the preprocessing's size in, or the
-        size seen, and a DigitError is raised for any other.
+        """Images (B, 3, S, S) in 0..1, of the size in or seen, to features (B, N, dim), row by row; else a
+        DigitError.
         """
         if not self.config.layers:
             features: Tensor = self._run(images).last_hidden_state[:, self.prefix :]  # (B, N, D)
@@ -177,11 +173,10 @@ class TransformersEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, **changes: Any) -> TransformersEncoder:
         """Read a folder written by :meth:`save_pretrained`, in float32 and frozen, with ``changes`` of fields of its
-        :class:`EncoderConfig`. An earlier layer than the saved one is always possible; a later one only if the folder
-        has its blocks.
+        config.
 
-        Raises:
-            DigitError: files are missing or damaged, or do not fit; the message names them.
+        An earlier layer than the saved one is always possible; a later one only if the folder has its blocks. A
+        DigitError where files are missing or damaged, or do not fit.
         """
         values = read_component(folder)
         saved = from_dict(EncoderConfig, values["config"], str(Path(folder) / "config.json"))

@@ -23,14 +23,9 @@ _CHUNK_ELEMENTS = 1 << 24  # distances held at a time: 64 MiB in float32
 
 
 def nearest(features: Float[Tensor, "*B D"], centroids: Float[Tensor, "K D2"], half: bool = False) -> Int[Tensor, "*B"]:
-    """The id of the nearest centroid (squared Euclidean distance, the lowest id on ties).
-
-    Memory stays near 64 MiB beyond the inputs, whatever the batch and K.
-
-    ``half`` computes distances in float16, as the authors' training and sampling did; near ties then fall otherwise.
-
-    Raises:
-        DigitError: the widths D differ.
+    """The id of the nearest centroid (squared Euclidean distance, the lowest id on ties), in 64 MiB beyond the inputs;
+    a DigitError where the widths D differ. ``half`` computes in float16, as the authors did; near ties then fall
+    otherwise.
     """
     if features.shape[-1] != centroids.shape[-1]:
         raise DigitError(
@@ -60,7 +55,7 @@ class CodebookConfig:
 
     Attributes:
         depth: tokens a place, d; more than 1 in a residual codebook, which has K centroids for each.
-        half_precision: assign in float16, as the authors' runs did; see :func:`nearest`.
+        half_precision: assign in float16; see :func:`nearest`.
         positions: of the encoder whose features it was fitted on; None if that has no such choice, or nobody wrote it
             down.
     """
@@ -81,10 +76,6 @@ class CodebookConfig:
 class Codebook(Component):
     """K centroids (K, D), or (d K, D) with d tokens a place: those of the features, then those of what the ones before
     leave over (residual quantisation, as in Lee et al. 2022, arXiv 2203.01941).
-
-    Attributes:
-        provenance: how it was fitted: encoder, layer, preprocessing, data, seed, inertia, used and dead clusters,
-            perplexity.
     """
 
     config_class = CodebookConfig
@@ -106,11 +97,7 @@ class Codebook(Component):
         return book.eval()
 
     def check_encoder(self, encoder: Any) -> None:
-        """Refuse an encoder whose features differ from those that the codebook was fitted on, as far as both tell.
-
-        Raises:
-            DigitError: the widths, or the ways to stretch positions, differ.
-        """
+        """Raise DigitError for an encoder of other features than those it was fitted on, as far as both tell."""
         if encoder.dim != self.config.dim:
             raise DigitError(
                 f"The parts do not fit: the feature width is {encoder.dim} in the encoder and {self.config.dim} in the "

@@ -24,7 +24,7 @@ class Component(nn.Module):
 
     Attributes:
         config: an instance of ``config_class``, and the only argument that the constructor needs.
-        provenance: where the weights come from: data, steps, metrics, converted file; saved with them.
+        provenance: where the weights come from; saved with them.
         saved_as: the "type" in ``config.json``; the name of the class where nothing else is said.
     """
 
@@ -65,13 +65,10 @@ def save_component(
     provenance: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a component as a folder, whole or not at all.
+    """Write a component as a folder, whole or not at all; ``config`` and ``provenance`` are the module's own where left
+    out.
 
-    Args:
-        folder: replaced if it exists.
-        module: a :class:`Component`, or one with its state dict if ``config`` is given.
-        config, provenance: the module's own where left out.
-        dtype: store floating-point tensors in it (bfloat16 or float16 halve the file); None keeps them.
+    ``dtype`` stores floating-point tensors in it (bfloat16 or float16 halve the file); None keeps them.
     """
     config = module.config if config is None else config
     facts = getattr(module, "provenance", {}) if provenance is None else provenance
@@ -86,11 +83,7 @@ def save_component(
 
 
 def read_component(folder: str | Path) -> dict[str, Any]:
-    """What ``config.json`` says: "type", "config" and "provenance".
-
-    Raises:
-        DigitError: there is none, or it describes no component.
-    """
+    """What ``config.json`` says: "type", "config" and "provenance"; a DigitError where it describes no component."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise DigitError(f"{folder} is not a saved component: it has no config.json.")
@@ -101,10 +94,8 @@ def read_component(folder: str | Path) -> dict[str, Any]:
 
 
 def load_component(folder: str | Path, *classes: type[M]) -> M:
-    """Read a saved component that is one of these classes, in float32, eval mode and frozen.
-
-    Raises:
-        DigitError: files are missing or damaged, or tensors do not fit the config; the message names them.
+    """Read a saved component of one of these classes, in float32, eval mode and frozen; a DigitError says what is
+    wrong.
     """
     values = read_component(folder)
     module_class = next((one for one in classes if one.saved_as == values["type"]), classes[0])
@@ -120,9 +111,8 @@ def load_component(folder: str | Path, *classes: type[M]) -> M:
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Modules that are built here get shapes and no weights: for those that are loaded afterwards.
-
-    Initial values of tensors that hold nothing are not drawn: PyTorch would import its compiler for that, two seconds.
+    """Modules that are built here get shapes and no weights, for those that are loaded afterwards. Nothing is drawn for
+    them: PyTorch would import its compiler for that, two seconds.
     """
     with torch.device("meta"), _Uninitialized():
         yield

@@ -24,14 +24,13 @@ _GROUPS = 8
 
 @config
 class DiscriminatorConfig:
-    """Shape of a discriminator.
+    """Shape of a discriminator, as ``presets/bases/pixels.yaml`` explains.
 
     Attributes:
-        channels: width after the first convolution over pixels; it doubles with every further one.
-        levels: convolutions over pixels that halve the side.
-        feature_channels: hidden width of the head over each layer of features; 0 leaves the features out.
+        channels: it doubles with every further convolution.
+        feature_channels: 0 leaves the features out.
         norm: "spectral" bounds every convolution [1]; "group" is group norm, and no bound.
-        lecam: weight of the LeCAM regulariser; see :func:`~digit.training.losses.adversarial.lecam`.
+        lecam: weight of the LeCAM regulariser; see :func:`~digit.training.losses.images.lecam`.
     """
 
     channels: PositiveInt = 64
@@ -49,10 +48,8 @@ class DiscriminatorConfig:
 
 
 class Discriminator(nn.Module):
-    """Images, and layers of features of them, to maps of logits, high for real.
-
-    Attributes:
-        averages: (maps, 2) means of the real and fake logits of earlier batches; only where the config has ``lecam``.
+    """Images, and layers of features of widths ``feature_dims``, to maps of logits, high for real. Where the config has
+    ``lecam``, ``averages`` (maps, 2) are means of the real and fake logits of earlier batches.
     """
 
     averages: Tensor
@@ -76,16 +73,16 @@ class Discriminator(nn.Module):
             self.register_buffer("averages", torch.zeros(1 + len(feature_dims), 2))
 
     def forward(self, images: Float[Tensor, "B 3 S S"], features: Sequence[Tensor] = ()) -> list[Tensor]:
-        """Images in 0..1 and features (B, C, h, w) each to logits (B, 1, S / 2^levels, S / 2^levels) of
-        the pixels, then (B, 1, h, w) of every layer.
+        """Images in 0..1 and features (B, C, h, w) each to logits (B, 1, S / 2^levels, S / 2^levels) and (B, 1, h,
+        w).
         """
         heads = zip(self.features, features, strict=True)
         return [self.pixels(images * 2 - 1), *(head(_unit(layer)) for head, layer in heads)]
 
 
 def _unit(layer: Tensor) -> Tensor:
-    """Features (B, C, h, w) whose channels have a mean square of 1 everywhere. A perceptual encoder gives unit vectors,
-    of which many channels leave each one small, and a head whose steepness is bounded could say little about those.
+    """Features (B, C, h, w) of mean square 1 everywhere: of unit vectors, many channels leave each too small for a head
+    whose steepness is bounded.
     """
     return F.normalize(layer, dim=1) * math.sqrt(layer.shape[1])
 
@@ -93,9 +90,7 @@ def _unit(layer: Tensor) -> Tensor:
 def _layer(
     config: DiscriminatorConfig, width_in: int, width: int, kernel: int, stride: int = 1, first: bool = False
 ) -> list[nn.Module]:
-    """Convolution, group norm where there is one (not right after the pixels, which would lose their level), leaky
-    ReLU.
-    """
+    """Convolution, group norm where there is one (right after the pixels it would lose their level), leaky ReLU."""
     norm = [nn.GroupNorm(_GROUPS, width)] if config.norm == "group" and not first else []
     return [_convolution(config, width_in, width, kernel, stride), *norm, nn.LeakyReLU(0.2)]
 

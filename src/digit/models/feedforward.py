@@ -78,14 +78,11 @@ class FeedForwardConfig:
         prefix_vocab_size: K, the semantic vocabulary.
         grid: (rows, columns) of the places of semantic tokens.
         codebook_depth: tokens a place, d, side by side, whose vectors are added; more than 1 with a residual codebook.
-        head: "pixels" or "vq"; see the module.
-        pixels: shape of the head "pixels"; None otherwise.
-        vocab_size: V, codes of the VQGAN, for the head "vq"; 0 otherwise. There are as many VQ tokens as places.
+        pixels: shape of the head "pixels"; None for the head "vq".
+        vocab_size: V, codes of the VQGAN, for the head "vq", one a place; 0 otherwise.
         noise_dim: length of the noise vector; 0 for a decoder that always gives the same image.
         local_noise: numbers that every place makes of the noise vector with weights of its own, so that equal tokens
             side by side need not become equal patches; 0 tells all places the same.
-        num_classes: 0 for a decoder that is told no class.
-        class_dropout: probability that a training label is hidden.
     """
 
     role: Literal["onepass"] = "onepass"
@@ -100,6 +97,8 @@ class FeedForwardConfig:
     num_classes: NonNegativeInt = 0
     class_dropout: Probability = 0.1
     transformer: TransformerConfig
+
+    can_guide = False  # there is no unconditional half to push away from in one pass
 
     def __post_init__(self) -> None:
         if self.transformer.causal:
@@ -131,11 +130,6 @@ class FeedForwardConfig:
     def resolution(self) -> int:
         """Side of the images, for the head "pixels"; 0 otherwise."""
         return self.pixels.resolution if self.pixels is not None else 0
-
-    @property
-    def can_guide(self) -> bool:
-        """False: there is no unconditional half to push away from in one pass."""
-        return False
 
     def describe(self) -> str:
         """Its shape in a line."""
@@ -238,13 +232,11 @@ class FeedForwardDecoder(Component):
     def forward(
         self, tokens: Int[Tensor, "B n"], noise: Float[Tensor, "B noise_dim"] | None = None, labels: Labels = None
     ) -> Float[Tensor, "B ..."]:
-        """Decode semantic tokens. The noise is standard normal; None is zeros, the middle of all images.
+        """Decode semantic tokens to images (B, 3, S, S), nominally 0..1, not clamped; with the head "vq", to logits (B,
+        N, V).
 
-        Returns:
-            Images (B, 3, S, S), nominally 0..1, not clamped; with the head "vq", logits (B, N, V).
-
-        Raises:
-            DigitError: another number of tokens, or labels for a decoder that knows no classes.
+        The noise is standard normal; None is zeros, the middle of all images. A DigitError for another number of
+        tokens, or labels where no classes are known.
         """
         x = self._embed(tokens, noise, labels)
         if not self.training and torch.is_autocast_enabled(x.device.type):

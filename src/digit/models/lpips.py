@@ -1,8 +1,6 @@
-"""LPIPS [1]: the distance of two images in the features of AlexNet or VGG16.
+"""LPIPS: the distance of two images in the features of AlexNet or VGG16 (Zhang et al., CVPR 2018, arXiv 1801.03924).
 
 The package `lpips` brings the network's structure and its trained heads; the ImageNet backbone is torchvision's.
-
-[1] Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, CVPR 2018
 """
 
 from __future__ import annotations
@@ -32,12 +30,7 @@ BACKBONES = {
 
 @dataclass(frozen=True)
 class Lpips:
-    """The network; make one with :func:`load_lpips`.
-
-    Attributes:
-        network: of the package `lpips`.
-        description: package, version, backbone and where its weights come from.
-    """
+    """The ``network`` of the package `lpips`, with its version, backbone and the origin of the weights."""
 
     network: nn.Module
     description: str
@@ -52,12 +45,8 @@ class Lpips:
 
 
 def load_lpips(net: str = "alex", weights: str | Path = "auto", device: str = "cpu") -> Lpips:
-    """LPIPS with "alex" (what the authors advise for measuring) or "vgg"; values of the two are not comparable.
-
-    ``weights`` of the backbone: see :meth:`~digit.models.weights.PublishedWeights.load`.
-
-    Raises:
-        DigitError: unknown network, missing package, or no weights; the message says what was tried.
+    """LPIPS with "alex" (what the authors advise for measuring) or "vgg"; values of the two are not comparable. For
+    ``weights`` see :meth:`~digit.models.weights.PublishedWeights.load`; a DigitError says what is missing.
     """
     if net not in BACKBONES:
         raise DigitError(f"LPIPS with '{net}' was asked for; there are: {', '.join(BACKBONES)}.")

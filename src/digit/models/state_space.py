@@ -24,9 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from digit.core.config import PositiveInt as PositiveInt
-from digit.core.config import Probability as Probability
-from digit.core.config import config
+from digit.core.config import PositiveInt, Probability, config
 from digit.models.transformer import Stack
 
 
@@ -89,11 +87,8 @@ class StateSpaceConfig:
 
 
 class StateCache:
-    """What every block keeps of the tokens so far: the last inputs of its convolution, and its state.
-
-    Attributes:
-        inputs: of each block (B, conv_width - 1, conv_dim).
-        states: of each block (B, H, P, N), in float32 at least, for what is added is often far smaller than the sum.
+    """The last ``inputs`` of every block's convolution (B, conv_width - 1, conv_dim), and its ``states`` (B, H, P, N),
+    in float32 at least, for what is added is often far smaller than the sum.
     """
 
     def __init__(self, config: StateSpaceConfig, batch: int, device: torch.device | str, dtype: torch.dtype) -> None:
@@ -128,16 +123,13 @@ def scan(
     c: Float[Tensor, "B T N"],
     state: Float[Tensor, "B H P N"] | None = None,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"] | None]:
-    """The recurrence h_t = exp(log_decay_t) h_(t-1) + b_t x_t^T, y_t = c_t^T h_t, for all places at once.
+    """The recurrence h_t = exp(log_decay_t) h_(t-1) + b_t x_t^T, y_t = c_t^T h_t, for all places at once: y, and the
+    state after the last place, None where none was given.
 
     Args:
         x: the inputs times dt.
         log_decay: dt A, in float32 at least.
-        b, c: see the module.
         state: before the first place; None is zeros.
-
-    Returns:
-        y, and the state after the last place, None where none was given.
     """
     along = log_decay.cumsum(1).transpose(1, 2)  # (B, H, T)
     later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)

@@ -205,14 +205,11 @@ class TokenModel(Component):
         inputs: Ids | None = None,
         order: Order = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross entropy in nats and its parts.
+        """Cross entropy in nats with label smoothing, and ``{"nll", "accuracy"}`` without.
 
         For role "masked" the mean runs over the masked places of the whole batch, else over all tokens. ``z_loss``
         weighs mean(log Z ^ 2), with Z the sum that the softmax divides by (PaLM, arXiv 2204.02311, section 5).
         ``inputs`` are shown as earlier or visible tokens instead of the true ones.
-
-        Returns:
-            The loss with label smoothing, and ``{"nll", "accuracy"}`` without.
         """
         shown = tokens if inputs is None else inputs
         if self.config.role == "masked":
@@ -225,12 +222,6 @@ class TokenModel(Component):
         else:
             logits = self(shown[:, :-1], labels, prefix).flatten(0, 1)  # (B * n, vocab)
             targets = tokens.flatten() % self.config.codes
-        return self.score(logits, targets, z_loss)
-
-    def score(
-        self, logits: Float[Tensor, "m V"], targets: Int[Tensor, " m"], z_loss: float = 0.0
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of logits, and its parts, as :meth:`loss` returns them."""
         logits = logits.float()
         loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
         if z_loss:
@@ -246,9 +237,7 @@ class TokenModel(Component):
         return torch.where(drop, torch.full_like(labels, NO_LABEL), labels)
 
     def new_cache(self, batch: int, spare: int = 0) -> Cache:
-        """An empty cache for ``batch`` sequences of full length and ``spare`` positions, on the model's device and in
-        its dtype.
-        """
+        """An empty cache for ``batch`` sequences of full length and ``spare`` positions, in the model's dtype."""
         if self.config.state_space is not None:
             return StateCache(self.config.state_space, batch, self.start.device, self.start.dtype)
         # the last token is never an input; of role "random" each has its instruction in front

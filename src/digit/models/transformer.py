@@ -17,9 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from digit.core.config import PositiveInt as PositiveInt
-from digit.core.config import Probability as Probability
-from digit.core.config import config
+from digit.core.config import PositiveInt, Probability, config
 
 
 @config
@@ -105,12 +103,8 @@ class KVCache:
 
 
 class KVSlot(NamedTuple):
-    """Where a block finds its cache, and where the inputs stand in it.
-
-    Attributes:
-        keys, values: (B, H, T, d), of this block.
-        position: (t,) int64, the positions of the inputs.
-        visible: (t, S) bool, which of the first S positions of the cache each input attends to.
+    """Where a block finds its cache: ``keys``, ``values`` (B, H, T, d); where its inputs stand in it: ``position`` (t,)
+    int64; and which of the first S positions each of them attends to: ``visible`` (t, S) bool.
     """
 
     keys: Tensor
@@ -226,7 +220,6 @@ class Transformer(Stack):
         """Map embeddings to the last, normed states.
 
         Args:
-            x: the inputs.
             cache: is filled at ``position``, and everything in it up to each input is attended to.
             position: () or (T,), where the inputs stand in the cache.
             kv_len: how many positions of the cache are read: more than the last position; all by default.
@@ -241,11 +234,11 @@ class Transformer(Stack):
         return self.run(x, slots)
 
 
-def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """Normal(0, std) for matrices and tables, zero for biases (GPT-2's choice); norms keep ones and zeros."""
+def init_weights(module: nn.Module) -> None:
+    """Normal(0, 0.02) for matrices and tables, zero for biases (GPT-2's choice); norms keep ones and zeros."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Embedding):
-            nn.init.normal_(part.weight, std=std)
+            nn.init.normal_(part.weight, std=0.02)
         if isinstance(part, nn.Linear) and part.bias is not None:
             nn.init.zeros_(part.bias)
 

@@ -80,10 +80,7 @@ class VQGANConfig:
         return f"{self.resolution} px to {rows} x {columns} of {self.codes:,} codes; {shape}"
 
     def activation_bytes(self) -> int:
-        """Float32 activations of the decoder for one image, in bytes, where they are largest.
-
-        The convolutions' own workspace comes on top and depends on the machine.
-        """
+        """Float32 activations of the decoder for one image, in bytes, where they are largest, without workspaces."""
         widths = [self.channels * m for m in self.multipliers]
         before = [*widths[1:], widths[-1]]  # what comes up from the coarser level
         sides = [self.resolution >> level for level in range(len(widths))]
@@ -91,11 +88,8 @@ class VQGANConfig:
 
 
 def held_channels(before: int, width: int) -> int:
-    """How many channels a residual block holds at most at a time.
-
-    Of one width three tensors: its input, and what the running layer reads and writes. Where the width changes, its
-    input twice, as it came and normed, and the hidden features; later its input, the hidden features, the shortcut and
-    their sum.
+    """How many channels a residual block holds at a time: of one width its input, and what the running layer reads and
+    writes; else its input twice and the hidden features, or these, the input, the shortcut and their sum.
     """
     return 3 * width if before == width else max(2 * before + width, before + 3 * width)
 
@@ -216,11 +210,7 @@ class VQGAN(Component):
         return self.config.grid[0] * self.config.grid[1]
 
     def latents(self, images: Tensor) -> Float[Tensor, "B M D"]:
-        """Images (B, 3, S, S) in 0..1 to continuous latents.
-
-        Raises:
-            DigitError: another image size than the config's.
-        """
+        """Images (B, 3, S, S) in 0..1 to continuous latents; a DigitError for another image size than the config's."""
         size = self.config.resolution
         if images.ndim != 4 or images.shape[1:] != (3, size, size):
             raise DigitError(f"The VQGAN takes images (B, 3, {size}, {size}); {tuple(images.shape)} was given.")
@@ -238,11 +228,7 @@ class VQGAN(Component):
         return images
 
     def decode(self, tokens: Tensor) -> Float[Tensor, "B 3 S S"]:
-        """VQ tokens (B, M) to images, nominally 0..1, not clamped.
-
-        Raises:
-            DigitError: the number of tokens is not M, or an id is out of range.
-        """
+        """VQ tokens (B, M) to images, nominally 0..1, not clamped; a DigitError for another number of tokens."""
         if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens:
             raise DigitError(f"The VQGAN decodes (B, {self.num_tokens}) tokens; {tuple(tokens.shape)} was given.")
         return self.decode_latents(F.embedding(tokens, self.codebook))

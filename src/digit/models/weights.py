@@ -26,7 +26,6 @@ class PublishedWeights:
 
     Attributes:
         title: what messages call it.
-        url: the publisher's address.
         sha256: of the published file, or its first digits.
         cached: safetensors files in the cache folder that may hold these tensors; the first is written after a
             download.
@@ -45,14 +44,10 @@ class PublishedWeights:
         return self.url.rsplit("/", 1)[1]
 
     def load(self, source: str | Path = "auto") -> tuple[dict[str, Tensor], str]:
-        """The tensors, and where they come from.
+        """The tensors, and where they come from; a DigitError says what was tried.
 
-        Args:
-            source: "auto": the cache, else the publisher's address; "public": the address's own file, from the cache or
-                now; a ``.pth`` or ``.safetensors`` file; or a file on the Hub, ``hf://OWNER/NAME/FILE``.
-
-        Raises:
-            DigitError: nothing usable; the message says what was tried.
+        ``source`` is "auto": the cache, else the publisher's address; "public": the address's own file, from the cache
+        or now; a ``.pth`` or ``.safetensors`` file; or a file on the Hub, ``hf://OWNER/NAME/FILE``.
         """
         if source not in ("auto", "public"):
             return self._given(str(source))
@@ -86,12 +81,7 @@ class PublishedWeights:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of one written by ``torch.save``, whose pickle may hold nothing but
-    tensors.
-
-    Raises:
-        DigitError: no such file, or another kind of file.
-    """
+    """The tensors of a ``.safetensors`` file, or of ``torch.save`` (``weights_only``); a DigitError for other files."""
     if not path.is_file():
         raise DigitError(f"There are no weights at {path}.")
     if path.suffix == ".safetensors":
@@ -103,15 +93,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def download(url: str, path: Path, sha256: str, timeout: float = 20.0) -> Path:
-    """Fetch ``url`` into ``path``, whole or not at all; ``sha256`` may be its first digits, ``timeout`` is in seconds.
-
-    Raises:
-        DigitError: the address is out of reach, or sends another file.
-    """
+def download(url: str, path: Path, sha256: str) -> Path:
+    """Fetch ``url`` into ``path``, whole or not at all; a DigitError where that fails. ``sha256``: its first digits."""
 
     def fetch(aside: Path) -> None:
-        with urllib.request.urlopen(url, timeout=timeout) as answer, open(aside, "wb") as handle:
+        with urllib.request.urlopen(url, timeout=20.0) as answer, open(aside, "wb") as handle:
             shutil.copyfileobj(answer, handle, 1 << 20)
         if not sha256_of(aside).startswith(sha256):
             raise DigitError(f"{url} sent another file than expected: its SHA-256 does not begin with {sha256[:16]}.")

@@ -25,24 +25,21 @@ from digit.pipeline.assembly import part_folder
 from digit.training.task import Batch
 
 _CHUNK = 1 << 24  # distances held at a time
-_REMOVED = ("alignment", "soft_targets", "random_order")
+_REMOVED = ("alignment", "soft_targets", "random_order", "dense", "augment")
 
 
 @config
 class Auxiliary:
-    """Which of them are on. Zero, false and null are off.
+    """Which of them are on, as ``presets/bases/tokens.yaml`` explains; zero, false and null are off.
 
     Attributes:
-        token_noise: of the input tokens a share eps is replaced by random ones, eps uniform between 0 and
-            ``token_noise * max(0, 1 - 4 t / 3)`` for each image, t the part of the run that is over. reAR: 1.
-        prefix_noise: share of the images whose prefix is disturbed, as a prior would err. RobusTok: 0.1. Decoders only.
-        prefix_tokens: share of such an image's tokens that are replaced.
-        prefix_neighbours: by one of how many nearest centroids; the number falls to its half in the course of the run.
-        order_annealing: parts of the run between which the share of random orders falls evenly from 1 to 0; the others
-            are row by row. RAR: (0.5, 0.75). Role "random" only; it is then validated row by row.
-        centroid_embeddings: begin with the centroids as token vectors: centred, turned and scaled like the usual random
-            ones.
-        codebook: whose centroids: a model folder (see ``digit assemble``), or a codebook or a VQGAN by itself.
+        token_noise: a share eps of the input tokens is random, eps uniform between 0 and
+            ``token_noise * max(0, 1 - 4 t / 3)`` for each image, t the part of the run that is over.
+        prefix_tokens, prefix_neighbours: share of a disturbed image's tokens that are replaced, and by one of how many
+            nearest centroids; the number falls to its half in the course of the run.
+        order_annealing: role "random" only, which is then validated row by row.
+        centroid_embeddings: centred, turned and scaled like the usual random vectors.
+        codebook: a model folder (see ``digit assemble``), or a codebook or a VQGAN by itself.
     """
 
     token_noise: Share = 0.0
@@ -116,13 +113,12 @@ def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise DigitError(f"{where} has {name} = {values[name]}; this loss was removed, for nothing used it.")
         if name in values:
             warnings.warn(f"The field '{name}' was removed; leave it out.", FutureWarning, stacklevel=2)
-    return {name: value for name, value in values.items() if name not in _REMOVED}
+    return {name: value for name, value in values.items() if name not in (*_REMOVED, "dense_places")}
 
 
 def neighbours(centroids: Tensor, count: int, depth: int = 1) -> Tensor:
-    """The nearest other centroids of each of (K, D), the nearest first: ids (K, m) int64, m = min(count, K - 1).
-
-    Of a residual codebook (d K, D) those of the same depth.
+    """The nearest other centroids of each of (K, D), the nearest first, of a residual codebook (d K, D) at the same
+    depth: ids (K, m) int64, m = min(count, K - 1).
     """
     if depth > 1:
         tables = centroids.chunk(depth)
@@ -144,9 +140,7 @@ def set_embeddings(table: nn.Embedding, centroids: Tensor) -> None:
 
 
 def load_centroids(folder: str, kinds: set[str], cache: TokenCache) -> dict[str, Tensor]:
-    """The centroids (K, D) of kinds of tokens ("semantic", "vq"); DigitError where the folder has none of a kind, or
-    not as many as the cache has tokens.
-    """
+    """The centroids (K, D) of kinds of tokens; a DigitError where the folder has none, or not as many as the cache."""
     whole = (Path(folder) / INDEX).is_file()
     found = {}
     for kind in sorted(kinds):

@@ -19,11 +19,10 @@ from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
 from digit.training.auxiliary import Auxiliary, known_fields, load_centroids, neighbours, set_embeddings
-from digit.training.config import TrainingConfig
 from digit.training.engine import seed_everything
 from digit.training.finetune import FineTune, start_model
 from digit.training.loop import REQUEST
-from digit.training.task import Task
+from digit.training.task import Task, TrainingConfig
 from digit.training.tasks import encoder, feedforward
 from digit.training.tasks import vqgan as vqgan_task
 from digit.training.tasks.tokens import TokenData, TokenTask, token_model_config
@@ -34,8 +33,7 @@ _SECTIONS = {"component", "model", "objective", "data", "training"}
 @config
 class Request:
     """What ``digit train`` was asked for: everything a run needs to begin or to go on, but its folder and device. The
-    fields are as for :func:`build_task`; ``preset`` is its name or file, and ``settings`` its sections, with the user's
-    changes.
+    fields are as for :func:`build_task`; ``settings`` are the sections of ``preset``, with the user's changes.
     """
 
     component: Literal["encoder", "vqgan", "prior", "decoder"]
@@ -60,11 +58,8 @@ def request_for(
     start: FineTune | None,
     changes: Sequence[str],
 ) -> Request:
-    """What the user asks for: what is given, and what is left out as the run that is resumed in the folder ``run`` has
-    it. ``changes`` are ``a.b=c``, of the preset, or of the run's own settings.
-
-    Raises:
-        DigitError: something is neither given nor known, or the run is another component's or preset's.
+    """What the user asks for; what is left out is as the run that is resumed in the folder ``run`` has it. ``changes``
+    are ``a.b=c``. A DigitError where something is not known, or the run is another component's or preset's.
     """
     path = None if run is None else run / REQUEST
     if path is not None and path.is_file():
@@ -105,16 +100,13 @@ def build_task(
     saved model.
 
     Args:
-        component: "encoder", "vqgan", "prior" or "decoder".
-        preset: its sections; see :func:`digit.core.config.load_preset`.
+        preset: its sections; see :func:`digit.core.config.load_preset`. ``where`` is its name, for messages.
         data: a dataset for an encoder, a VQGAN or a feed-forward decoder, a token cache for a prior or another decoder.
-        where: the preset's name, for messages.
-        start: the saved part to begin with, instead of random weights.
         parts: a model. A feed-forward decoder is trained with its encoder, codebook and VQGAN; of a token model, its
             VQGAN shows the samples as images.
 
     Raises:
-        DigitError: the preset is another component's, or a section is wrong.
+        DigitError: the preset is not one of the ``component``, or a section is wrong.
     """
     where = f"preset {where}"
     if preset.get("component") != component:
@@ -127,6 +119,8 @@ def build_task(
         raise DigitError(
             f"{where} is not a training preset ({problem}); the sections are {', '.join(sorted(_SECTIONS))}."
         )
+    objective = known_fields(preset.get("objective") or {}, f"{where}, objective")
+    preset = {**preset, "objective": objective, "data": preset.get("data") or {}}
     settings: TrainingConfig = from_dict(TrainingConfig, preset["training"], f"{where}, training")
     seed_everything(settings.seed)
     task: Any
@@ -154,9 +148,8 @@ def _token_task(
     cache = open_token_cache(folder)
     if os.environ.get("RANK", "0") == "0":
         cache.verify()  # seconds a gigabyte, once; a flipped bit would be learnt without a word
-    data = from_dict(TokenData, preset.get("data") or {}, f"{where}, data")
-    objective = f"{where}, objective"
-    auxiliary = from_dict(Auxiliary, known_fields(preset.get("objective") or {}, objective), objective)
+    data = from_dict(TokenData, preset["data"], f"{where}, data")
+    auxiliary = from_dict(Auxiliary, preset["objective"], f"{where}, objective")
     origin: dict[str, Any] = {}
     if start is None:
         model = TokenModel(token_model_config(preset["model"], cache, data, f"{where}, model"))

@@ -31,15 +31,15 @@ _ADDED = {
     "training.patience": 0,
     "model.init": "normal",
     "model.codebook_depth": 1,
-    "objective.dense": 0.0,
-    "objective.dense_places": 4,
 }
+# fields that earlier releases had, and that changed nothing at these values
+_GONE = {"objective.dense": 0.0, "objective.dense_places": 4, "objective.augment": []}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is in a checkpoint: its tensors by file ("modules", "optimizers", "ema") and then by name, the description
-    and training config of its run, and further plain values of the loop.
+    """Tensors by file ("modules", "optimizers", "ema") and name, the run's description, and plain values of the
+    loop.
     """
 
     step: int
@@ -54,8 +54,8 @@ def path_of(out: Path, step: int) -> Path:
 
 
 def save(out: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write a checkpoint of the run in ``out``, then remove all but the newest ``keep``. Where it cannot be written,
-    for one because the disk is full, a DigitError says so, and the earlier checkpoints are untouched.
+    """Write a checkpoint of the run in ``out``, then remove all but the newest ``keep``; a DigitError leaves them
+    all.
     """
     folder = path_of(out, checkpoint.step)
     if not folder.exists():  # a run that stops where it has just saved
@@ -105,6 +105,7 @@ def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], where: Pa
         free |= {"training.steps", "training.epochs"}
     new = _flatten(given)
     old = {name: value for name, value in _ADDED.items() if name in new} | _flatten(saved)
+    old = {name: value for name, value in old.items() if name in new or _GONE.get(name) != value}
     differing = [
         f"{name} is {new.get(name, 'absent')!r}, was {old.get(name, 'absent')!r}"
         for name in sorted((old.keys() | new.keys()) - free)

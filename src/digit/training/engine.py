@@ -20,9 +20,7 @@ from digit.core.errors import DigitError, require
 from digit.models.state_space import StateSpace
 from digit.models.transformer import Transformer
 from digit.training import sharding
-from digit.training.config import TrainingConfig
-from digit.training.ema import EMA
-from digit.training.task import Step, Task
+from digit.training.task import Step, Task, TrainingConfig
 
 
 def seed_everything(*key: int) -> None:
@@ -34,8 +32,8 @@ def seed_everything(*key: int) -> None:
 
 
 def check_launch() -> None:
-    """Raise DigitError unless ``accelerate launch`` started as many processes as it was asked for: on CPUs it needs MPI
-    for more than one, and starts only one without a word.
+    """Raise DigitError where ``accelerate launch`` was asked for several processes on CPUs and, without MPI, began
+    one.
     """
     several = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ
     mpi = any(name in os.environ for name in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"))
@@ -47,14 +45,56 @@ def check_launch() -> None:
         )
 
 
+class EMA:
+    """An exponential moving average of named parameters, on their device and in their dtype. Unlike torch's
+    ``AveragedModel`` it keeps tensors alone, which may be shards (FSDP2), and no second module.
+
+    After step k the average moves by ``1 - min(decay, (1 + k) / (10 + k))``, so that a short run is not dominated by
+    its random start (the ramp of TensorFlow's ExponentialMovingAverage with ``num_updates``).
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.averages = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the averages towards the parameters as they are after ``step`` (from 0)."""
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        both = (self.averages, self.parameters)
+        averages, parameters = ([sharding.local(t.detach()) for t in each.values()] for each in both)
+        torch._foreach_lerp_(averages, parameters, weight)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The parameters hold the averages while the block runs."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def load(self, averages: Mapping[str, Tensor]) -> None:
+        """Take averages that were saved."""
+        for name, average in self.averages.items():
+            average.copy_(sharding.like(averages[name], average))
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        # values, not tensors: FSDP2 keeps its own reference to a parameter's memory
+        for name, parameter in self.parameters.items():
+            weight, average = sharding.local(parameter.detach()), sharding.local(self.averages[name])
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
 class Engine:
     """The networks of a task on their device, with their optimizers and the average of the weights.
 
     Attributes:
-        accelerator: Accelerate's; processes, precision and gradient scaling.
         networks: the plain modules, whose names and tensors do not depend on how they are wrapped.
         trained: the parameters of each optimizer, by name.
-        optimizers: by name.
         ema: the average of what the optimizer "model" trains, or None.
     """
 
@@ -82,7 +122,11 @@ class Engine:
         adamw = partial(torch.optim.AdamW, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)
         groups = task.parameters_by_optimizer()
         raw = {name: adamw(some, lr=config.lr, fused=fused) for name, some in groups.items()}
-        self.trained = {name: _named(self.networks, optimizer) for name, optimizer in raw.items()}
+        names = {id(parameter): name for name, parameter in self.networks.named_parameters()}
+        self.trained = {
+            name: {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+            for name, optimizer in raw.items()
+        }
         self.optimizers = {name: self.accelerator.prepare(optimizer) for name, optimizer in raw.items()}
         self.ema = EMA(self.trained["model"], config.ema_decay) if config.ema_decay else None
         self._wrap(task)
@@ -130,16 +174,12 @@ class Engine:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """While the block runs, the networks hold the averaged weights, whole where they are sharded; all processes
-        enter together.
-        """
+        """The networks hold the averaged weights, whole where they are sharded; all processes enter together."""
         with self.ema.applied() if self.ema else nullcontext(), sharding.assembled(self.networks):
             yield
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint, whole and on the CPU, for the main process; nothing for the others, which call
-        this together with it. The optimizers' are named ``OPTIMIZER/PARAMETER/KEY``.
-        """
+        """The tensors of a checkpoint, whole and on the CPU, for the main process; all processes call this together."""
         parts = {"modules": self.networks.state_dict(), "optimizers": {}}
         for name, optimizer in self.optimizers.items():
             for parameter, weight in self.trained[name].items():
@@ -155,7 +195,11 @@ class Engine:
 
     def load_state(self, parts: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take back what :meth:`state` gave; a RuntimeError where names or shapes differ."""
-        sharding.load(self.networks, parts["modules"])
+        own, saved = self.networks.state_dict(), parts["modules"]
+        fitting = {name for name, tensor in saved.items() if name in own and own[name].shape == tensor.shape}
+        self.networks.load_state_dict(
+            {name: sharding.like(t, own[name]) if name in fitting else t for name, t in saved.items()}
+        )
         for name, optimizer in self.optimizers.items():
             state: dict[int, dict[str, Tensor]] = {}
             numbers = {parameter: number for number, parameter in enumerate(self.trained[name])}
@@ -210,8 +254,3 @@ def _accelerator(config: TrainingConfig, device: str | None) -> Any:
     chosen = {"ACCELERATE_TORCH_DEVICE": device} if alone and device and not cpu else {}
     with accelerate.utils.patch_environment(**chosen):
         return accelerate.Accelerator(cpu=cpu, mixed_precision=config.precision)
-
-
-def _named(networks: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    names = {id(parameter): name for name, parameter in networks.named_parameters()}
-    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}

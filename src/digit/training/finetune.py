@@ -35,12 +35,14 @@ from digit.training.tasks.tokens import TokenData, token_model_config
 
 M = TypeVar("M", bound=nn.Module)
 _TRAINING_FIELDS = ("class_dropout", "label_smoothing")
-_EMBEDDINGS = (
-    "token_embedding", "position_embedding", "mask_vector", "instruction", "prefix_embedding",
-    "prefix_position_embedding"
-)  # fmt: skip
-_CLASSES = ("class_embedding", "start")
-_HEAD = ("backbone.norm", "head")
+_PARTS = {
+    "embeddings": (
+        "token_embedding", "position_embedding", "mask_vector", "instruction", "prefix_embedding",
+        "prefix_position_embedding",
+    ),
+    "classes": ("class_embedding", "start"),
+    "head": ("backbone.norm", "head"),
+}  # fmt: skip
 
 
 @config
@@ -63,10 +65,7 @@ class FineTune:
 
 def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
     """The folder of a saved part, "encoder", "vqgan", "prior" (of any role) or a decoder's kind, and the class names
-    that a whole model says.
-
-    Raises:
-        DigitError: nothing there, or a model without such a part.
+    that a whole model says; a DigitError where nothing is there, or a model without such a part.
     """
     path = Path(source)
     if any((folder / "config.json").is_file() for folder in (path, path / "model")):
@@ -81,9 +80,7 @@ def start_folder(source: str, role: str) -> tuple[Path, list[str]]:
 
 
 def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) -> None:
-    """Go on with what only training has (a discriminator, a projection head) of the run in the folder ``run``, where it
-    has a checkpoint; a module that it has not, or in another shape, stays as it is.
-    """
+    """Take over those named ``modules`` that the last checkpoint of ``run`` has in the same shape, such as heads."""
     last = checkpoint.latest(Path(run))
     if last is None:
         return
@@ -96,33 +93,37 @@ def take_modules(modules: nn.ModuleDict, run: str | Path, names: Sequence[str]) 
 
 
 def saved_part(
-    start: FineTune, role: str, load: Callable[[Path], M], fits: Callable[[M], bool], may_freeze: str = ""
-) -> tuple[M, dict[str, Any]]:
-    """The saved encoder, VQGAN or feed-forward decoder that a run begins with, opened by ``load``, and what to note
-    about it. Of its parts none but ``may_freeze`` may stay as it is.
+    start: FineTune,
+    role: str,
+    load: Callable[[Path], M],
+    own: M,
+    fits: Callable[[M], bool] = lambda _: True,
+    may_freeze: str = "",
+) -> dict[str, Any]:
+    """Give ``own`` the weights of the saved encoder, VQGAN or feed-forward decoder that a run begins with, opened by
+    ``load``; what to note about it. Of its parts none but ``may_freeze`` may stay as it is.
 
     Raises:
-        DigitError: nothing there, not of the preset's shape (``fits`` says), or something else is to be frozen.
+        DigitError: nothing there, of another shape (or ``fits`` says no), or something else is to be frozen.
     """
     if start.lora or set(start.freeze) - {may_freeze}:
         but = f", or with --freeze {may_freeze}" if may_freeze else ""
         raise DigitError(f"--freeze and --lora are for token models; this part is trained as a whole{but}.")
     part = load(start_folder(start.source, role)[0])
-    if not fits(part):
+    shapes, known = ({name: t.shape for name, t in one.state_dict().items()} for one in (part, own))
+    if shapes != known or not fits(part):
         raise DigitError(
             f"{start.source} is of another shape than the preset's model section describes, or of other tokens."
         )
-    return part, {"weights": weights_checksum(part)}
+    own.load_state_dict(part.state_dict())
+    return {"weights": weights_checksum(part)}
 
 
 def start_model(
     start: FineTune, values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str
 ) -> tuple[TokenModel, dict[str, Any]]:
-    """A saved token model, ready to be trained on a cache, and what to note about it. ``values`` is the preset's
-    ``model`` section.
-
-    Raises:
-        DigitError: it has another vocabulary or length than the cache, another role, or nothing would move.
+    """A saved token model, ready to be trained on a cache, and what to note about it, by a preset's ``model`` section.
+    A DigitError where it has another vocabulary or length than the cache, another role, or nothing would move.
     """
     role = str(values.get("role", "prior"))
     folder, names = start_folder(start.source, role if data.prefix else "prior")
@@ -180,9 +181,8 @@ def freeze(model: TokenModel, parts: Sequence[str]) -> None:
         name, _, number = part.partition(":")
         if name == "blocks" and (not number or (number.isdecimal() and 0 < int(number) <= len(blocks))):
             frozen: list[nn.Module | nn.Parameter | None] = [*blocks[: int(number) if number else None]]
-        elif name in ("embeddings", "classes", "head") and not number:
-            chosen = {"embeddings": _EMBEDDINGS, "classes": _CLASSES, "head": _HEAD}[name]
-            frozen = [attrgetter(attribute)(model) for attribute in chosen]
+        elif name in _PARTS and not number:
+            frozen = [attrgetter(attribute)(model) for attribute in _PARTS[name]]
         else:
             raise DigitError(
                 f"'{part}' cannot be frozen; the parts are embeddings, classes, head, blocks, and blocks:N for the "
@@ -194,9 +194,7 @@ def freeze(model: TokenModel, parts: Sequence[str]) -> None:
 
 
 class LowRank(nn.Module):
-    """A weight (out, in) plus 2 B A, with A (rank, in) and B (out, rank); B begins at zero, so nothing changes at
-    first.
-    """
+    """A weight (out, in) plus 2 B A, with A (rank, in) and B (out, rank), which begins at zero."""
 
     def __init__(self, weight: Tensor, rank: int) -> None:
         super().__init__()
@@ -210,11 +208,9 @@ class LowRank(nn.Module):
 
 
 def add_lora(model: TokenModel, rank: int) -> None:
-    """Freeze a model but for its classes, and give the matrices of its blocks changes of low rank that are trained;
-    :func:`digit.training.tasks.tokens.merged` merges them.
-    """
+    """Freeze a model but for its classes, and give the matrices of its blocks changes of low rank that are trained."""
     model.requires_grad_(False)
-    for name in _CLASSES:
+    for name in _PARTS["classes"]:
         part = getattr(model, name)
         if part is not None:
             part.requires_grad_(True)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import shutil
 import signal
 import threading
@@ -20,10 +19,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import torch
 import yaml
@@ -31,26 +28,24 @@ from torch import Tensor
 
 from digit.core.config import to_dict
 from digit.core.devices import pick_device
-from digit.core.environment import hardware
+from digit.core.environment import hardware, versions
 from digit.core.errors import DigitError
 from digit.core.files import write_bytes, write_folder, write_json
 from digit.core.progress import bar
 from digit.training import checkpoint
 from digit.training.checkpoint import Checkpoint
-from digit.training.config import TrainingConfig
 from digit.training.engine import Engine, seed_everything
-from digit.training.health import Guard
+from digit.training.health import Guard, Meter, with_precision
 from digit.training.logs import Averages, Log
-from digit.training.speed import Meter, with_precision
-from digit.training.task import Batch, Loss, Step, Stream, Task
+from digit.training.task import Batch, Loss, Step, Stream, Task, TrainingConfig
 
 REQUEST = "request.json"
 _VALIDATION, _SAMPLE = 1 << 62, (1 << 62) + 1  # keys of the random state that no step has
 
 
 class Interrupted(DigitError):
-    """A run was stopped by a signal after it had saved the folder ``checkpoint``; ``exit_code`` is what a shell
-    expects, 128 + the signal: 143 for SIGTERM, 130 for SIGINT.
+    """A signal stopped a run, which has saved ``checkpoint``; ``exit_code`` is what a shell expects, 128 + the
+    signal.
     """
 
     def __init__(self, signum: int, step: int, total: int, checkpoint: Path) -> None:
@@ -75,11 +70,8 @@ def train(
     Interrupted and resumed, a run ends in the same weights as one that was left alone (on one device, bit for bit).
 
     Args:
-        task, config: what is trained, and how.
-        out: the run folder.
-        resume: go on from the newest checkpoint in ``out``; from the start if there is none yet.
+        resume: go on from the newest checkpoint in the run folder ``out``; from the start if there is none yet.
         device: "cpu", "cuda", or None for the best there is.
-        show: show a progress bar.
         request: a config of what the user asked for, kept as ``request.json``; ``digit train --resume`` reads it.
         extend: the length of the run may change though its learning rates depend on it (schedule "cosine").
 
@@ -121,10 +113,7 @@ def train(
 
 @contextmanager
 def _caught_signals() -> Iterator[set[int]]:
-    """Note SIGTERM and SIGINT instead of dying while the block runs; the second SIGINT raises KeyboardInterrupt.
-
-    Outside the main thread signals cannot be caught, and nothing is.
-    """
+    """Note SIGTERM and SIGINT while the block runs, in the main thread; the second SIGINT raises KeyboardInterrupt."""
     caught: set[int] = set()
 
     def note(signum: int, _: FrameType | None) -> None:
@@ -143,19 +132,14 @@ def _caught_signals() -> Iterator[set[int]]:
             signal.signal(signum, handler)
 
 
-def _settled(config: TrainingConfig, out: Path, device: str | None) -> TrainingConfig:
-    """The precision that "auto" means: that of the run which goes on in ``out``, else what is fast on the device."""
-    begun = out / "config.yaml"
-    if config.precision == "auto" and checkpoint.latest(out) is not None and begun.is_file():
-        config = replace(config, precision=yaml.safe_load(begun.read_text("utf-8"))["training"]["precision"])
-    return with_precision(config, pick_device(device))
-
-
 class _Run:
     """The state of a run between two steps."""
 
     def __init__(self, task: Task, config: TrainingConfig, out: Path, device: str | None) -> None:
-        config = _settled(config, out, device)
+        begun = out / "config.yaml"
+        if config.precision == "auto" and checkpoint.latest(out) is not None and begun.is_file():
+            config = replace(config, precision=yaml.safe_load(begun.read_text("utf-8"))["training"]["precision"])
+        config = with_precision(config, pick_device(device))
         self.task, self.config, self.out = task, config, out
         self.total = config.total_steps(task.examples)
         self.done = 0
@@ -215,20 +199,17 @@ class _Run:
         return folder
 
     def _export(self, folder: Path) -> None:
-        with self.engine.averaged():
-            if self.is_main:
-                self.task.export(folder, self._provenance())
-
-    def _provenance(self) -> dict[str, Any]:
-        versions = {"digit-ar": metadata.version("digit-ar"), "torch": torch.__version__}
-        return {
+        provenance = {
             **{name: value for name, value in self.description.items() if name != "model"},
             "steps": self.done,
             "examples_seen": self.done * self.config.batch_size,
             "metrics": self.validated,
             "hardware": hardware(),
-            "software": {**versions, "python": platform.python_version()},
+            "software": versions(),
         }
+        with self.engine.averaged():
+            if self.is_main:
+                self.task.export(folder, provenance)
 
     # -- a step
 
@@ -250,7 +231,10 @@ class _Run:
         if self._due(config.validate_every) or self.done == self.total:
             self._validate()
         if self._due(config.sample_every):
-            self._sample(step)
+            with self._evaluating(_SAMPLE):
+                image = self.task.sample(step)
+            if image is not None and self.is_main:
+                self.log.image(self.done, image)
         if self._due(config.checkpoint_every):
             self.save()
         return logged
@@ -309,12 +293,6 @@ class _Run:
                 self._export(self.out / "best")
         if self.is_main:
             self.log.write(self.done, {f"validation/{name}": value for name, value in self.validated.items()})
-
-    def _sample(self, step: Step) -> None:
-        with self._evaluating(_SAMPLE):
-            image = self.task.sample(step)
-        if image is not None and self.is_main:
-            self.log.image(self.done, image)
 
     @contextmanager
     def _evaluating(self, key: int) -> Iterator[None]:

@@ -7,7 +7,7 @@ process must call :func:`whole`, :func:`like` and :func:`assembled` at the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -46,18 +46,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def load(network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """``load_state_dict`` with whole tensors; a RuntimeError where names or shapes differ."""
-    own = network.state_dict()
-    fitting = {name for name, tensor in tensors.items() if name in own and own[name].shape == tensor.shape}
-    network.load_state_dict({name: like(t, own[name]) if name in fitting else t for name, t in tensors.items()})
-
-
 @contextmanager
 def assembled(network: nn.Module) -> Iterator[None]:
-    """While the block runs, the parameters of a cut network are whole and plain, and any of its methods may be called.
-
-    Inside, the processes need not keep step. Changes are lost.
+    """In the block the parameters of a cut network are whole and plain, in every process by itself. Changes are
+    lost.
     """
     cut = [module for module in network.modules() if isinstance(module, FSDPModule)]
     if not cut:

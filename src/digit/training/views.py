@@ -27,20 +27,11 @@ _YIQ = (_LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))
 
 @config
 class Views:
-    """How one random view is made of an image.
+    """How one random view is made of an image; ``presets/bases/encoder.yaml`` explains the fields.
 
-    Attributes:
-        size: side of the view, in pixels.
-        scale: least and greatest share of the image's area that the crop covers; its aspect ratio is 3/4 to 4/3.
-        flip: chance of mirroring left to right.
-        brightness, contrast, saturation: each factor is drawn from 1 - s to 1 + s.
-        hue: the greatest turn of the colour circle either way, as a share of the full circle.
-        jitter: chance that the four colour changes above are applied.
-        gray: chance of a grey view.
-        blur: chance of a Gaussian blur, whose sigma is 0.1 to 2 in units of size / 32 pixels.
-        noise: chance of white noise, whose deviation is up to 0.15 (10 dB below a usual image). Features are stable
-            under what the views differ in; SimCLR and DINO have no noise, and small encoders learn no stability under
-            it by themselves.
+    A crop's aspect ratio is 3/4 to 4/3. The sigma of a blur is 0.1 to 2 in units of size / 32 pixels, the deviation of
+    white noise up to 0.15 (10 dB below a usual image). Features are stable under what the views differ in; SimCLR and
+    DINO have no noise, and small encoders learn no stability under it by themselves.
     """
 
     size: PositiveInt = 32

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.tasks.encoder import neighbour_accuracy
 
 
 @pytest.fixture(scope="module")

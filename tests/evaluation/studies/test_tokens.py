@@ -15,7 +15,7 @@ from digit.evaluation.studies.ranking import candidates, rank_tokens
 from digit.evaluation.studies.stages import Stages
 from digit.models.codebook import Codebook
 from digit.pipeline.pipeline import DigitPipeline
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.tasks.encoder import neighbour_accuracy
 
 
 @pytest.fixture(scope="module")

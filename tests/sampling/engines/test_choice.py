@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from digit.sampling import sample
-from digit.sampling.engines import choice
+from digit.sampling.engines import acceleration as choice
 from digit.sampling.engines.acceleration import Acceleration, EngineCache, accelerate, engine_name
 from digit.sampling.engines.native import NativeStep
 from tiny import loud

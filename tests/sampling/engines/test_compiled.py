@@ -11,7 +11,7 @@ from digit.core.errors import DigitError
 from digit.sampling import SamplingParams, sample
 from digit.sampling.engines import decode
 from digit.sampling.engines.acceleration import accelerate, compile_seconds, engine_cache
-from digit.sampling.engines.quantize import Int8Linear, quantized
+from digit.sampling.engines.decode import Int8Linear, quantized
 
 GUIDED = SamplingParams(top_k=10, cfg_scale=2.5, cfg_interval=(0.3, 0.8))
 

@@ -147,7 +147,7 @@ def dataset_batches(
             image = image if size is None else center_crop(resize_shorter(image, size, filter), size)
             first = first or image.size
             if image.size != first:
-                raise DigitError(_mixed_sizes(first, image.size, dataset.source.where(index)))
+                raise DigitError(_mixed_sizes(first, image.size, dataset.where(index)))
             arrays.append(np.asarray(image))
         yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # (B, 3, H, W)
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from digit.core.config import config, to_dict
+from digit.core.config import PositiveInt, Probability, config, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import read_tensors, write_tensors
 from digit.core.transforms import Transform
@@ -33,10 +33,9 @@ from digit.evaluation.model_source import describe_data
 from digit.evaluation.results import OTHER, OURS, PAPER, Result, Rows, legend, panels, timed
 from digit.evaluation.steps import Steps
 from digit.models.probe import LinearProbe, LinearProbeConfig
-from digit.models.transformer import PositiveInt, Probability
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.tasks.encoder import neighbour_accuracy
 
 AUTHORS_LR, AUTHORS_BATCH = 0.4, 1024
 _CHUNK = 4096  # images classified at a time

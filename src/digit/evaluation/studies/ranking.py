@@ -41,7 +41,7 @@ from digit.evaluation.results import timed
 from digit.evaluation.studies.stages import Comparison, Stages, predictability
 from digit.pipeline.card import describe_model
 from digit.pipeline.pipeline import DigitPipeline
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.tasks.encoder import neighbour_accuracy
 
 RIDGE = 1e-3
 """Strength of the decoder's penalty, in mean squares of a code's values about their mean."""

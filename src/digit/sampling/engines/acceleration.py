@@ -7,6 +7,9 @@
 | CUDA | the same, recorded as CUDA graphs |
 | others | compiled if asked for, else plain |
 
+The compiler, the processor and the shape decide together whether the C++ step or the matrix library of PyTorch is
+quicker, so a few steps of both are timed at the first use of a shape, and what was found lies beside the built C++.
+
 State-space models run plain everywhere: a step changes their state, so it must not be repeated, as a recording does.
 
 Masked and random-order models take few and large steps: they run in plain PyTorch whatever is chosen, without an engine
@@ -18,18 +21,24 @@ Speed belongs to a loaded model, not to a call: :func:`accelerate` it once, and 
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
+
+from digit.core.environment import hardware
 from digit.core.errors import DigitError
+from digit.core.files import write_json
 from digit.models.token_model import TokenModel
-from digit.native import NoCompiler
-from digit.sampling.engines.choice import measured
+from digit.native import NoCompiler, library
 from digit.sampling.engines.decode import (
     CompiledCudaGraphEngine,
     CompiledEngine,
@@ -38,8 +47,12 @@ from digit.sampling.engines.decode import (
     version,
 )
 from digit.sampling.engines.native import NativeEngine, NativeStep, suits
+from digit.sampling.request import SamplingParams
 
 log = logging.getLogger("digit")
+
+STEPS, LONGEST = 8, 0.5  # steps of an engine that are timed at most, and seconds
+_known: dict[str, dict[str, float]] = {}  # of this process, for folders that cannot be written
 
 
 class Acceleration(NamedTuple):
@@ -50,8 +63,8 @@ class Acceleration(NamedTuple):
             size.
         quantize: "int8" stores the step's matrices in 8 bits, a scale a row; a step on a CPU reads a quarter of the
             bytes. Tokens change slightly.
-        native: on a CPU, run the C++ step (a few seconds of building once for all models and times): None where it can
-            and is quicker than the plain one, measured at the first use of a shape; True wherever it can; False never.
+        native: on a CPU, run the C++ step (a few seconds of building once for all models and times): None where it is
+            the quicker, measured at the first use of a shape; True wherever it can; False never.
     """
 
     compile: bool = False
@@ -95,9 +108,7 @@ class EngineCache:
         return kinds[model.start.device.type == "cuda"](model, batch, guided, options.quantize)
 
     def _native(self, model: TokenModel, batch: int, guided: bool, began: float) -> NativeEngine:
-        """The engine in C++; its weights are packed once for every batch size. It has been in the making since
-        ``began``.
-        """
+        """The engine in C++, in the making since ``began``; its weights are packed once for every batch size."""
         if self.packed is None or self.packed[0] != version(model):
             self.packed = None  # the memory of the old ones first
             self.packed = version(model), NativeStep(model, self.options.quantize)
@@ -122,11 +133,7 @@ _caches: WeakKeyDictionary[TokenModel, EngineCache] = WeakKeyDictionary()
 def accelerate(
     model: TokenModel, compile: bool = False, quantize: str | None = None, native: bool | None = None
 ) -> None:
-    """Choose how ``model`` samples from now on; see :class:`Acceleration`.
-
-    Raises:
-        DigitError: an unknown kind of quantization, or one that this device has no fast kernel for.
-    """
+    """Choose how ``model`` samples from now on; a DigitError for a quantization that is unknown or slow here."""
     if quantize not in (None, "int8"):
         raise DigitError(f"quantize = {quantize} was given; expected int8, or nothing.")
     if quantize and model.start.device.type != "cpu":
@@ -160,3 +167,70 @@ def engine_name(model: TokenModel) -> str:
     """What the model last sampled with: "C++", "compiled" or "plain" (on CUDA as graphs); "" if it has not."""
     engine = engine_cache(model).engine
     return "" if engine is None else engine.name
+
+
+def measured(
+    model: TokenModel, batch: int, guided: bool, quantize: str | None, engines: Mapping[str, Callable[[], DecodeEngine]]
+) -> dict[str, float]:
+    """Seconds of a step of each of the ``engines``, made one after the other, or as this shape was measured before."""
+    shape = shape_class(model, batch, guided, quantize)
+    stored, machine = _stored(), _machine()
+    here = stored.get(machine, {})
+    found = here.get(shape, _known.get(shape, {}))
+    if set(found) >= set(engines):
+        return found
+    found = {name: _seconds(make(), model, guided) for name, make in engines.items()}
+    _known[shape] = found
+    with contextlib.suppress(DigitError):  # else the next process measures again
+        write_json(_file(), {**stored, machine: {**here, shape: found}})
+    return found
+
+
+def shape_class(model: TokenModel, batch: int, guided: bool, quantize: str | None) -> str:
+    """What a measurement holds for, in words; rows are rounded up to a power of 2."""
+    c, t = model.config, model.config.transformer
+    assert t is not None
+    rows = 1 << (batch * (2 if guided else 1) - 1).bit_length()
+    kind = quantize or str(model.start.dtype).removeprefix("torch.")
+    return (
+        f"{t.depth} x {t.dim} ({t.heads} heads, feed-forward {t.hidden_dim}), {c.vocab_size} tokens, "
+        f"{c.prefix_length + c.length} positions, {kind}, {rows} rows, {torch.get_num_threads()} threads"
+    )
+
+
+def remembered() -> dict[str, dict[str, float]]:
+    """Of each shape that was measured on this processor, the seconds of a step by engine."""
+    found: dict[str, dict[str, float]] = _stored().get(_machine(), {})
+    return found
+
+
+def _stored() -> dict[str, dict[str, dict[str, float]]]:
+    try:
+        found = json.loads(_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _file() -> Path:
+    """Beside the built C++, whose name changes with its source, the compiler and the processor's instructions."""
+    return Path(library()._name).with_suffix(".json")
+
+
+def _machine() -> str:
+    return f"{hardware()['processor']}, torch {torch.__version__}"
+
+
+@torch.inference_mode()
+def _seconds(engine: DecodeEngine, model: TokenModel, guided: bool) -> float:
+    """The quickest of a few steps in the middle of a sequence, so that other programs count little."""
+    state = engine.state
+    length = state.uniform.shape[1]
+    params = engine.begin(state.uniform, state.tokens, state.free, [1.0] * length, SamplingParams())
+    times: list[float] = []
+    while len(times) < 2 or (len(times) <= STEPS and sum(times) < LONGEST):  # the first is slow
+        state.place.fill_(length // 2)
+        began = time.perf_counter()
+        engine.decode_tokens(model, length // 2, length // 2 + 1, guided, params)
+        times.append(time.perf_counter() - began)
+    return min(times[1:])

@@ -13,6 +13,7 @@ without a word from the host. So it can be compiled as a whole, and on CUDA reco
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import time
@@ -21,11 +22,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from digit.models.token_model import NO_LABEL, Cache, Labels, Prefix, TokenModel
 from digit.sampling.batching import is_out_of_memory
-from digit.sampling.engines.quantize import quantized
 from digit.sampling.logits import DrawParams, draw, guide
 from digit.sampling.request import SamplingParams
 
@@ -64,14 +65,9 @@ def decode_one_token(
 ) -> None:
     """Draw token ``state.place`` and add 1 to it.
 
-    Args:
-        model: the network.
-        cache: of B sequences, or of 2B when guided: with labels first, without after them.
-        state: see there.
-        places: any tensor (S,): how far into the cache the step reads. A tensor, because compilers take sizes as
-            unknowns more readily than numbers.
-        guided: whether both halves run.
-        params: of the draw.
+    ``cache`` is of B sequences, or of 2B when guided: with labels first, without after them. ``places`` is any tensor
+    (S,): how far into the cache the step reads. A tensor, because compilers take sizes as unknowns more readily than
+    numbers.
     """
     index = state.place.view(1)
     token = state.tokens.index_select(1, index - 1).squeeze(1)  # (B,)
@@ -97,11 +93,9 @@ class DecodeEngine:
     """The cache, the buffers and the step of one model and batch size; this one's step is plain PyTorch.
 
     Attributes:
-        name: for records.
         fixed_batch: made for one batch size: a smaller batch fills it up, rather than make another.
         state: the buffers; a batch smaller than them leaves the last rows idle.
         cache: of 2 * batch sequences when guidance is prepared, else of batch.
-        setup_seconds: spent on building, compiling and recording so far.
     """
 
     name = "plain"
@@ -284,3 +278,43 @@ def version(model: TokenModel) -> tuple[Any, ...]:
     parameters = list(model.parameters())
     first, writes = parameters[0], sum(0 if p.is_inference() else p._version for p in parameters)
     return first.device, first.dtype, first.data_ptr(), writes, model.training
+
+
+class Int8Linear(nn.Module):
+    """A matrix in 8 bits, of which a step on a CPU reads a quarter of the bytes; activations stay in floating point.
+
+    ``weight`` (out, in) int8, rounded to nearest, and ``scale`` (out,) bfloat16, absolute maximum / 127: row i is
+    weight[i] * scale[i]. PyTorch's kernel multiplies them in bfloat16; docs/performance.md says where it is faster.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        w = linear.weight.detach().float()
+        scale = (w.abs().amax(1).clamp(min=1e-12) / 127).bfloat16()
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (w / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        flat = x.reshape(-1, x.shape[-1]).bfloat16()
+        if any(side % 32 for side in self.weight.shape):  # PyTorch's kernel reads beyond the end of other shapes
+            product: Tensor = F.linear(flat, self.weight.bfloat16()) * self.scale
+        else:
+            product = torch.ops.aten._weight_int8pack_mm(flat, self.weight, self.scale)
+        y = product.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+def quantized(model: TokenModel) -> TokenModel:
+    """A copy of the model with int8 matrices in its blocks and head; all else is shared, not copied."""
+    shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    narrow = copy.deepcopy(model, shared)
+    for module in list(narrow.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child))
+    return narrow

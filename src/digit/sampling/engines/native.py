@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from digit.models.token_model import Labels, Prefix, TokenModel
 from digit.models.transformer import Block, KVCache
 from digit.native import library
-from digit.sampling.engines.decode import DecodeEngine, State
-from digit.sampling.engines.quantize import Int8Linear, quantized
+from digit.sampling.engines.decode import DecodeEngine, Int8Linear, State, quantized
 from digit.sampling.logits import DrawParams
 
 LANES, PANEL = 16, 64  # as in the source
@@ -68,10 +67,8 @@ class _Batch(ctypes.Structure):
 
 
 def suits(model: TokenModel) -> bool:
-    """Whether the C++ step covers this model.
-
-    It does on the CPU, in float32 or bfloat16, for one token after the other, where the widths of a head and of the
-    feed-forward layers are multiples of 16, and not in training mode, for it knows no dropout.
+    """Whether the C++ step covers this model: on the CPU, in float32 or bfloat16, row by row, with heads and
+    feed-forward layers of multiples of 16, and not in training, for it knows no dropout.
     """
     config = model.config.transformer
     kinds = {(p.device.type, p.dtype) for p in model.parameters()}
@@ -82,15 +79,7 @@ def suits(model: TokenModel) -> bool:
 
 
 class NativeStep:
-    """The packed weights of one model, and its step. Weights that change later are not seen: make another.
-
-    Args:
-        model: one that :func:`suits`; it is not kept alive.
-        quantize: "int8" for the matrices of :func:`digit.sampling.engines.quantize.quantized`.
-
-    Raises:
-        NoCompiler: see :func:`digit.native.library`.
-    """
+    """The packed weights of one model that :func:`suits`, and its step; they do not follow later changes."""
 
     def __init__(self, model: TokenModel, quantize: str | None = None) -> None:
         self._library = library()
@@ -124,18 +113,6 @@ class NativeStep:
         )
         self._pointer = ctypes.byref(self._network)
 
-    def step(self, cache: KVCache, token: Tensor, index: int | Tensor) -> Tensor:
-        """As :meth:`TokenModel.step`: feed token number ``index``, ids (B,); float32 logits (B, vocab) of the next."""
-        model, place, threads = self._model, int(index) + 1, self._threads()
-        x = model.embed_tokens(token) + model.position_embedding.weight[place]  # (B, D)
-        x, rows = x.float().contiguous(), len(x)
-        logits = torch.empty(rows, self._network.head.outputs)
-        room = self._make_room(self._library.digit_room(self._pointer, rows, threads, cache.length))
-        position = model.config.prefix_length + place
-        buffers = (x.data_ptr(), room, logits.data_ptr())
-        self._library.digit_step(self._pointer, _pointers(cache), threads, rows, position, *buffers)
-        return logits[:, : model.config.vocab_size]
-
     def draw_tokens(
         self,
         cache: KVCache,
@@ -146,9 +123,8 @@ class NativeStep:
         params: DrawParams,
         starts: Tensor | None = None,
     ) -> None:
-        """Draw tokens ``start`` to ``end`` - 1 of a batch.
-
-        ``starts`` (B or 2B, D) is what stands before token 0, if that is drawn.
+        """Draw tokens ``start`` to ``end`` - 1 of a batch; ``starts`` (B or 2B, D) stands before token 0, if that is
+        drawn.
         """
         config, (rows, length) = self._model.config, state.tokens.shape
         tensors = (self._model.token_embedding.weight, self._model.position_embedding.weight)
@@ -230,9 +206,8 @@ class NativeEngine(DecodeEngine):
 def fast_draw(
     logits: Tensor, uniform: Tensor, params: DrawParams, unguided: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """As :func:`digit.sampling.logits.draw`, on the CPU, for logits (B, V) and uniform (B,).
-
-    With ``unguided`` logits (B, V) as :func:`digit.sampling.logits.guide` before it.
+    """As :func:`digit.sampling.logits.draw`, on the CPU, for logits (B, V), guided by ``unguided`` ones (B, V), if
+    given.
     """
     logits = _rows(logits)
     rows, vocab = logits.shape

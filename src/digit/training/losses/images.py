@@ -1,7 +1,9 @@
 """What makes an image like another: pixels, a perceptual distance, and a patch discriminator. The VQGAN and the
 feed-forward decoder are trained with it.
 
-Source: Esser et al. 2021, arXiv 2012.09841, section 3.1.
+Sources: [0] Esser et al. 2021, arXiv 2012.09841, section 3.1 (the sum, the adaptive weight). [1] Zhang et al. 2018,
+arXiv 1801.03924 (LPIPS). [2] Lim and Ye 2017, arXiv 1705.02894 (hinge). [3] Tseng et al. 2021, arXiv 2104.03310
+(LeCAM).
 """
 
 from __future__ import annotations
@@ -14,43 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share, config
+from digit.core.errors import DigitError
+from digit.encoders.conv import ConvEncoder
 from digit.encoders.loading import load_encoder
+from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.training.losses import adversarial
-from digit.training.losses.adversarial import Augmentation
-from digit.training.losses.perceptual import EncoderView, LpipsDistance, feature_distance
+from digit.models.lpips import load_lpips
 from digit.training.task import Batch, Groups, Loss, Step
 
 _LECAM_SPEED = 0.01  # of the averages of logits
+_VIT_LAYERS = 4
 Metrics = Mapping[str, Tensor]
 
 
 @config
 class ImageObjective:
-    """What a generated image is compared by. Pixels are in 0..1.
+    """What a generated image is compared by; ``presets/bases/pixels.yaml`` explains the fields, and these beside them.
 
     Attributes:
-        l1, l2: weights of the mean absolute and squared error of a pixel.
-        perceptual: "none", "lpips" (fetches VGG16 once) or "encoder" (a frozen encoder of this library, whose features
-            the discriminator then sees too).
-        perceptual_encoder: that encoder: a folder or a hub id.
-        perceptual_weight: of the perceptual distance.
-        gan_weight: of the generator's adversarial loss; 0 trains without a discriminator.
-        gan_start, gan_alone, gan_warmup: shares of the run: when the discriminator begins, how long it learns before
-            the generator feels it, and over which its weight then grows.
-        gan_adaptive: multiply that weight by the ratio of the other losses' gradient and its own, at the generator's
+        gan_alone: share of the run in which the discriminator learns before the generator feels it.
+        gan_adaptive: multiply its weight by the ratio of the other losses' gradient and its own, at the generator's
             last layer, but by this number at most; 0 leaves the weight alone.
-        discriminator: its shape.
-        discriminator_lr: its learning rate, as a factor of the run's.
         discriminator_betas: of its AdamW; None takes the run's.
-        augment: how images are changed before the discriminator sees them; see
-            :func:`~digit.training.losses.adversarial.augment`.
-        discriminator_steps: how often it learns from each batch; it is cheap beside the generator, which otherwise
-            outruns it.
-        flip: chance of a horizontal flip.
-        shift: image and reconstruction are moved by up to so many pixels, together, before they are compared. Networks
-            that halve the side see a pattern of two or four pixels only where it falls between their steps, and a
-            generator that is left to discriminators alone learns to hide in the steps.
+        shift: networks that halve the side see a pattern of two or four pixels only where it falls between their steps,
+            and a generator that is left to discriminators alone learns to hide in the steps.
     """
 
     l1: NonNegative = 1.0
@@ -67,7 +56,6 @@ class ImageObjective:
     discriminator_lr: Positive = 1.0
     discriminator_betas: tuple[Probability, Probability] | None = None
     discriminator_steps: PositiveInt = 1
-    augment: tuple[Augmentation, ...] = ()
     flip: Share = 0.5
     shift: NonNegativeInt = 0
 
@@ -92,19 +80,21 @@ class ImageObjective:
 
 
 class ImageLoss:
-    """The frozen networks of an objective, which only compare, and its losses. A ``discriminator`` is to be trained
-    beside the generator, as an entry of the task's ``modules``.
+    """The losses of an objective, the frozen networks that only compare, and a ``discriminator`` that is to be
+    trained.
     """
 
     def __init__(self, objective: ImageObjective, resolution: int, last: Tensor | None = None) -> None:
-        """Load what compares images of ``resolution`` pixels. ``last`` is the weight of the generator's last layer,
-        where ``gan_adaptive`` compares gradients; without it they are compared at the images.
-
-        Raises:
-            DigitError: the perceptual network is missing or does not fit.
+        """Load what compares images of ``resolution`` pixels; a DigitError where it is missing or does not fit.
+        Gradients are compared at ``last``, the weight of the generator's last layer, or else at the images.
         """
         self.objective, self.last = objective, last
-        self.lpips = LpipsDistance() if objective.perceptual == "lpips" else None
+        self.lpips: nn.Module | None = None
+        if objective.perceptual == "lpips":
+            try:
+                self.lpips = load_lpips("vgg").network
+            except DigitError as error:
+                raise DigitError(f"{error} Or set objective.perceptual to 'encoder' or 'none'.") from error
         eyes = objective.perceptual_encoder
         self.view = None if eyes is None else EncoderView(load_encoder(eyes), resolution)
         self.frozen = [network for network in (self.lpips, self.view) if network is not None]
@@ -144,8 +134,8 @@ class ImageLoss:
         """
         images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
         with torch.no_grad():
-            wanted = self._see(images)
-        seen = self._see(rebuilt)
+            wanted = self.view(images) if self.view else []  # layers of features (B, C, h, w)
+        seen = self.view(rebuilt) if self.view else []
         count, half = len(images), len(seen) // 2
         matched = count if matched is None else matched
         value, more = self._compare(rebuilt, images, seen, wanted, slice(matched))
@@ -158,10 +148,6 @@ class ImageLoss:
             yield Loss("model", loss, metrics)
         else:
             yield from self._adversarial(loss, metrics, modules["discriminator"], rebuilt, images, seen, wanted, step)
-
-    def _see(self, images: Tensor) -> list[Tensor]:
-        """The layers of features (B, C, h, w) of images (B, 3, S, S); none without a perceptual encoder."""
-        return self.view(images) if self.view else []
 
     def _compare(
         self,
@@ -182,7 +168,7 @@ class ImageLoss:
         if self.lpips is None:
             distance = feature_distance([s[rows] for s in seen], [w[rows] for w in wanted])
         else:
-            distance = self.lpips(rebuilt, images)
+            distance = self.lpips(rebuilt * 2 - 1, images * 2 - 1).float().mean()
         return value + objective.perceptual_weight * distance, {**metrics, "perceptual": distance.detach()}
 
     def _adversarial(
@@ -197,41 +183,113 @@ class ImageLoss:
         step: Step,
     ) -> Iterator[Loss]:
         objective = self.objective
-        g_loss = adversarial.generator_hinge(discriminator(*self._shown(rebuilt, seen)))
+        if not objective.discriminator.feature_channels:
+            seen = wanted = ()
+        g_loss = generator_hinge(discriminator(rebuilt, seen))
         metrics = {**metrics, "g_loss": g_loss.detach()}
         begin, last = objective.gan_start + objective.gan_alone, rebuilt if self.last is None else self.last
-        weight: float | Tensor = objective.gan_weight * adversarial.ramp(step.progress, begin, objective.gan_warmup)
+        weight: float | Tensor = objective.gan_weight * ramp(step.progress, begin, objective.gan_warmup)
         if objective.gan_adaptive and weight:
-            ratio = adversarial.gradient_ratio(loss, g_loss, last, objective.gan_adaptive)
+            ratio = gradient_ratio(loss, g_loss, last, objective.gan_adaptive)
             weight, metrics = weight * ratio, {**metrics, "gan_ratio": ratio}
         yield Loss("model", loss + weight * g_loss, metrics)
+        both = torch.cat([images, rebuilt.detach()])  # (B + B', 3, S, S)
+        layers = [torch.cat([w, s.detach()]) for w, s in zip(wanted, seen, strict=True)]
         for _ in range(objective.discriminator_steps):
-            with torch.no_grad():
-                real, fake = self._shown(images, wanted), self._shown(rebuilt.detach(), seen)
-                both = torch.cat([real[0], fake[0]])  # (B + B', 3, S, S)
-                layers = [torch.cat([w, s]).detach() for w, s in zip(real[1], fake[1], strict=True)]
             yield self._discrimination(discriminator(both, layers), len(images))
-
-    def _shown(self, images: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
-        """Images and their features as the discriminator gets them."""
-        features = self.objective.discriminator.feature_channels
-        if self.objective.augment:
-            images = adversarial.augment(images, self.objective.augment)
-            seen = self._see(images) if features else ()
-        return images, seen if features else ()
 
     def _discrimination(self, logits: Sequence[Tensor], real: int) -> Loss:
         """The discriminator's own loss from maps of logits, of which the first ``real`` rows are of images."""
         assert self.discriminator is not None
         true, false = zip(*((one[:real].float(), one[real:].float()) for one in logits), strict=True)
-        loss = hinge = adversarial.discriminator_hinge(true, false)
-        means = [-adversarial.generator_hinge(some).detach() for some in (true, false)]
+        loss = hinge = discriminator_hinge(true, false)
+        means = [-generator_hinge(some).detach() for some in (true, false)]
         metrics = {"hinge": hinge.detach(), "logits_real": means[0], "logits_fake": means[1]}
         weight = self.objective.discriminator.lecam
         if weight:
             averages = self.discriminator.averages
-            penalty = adversarial.lecam(true, false, averages.clone())
+            penalty = lecam(true, false, averages.clone())
             now = [torch.stack([r.detach().mean(), f.detach().mean()]) for r, f in zip(true, false, strict=True)]
             averages.lerp_(torch.stack(now), _LECAM_SPEED)
             loss, metrics = hinge + weight * penalty, {**metrics, "lecam": penalty.detach()}
         return Loss("discriminator", loss, metrics)
+
+
+def discriminator_hinge(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
+    """() real logits should be above 1, fake ones below -1; 1 is chance. Every map counts alike, whatever its size."""
+    terms = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
+    return torch.stack(terms).mean() / 2
+
+
+def generator_hinge(fake: Sequence[Tensor]) -> Tensor:
+    """() from maps of logits: fakes should get high ones. Every map counts alike."""
+    return -torch.stack([f.mean() for f in fake]).mean()
+
+
+def lecam(real: Sequence[Tensor], fake: Sequence[Tensor], averages: Tensor) -> Tensor:
+    """() how far logits stand on the wrong side of ``averages`` (maps, 2), the real and fake ones of before, squared
+    [3].
+    """
+    terms = [
+        F.relu(r - mean_fake).square().mean() + F.relu(mean_real - f).square().mean()
+        for r, f, (mean_real, mean_fake) in zip(real, fake, averages, strict=True)
+    ]
+    return torch.stack(terms).mean()
+
+
+def gradient_ratio(loss: Tensor, adversarial: Tensor, at: Tensor, limit: float) -> Tensor:
+    """() norm of the gradient of ``loss`` at ``at``, in units of that of ``adversarial``; at most ``limit`` [0]."""
+    ours, theirs = (torch.autograd.grad(value, at, retain_graph=True)[0].norm() for value in (loss, adversarial))
+    ratio: Tensor = (ours / (theirs + 1e-6)).clamp(max=limit).detach()
+    return ratio
+
+
+def ramp(progress: float, start: float, warmup: float) -> float:
+    """0 before ``start``, then linearly to 1 over ``warmup``; all three are shares of the run."""
+    if progress < start:
+        return 0.0
+    return min(1.0, (progress - start) / warmup) if warmup else 1.0
+
+
+class EncoderView(nn.Module):
+    """The layers of features that a frozen encoder sees in an image, for the distance and the discriminator.
+
+    That is LPIPS without a download: all channels are weighted alike. A self-supervised encoder ignores what its
+    augmentations change (colour, a little blur), so it stands beside a pixel loss and does not replace it.
+    """
+
+    def __init__(self, encoder: ConvEncoder | TransformersEncoder, size: int) -> None:
+        """Take an encoder and the side of the images; a DigitError where the encoder is for images of another size."""
+        super().__init__()
+        if encoder.preprocessing.image_size != size:
+            raise DigitError(
+                f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, those "
+                f"that are to be made have {size}."
+            )
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.dims: list[int] = [encoder.dim] * _VIT_LAYERS
+        if isinstance(encoder, ConvEncoder):
+            self.dims = [
+                width for width, n in zip(encoder.config.widths, encoder.config.blocks, strict=True) for _ in range(n)
+            ]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place: of each
+        block of a convolutional encoder, or of four blocks of a ViT at equal distances.
+        """
+        encoder = self.encoder
+        if isinstance(encoder, TransformersEncoder):
+            states = encoder.states(images)  # depth tensors (B, N, D)
+            chosen = [states[len(states) * (i + 1) // _VIT_LAYERS - 1] for i in range(_VIT_LAYERS)]
+            layers = [state.transpose(1, 2).reshape(len(images), -1, *encoder.grid) for state in chosen]
+        else:
+            x, layers = encoder.stem(encoder.preprocessing(images).contiguous(memory_format=torch.channels_last)), []
+            for block in encoder.blocks:
+                x = block(x)
+                layers.append(x)
+        return [F.normalize(layer.float(), dim=1) for layer in layers]
+
+
+def feature_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+    """() squared distance of unit features (B, C, h, w), the mean over places and over layers."""
+    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(features, others, strict=True)]).mean()

@@ -23,14 +23,11 @@ _SETTLED = 10_000  # updates after which the averages move at their final speed
 
 
 class EmaQuantizer(nn.Module):
-    """Snaps latents to a codebook, which it moves.
-
-    Its state is all in buffers, so a checkpoint resumes it exactly.
+    """Snaps latents to a codebook, which it moves. Its state is all in buffers, so a checkpoint resumes it exactly.
 
     Attributes:
         codebook: (V, D), the VQGAN's own parameter.
-        uses: (V,) moving average of how many latents of a batch take each code.
-        sums: (V, D) moving average of their sums.
+        uses, sums: (V,), (V, D) moving averages of how many latents of a batch take each code, and of their sums.
         updates: () int64, how often the codebook has been moved; 0 until it is put on data.
     """
 
@@ -54,8 +51,8 @@ class EmaQuantizer(nn.Module):
             decay: of the moving averages; less at first, min(decay, (1 + k) / (10 + k)) at update k, while latents move
                 fast.
             dead_below: a code whose average use falls below this share of the mean use is put on a recent latent.
-            gradient: how it passes the rounding: "straight-through" copies it; "rotation" turns and scales it with the
-                rotation that takes a latent to its code [2].
+            gradient: "straight-through" copies it; "rotation" turns and scales it as a latent is turned to its code
+                [2].
             normalize: latents and codes are unit vectors [3].
         """
         super().__init__()
@@ -96,8 +93,8 @@ class EmaQuantizer(nn.Module):
 
     @torch.no_grad()
     def _start(self, latents: Tensor) -> None:
-        """Put the codes on random latents (n, D) of the first batch and refine them by a few steps of k-means; nothing
-        where a checkpoint has brought codes that were moved before.
+        """Put the codes on latents (n, D) of the first batch, by a few steps of k-means, unless a checkpoint brought
+        some.
         """
         self._begun = True
         if self.updates:
@@ -155,9 +152,7 @@ class EmaQuantizer(nn.Module):
 
 
 def rotate(z: Tensor, codes: Tensor) -> Tensor:
-    """The codes (..., D), as the rotation and scaling of the latents (..., D) that takes each to its code, held
-    constant [2].
-    """
+    """The codes (..., D), as rotation and scaling of the latents (..., D), held constant [2]."""
     with torch.no_grad():
         length = z.norm(dim=-1, keepdim=True).clamp(min=1e-6)
         scale = codes.norm(dim=-1, keepdim=True) / length

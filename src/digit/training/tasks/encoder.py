@@ -1,8 +1,4 @@
-"""Training an encoder for small images, self-supervised: SimCLR, VICReg, DINO with iBOT, or a masked autoencoder.
-
-An encoder preset has the sections ``model`` (:class:`ConvModel` or :class:`VitModel`), ``objective`` (by its
-``method``), ``data`` (:class:`EncoderData`) and ``training``.
-"""
+"""Training an encoder for small images, self-supervised: SimCLR, VICReg, DINO with iBOT, or a masked autoencoder."""
 
 from __future__ import annotations
 
@@ -11,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.core.config import NonNegativeInt, PositiveInt, config, from_dict, to_dict
@@ -18,11 +15,17 @@ from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset
 from digit.encoders.loading import load_encoder, small_conv, small_vit
 from digit.training.finetune import FineTune, saved_part, take_modules
-from digit.training.losses.distillation import DistillationMethod, DistillationObjective
-from digit.training.losses.masked_autoencoder import MaskedAutoencoderMethod, MaskedAutoencoderObjective
-from digit.training.losses.pairs import PairMethod, PairObjective, spread
-from digit.training.losses.projection import Method, TrainableEncoder
-from digit.training.neighbours import neighbour_accuracy
+from digit.training.losses.encoders import (
+    DistillationMethod,
+    DistillationObjective,
+    MaskedAutoencoderMethod,
+    MaskedAutoencoderObjective,
+    Method,
+    PairMethod,
+    PairObjective,
+    TrainableEncoder,
+    spread,
+)
 from digit.training.task import Batch, Groups, Loss, Step, Stream, Task
 from digit.training.tasks.images import ImageData, described, image_batches, image_chunks, some_images
 
@@ -60,16 +63,14 @@ class VitModel:
 
 @config
 class EncoderData(ImageData):
-    """Which images are learned from, and which are classified by their neighbours; without classes only the spread of
-    their features is measured.
-
-    Attributes:
-        memory: how many training images are the neighbours; 0 takes all.
+    """Which images are learned from, and which are classified by their neighbours, ``memory`` training images (0: all);
+    without classes only the spread of their features is measured.
     """
 
     memory: NonNegativeInt = 10000
 
 
+_CHUNK = 1000  # queries at a time
 Model = ConvModel | VitModel
 Objective = PairObjective | DistillationObjective | MaskedAutoencoderObjective
 _MODELS: dict[str, type[Model]] = {"conv": ConvModel, "vit": VitModel}
@@ -109,6 +110,30 @@ def build_method(model: Model, objective: Objective) -> Method:
     return DistillationMethod(model.build(), model.build(), objective)
 
 
+def neighbour_accuracy(
+    memory: Tensor,
+    memory_labels: Tensor,
+    queries: Tensor,
+    labels: Tensor,
+    neighbours: int = 20,
+    temperature: float = 0.07,
+) -> float:
+    """Share of the queries (m, D), of classes ``labels`` (m,), whose class wins the vote of their nearest neighbours
+    among the features ``memory`` (n, D), of classes ``memory_labels`` (n,). A vote counts exp(cosine / temperature): Wu
+    et al. 2018, arXiv 1805.01978, section 3.4; DINO (arXiv 2104.14294, section 4.1) found 20 neighbours best.
+    """
+    with torch.autocast(memory.device.type, enabled=False):
+        memory = F.normalize(memory.float(), dim=1).T.contiguous()  # (D, n)
+        classes = int(torch.cat([memory_labels, labels]).max()) + 1
+        right = 0
+        for chunk, expected in zip(torch.split(queries, _CHUNK), torch.split(labels, _CHUNK), strict=True):
+            similar, nearest = (F.normalize(chunk.float(), dim=1) @ memory).topk(min(neighbours, memory.shape[1]))
+            votes = similar.new_zeros(len(chunk), classes)
+            votes.scatter_add_(1, memory_labels[nearest], (similar / temperature).exp())
+            right += int((votes.argmax(1) == expected).sum())
+    return right / len(queries)
+
+
 class EncoderTask(Task):
     """An encoder in training."""
 
@@ -121,33 +146,23 @@ class EncoderTask(Task):
         memory: int = 0,
         start: FineTune | None = None,
     ) -> None:
-        """Make the encoder ``model``, which learns from ``train`` and is measured on ``held_out`` (None: not at all).
-
-        With ``start`` it begins as a saved encoder, with the heads of its run where there is one; a DigitError where
-        that is of another shape. ``memory``: see :class:`EncoderData`.
+        """Make the encoder ``model``, or with ``start`` a saved one with the heads of its run, which learns from
+        ``train`` and is measured on ``held_out``; a DigitError for another shape.
         """
         self.method = build_method(model, objective)
-        self.modules = nn.ModuleDict(self.method.modules)
-        origin = {} if start is None else {"start": self._start(start)}
+        self.modules = self.method.modules
+        origin: dict[str, Any] = {}
+        if start is not None:
+            take_modules(self.modules, start.source, tuple(self.modules))
+            encoder = self.method.encoder
+            origin = {"start": saved_part(start, "encoder", load_encoder, encoder)}
+            cast(nn.Module, self.modules["student"].encoder).load_state_dict(encoder.state_dict())
         self.train, self.examples = train, len(train)
         self.size = model.image_size
         self.memory = some_images(train, memory)
         self.held_out = held_out
         about = {"model": to_dict(model), "objective": to_dict(objective), "data": described(train)}
         self.description = {"component": "encoder", **about, **origin}
-
-    def _start(self, start: FineTune) -> dict[str, Any]:
-        """Begin with saved weights; what to note about them."""
-
-        def shapes(encoder: nn.Module) -> dict[str, torch.Size]:
-            return {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-
-        own = shapes(self.method.encoder)
-        saved, note = saved_part(start, "encoder", load_encoder, lambda saved: shapes(saved) == own)
-        take_modules(self.modules, start.source, tuple(self.modules))
-        for name in {"student", "teacher"} & set(self.modules):
-            cast(nn.Module, self.modules[name].encoder).load_state_dict(saved.state_dict())
-        return note
 
     def parameters_by_optimizer(self) -> Groups:
         """Matrices and kernels decay; biases, norms and tokens do not."""
@@ -160,13 +175,11 @@ class EncoderTask(Task):
         return image_batches(self.train, self.size, stream, self.method.draw)
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
-        """The method's loss."""
-        value, metrics = self.method.loss(self.modules, batch["images"].float() / 255, batch, step)
+        value, metrics = self.method.loss(batch["images"].float() / 255, batch, step)
         yield Loss("model", value, metrics)
 
     def after_step(self, step: Step) -> None:
-        """Move the teacher, if there is one."""
-        self.method.after_step(self.modules, step)
+        self.method.after_step(step)
 
     def validate(self) -> dict[str, float]:
         """20-NN accuracy of the mean patch feature on held-out images, and how spread these are (0 is collapse)."""
@@ -185,7 +198,6 @@ class EncoderTask(Task):
         return torch.cat([encoder(chunk).float().mean(1) for chunk in image_chunks(images, self.size, self.device)])
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the encoder, which ``load_encoder`` reads."""
         self.method.encoder.provenance = dict(provenance)
         self.method.encoder.save_pretrained(folder)
 
@@ -193,6 +205,6 @@ class EncoderTask(Task):
 def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> EncoderTask:
     """The task of an encoder preset over a dataset; see :func:`digit.training.build.build_task`."""
     model = model_from(preset["model"], f"{where}, model")
-    objective = objective_from(preset.get("objective") or {}, f"{where}, objective")
-    choice: EncoderData = from_dict(EncoderData, preset.get("data") or {}, f"{where}, data")
+    objective = objective_from(preset["objective"], f"{where}, objective")
+    choice: EncoderData = from_dict(EncoderData, preset["data"], f"{where}, data")
     return EncoderTask(model, objective, *choice.open(data), choice.memory, start)

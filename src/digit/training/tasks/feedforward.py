@@ -1,10 +1,6 @@
 """Training a feed-forward ("one-pass") decoder: images from their semantic tokens, in one step, with the losses of the
 VQGAN.
 
-A preset has the sections ``model`` (:class:`~digit.models.feedforward.FeedForwardConfig`; vocabulary, grid and classes
-come from the tokenizer and the data), ``objective`` (:class:`OnePassObjective`), ``data`` (:class:`OnePassData`) and
-``training``.
-
 What the tokens leave open, the noise must decide, and the pixel loss alone would teach the decoder to ignore the noise
 and to output the mean. So a small *posterior* network, which is thrown away afterwards, says which noise belongs to an
 image: with that noise, half of a batch has to come back pixel by pixel. The other half gets fresh noise, as in use; it
@@ -18,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +28,7 @@ from digit.core.config import NonNegative, PositiveInt, Share, config, from_dict
 from digit.core.errors import DigitError
 from digit.data.dataset import ImageDataset, open_dataset
 from digit.data.token_cache import TokenCache, open_token_cache
-from digit.models.component import load_strict, save_component, weights_checksum
+from digit.models.component import save_component, weights_checksum
 from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
 from digit.models.vqgan import VQGAN
 from digit.pipeline.pipeline import DigitPipeline
@@ -41,7 +38,6 @@ from digit.sampling.rng import pixel_latents
 from digit.training.auxiliary import Auxiliary, neighbours, set_embeddings
 from digit.training.finetune import FineTune, saved_part, take_modules
 from digit.training.losses.images import ImageLoss, ImageObjective
-from digit.training.losses.posterior import Posterior, drawn
 from digit.training.task import Batch, Loss, Step, Stream
 from digit.training.tasks.images import (
     ImageData,
@@ -58,21 +54,8 @@ from digit.training.tasks.tokens import fitted
 
 @config
 class OnePassObjective(ImageObjective):
-    """What a feed-forward decoder is trained for: images like those that the tokens were made of.
-
-    Attributes:
-        kl: weight of the information (nats per image) that the posterior puts into the noise; 0 trains without a
-            posterior, every image with fresh noise.
-        fresh_pixels: how much of the pixels' loss the half with fresh noise pays too: an anchor, weak enough to leave
-            it its colours.
-        posterior_channels: width of the posterior network after its first convolution.
-        vq: for the head "vq", weight of the cross entropy of the VQ tokens; the images' losses reach the logits
-            through the VQGAN's decoder.
-        prefix_noise, prefix_tokens, prefix_neighbours: disturbed input tokens; see
-            :class:`~digit.training.auxiliary.Auxiliary`.
-        centroid_embeddings: begin with the centroids as token vectors; see there.
-        samples: with ``data.samples``, how many images of the prior's own tokens a step adds, as a share of the
-            batch. They have no image to be like, so the discriminator alone rates them.
+    """What a feed-forward decoder is trained for, as ``presets/bases/onepass.yaml`` explains. Images of the prior's own
+    tokens (``samples``) have no image to be like, so the discriminator alone rates them.
     """
 
     kl: NonNegative = 1e-4
@@ -94,17 +77,39 @@ class OnePassObjective(ImageObjective):
 
 @config
 class OnePassData(ImageData):
-    """Which images are learned from.
-
-    Attributes:
-        labels: condition on the class.
-        tokens: a token cache of the dataset, so that its tokens need not be made again; None makes them in every step.
-        samples: a file of the prior's own tokens, as ``digit generate --save-tokens`` writes it, for post-training.
-    """
+    """Which images are learned from, and where their tokens come from; see ``presets/bases/onepass.yaml``."""
 
     labels: bool = False
     tokens: str | None = None
     samples: str | None = None
+
+
+class Posterior(nn.Module):
+    """Mean and log variance (B, noise_dim) of an image's noise [0]; it serves training alone."""
+
+    def __init__(self, noise_dim: int, channels: int) -> None:
+        super().__init__()
+        widths = (3, channels, 2 * channels, 4 * channels)
+        layers: list[nn.Module] = []
+        for before, width in pairwise(widths):
+            layers += [nn.Conv2d(before, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(widths[-1], 2 * noise_dim)
+        # begin with a noise that tells something of the image, or the decoder learns to do without
+        nn.init.constant_(self.out.bias[noise_dim:], -2.0)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Look at images (B, 3, S, S) in 0..1, in no more than 64 pixels: light and colours need no detail."""
+        side = min(64, images.shape[-1])
+        features = self.layers(F.adaptive_avg_pool2d(images, side) * 2 - 1).mean((2, 3))  # (B, 4 C)
+        mean, log_variance = self.out(features).float().chunk(2, 1)
+        return mean, log_variance.clamp(-8, 8)
+
+
+def drawn(mean: Tensor, log_variance: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """Noise (B, d) made of ``fresh`` normal numbers (B, d), and what it tells of the image: () nats, the mean."""
+    information = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean() / 2
+    return mean + (log_variance / 2).exp() * fresh, information
 
 
 class OnePassTask(ImageTask):
@@ -128,8 +133,6 @@ class OnePassTask(ImageTask):
         """Train ``model`` for ``objective`` on images whose tokens the frozen ``tokenizer`` makes.
 
         Args:
-            held_out: what the decoder is measured on; None measures nothing.
-            data: whether the class is learned.
             cache: the tokens of ``train`` in the views "center" and "flip", if they are at hand.
             samples: (n, N) tokens of the prior, for post-training.
             vqgan: whose codes the head "vq" predicts.
@@ -166,7 +169,6 @@ class OnePassTask(ImageTask):
             self.near = neighbours(tokenizer.codebook.centroids, objective.prefix_neighbours, tokenizer.depth)  # (K, m)
 
     def to_device(self, device: str) -> None:
-        """Move the networks, those that only serve too."""
         super().to_device(device)
         self.tokenizer.to(device)
         self.near = None if self.near is None else self.near.to(device)
@@ -211,10 +213,9 @@ class OnePassTask(ImageTask):
         return self.criterion(loss, metrics, rebuilt, images, batch, step, self.modules, matched, fresh)
 
     def validate(self) -> dict[str, float]:
-        """How held-out images come back from their tokens, with noise as in use.
-
-        PSNR in dB (mean over images) and mean absolute error; "agreement", the share of tokens that the tokenizer finds
-        again in the image; and "spread", the mean absolute difference of two images of the same tokens.
+        """How held-out images come back from their tokens, with noise as in use: PSNR in dB (mean over images) and mean
+        absolute error; "agreement", the share of tokens that the tokenizer finds again in the image; and "spread", the
+        mean absolute difference of two images of the same tokens.
         """
         if self.held_out is None:
             return {}
@@ -238,7 +239,6 @@ class OnePassTask(ImageTask):
         return sheet(images, *(self._render(tokens, 0, seed, labels) for seed in (0, 1)))
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the decoder."""
         names = list(self.train.classes) if self.data.labels else []
         save_component(folder, self.model, self.model.config, {**provenance, "class_names": names})
 
@@ -296,17 +296,15 @@ def build(
     parts: DigitPipeline | None,
     start: FineTune | None = None,
 ) -> OnePassTask:
-    """The task of a preset over a dataset, and the encoder, codebook and (for the head "vq") VQGAN of ``parts``; see
-    :func:`digit.training.build.build_task`.
-    """
+    """The task of a preset over a dataset, and the encoder, codebook and (for the head "vq") VQGAN of ``parts``."""
     if parts is None or parts.encoder is None or parts.codebook is None:
         raise DigitError(
             "A feed-forward decoder is trained on images and their semantic tokens: give the model whose encoder and "
             "codebook make them with --model, and a dataset (not a token cache) with --data."
         )
     tokenizer = parts.tokenizer
-    objective: OnePassObjective = from_dict(OnePassObjective, preset.get("objective") or {}, f"{where}, objective")
-    choice: OnePassData = from_dict(OnePassData, preset.get("data") or {}, f"{where}, data")
+    objective: OnePassObjective = from_dict(OnePassObjective, preset["objective"], f"{where}, objective")
+    choice: OnePassData = from_dict(OnePassData, preset["data"], f"{where}, data")
     train, held_out = choice.open(data)
     shape = _shape(preset["model"], tokenizer, parts.vqgan, train if choice.labels else None, f"{where}, model")
     model, origin = FeedForwardDecoder(shape), dict[str, Any]()
@@ -315,8 +313,7 @@ def build(
         def fits(saved: FeedForwardDecoder) -> bool:
             return replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) == shape
 
-        saved, origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained, fits)
-        load_strict(model, saved.state_dict(), start.source)
+        origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained, model, fits)
     elif objective.centroid_embeddings:
         set_embeddings(model.token_embedding, tokenizer.codebook.centroids)
     cache = None if choice.tokens is None else _open_cache(choice.tokens, data, choice.split, tokenizer)

@@ -28,12 +28,8 @@ _DRAWS = 0x7669  # keeps these seeds apart from other uses of (seed, step)
 
 @config
 class ImageData:
-    """Which images are learned from, and which measure.
-
-    Attributes:
-        split: of the training images.
-        held_out_split: of the images that measure; None keeps some of the training images back, at most a tenth.
-        held_out: how many of them; 0 takes all.
+    """Which images are learned from, and which measure: of the former a tenth at most;
+    ``presets/bases/images.yaml``.
     """
 
     split: str = "train"
@@ -55,9 +51,8 @@ class ImageData:
 def image_batches(
     images: ImageDataset, size: int, stream: Stream, draw: Callable[[int, torch.Generator], Batch]
 ) -> Iterator[Batch]:
-    """Shuffled batches of "images" (B, 3, size, size) uint8, center-cropped, with the random numbers of each example:
-    ``draw`` makes named tensors of one row an example. It is called for the global batch and cut afterwards, so the
-    numbers do not depend on how many processes there are.
+    """Shuffled batches of "images" (B, 3, size, size) uint8, center-cropped, with random numbers, one row an example.
+    ``draw`` makes them for the global batch, so they do not depend on how many processes there are.
     """
     sampler = StepSampler(len(images), stream.batch_size, stream.seed, stream.rank, stream.world)
     how: dict[str, Any] = {"start": stream.start, "stop": stream.stop, "workers": stream.workers}
@@ -88,9 +83,7 @@ def described(images: ImageDataset) -> dict[str, Any]:
 
 
 class ImageTask(Task):
-    """A network that makes images of side ``resolution`` learns from images, by the losses of an
-    :class:`ImageObjective`; ``frozen`` networks only serve.
-    """
+    """A network that makes images of side ``resolution`` learns from images; ``frozen`` networks only serve."""
 
     def __init__(
         self,
@@ -116,13 +109,11 @@ class ImageTask(Task):
         return {"model": [{"params": [p for p in ours if p.requires_grad]}], **self.criterion.optimizers()}
 
     def to_device(self, device: str) -> None:
-        """Move the networks, those that only serve too."""
         super().to_device(device)
         for network in self.frozen:
             network.to(device)
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
-        """Images as uint8, and how they are flipped and moved."""
         return image_batches(self.train, self.resolution, stream, self.objective.draw)
 
     def examples_shown(self) -> tuple[ImageDataset, Tensor]:

@@ -53,15 +53,7 @@ _INPUTS = ("tokens", "labels", "prefix", "mask", "order")  # of a batch, for the
 
 @config
 class TokenData:
-    """Which tokens of a cache are learnt.
-
-    Attributes:
-        target: what is predicted.
-        prefix: what it is conditioned on: the semantic tokens, for decoders.
-        labels: condition on the class.
-        views: the cached views that are drawn from, by name; None takes all.
-        held_out: images kept back for validation; at most a tenth of the cache is.
-    """
+    """Which tokens of a cache are learnt, as ``presets/bases/tokens.yaml`` explains; at most a tenth is held out."""
 
     target: Literal["semantic", "vq"] = "semantic"
     prefix: Literal["semantic"] | None = None
@@ -76,10 +68,7 @@ class TokenData:
 
 def token_model_config(values: Mapping[str, Any], cache: TokenCache, data: TokenData, where: str) -> TokenModelConfig:
     """The config of a model for a cache: vocabularies, lengths and classes that ``values``, read from ``where``, leaves
-    out come from the cache.
-
-    Raises:
-        DigitError: a field is wrong, or is given and does not fit the cache.
+    out come from the cache. A DigitError where a field is wrong, or is given and does not fit the cache.
     """
     target = cache.space(data.target)
     known = {"vocab_size": target.vocab_size, "length": target.length, "num_classes": 0, "codebook_depth": target.depth}
@@ -133,10 +122,6 @@ class TokenTask(Task):
     """A token model learns the tokens of a cache.
 
     Args:
-        model: what is trained.
-        cache, data: tokens of a dataset, and which of them.
-        component: "prior" or "decoder", as the user calls it.
-        z_loss: see :meth:`TokenModel.loss`.
         vqgan: turns samples of VQ tokens into images for the log; without it they are shown as coloured cells.
         auxiliary, near: how inputs are disturbed; see :meth:`Auxiliary.disturb`.
         start: for the run's description, from which weights it begins, if not from random ones.
@@ -162,7 +147,13 @@ class TokenTask(Task):
         shuffled = np.random.default_rng(_HELD_OUT_SEED).permutation(len(cache))
         held_out = min(data.held_out, len(cache) // 10)
         self._held_out, self._train = np.sort(shuffled[:held_out]), np.sort(shuffled[held_out:])
-        self._views = _view_numbers(cache, data.views)
+        chosen = cache.views if data.views is None else list(data.views)
+        unknown = [name for name in chosen if name not in cache.views]
+        if unknown or not chosen:
+            raise DigitError(
+                f"The views {', '.join(unknown) or '(none)'} were asked for; the cache has: {', '.join(cache.views)}."
+            )
+        self._views = np.array([cache.views.index(name) for name in chosen])
         self.examples = len(self._train)
         # named only where there is something to name, so that a run without them is the same as ever
         more = {"objective": self.auxiliary.chosen, "start": dict(start or {})}
@@ -181,10 +172,8 @@ class TokenTask(Task):
             self.vqgan.to(device)
 
     def batches(self, stream: Stream) -> Iterator[Batch]:
-        """Tokens of a random view of each image, with masks and dropped labels already drawn.
-
-        Random choices are drawn for the whole global batch and then cut, so they do not depend on the number of
-        processes.
+        """Tokens of a random view of each image, with masks and dropped labels: drawn for the global batch, and then
+        cut.
         """
         sampler = StepSampler(self.examples, stream.batch_size, stream.seed)
         for step in range(stream.start, stream.stop):
@@ -206,10 +195,8 @@ class TokenTask(Task):
 
     def validate(self) -> dict[str, float]:
         """Mean negative log-likelihood (nats a token), accuracy, and perplexity beside that of counting tokens and
-        pairs of them.
-
-        Held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens, a
-        random-order one in fixed random orders.
+        pairs, of held-out images in their first view. A masked model is asked for a fixed random set of hidden tokens,
+        a random-order one in fixed random orders.
         """
         if not len(self._held_out):
             return {}
@@ -242,7 +229,6 @@ class TokenTask(Task):
         return image_grid([token_image(row, grid, c.vocab_size, 96) for row in tokens])
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the token model."""
         names = self.cache.classes if self.data.labels else []
         facts = {**provenance, "space": self.data.target, "class_names": names, "source": self.cache.info["source"]}
         save_component(folder, merged(self.model), self.model.config, facts)
@@ -285,26 +271,14 @@ class TokenTask(Task):
 
 
 def random_masks(batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """MaskGIT's training masks (batch, length) bool, True where a token is hidden: a share cos(pi u / 2) of the tokens,
-    u uniform, at random places.
-
-    As DAMO-NLP-SG/DiGIT at cd6d8ca has it: floor(length * cos(pi u / 2) + 1) tokens, at least one and at most all, at
-    the lowest of random scores.
+    """MaskGIT's training masks (batch, length) bool, True where a token is hidden: floor(length * cos(pi u / 2) + 1)
+    tokens, u uniform, at least one and at most all, at the lowest of random scores, as DAMO-NLP-SG/DiGIT at cd6d8ca has
+    it.
     """
     u = torch.rand(batch, generator=generator)
     hidden = (length * torch.cos(math.pi * u / 2) + 1).floor().clamp(1, length)  # (B,)
     ranks = torch.rand(batch, length, generator=generator).argsort(1).argsort(1)  # (B, length)
     return ranks < hidden[:, None]
-
-
-def _view_numbers(cache: TokenCache, names: tuple[str, ...] | None) -> np.ndarray:
-    chosen = cache.views if names is None else list(names)
-    unknown = [name for name in chosen if name not in cache.views]
-    if unknown or not chosen:
-        raise DigitError(
-            f"The views {', '.join(unknown) or '(none)'} were asked for; the cache has: {', '.join(cache.views)}."
-        )
-    return np.array([cache.views.index(name) for name in chosen])
 
 
 def _exp(value: float) -> float:

@@ -1,8 +1,5 @@
 """Training a VQGAN: pixels, a perceptual distance, a patch discriminator, and a codebook that follows the latents.
 
-A VQGAN preset has the sections ``model`` (:class:`~digit.models.vqgan.VQGANConfig`), ``objective``
-(:class:`VqganObjective`), ``data`` (:class:`~digit.training.tasks.images.ImageData`) and ``training``.
-
 Source: Esser et al. 2021, arXiv 2012.09841, section 3.1. Unlike there, the codebook moves by averages.
 """
 
@@ -31,14 +28,8 @@ from digit.training.tasks.images import ImageData, ImageTask, described, errors,
 
 @config
 class VqganObjective(ImageObjective):
-    """What a VQGAN is trained for: images like those that went in (:class:`ImageObjective`), and codes that are all
-    used.
-
-    Attributes:
-        commitment: weight of the latents' squared distance from their codes.
-        codebook_decay: of the moving averages that are the codebook.
-        dead_below: a code used less than this share of the mean is moved to a recent latent.
-        gradient: how it passes the rounding; see :class:`~digit.training.losses.quantizer.EmaQuantizer`.
+    """What a VQGAN is trained for: good images and codes that are all used, as ``presets/bases/vqgan.yaml``
+    explains.
     """
 
     commitment: NonNegative = 0.25
@@ -63,15 +54,14 @@ class VqganTask(ImageTask):
         """Make the VQGAN ``model``, which learns from ``train`` and is measured on ``held_out`` (None: not at all).
 
         With ``start`` it begins as a saved VQGAN, with the discriminator of its run where there is one. Where that
-        freezes "tokens", encoder and codebook stay, so tokens and all that was trained on them keep their meaning.
-
-        Raises:
-            DigitError: the perceptual network is missing or does not fit, or the saved VQGAN is of another shape.
+        freezes "tokens", encoder and codebook stay, so tokens and all that was trained on them keep their meaning. A
+        DigitError where the perceptual network is missing or does not fit, or the saved VQGAN is of another shape.
         """
         self.vqgan = vqgan = VQGAN(model)
         description = {"component": "vqgan", "model": to_dict(model), "data": described(train)}
         if start is not None:
-            description["start"] = self._start(start)
+            note = saved_part(start, "vqgan", VQGAN.from_pretrained, vqgan, lambda v: v.config == model, "tokens")
+            description["start"] = {**note, "freeze": list(start.freeze)}
         vqgan.codebook.requires_grad_(False)
         # the loop may wrap what is trained, so the parts are named one by one; the VQGAN holds the same parts
         networks: dict[str, nn.Module] = {"decoder": vqgan.decoder}
@@ -86,16 +76,6 @@ class VqganTask(ImageTask):
         super().__init__(networks, criterion, model.resolution, train, held_out, description, [vqgan])
         if start is not None:
             take_modules(self.modules, start.source, ("discriminator",))
-
-    def _start(self, start: FineTune) -> dict[str, Any]:
-        """Begin with saved weights; what to note about them."""
-
-        def fits(saved: VQGAN) -> bool:
-            return saved.config == self.vqgan.config
-
-        saved, note = saved_part(start, "vqgan", VQGAN.from_pretrained, fits, may_freeze="tokens")
-        self.vqgan.load_state_dict(saved.state_dict())
-        return {**note, "freeze": list(start.freeze)}
 
     def losses(self, batch: Batch, step: Step) -> Iterator[Loss]:
         """The reconstruction's loss, then the discriminator's once it has begun."""
@@ -115,7 +95,6 @@ class VqganTask(ImageTask):
         return codes, self.objective.commitment * commitment, metrics
 
     def after_step(self, step: Step) -> None:  # noqa: ARG002
-        """Move the codebook."""
         if self.quantizer is not None:
             self.quantizer.update()
 
@@ -143,7 +122,6 @@ class VqganTask(ImageTask):
         return sheet(images, self._reconstruct(images)[1])
 
     def export(self, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Write the VQGAN."""
         self.vqgan.provenance = dict(provenance)
         self.vqgan.save_pretrained(folder)
 
@@ -155,6 +133,6 @@ class VqganTask(ImageTask):
 def build(preset: Mapping[str, Any], data: str | Path, where: str, start: FineTune | None = None) -> VqganTask:
     """The task of a VQGAN preset over a dataset; see :func:`digit.training.build.build_task`."""
     model: VQGANConfig = from_dict(VQGANConfig, preset["model"], f"{where}, model")
-    objective: VqganObjective = from_dict(VqganObjective, preset.get("objective") or {}, f"{where}, objective")
-    images: ImageData = from_dict(ImageData, preset.get("data") or {}, f"{where}, data")
+    objective: VqganObjective = from_dict(VqganObjective, preset["objective"], f"{where}, objective")
+    images: ImageData = from_dict(ImageData, preset["data"], f"{where}, data")
     return VqganTask(model, objective, *images.open(data), start)

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from digit.core.threads import map_ahead
+from digit.data.sampling import map_ahead
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
