@@ -333,12 +333,12 @@ class Results:
         place = KEPT / "second" / "matched.json"
         if place.exists():
             models = {row["model"]: row for row in read_json(place)["models"] if row["seed"] == 0}
-            alone = models["VQ prior"]
+            above = models.pop("VQ prior")["fid"]
+            one = read_json(KEPT / "second" / "vq-one-epoch.json")  # saved is counted after as many epochs
+            alone = one["validation/nll"] * one["positions"] / math.log(2)
             for name, row in models.items():
-                if len(row["trainings"]) > 1:
-                    spent, left = (part["bits"] for part in row["trainings"].values())
-                    saved = alone["trainings"]["vq"]["bits"] - left
-                    points.append((f"256 VQ tokens, equal flops: {name}", spent, saved, alone["fid"] / row["fid"]))
+                spent, left = (part["bits"] for part in row["trainings"].values())
+                points.append((f"256 VQ tokens, equal flops: {name}", spent, alone - left, above / row["fid"]))
         return points
 
     def saved(self) -> str:

@@ -238,5 +238,3 @@ def test_description_names_what_is_on_and_not_where_it_lies() -> None:
 def test_removed_losses_that_are_off_are_left_out_with_a_warning() -> None:
     with pytest.warns(FutureWarning, match="'alignment' was removed"):
         assert known_fields({"alignment": 0.0, "token_noise": 0.5}, "test") == {"token_noise": 0.5}
-    with pytest.warns(FutureWarning, match="'dense' was removed"):
-        assert known_fields({"dense": 0.0, "dense_places": 4, "dim": 8}, "test") == {"dim": 8}

@@ -11,6 +11,7 @@ from digit.data.dataset import ImageDataset
 from digit.encoders import load_encoder
 from digit.training.build import build_task
 from digit.training.finetune import FineTune
+from digit.training.losses.encoders import matched_places
 from digit.training.task import Step
 from digit.training.tasks.encoder import EncoderTask, build_method, model_from, objective_from
 from runs import curve, fell, learn, lines, pure_batches, resumed, settings
@@ -22,6 +23,7 @@ VIT = {"kind": "vit", "dim": 48, "depth": 2}
 SMALL = {"size": 16}
 RUNS = {
     "simclr": (CONV, {"method": "simclr", "hidden": 64, "dim": 32, "views": SMALL}),
+    "dense": (CONV, {"method": "simclr", "hidden": 64, "dim": 32, "views": SMALL, "dense": 1.0}),
     "vicreg": (CONV, {"method": "vicreg", "hidden": 64, "dim": 32, "views": SMALL}),
     "dino": (
         CONV,
@@ -50,7 +52,7 @@ def build(images: ImageDataset, name: str, seed: int = 0, start: FineTune | None
 
 
 # how far the mean loss of the last five steps lies below that of the first five, as a share
-@pytest.mark.parametrize(("name", "fall"), [("simclr", 0.12), ("vicreg", 0.2), ("mae", 0.1)])
+@pytest.mark.parametrize(("name", "fall"), [("simclr", 0.12), ("dense", 0.1), ("vicreg", 0.2), ("mae", 0.1)])
 def test_loss_falls_and_features_do_not_collapse(images: ImageDataset, tmp_path: Path, name: str, fall: float) -> None:
     learn(build(images, name), SETTINGS, tmp_path)
     assert fell(curve(tmp_path)) < 1 - fall
@@ -68,7 +70,7 @@ def test_masked_patches_are_learned_and_the_teacher_does_not_collapse(images: Im
     assert lines(tmp_path)[-1]["validation/feature_spread"] > 0.8
 
 
-@pytest.mark.parametrize("name", ["simclr", "ibot", "multi-crop"])
+@pytest.mark.parametrize("name", ["simclr", "dense", "ibot", "multi-crop"])
 def test_interrupted_and_resumed_a_run_ends_in_the_same_weights(
     images: ImageDataset, tmp_path: Path, name: str
 ) -> None:
@@ -200,3 +202,23 @@ def test_a_preset_builds_its_task_and_keeps_images_back(cifar512: Path) -> None:
 def test_the_other_presets_are_valid(cifar512: Path, name: str) -> None:
     task, _ = build_task("encoder", load_preset(name, ["data.held_out_split=null", "data.held_out=51"]), cifar512, name)
     assert task.examples == 461
+
+
+def test_the_dense_term_compares_patches_that_show_the_same_place():
+    whole = torch.eye(2, 3)[None]  # the image as it is
+    mirrored = torch.tensor([[[-1.0, 0, 0], [0, 1, 0]]])
+    corner = torch.tensor([[[0.5, 0, -0.5], [0, 0.5, -0.5]]])  # its upper left quarter
+    order = torch.arange(16.0)[None]
+    same = matched_places(whole, whole, order, side=4, places=16)
+    assert same.tolist() == [*range(16), *range(16, 32)]
+    turned = matched_places(whole, mirrored, order, side=4, places=4)
+    assert turned.tolist() == [0, 1, 2, 3, 16 + 3, 16 + 2, 16 + 1, 16 + 0]
+    quarter = matched_places(whole, corner, order, side=4, places=16)
+    first, second = quarter.chunk(2)
+    assert first[:2].tolist() == [0, 1]  # centres outside the quarter by more than a patch have no match
+    assert 3 not in first.tolist()
+    assert 15 not in first.tolist()
+    assert set((second - 16).tolist()) <= set(range(16))
+    two = matched_places(whole.repeat(2, 1, 1), whole.repeat(2, 1, 1), torch.rand(2, 16), side=4, places=3)
+    assert len(two) == 2 * 2 * 3
+    assert (two[6:] - two[:6] == 32).all()

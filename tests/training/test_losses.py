@@ -18,6 +18,7 @@ from digit.training.losses.images import (
     EncoderView,
     ImageLoss,
     ImageObjective,
+    augment,
     discriminator_hinge,
     feature_distance,
     generator_hinge,
@@ -165,6 +166,29 @@ def test_gradient_ratio_is_that_of_the_norms_and_capped() -> None:
     assert gradient_ratio(5 * at.sum(), at.sum(), at, limit=10) == pytest.approx(5, rel=1e-4)
     assert gradient_ratio(50 * at.sum(), at.sum(), at, limit=10) == 10
     assert not gradient_ratio(at.sum(), at.sum(), at, limit=10).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["color", "translation", "cutout"])
+def test_augmentations_change_images_and_pass_gradients(kind: str) -> None:
+    torch.manual_seed(0)
+    images = torch.rand(8, 3, 16, 16, generator=generator()).requires_grad_()
+    changed = augment(images, [kind])
+    assert changed.shape == images.shape
+    assert bool((changed != images).flatten(1).any(1).sum() >= 6)  # a move may be by nothing
+    changed.sum().backward()
+    assert images.grad is not None
+    assert bool(images.grad.abs().sum() > 0)
+    torch.manual_seed(0)
+    torch.testing.assert_close(augment(images, [kind]), changed)
+
+
+def test_a_translation_moves_every_image_as_a_whole() -> None:
+    torch.manual_seed(1)
+    images = torch.rand(4, 3, 16, 16, generator=generator())
+    for image, moved in zip(images, augment(images, ["translation"]), strict=True):
+        padded = F.pad(image, (2,) * 4, value=0.5)
+        found = [(y, x) for y in range(5) for x in range(5) if torch.equal(padded[:, y : y + 16, x : x + 16], moved)]
+        assert len(found) == 1
 
 
 def test_group_norm_needs_widths_it_can_divide_and_bounds_nothing() -> None:

@@ -25,7 +25,7 @@ from digit.pipeline.assembly import part_folder
 from digit.training.task import Batch
 
 _CHUNK = 1 << 24  # distances held at a time
-_REMOVED = ("alignment", "soft_targets", "random_order", "dense", "augment")
+_REMOVED = ("alignment", "soft_targets", "random_order")
 
 
 @config
@@ -113,7 +113,7 @@ def known_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
             raise DigitError(f"{where} has {name} = {values[name]}; this loss was removed, for nothing used it.")
         if name in values:
             warnings.warn(f"The field '{name}' was removed; leave it out.", FutureWarning, stacklevel=2)
-    return {name: value for name, value in values.items() if name not in (*_REMOVED, "dense_places")}
+    return {name: value for name, value in values.items() if name not in _REMOVED}
 
 
 def neighbours(centroids: Tensor, count: int, depth: int = 1) -> Tensor:

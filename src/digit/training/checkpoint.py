@@ -31,9 +31,9 @@ _ADDED = {
     "training.patience": 0,
     "model.init": "normal",
     "model.codebook_depth": 1,
+    "objective.dense": 0.0,
+    "objective.dense_places": 4,
 }
-# fields that earlier releases had, and that changed nothing at these values
-_GONE = {"objective.dense": 0.0, "objective.dense_places": 4, "objective.augment": []}
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,6 @@ def check_same_run(saved: Mapping[str, Any], given: Mapping[str, Any], where: Pa
         free |= {"training.steps", "training.epochs"}
     new = _flatten(given)
     old = {name: value for name, value in _ADDED.items() if name in new} | _flatten(saved)
-    old = {name: value for name, value in old.items() if name in new or _GONE.get(name) != value}
     differing = [
         f"{name} is {new.get(name, 'absent')!r}, was {old.get(name, 'absent')!r}"
         for name in sorted((old.keys() | new.keys()) - free)

@@ -4,7 +4,8 @@ figure 4a. The losses and heads of all but the last are lightly's.
 
 Sources: Chen et al. 2020, arXiv 2002.05709 (SimCLR); Bardes et al. 2021, arXiv 2105.04906 (VICReg); Caron et al. 2021,
 arXiv 2104.14294 (DINO); Zhou et al. 2021, arXiv 2111.07832 (iBOT); Oquab et al. 2023, arXiv 2304.07193 (DINOv2); He et
-al. 2021, arXiv 2111.06377 (MAE).
+al. 2021, arXiv 2111.06377 (MAE). The dense term of pairs contrasts patches as Wang et al. 2021, arXiv 2011.09157
+(DenseCL) do, matched by their location as in Bardes et al. 2022, arXiv 2210.01571 (VICRegL).
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ class Projection(nn.Module):
 
     def forward(self, images: Tensor, masked: Tensor | None = None, take: Tensor | None = None) -> tuple[Tensor, ...]:
         """Projections (B, P) of views, which may be smaller than the encoder's images, the vectors (B, D) they were
-        made of, and with a patch head those of the n patches of ``take`` (B, N) bool, (n, P); all in float32. The
+        made of, and with a patch head those of the n patches of ``take``, (B, N) bool or (n,) indices into all B * N
+        patches, (n, P); all in float32. The
         vector is the CLS token of a ViT, which sees its mask token at ``masked`` (B, N) bool, or the mean of a
         convolutional grid.
         """
@@ -113,7 +115,12 @@ def spread(vectors: Tensor) -> Tensor:
 @config
 class PairObjective:
     """Projections of two views of an image should be alike, and those of other images apart, or of much variance and
-    little covariance ("vicreg"). ``presets/bases/cifar10-simclr.yaml`` explains the fields.
+    little covariance ("vicreg"). ``presets/bases/cifar10-simclr.yaml`` explains the fields, and these beside them.
+
+    Attributes:
+        dense: weight of the dense term: patches at one place of the image are projected alike in both views, and apart
+            from all other patches of the batch. 0 leaves it out.
+        dense_places: how many places of an image the dense term compares.
     """
 
     method: Literal["simclr", "vicreg"] = "simclr"
@@ -121,6 +128,8 @@ class PairObjective:
     hidden: PositiveInt = 512
     dim: PositiveInt = 128
     temperature: Positive = 0.2
+    dense: NonNegative = 0.0
+    dense_places: PositiveInt = 4
 
 
 class PairMethod(Method):
@@ -130,19 +139,68 @@ class PairMethod(Method):
         super().__init__(encoder, [objective.views] * 2)
         heads = require("lightly.models.modules.heads", "train", "training an encoder")
         losses = require("lightly.loss", "train", "training an encoder")
-        head = heads.SimCLRProjectionHead(encoder.dim, objective.hidden, objective.dim)
-        self.modules["student"] = Projection(encoder, head)
+        self.objective = objective
+        shape = encoder.dim, objective.hidden, objective.dim
+        dense_head = heads.SimCLRProjectionHead(*shape) if objective.dense else None
+        self.modules["student"] = Projection(encoder, heads.SimCLRProjectionHead(*shape), dense_head)
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
         contrast = partial(losses.NTXentLoss, objective.temperature)
         self.criterion = (contrast if objective.method == "simclr" else losses.VICRegLoss)(gather_distributed=several)
+        self.dense_criterion = contrast()
+        # patches of a view's row
+        self.side = encoder.grid[0] * objective.views.size // encoder.preprocessing.image_size
+
+    def draw(self, count: int, generator: torch.Generator) -> Batch:
+        """The random numbers of both views and, for the dense term, an order of a view's patches (count, N)."""
+        drawn = super().draw(count, generator)
+        if self.objective.dense:
+            drawn["order"] = torch.rand(count, self.side**2, generator=generator)
+        return drawn
 
     def loss(self, images: Tensor, batch: Batch, _step: Step) -> Learned:
-        """How unlike the projections of both views are."""
+        """How unlike the projections of both views are, and those of patches that show one place."""
         views = torch.cat([self.view(images, batch, i) for i in range(2)])
-        projections, vectors = self.modules["student"](views)  # (2 B, P), (2 B, D)
+        take = None
+        if self.objective.dense:
+            with exact(images):
+                crops = batch["view0.crop"], batch["view1.crop"]
+                take = matched_places(*crops, batch["order"], self.side, self.objective.dense_places)
+        projections, vectors, *patches = self.modules["student"](views, take=take)  # (2 B, P), (2 B, D), (2 n, P)
+        metrics = {"feature_spread": spread(vectors)}
         with exact(images):
             loss: Tensor = self.criterion(*projections.chunk(2))
-        return loss, {"feature_spread": spread(vectors)}
+            if take is not None and len(take):
+                dense = self.dense_criterion(*patches[0].chunk(2))
+                loss, metrics = loss + self.objective.dense * dense, {**metrics, "dense": dense.detach()}
+        return loss, metrics
+
+
+def matched_places(first: Tensor, second: Tensor, order: Tensor, side: int, places: int) -> Tensor:
+    """Patches of two views that show the same place of an image.
+
+    A patch of the first view is matched with the patch of the second whose centre is nearest in the image, where that
+    is at most one patch of the first view away. At most ``places`` of an image are taken.
+
+    Args:
+        first, second: the views' crops (B, 2, 3), in ``affine_grid``'s coordinates.
+        order: (B, N) which patches of the first view are preferred, lowest first; N = side * side.
+
+    Returns:
+        (2 n,) indices into the 2 B * N patches of all first views and then all second ones: n patches of first views,
+        then their matches in the same order.
+    """
+    line = (torch.arange(side, device=order.device) + 0.5) * 2 / side - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    grid = torch.stack([x, y, torch.ones_like(x)]).flatten(1)  # (3, N) centres, in the view's -1..1
+    a, b = (crop @ grid for crop in (first, second))  # (B, 2, N) the same, in the image's
+    distance, match = torch.cdist(a.mT, b.mT).min(2)  # (B, N)
+    patch = first[:, :, :2].abs().sum(2).amin(1) * 2 / side  # (B,) the shorter side of a patch of the first view
+    allowed = distance <= patch[:, None]
+    rank = torch.where(allowed, order, 2.0).argsort(1)[:, :places]  # (B, places)
+    image, column = torch.nonzero(allowed.gather(1, rank), as_tuple=True)
+    chosen = rank[image, column]
+    count = order.shape[1]
+    return torch.cat([image * count + chosen, (len(order) + image) * count + match[image, chosen]])
 
 
 @config

@@ -3,12 +3,12 @@ feed-forward decoder are trained with it.
 
 Sources: [0] Esser et al. 2021, arXiv 2012.09841, section 3.1 (the sum, the adaptive weight). [1] Zhang et al. 2018,
 arXiv 1801.03924 (LPIPS). [2] Lim and Ye 2017, arXiv 1705.02894 (hinge). [3] Tseng et al. 2021, arXiv 2104.03310
-(LeCAM).
+(LeCAM). [4] Zhao et al. 2020, arXiv 2006.10738 (DiffAugment).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -27,6 +27,8 @@ from digit.training.task import Batch, Groups, Loss, Step
 _LECAM_SPEED = 0.01  # of the averages of logits
 _VIT_LAYERS = 4
 Metrics = Mapping[str, Tensor]
+Augmentation = Literal["color", "translation", "cutout"]
+"""One of DiffAugment's [4]."""
 
 
 @config
@@ -38,6 +40,7 @@ class ImageObjective:
         gan_adaptive: multiply its weight by the ratio of the other losses' gradient and its own, at the generator's
             last layer, but by this number at most; 0 leaves the weight alone.
         discriminator_betas: of its AdamW; None takes the run's.
+        augment: how images are changed before the discriminator sees them; see :func:`augment`.
         shift: networks that halve the side see a pattern of two or four pixels only where it falls between their steps,
             and a generator that is left to discriminators alone learns to hide in the steps.
     """
@@ -56,6 +59,7 @@ class ImageObjective:
     discriminator_lr: Positive = 1.0
     discriminator_betas: tuple[Probability, Probability] | None = None
     discriminator_steps: PositiveInt = 1
+    augment: tuple[Augmentation, ...] = ()
     flip: Share = 0.5
     shift: NonNegativeInt = 0
 
@@ -183,9 +187,7 @@ class ImageLoss:
         step: Step,
     ) -> Iterator[Loss]:
         objective = self.objective
-        if not objective.discriminator.feature_channels:
-            seen = wanted = ()
-        g_loss = generator_hinge(discriminator(rebuilt, seen))
+        g_loss = generator_hinge(discriminator(*self._shown(rebuilt, seen)))
         metrics = {**metrics, "g_loss": g_loss.detach()}
         begin, last = objective.gan_start + objective.gan_alone, rebuilt if self.last is None else self.last
         weight: float | Tensor = objective.gan_weight * ramp(step.progress, begin, objective.gan_warmup)
@@ -196,7 +198,17 @@ class ImageLoss:
         both = torch.cat([images, rebuilt.detach()])  # (B + B', 3, S, S)
         layers = [torch.cat([w, s.detach()]) for w, s in zip(wanted, seen, strict=True)]
         for _ in range(objective.discriminator_steps):
-            yield self._discrimination(discriminator(both, layers), len(images))
+            with torch.no_grad():
+                shown = self._shown(both, layers)
+            yield self._discrimination(discriminator(*shown), len(images))
+
+    def _shown(self, images: Tensor, seen: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """Images and their features as the discriminator gets them."""
+        wants = self.objective.discriminator.feature_channels
+        if self.objective.augment:
+            images = augment(images, self.objective.augment)
+            seen = self.view(images) if self.view and wants else ()
+        return images, seen if wants else ()
 
     def _discrimination(self, logits: Sequence[Tensor], real: int) -> Loss:
         """The discriminator's own loss from maps of logits, of which the first ``real`` rows are of images."""
@@ -249,6 +261,54 @@ def ramp(progress: float, start: float, warmup: float) -> float:
     if progress < start:
         return 0.0
     return min(1.0, (progress - start) / warmup) if warmup else 1.0
+
+
+def augment(images: Tensor, kinds: Sequence[Augmentation]) -> Tensor:
+    """Images (B, 3, S, S) in 0..1, each changed at random (torch's global generator), so that gradients pass [4]."""
+    for kind in kinds:
+        images = _AUGMENTATIONS[kind](images)
+    return images
+
+
+def _uniform(images: Tensor, low: float, high: float) -> Tensor:
+    return torch.rand(len(images), 1, 1, 1, device=images.device) * (high - low) + low  # (B, 1, 1, 1)
+
+
+def _color(images: Tensor) -> Tensor:
+    """Brightness, saturation and contrast. Values outside 0..1 are left."""
+    images = images + _uniform(images, -0.25, 0.25)
+    gray = images.mean(1, keepdim=True)
+    images = gray + (images - gray) * _uniform(images, 0, 2)
+    mean = images.mean((1, 2, 3), keepdim=True)
+    return mean + (images - mean) * _uniform(images, 0.5, 1.5)
+
+
+def _translation(images: Tensor) -> Tensor:
+    """Moved by up to an eighth of the side; what comes into view is gray."""
+    count, _, side, _ = images.shape
+    most = side // 8
+    padded = F.pad(images, (most,) * 4, value=0.5)  # (B, 3, S + 2 m, S + 2 m)
+    moves = torch.randint(2 * most + 1, (2, count, 1), device=images.device)
+    rows, columns = moves + torch.arange(side, device=images.device)  # (B, S) each
+    example = torch.arange(count, device=images.device)[:, None, None]
+    return padded.movedim(1, -1)[example, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)
+
+
+def _cutout(images: Tensor) -> Tensor:
+    """A square of half the side is gray, wherever its centre falls."""
+    side = images.shape[-1]
+    places = torch.arange(side, device=images.device)
+    centres = torch.randint(side, (2, len(images), 1), device=images.device)
+    rows, columns = (places - centres).abs() < side // 4  # (B, S) each
+    hidden = (rows[:, :, None] & columns[:, None, :])[:, None]  # (B, 1, S, S)
+    return images.masked_fill(hidden, 0.5)
+
+
+_AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "color": _color,
+    "translation": _translation,
+    "cutout": _cutout,
+}
 
 
 class EncoderView(nn.Module):
