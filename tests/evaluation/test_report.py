@@ -389,8 +389,15 @@ def test_the_command(run, tmp_path):
 # ---- in a browser ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize(
+    ("width", "scheme"),
+    [
+        (390, "light"),
+        (1440, "dark"),
+        pytest.param(390, "dark", marks=pytest.mark.slow),  # each width and each scheme is in one of those above
+        pytest.param(1440, "light", marks=pytest.mark.slow),
+    ],
+)
 def test_the_page_in_a_browser(browser, run, tmp_path, width, scheme):
     write_report([run], out := tmp_path / "report.html")
     window = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)

@@ -14,15 +14,19 @@ _GOLDEN = 0.618033988749895
 
 
 def image_grid(
-    images: Sequence[Image.Image], columns: int = 8, row_titles: Sequence[str] = (), column_titles: Sequence[str] = ()
+    images: Sequence[Image.Image],
+    columns: int = 8,
+    scale: int | None = None,
+    row_titles: Sequence[str] = (),
+    column_titles: Sequence[str] = (),
 ) -> Image.Image:
     """Lay images of one size out row by row on white, ``columns`` in a row.
 
-    They are enlarged by a whole number without smoothing, so that an image has at least 96 pixels. Titles stand left of
-    each row, and above each column on as many lines as they have.
+    They are enlarged ``scale`` times without smoothing, by default so that an image has at least 96 pixels. Titles
+    stand left of each row, and above each column on as many lines as they have.
     """
     width, height = images[0].size
-    scale = max(1, -(-96 // max(width, height)))
+    scale = scale or max(1, -(-96 // max(width, height)))
     w, h = width * scale, height * scale
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
