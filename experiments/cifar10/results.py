@@ -312,7 +312,7 @@ class Results:
                     row["model"],
                     row["seed"],
                     f"{sum(part['parameters'] for part in parts):,}",
-                    _number(sum(part["pflop"] for part in parts)),
+                    f"{sum(part['pflop'] for part in parts):.3f}",
                     " + ".join(f"{part['steps']:,}" for part in parts),
                     " + ".join(f"{part['bits']:,.0f}" for part in parts),
                     _number(row["fid"]),
