@@ -14,6 +14,7 @@ import argparse
 import math
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import numpy as np
 
 import digit
 from digit import DigitPipeline
-from digit.core.files import read_json, sha256_of, write_json
+from digit.core.files import read_json, sha256_of, write_folder, write_json
 from digit.evaluation.metrics.fidelity import FidelityOptions
 from digit.evaluation.metrics.inception import open_extractor
 from digit.evaluation.model_source import SamplingRun
@@ -44,23 +45,23 @@ MODELS = {
 
 def shuffle(cache: Path, out: Path, seed: int = 0) -> None:
     """A copy of a token cache in which every image has the semantic tokens of another one."""
-    shutil.copytree(cache, out)
-    paths = sorted(out.glob("shard-*/semantic.npy"))
-    parts = [np.load(path) for path in paths]
-    whole = np.concatenate(parts)  # (images, views, 64)
-    order = np.random.default_rng(seed).permutation(len(whole))
-    others = np.empty_like(whole)
-    others[order] = whole[np.roll(order, 1)]  # one cycle through all images: none keeps its own
-    begin = 0
-    for path, part in zip(paths, parts, strict=True):
-        np.save(path, others[begin : begin + len(part)])
-        begin += len(part)
-        sums = path.with_name("checksums.json")
-        write_json(sums, {**read_json(sums), path.name: sha256_of(path)})
+    with write_folder(out) as aside:
+        shutil.copytree(cache, aside, dirs_exist_ok=True)
+        paths = sorted(aside.glob("shard-*/semantic.npy"))
+        parts = [np.load(path) for path in paths]
+        whole = np.concatenate(parts)  # (images, views, 64)
+        order = np.random.default_rng(seed).permutation(len(whole))
+        others = np.empty_like(whole)
+        others[order] = whole[np.roll(order, 1)]  # one cycle through all images: none keeps its own
+        ends = np.cumsum([len(part) for part in parts])[:-1]
+        for path, part in zip(paths, np.split(others, ends), strict=True):
+            np.save(path, part)
+            sums = path.with_name("checksums.json")
+            write_json(sums, {**read_json(sums), path.name: sha256_of(path)})
 
 
 def training(run: Path) -> dict[str, Any]:
-    """What a training cost and reached: parameters, steps, PFLOP, minutes, bits of a held-out image."""
+    """What a training cost and reached: parameters, steps, PFLOP, bits of a held-out image."""
     model = load_component(run / "model", TokenModel)
     facts, metrics = model.provenance, last_metrics(run)
     flops = 3 * forward_flops(model.config)  # an image, forward and backward
@@ -84,6 +85,11 @@ def pipelines(runs: Path, vqgan: Path, seed: int) -> Mapping[str, DigitPipeline]
     return found
 
 
+def fidelity(reference: Reference, run: SamplingRun, _folder: Path) -> dict[str, Any]:
+    """FID and FID∞ of a run."""
+    return dict(reference.measure(run.batches(), run.num, run.pipe.name)["values"])
+
+
 def main() -> None:
     """Shuffle, or measure; finished models are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,8 +109,7 @@ def main() -> None:
         for name, pipe in pipelines(options.folder, options.vqgan, seed).items():
             inputs = {"model": pipe.fingerprint(), "seed": seed, "reference": reference.describe()}
             run = SamplingRun(pipe, options.num, seed, decoder="ar" if pipe.decoders else None)
-            work = lambda _, run=run: reference.measure(run.batches(), run.num, run.pipe.name)["values"]  # noqa: E731
-            values = steps.run("fidelity", inputs, work).value
+            values = steps.run("fidelity", inputs, partial(fidelity, reference, run)).value
             parts = {part: training(options.folder / f"{part}-s{seed}") for part in MODELS[name]}
             rows.append({"model": name, "seed": seed, "trainings": parts, **values})
             print(rows[-1])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from digit.core.files import read_json, write_bytes, write_file, write_json
+from digit.evaluation import paper
 from digit.evaluation.results import COLORS, columns, legend, panels, shown
 from digit.evaluation.studies.stages import Comparison
 from digit.pipeline.info import folder_part
@@ -122,8 +123,8 @@ class Results:
             if vq and (found := self.fids(f"semantic-s{{}}-{kind}"))
         ]
         if ratios:
-            paper = "the paper, ImageNet, AR: 24.38 / 9.66 = 2.52"
-            text += f"\nFID(VQ prior) / FID(semantic prior + decoder): **{', '.join(ratios)}** ({paper}).\n"
+            known = "the paper, ImageNet, AR: 24.38 / 9.66 = 2.52"
+            text += f"\nFID(VQ prior) / FID(semantic prior + decoder): **{', '.join(ratios)}** ({known}).\n"
         maskgit, masked = self.fid("vq-masked"), self.fid("semantic-s0-masked")
         if maskgit is not None and masked is not None:
             text += f"FID(MaskGIT) / FID(semantic prior + masked decoder): **{maskgit / masked:.2f}**.\n"
@@ -279,10 +280,9 @@ class Results:
 
     def passes(self) -> str:
         """FID and images a second over the passes of priors of three kinds, and the likelihood of regions."""
-        place = KEPT / "second" / "steps.json"
-        if not place.exists():
+        found = second("steps")
+        if found is None:
             return MISSING
-        found = read_json(place)
         rates = ("rate_64", "rate_1", "rate_64_native", "rate_1_native")
         rows = [
             [p["kind"], p["passes"], _number(p["fid"]), *(_number(p.get(name)) for name in rates)]
@@ -300,10 +300,9 @@ class Results:
 
     def matched(self) -> str:
         """The pair at equal training flops; see matched.py."""
-        place = KEPT / "second" / "matched.json"
-        if not place.exists():
+        found = second("matched")
+        if found is None:
             return MISSING
-        found = read_json(place)
         rows = []
         for row in found["models"]:
             parts = row["trainings"].values()
@@ -330,11 +329,10 @@ class Results:
                 64 * math.log2(self.metric(run, "validation/perplexity") or math.nan) for run in (vq, semantic, decoder)
             )
             points.append((name, spent, vq_bits - left, (self.fid(above) or math.nan) / (self.fid(below) or math.nan)))
-        place = KEPT / "second" / "matched.json"
-        if place.exists():
-            models = {row["model"]: row for row in read_json(place)["models"] if row["seed"] == 0}
+        found, one = second("matched"), second("vq-one-epoch")  # saved is counted after as many epochs
+        if found is not None and one is not None:
+            models = {row["model"]: row for row in found["models"] if row["seed"] == 0}
             above = models.pop("VQ prior")["fid"]
-            one = read_json(KEPT / "second" / "vq-one-epoch.json")  # saved is counted after as many epochs
             alone = one["validation/nll"] * one["positions"] / math.log(2)
             for name, row in models.items():
                 spent, left = (part["bits"] for part in row["trainings"].values())
@@ -387,8 +385,10 @@ BITS = {
     "K = 1,024 of the plain encoder, with classes": ("prior-vq-cond", "prior-plain", "ar-plain", "vq-cond", "plain"),
 }
 """Sets of semantic tokens: the trainings of VQ prior, semantic prior and AR decoder, and the FIDs of both pipelines."""
-PAPER = {"MoCo v3": 1.20, "iBOT": 1.45, "DINOv2": 2.52}
-"""FID(VQ prior) / FID(semantic prior + decoder) by encoder, ImageNet: the paper's figure 4a."""
+_VQ, _DINO = paper.ADDITIVE[:2]  # figure 3a: the VQ baseline, and DINOv2's tokens
+PAPER = {row.encoder: _VQ.fid / row.fid for row in paper.ENCODERS if row.encoder in ("MoCo", "iBOT")}
+PAPER |= {"DINOv2": _VQ.fid / _DINO.fid}
+"""FID(VQ prior) / FID(semantic prior + decoder) by encoder, ImageNet: the paper's figures 3a and 4a."""
 MANY = {"vq-quarter": "VQ prior of 1 block", "semantic-quarter": "semantic prior of 1 block + AR decoder"}
 SIMILARITIES = MANY | {
     "cond-quarter-ar": "the same with a class, the packaged model's settings",
@@ -416,6 +416,12 @@ SHOWN = {
     "validation/bigram_perplexity": "of bigrams",
     "validation/accuracy": "accuracy",
 }
+
+
+def second(name: str) -> Json | None:
+    """A record of the second study; None where it was not made."""
+    place = KEPT / "second" / f"{name}.json"
+    return read_json(place) if place.exists() else None
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

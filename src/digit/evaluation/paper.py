@@ -4,9 +4,8 @@ claim; all of it is data in ``paper.yaml``.
 
 from __future__ import annotations
 
-from collections import namedtuple
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -15,12 +14,61 @@ FID_REFERENCE = "the 50,000 ImageNet validation images, short side to 256, cente
 """How the paper's own FID and IS were measured; rows of other papers in its tables used their own references."""
 
 
-# paper.yaml explains the columns; None where the paper has no value
-ProbeRow = namedtuple("ProbeRow", "method tokens width parameters accuracy")
-FidelityRow = namedtuple("FidelityRow", "family method parameters epochs fid inception")
-EncoderRow = namedtuple("EncoderRow", "encoder kind fid inception probe own")
-Bubble = namedtuple("Bubble", "name accuracy fid parameters read_off")
-Claim = namedtuple("Claim", "part says command small note", defaults=("", ""))
+class ProbeRow(NamedTuple):
+    """A row of Table 2: parameters in millions, top-1 accuracy on ImageNet in percent."""
+
+    method: str
+    tokens: str
+    width: int
+    parameters: float
+    accuracy: float
+
+
+class FidelityRow(NamedTuple):
+    """A row of Table 3 or 4: GAN, diffusion, masked (MIM) or autoregressive (AR); parameters in millions; epochs as the
+    paper has them; FID and Inception Score. None where the paper has none.
+    """
+
+    family: str
+    method: str
+    parameters: float | None
+    epochs: str
+    fid: float
+    inception: float | None
+
+
+class EncoderRow(NamedTuple):
+    """A row of figure 4a: FID and Inception Score of generation, top-1 in percent of a small prior (39M, 100 epochs) on
+    the encoder's tokens, and of the encoder itself.
+    """
+
+    encoder: str
+    kind: str
+    fid: float
+    inception: float
+    probe: float | None
+    own: float | None
+
+
+class Bubble(NamedTuple):
+    """A model in figure 1: linear probe in percent, class-unconditional FID, parameters in millions."""
+
+    name: str
+    accuracy: float
+    fid: float
+    parameters: float | None
+    read_off: bool
+
+
+class Claim(NamedTuple):
+    """A table, figure or claim, and the command that measures it at the paper's scale and at a small one."""
+
+    part: str
+    says: str
+    command: str
+    small: str = ""
+    note: str = ""
+
 
 _DATA: dict[str, Any] = yaml.safe_load((resources.files("digit.evaluation") / "paper.yaml").read_text("utf-8"))
 SNRS = tuple(_DATA["snrs"])

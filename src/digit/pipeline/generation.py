@@ -158,10 +158,10 @@ def run_labels(
     Raises:
         DigitError: random or balanced labels without classes, or numbers that contradict each other.
     """
-    if (labels == "random" or per_class) and not classes:
+    if (labels == "random" or per_class is not None) and not classes:
         raise DigitError("Random labels and --labels-per-class need a class-conditional model; this has no classes.")
     if labels == "random":
-        if per_class:
+        if per_class is not None:
             raise DigitError("--labels random and --labels-per-class exclude each other; give one.")
         num = num or DEFAULT_IMAGES
         drawn = uniforms(seed, range(num), "labels", (1,)).flatten()  # (num,)

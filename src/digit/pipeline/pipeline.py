@@ -114,27 +114,30 @@ class DigitPipeline(Model):
         return pixels if output_type == "pt" else pixels.movedim(1, -1).numpy()
 
     def class_numbers(self, labels: Sequence[Label] | Label | Tensor) -> list[int]:
-        """Classes by number, or by name where the model's classes have names, one or several, as numbers; "none" is -1.
-        DigitError: something else, or no class of this model.
-        """
+        """Classes by number or name, one or several, as numbers; errors as of :meth:`class_number`."""
         if isinstance(labels, (Tensor, np.ndarray)):
             labels = labels.tolist()
-        found: list[int] = []
-        for name in [labels] if isinstance(labels, (int, str)) else labels:
-            if isinstance(name, bool) or not isinstance(name, (int, np.integer, str)):
-                raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
-            if not isinstance(name, str) or name.isdecimal():
-                found.append(int(name))
-            elif name in self.class_names:
-                found.append(self.class_names.index(name))
-            elif name == "none":
-                found.append(NO_LABEL)
-            elif name.lstrip("-").isdecimal():
-                raise DigitError(f"The label {name} was given; classes are numbered from 0. For no class, give: none")
-            else:
-                known = f"classes: {', '.join(self.class_names[:20])}" if self.class_names else "classes have no names"
-                raise DigitError(f"The label '{name}' is neither a number nor a class of this model; its {known}.")
-        return found
+        return [self.class_number(label) for label in ([labels] if isinstance(labels, (int, str)) else list(labels))]
+
+    def class_number(self, name: Label) -> int:
+        """A class by its number, or by its name where the model's classes have names; "none" is -1.
+
+        Raises:
+            DigitError: neither.
+        """
+        number = isinstance(name, (int, np.integer)) and not isinstance(name, bool)
+        if number or (isinstance(name, str) and name.isdecimal()):
+            return int(name)
+        if not isinstance(name, str):
+            raise DigitError(f"The label {name!r} was given; expected a class by its number or its name.")
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if name == "none":
+            return NO_LABEL
+        if name.lstrip("-").isdecimal():
+            raise DigitError(f"The label {name} was given; classes are numbered from 0. For no class, give: none")
+        known = f"its classes: {', '.join(self.class_names[:20])}" if self.class_names else "its classes have no names"
+        raise DigitError(f"The label '{name}' is neither a number nor a class of this model; {known}.")
 
     def sample_tokens(self, request: SampleRequest, callback: Callback | None = None) -> Tokens:
         """Run both stages, up to all that pixels are made of; for ``callback`` see there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tempfile
 import zipfile
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from digit.core.errors import DigitError
-from digit.core.files import sha256_of, write_bytes
+from digit.core.files import sha256_of, write_file
 
 _INT16 = 32767
 
@@ -158,8 +157,11 @@ def save_statistics(
     if spatial is not None:
         arrays |= {"mu_s": spatial.mu, "sigma_s": spatial.sigma}
 
-    (np.savez_compressed if compact else np.savez)(buffer := io.BytesIO(), **arrays)  # type: ignore[arg-type]
-    return write_bytes(path, buffer.getvalue())
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as handle:
+            (np.savez_compressed if compact else np.savez)(handle, **arrays)  # type: ignore[arg-type]
+
+    return write_file(path, write)
 
 
 def load_set(path: str | Path, features: bool = False) -> FeatureSet:

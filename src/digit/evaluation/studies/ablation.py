@@ -139,7 +139,7 @@ def load_ablation(name: str, overrides: Sequence[str] = ()) -> Ablation:
 
 def paper_rows() -> dict[str, dict[str, float | None]]:
     """The paper's rows that a variant may name as its own."""
-    rows = {f"{row.method} {row.parameters:g}M": row for row in paper.UNCONDITIONAL if row.parameters}
+    rows: dict[str, Any] = {f"{row.method} {row.parameters:g}M": row for row in paper.UNCONDITIONAL if row.parameters}
     rows |= {row.method: row for row in paper.ADDITIVE} | {row.encoder: row for row in paper.ENCODERS}
     kept = ("fid", "inception", "probe")
     return {name: {key: getattr(row, key) for key in kept if hasattr(row, key)} for name, row in rows.items()}
