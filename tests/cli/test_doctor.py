@@ -9,8 +9,13 @@ from terminal import run
 
 
 def test_this_installation_is_examined(monkeypatch, capsys, tmp_path):
+    """And every trouble that is found has advice."""
     monkeypatch.chdir(tmp_path)
+    found = []
+    monkeypatch.setattr(doctor, "examine", lambda: found.extend(examine()) or found)
     assert run(monkeypatch, "doctor") == 0
+    assert found
+    assert all(one.advice for one in found if one.state != "ok")
     shown = " ".join(capsys.readouterr().out.split())
     for topic in ("device cpu", "C++ step", "compiler", "[train]", "cache", "working folder", "Hub", "model"):
         assert topic in shown
@@ -79,7 +84,3 @@ def test_versions_are_compared_by_numbers(version, least, state, monkeypatch):
     monkeypatch.setattr(doctor.metadata, "version", lambda name: version)
     (found,) = [one for one in packages([f"rich>={least}; extra == 'eval'"]) if one.topic == "[eval]"]
     assert found.state == state
-
-
-def test_every_trouble_has_advice():
-    assert all(one.advice for one in examine() if one.state != "ok")

@@ -152,6 +152,6 @@ def upstream() -> Upstream:
     return Upstream()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def upstream_class() -> type[Upstream]:
     return Upstream

@@ -1,5 +1,6 @@
 """From a name to a folder: local, packaged, cached, or from a Hub, which here is a folder or a small web server."""
 
+import shutil
 import time
 from pathlib import Path
 
@@ -15,15 +16,21 @@ from digit.pipeline.pipeline import DigitPipeline
 from hub_server import ask
 
 
-@pytest.fixture
-def published(upstream, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def repository(upstream_class, tmp_path_factory) -> Path:
     """A folder laid out as the authors' repository."""
-    root = tmp_path / "mirror"
+    root, upstream = tmp_path_factory.mktemp("authors") / "mirror", upstream_class()
     for files in VARIANTS.values():
         classes = 1000 if "cls" in files.stage1 else 0
         upstream.save(root / AUTHORS / files.stage1, classes=classes)
         upstream.save(root / AUTHORS / files.stage2, "ar")
     return root
+
+
+@pytest.fixture
+def published(repository, tmp_path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(repository, tmp_path / "mirror"))
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from digit.evaluation.metrics.stability import stability
 from digit.evaluation.metrics.toy import ToyConfig, toy
 from digit.evaluation.model_source import SamplingRun, open_images
 from digit.evaluation.report import save_only_run, write_report
-from digit.evaluation.report.beside import Bubbles, Model, conditional, warnings
+from digit.evaluation.report.beside import Bubbles, Model, conditional, understanding, warnings
 from digit.evaluation.report.runs import Collection, Curve, collect, differences, matching, points
 from digit.evaluation.results import Result, is_numeric, millions, shown
 from digit.evaluation.studies.points import Reference, prefix, robustness
@@ -79,8 +79,15 @@ def copied(run, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def page(run, tmp_path_factory) -> str:
-    return text_of([run], tmp_path_factory.mktemp("page") / "report.html")
+def written(run, tmp_path_factory) -> Path:
+    """The page of the whole run."""
+    write_report([run], out := tmp_path_factory.mktemp("page") / "report.html")
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(written) -> str:
+    return written.read_text(encoding="utf-8")
 
 
 def text_of(folders, out: Path, **options) -> str:
@@ -211,11 +218,11 @@ def test_without_the_fid_of_the_same_model_there_is_no_bubble(copied, tmp_path):
     # nothing says now whose images these are; they lie in the same folder
     (copied / "samples" / "generation.json").unlink()
     write_json(copied / "fid.json", {**read_json(copied / "fid.json"), "sampling": None})
-    assert 'id="understanding"' in text_of([copied], tmp_path / "a.html")
+    assert understanding(collect([copied])) is not None
     shutil.copytree(copied, tmp_path / "other" / "demo")
     shutil.rmtree(tmp_path / "other" / "demo" / "probe")
     (copied / "fid.json").unlink()
-    assert 'id="understanding"' not in text_of([copied, tmp_path / "other"], tmp_path / "b.html")
+    assert understanding(collect([copied, tmp_path / "other"])) is None
 
 
 # ---- what must never happen ------------------------------------------------------------------------------------------
@@ -299,7 +306,7 @@ def test_folders_given_twice_count_once(run):
 def test_a_reference_run_is_recognised_by_what_it_trains(run, pipe, cifar512, tmp_path):
     (tmp_path / "curves").mkdir()
     save_only_run([run / "prior"], tmp_path / "curves" / "small.json")
-    text = text_of([run], tmp_path / "a.html", curves=[tmp_path / "curves"])
+    text = text_of([run / "prior"], tmp_path / "a.html", curves=[tmp_path / "curves"])
     assert "Reference small: the same data and training settings." in text
     assert len(re.findall(r"stroke-dasharray: [^;]*; stroke-dashoffset: 0; stroke: var\(--c0\)", text)) > 2
     shutil.copytree(run / "tokens", tmp_path / "tokens")
@@ -323,7 +330,7 @@ def test_only_a_finished_run_can_be_a_reference(copied, tmp_path):
     shutil.rmtree(copied / "prior" / "model")
     with pytest.raises(DigitError, match="not a finished training run"):
         save_only_run([copied], tmp_path / "curve.json")
-    assert "not finished: step 6 of 6" in text_of([copied], tmp_path / "report.html")
+    assert "not finished: step 6 of 6" in text_of([copied / "prior"], tmp_path / "report.html")
     with pytest.raises(DigitError, match="found: none"):
         save_only_run([copied / "toy"], tmp_path / "curve.json")
     write_json(tmp_path / "odd" / "curve.json", {"metrics": 3})
@@ -398,18 +405,17 @@ def test_the_command(run, tmp_path):
         pytest.param(1440, "light", marks=pytest.mark.slow),
     ],
 )
-def test_the_page_in_a_browser(browser, run, tmp_path, width, scheme):
-    write_report([run], out := tmp_path / "report.html")
+def test_the_page_in_a_browser(browser, written, width, scheme):
     window = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
     tab = window.new_page()
     said, asked = [], []
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
     tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(out.as_uri())
+    tab.goto(written.as_uri())
     tab.evaluate("document.querySelectorAll('details').forEach(part => { part.open = true })")
     assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [out.as_uri()]
+    assert [url for url in asked if not url.startswith("data:")] == [written.as_uri()]
     sizes = tab.evaluate("[...document.images].map(image => image.naturalWidth)")
     assert len(sizes) == 1  # the grid; all else is drawn
     assert min(sizes) > 0
@@ -424,12 +430,11 @@ def test_the_page_in_a_browser(browser, run, tmp_path, width, scheme):
     window.close()
 
 
-def test_the_page_prints(browser, run, tmp_path):
+def test_the_page_prints(browser, written, tmp_path):
     """On paper everything is open, and white even for readers of dark pages."""
-    write_report([run], out := tmp_path / "report.html")
     window = browser.new_context(color_scheme="dark")
     tab = window.new_page()
-    tab.goto(out.as_uri())
+    tab.goto(written.as_uri())
     tab.emulate_media(media="print", color_scheme="dark")
     assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert tab.evaluate("document.querySelector('details dl').getBoundingClientRect().height") > 20
