@@ -71,6 +71,31 @@ def test_loss_falls_with_posterior_and_discriminator(
         assert picture.size[0] > picture.size[1] > 0
 
 
+def test_a_decoder_learns_what_is_open(images: ImageDataset, parts: DigitPipeline, tmp_path: Path) -> None:
+    task = build(images, parts, energy=1.0, prefix_noise=0.5)
+    assert set(dict(task.modules.named_children())) == {"model"}
+    learn(task, settings(steps=60), tmp_path)
+    variety = curve(tmp_path, "variety")
+    assert variety[0] < 0.3
+    assert 0.7 < sum(variety[-10:]) / 10 < 1.3
+
+
+def test_the_discriminator_sees_both_draws_and_samples(images: ImageDataset, parts: DigitPipeline) -> None:
+    samples = torch.randint(12, (40, 16))
+    task = build(images, parts, energy=1.0, samples=samples, **{**GAN, "gan_start": 0.0})
+    seen = []
+    task.modules["discriminator"].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    batch = next(iter(task.batches(Stream(start=0, stop=1, batch_size=8))))
+    losses = list(task.losses(batch, Step(5, 10)))
+    assert [loss.optimizer for loss in losses] == ["model", "discriminator"]
+    assert seen == [8 + 8 + 4, 8 + 8 + 8 + 4]
+
+
+def test_without_noise_there_is_nothing_to_draw(images: ImageDataset, parts: DigitPipeline) -> None:
+    with pytest.raises(DigitError, match=r"two draws of the noise; it needs model\.noise_dim above 0"):
+        build(images, parts, energy=1.0, noise_dim=0)
+
+
 def test_eight_images_are_learned_by_heart(images: ImageDataset, parts: DigitPipeline, tmp_path: Path) -> None:
     eight = images.subset(range(8))
     task = build(eight, parts, held_out=eight, noise_dim=0, flip=0.0, l2=2.0)

@@ -22,6 +22,7 @@ from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.models.lpips import load_lpips
+from digit.training.losses.energy import energy, parts
 from digit.training.task import Batch, Groups, Loss, Step
 
 _LECAM_SPEED = 0.01  # of the averages of logits
@@ -126,6 +127,7 @@ class ImageLoss:
         modules: nn.ModuleDict,
         matched: int | None = None,
         unmatched_pixels: float = 1.0,
+        energy_weight: float = 0.0,
     ) -> Iterator[Loss]:
         """The losses of a step: the generator's, then the discriminator's once it has begun, as often as it learns.
 
@@ -135,11 +137,46 @@ class ImageLoss:
             modules: the task's, whose "discriminator" the loop may have wrapped.
             matched: how many of the images must come back in every way. The others pay the deeper half of the
                 perceptual features (shallow layers see colours) and ``unmatched_pixels`` of the pixels' loss.
+            energy_weight: above 0, ``rebuilt`` begins with two draws of each image, all first before all second ones,
+                and this much of their energy distance takes the place of the other comparisons.
         """
         images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
         with torch.no_grad():
             wanted = self.view(images) if self.view else []  # layers of features (B, C, h, w)
         seen = self.view(rebuilt) if self.view else []
+        if energy_weight:
+            value, more = self._energy(rebuilt, images, seen, wanted)
+            value = energy_weight * value
+        else:
+            value, more = self._comparison(rebuilt, images, seen, wanted, matched, unmatched_pixels)
+        loss, metrics = loss + value, {**metrics, **more}
+        if self.discriminator is None or step.progress < self.objective.gan_start:
+            yield Loss("model", loss, metrics)
+        else:
+            yield from self._adversarial(loss, metrics, modules["discriminator"], rebuilt, images, seen, wanted, step)
+
+    def _energy(
+        self, rebuilt: Tensor, images: Tensor, seen: Sequence[Tensor], wanted: Sequence[Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The energy distance of the two draws of each image, and metrics; "variety" should come to 1."""
+        count = len(images)
+        first, second = (
+            parts(rebuilt[rows], [layer[rows] for layer in seen]) for rows in (slice(count), slice(count, 2 * count))
+        )
+        value, variety = energy(first, second, parts(images, wanted))
+        l1, l2 = F.l1_loss(rebuilt[:count], images), F.mse_loss(rebuilt[:count], images)
+        return value, {"l1": l1.detach(), "psnr": -10 * l2.detach().log10(), "variety": variety}
+
+    def _comparison(
+        self,
+        rebuilt: Tensor,
+        images: Tensor,
+        seen: Sequence[Tensor],
+        wanted: Sequence[Tensor],
+        matched: int | None,
+        unmatched_pixels: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the rows that have an image, those that must come back in every way and the others."""
         count, half = len(images), len(seen) // 2
         matched = count if matched is None else matched
         value, more = self._compare(rebuilt, images, seen, wanted, slice(matched))
@@ -147,11 +184,7 @@ class ImageLoss:
             rest = slice(matched, count)
             other, _ = self._compare(rebuilt, images, seen[half:], wanted[half:], rest, unmatched_pixels)
             value = matched / count * value + (1 - matched / count) * other
-        loss, metrics = loss + value, {**metrics, **more}
-        if self.discriminator is None or step.progress < self.objective.gan_start:
-            yield Loss("model", loss, metrics)
-        else:
-            yield from self._adversarial(loss, metrics, modules["discriminator"], rebuilt, images, seen, wanted, step)
+        return value, more
 
     def _compare(
         self,

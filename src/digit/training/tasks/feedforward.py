@@ -4,7 +4,8 @@ VQGAN.
 What the tokens leave open, the noise must decide, and the pixel loss alone would teach the decoder to ignore the noise
 and to output the mean. So a small *posterior* network, which is thrown away afterwards, says which noise belongs to an
 image: with that noise, half of a batch has to come back pixel by pixel. The other half gets fresh noise, as in use; it
-is compared by the discriminator and the deeper perceptual features, hardly by its pixels (BicycleGAN [0]).
+is compared by the discriminator and the deeper perceptual features, hardly by its pixels (BicycleGAN [0]). A decoder
+that knows its noise can go on without either: by the energy distance of two draws (``losses/energy.py``).
 
 Sources: [0] Zhu et al. 2017, arXiv 1711.11586; [1] Esser et al. 2021, arXiv 2012.09841 (the losses); [2] Qiu et al.
 2025, arXiv 2509.12474 (RobusTok: disturbed tokens, and training on the prior's own samples).
@@ -58,6 +59,7 @@ class OnePassObjective(ImageObjective):
     tokens (``samples``) have no image to be like, so the discriminator alone rates them.
     """
 
+    energy: NonNegative = 0.0
     kl: NonNegative = 1e-4
     fresh_pixels: NonNegative = 0.1
     posterior_channels: PositiveInt = 32
@@ -144,7 +146,9 @@ class OnePassTask(ImageTask):
         self.model, self.tokenizer, self.vqgan = model, tokenizer, vqgan
         self.data, self.cache, self.samples = data or OnePassData(), cache, samples
         networks: dict[str, nn.Module] = {"model": model}
-        if objective.kl and model.config.noise_dim:
+        if objective.energy and not model.config.noise_dim:
+            raise DigitError("objective.energy compares two draws of the noise; it needs model.noise_dim above 0.")
+        if objective.kl and model.config.noise_dim and not objective.energy:
             networks["posterior"] = Posterior(model.config.noise_dim, objective.posterior_channels)
         if model.config.pixels is not None:
             resolution = model.config.pixels.resolution
@@ -202,15 +206,18 @@ class OnePassTask(ImageTask):
         shown = self.objective.auxiliary.disturb({**batch, "prefix": truth}, step.progress, self.near)
         tokens = shown.get("prefix", truth)
         matched, own, information, metrics = self._noise(images)
+        labels = batch.get("labels")
+        if self.objective.energy:  # each image is drawn twice
+            tokens, own = torch.cat([tokens, tokens]), torch.cat([own, torch.randn_like(own)])
+            labels = None if labels is None else torch.cat([labels, labels])
         sampled = batch["sampled"][: round(self.objective.samples * len(images))] if "sampled" in batch else tokens[:0]
         if len(sampled):
             tokens, own = torch.cat([tokens, sampled]), torch.cat([own, torch.randn_like(own[: len(sampled)])])
-        labels = batch.get("labels")
         labels = None if labels is None else torch.cat([labels, torch.full_like(sampled[:, 0], -1)])
-        loss, rebuilt = self._rebuild(tokens, own, labels, images)  # (), (B + samples, 3, S, S)
+        loss, rebuilt = self._rebuild(tokens, own, labels, images)  # (), (B or 2 B + samples, 3, S, S)
         loss = loss + self.objective.kl * information
-        fresh = self.objective.fresh_pixels
-        return self.criterion(loss, metrics, rebuilt, images, batch, step, self.modules, matched, fresh)
+        fresh, weight = self.objective.fresh_pixels, self.objective.energy
+        return self.criterion(loss, metrics, rebuilt, images, batch, step, self.modules, matched, fresh, weight)
 
     def validate(self) -> dict[str, float]:
         """How held-out images come back from their tokens, with noise as in use: PSNR in dB (mean over images) and mean
