@@ -1,45 +1,50 @@
-"""Feed-forward decoders behind the packaged prior: FID against the training images, KID, precision and recall against
-the test images, all of the same features.
+"""Models with a feed-forward decoder: FID against the training images, KID, precision and recall against the test
+images, all of the same features.
 
-    python experiments/cifar10/feedforward.py OLD NEW --data data/cifar10 --num 10000 --out runs/feedforward
+    python experiments/cifar10/feedforward.py MODEL ... --data data/cifar10 --num 10000 --out runs/feedforward
+
+A result for the card, ``fid-NUMBER-MODEL.json``, lies beside ``feedforward.json``, which goes to ``results/second/``.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-import digit
+from digit import DigitPipeline
 from digit.core.files import write_json
 from digit.evaluation.metrics.features import measure
 from digit.evaluation.metrics.fidelity import FidelityOptions, compare
 from digit.evaluation.metrics.inception import open_extractor
 from digit.evaluation.model_source import SamplingRun
-from digit.pipeline.assembly import assemble
+from digit.pipeline.card import describe_model
 
-PACKAGED = Path(digit.__file__).parent / "packaged" / "cifar10"
 TRAIN, TEST = FidelityOptions(metrics=("fid",)), FidelityOptions(metrics=("kid", "prc"))
 
 
 def main() -> None:
-    """Measure decoders, one after the other."""
+    """Measure models, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("decoders", type=Path, nargs="+", help="saved decoders, or their runs")
+    parser.add_argument("models", nargs="+", help="their default settings are used, and all classes in turns")
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
-    parser.add_argument("--num", type=int, default=10_000, help="images a decoder, and test images")
+    parser.add_argument("--num", type=int, default=10_000, help="images of a model, and of the test set")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     extractor, rows = open_extractor(), []
     train = measure("cifar10-train", extractor, TRAIN.metrics)
     test = measure(options.data, extractor, TEST.metrics, split="test", total=options.num)
-    for decoder in options.decoders:
-        parts = (PACKAGED / part for part in ("encoder", "codebook", "vqgan", "prior"))
-        run = SamplingRun(assemble(*parts, [decoder], name=str(decoder)), options.num, decoder="onepass")
-        images = measure(run.batches(), extractor, ("fid", "kid", "prc"), name=str(decoder), total=options.num)
-        values = {**compare(images, train, TRAIN).values, **compare(images, test, TEST).values}
-        rows.append({"decoder": str(decoder), **values})
+    for name in options.models:
+        pipe = DigitPipeline.from_pretrained(name)
+        run = SamplingRun(pipe, options.num, decoder="onepass")
+        images = measure(run.batches(), extractor, ("fid", "kid", "prc"), name=pipe.name, total=options.num)
+        found = replace(compare(images, train, TRAIN), sampling=run.describe(), model=describe_model(pipe))
+        number = len(rows)
+        write_json(options.out / f"fid-{number}-{pipe.name}.json", found.to_dict())
+        weights = found.model["parts"]["decoder/onepass"]
+        rows.append({"model": name, **weights, **found.values, **compare(images, test, TEST).values})
         print(rows[-1], flush=True)
-        write_json(options.out / "feedforward.json", {"num": options.num, "decoders": rows})
+        write_json(options.out / "feedforward.json", {"num": options.num, "models": rows})
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ FIDELITIES = {
     "cond-masked": "semantic prior + masked decoder, with a class",
     "cond-onepass": "semantic prior + feed-forward decoder, with a class",
     "cond-quarter-ar": "the packaged model, its prior of one block, with a class, AR decoder",
-    "cond-quarter-onepass": "the packaged model with its default, the feed-forward decoder",
+    "cond-quarter-onepass": "the first study's packaged model with its default, the feed-forward decoder",
     "plain": "semantic prior + AR decoder with a class, over the plain encoder's tokens",
 }
 SIZES = {
@@ -298,6 +298,18 @@ class Results:
         priors = table(["prior", "parameters", "steps", "perplexity, held-out tokens"], trained)
         return f"{table(head, rows)}\n{priors}\n{table(['sampled region', *kinds], regions)}"
 
+    def feedforward(self) -> str:
+        """The packaged feed-forward decoder of either study; see feedforward.py."""
+        found = second("feedforward")
+        if found is None:
+            return MISSING
+        names = ("fid", "fid_infinity", "kid_mean", "precision", "recall")
+        rows = [
+            [row["model"], f"{row['parameters']:,}", *(_number(row[n], 4 if n == "kid_mean" else 2) for n in names)]
+            for row in found["models"]
+        ]
+        return table(["model", "parameters of the decoder", "FID", "FID∞", "KID", "precision", "recall"], rows)
+
     def matched(self) -> str:
         """The pair at equal training flops; see matched.py."""
         found = second("matched")
@@ -392,7 +404,7 @@ PAPER |= {"DINOv2": _VQ.fid / _DINO.fid}
 MANY = {"vq-quarter": "VQ prior of 1 block", "semantic-quarter": "semantic prior of 1 block + AR decoder"}
 SIMILARITIES = MANY | {
     "cond-quarter-ar": "the same with a class, the packaged model's settings",
-    "cond-quarter-onepass": "the packaged model: 1 block, a class, feed-forward decoder",
+    "cond-quarter-onepass": "the first study's packaged model: 1 block, a class, feed-forward decoder",
 }
 MISSING = "Not measured yet.\n"
 ENCODERS = {
@@ -447,8 +459,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def page(results: Results) -> str:
@@ -526,6 +538,11 @@ What an image's semantic tokens cost, what they save of its VQ tokens, and what 
 other work ran beside.
 
 {results.matched()}
+## The packaged feed-forward decoder
+`feedforward.py`: 10,000 images of the packaged prior with all classes in turns and the model's default settings. FID
+against the 50,000 training images; KID, precision and recall against the 10,000 test images.
+
+{results.feedforward()}
 ## Fewer passes
 `steps.py`: priors in raster order, in random order, masked, and a state-space model in raster order, of as many
 parameters and training FLOPs; 1,000 images of all classes a point through the packaged feed-forward decoder, guidance 2

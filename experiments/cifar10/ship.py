@@ -2,7 +2,8 @@
 
     python experiments/cifar10/ship.py runs/study/models/cond --data data/cifar10 --results runs/study/results
 
-Nothing is measured here: the results are those of the same weights, or the card does not take them.
+Nothing is measured here: the results are those of the same weights, or the card does not take them. What the model's
+card says already stays where no new result has the same name.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,10 +41,13 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=None, help="measurements for the card")
     options = parser.parse_args()
     pipe = DigitPipeline.from_pretrained(options.model).with_parts(name="cifar10", provenance=NOTES)
+    before = {one.name: one for one in pipe.card.results}
     try:
         pipe = with_facts(pipe, [options.results] if options.results else [], "mit", ["uoft-cs/cifar10"])
     except DigitError as error:
         sys.exit(str(error))
+    both = before | {one.name: one for one in pipe.card.results}
+    pipe = pipe.with_parts(card=replace(pipe.card, results=tuple(both.values())))
     pipe.save_pretrained(PACKAGED, torch.float16)  # as it is stored already
     subprocess.run(
         [sys.executable, "-m", "digit", "atlas", PACKAGED, "--data", options.data, "--each", "4"], check=True
