@@ -29,18 +29,19 @@ def main() -> None:
     parser.add_argument("models", nargs="+", help="their default settings are used, and all classes in turns")
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"))
     parser.add_argument("--num", type=int, default=10_000, help="images of a model, and of the test set")
+    parser.add_argument("--temperature", type=float, help="deviation of the decoder's noise; default: the model's")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    settings = {} if options.temperature is None else {"decoder_temperature": options.temperature}
     extractor, rows = open_extractor(), []
     train = measure("cifar10-train", extractor, TRAIN.metrics)
     test = measure(options.data, extractor, TEST.metrics, split="test", total=options.num)
     for name in options.models:
         pipe = DigitPipeline.from_pretrained(name)
-        run = SamplingRun(pipe, options.num, decoder="onepass")
+        run = SamplingRun(pipe, options.num, decoder="onepass", settings=settings)
         images = measure(run.batches(), extractor, ("fid", "kid", "prc"), name=pipe.name, total=options.num)
         found = replace(compare(images, train, TRAIN), sampling=run.describe(), model=describe_model(pipe))
-        number = len(rows)
-        write_json(options.out / f"fid-{number}-{pipe.name}.json", found.to_dict())
+        write_json(options.out / f"fid-{len(rows)}-{pipe.name}.json", found.to_dict())
         weights = found.model["parts"]["decoder/onepass"]
         rows.append({"model": name, **weights, **found.values, **compare(images, test, TEST).values})
         print(rows[-1], flush=True)

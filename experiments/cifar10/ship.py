@@ -3,7 +3,7 @@
     python experiments/cifar10/ship.py runs/study/models/cond --data data/cifar10 --results runs/study/results
 
 Nothing is measured here: the results are those of the same weights, or the card does not take them. What the model's
-card says already stays where no new result has the same name.
+card says already stays where no new result has the same name, so a part that changed has to be measured again.
 """
 
 from __future__ import annotations

@@ -164,8 +164,7 @@ class ImageLoss:
             parts(rebuilt[rows], [layer[rows] for layer in seen]) for rows in (slice(count), slice(count, 2 * count))
         )
         value, variety = energy(first, second, parts(images, wanted))
-        l1, l2 = F.l1_loss(rebuilt[:count], images), F.mse_loss(rebuilt[:count], images)
-        return value, {"l1": l1.detach(), "psnr": -10 * l2.detach().log10(), "variety": variety}
+        return value, {**_pixels(rebuilt[:count], images)[2], "variety": variety}
 
     def _comparison(
         self,
@@ -197,9 +196,8 @@ class ImageLoss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of some rows, the pixels' part of it times ``pixels``, and metrics."""
         objective, rebuilt, images = self.objective, rebuilt[rows], images[rows]
-        l1, l2 = F.l1_loss(rebuilt, images), F.mse_loss(rebuilt, images)
+        l1, l2, metrics = _pixels(rebuilt, images)
         value = pixels * (objective.l1 * l1 + objective.l2 * l2)
-        metrics = {"l1": l1.detach(), "psnr": -10 * l2.detach().log10()}
         if objective.perceptual == "none":
             return value, metrics
         if self.lpips is None:
@@ -258,6 +256,12 @@ class ImageLoss:
             averages.lerp_(torch.stack(now), _LECAM_SPEED)
             loss, metrics = hinge + weight * penalty, {**metrics, "lecam": penalty.detach()}
         return Loss("discriminator", loss, metrics)
+
+
+def _pixels(rebuilt: Tensor, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """() mean absolute and () mean squared error, and metrics of them."""
+    l1, l2 = F.l1_loss(rebuilt, images), F.mse_loss(rebuilt, images)
+    return l1, l2, {"l1": l1.detach(), "psnr": -10 * l2.detach().log10()}
 
 
 def discriminator_hinge(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
