@@ -129,10 +129,42 @@ def test_damaged_folders(transformers_folder, tmp_path):
         load_encoder(folder)
 
 
+def test_blocks_of_a_conv_encoder(tmp_path):
+    made = small_conv(widths=(8, 16, 24)).eval()
+    made.save_pretrained(tmp_path / "e")
+    images = torch.rand(2, 3, 32, 32)
+    outputs = []
+    for block in made.blocks:
+        block.register_forward_hook(lambda _module, _given, output: outputs.append(output))
+    last = made(images)  # (2, 64, 24)
+    layers = {number: outputs[number].flatten(2).mT for number in (-2, -1)}
+    layers[-3] = outputs[-3].unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)).flatten(2).mT  # from 16 x 16 places to 8 x 8
+    normed = {number: torch.nn.functional.layer_norm(layer, layer.shape[2:]) for number, layer in layers.items()}
+    expected = {
+        ((-1,), "sum"): last,
+        ((-3,), "sum"): normed[-3],
+        ((-2, -1), "sum"): normed[-2] + last,
+        ((-2, -1), "mean"): (normed[-2] + last) / 2,
+        ((-1, -3), "concat"): torch.cat([last, normed[-3]], 2),
+    }
+    for (chosen, how), features in expected.items():
+        encoder = load_encoder(tmp_path / "e", layers=chosen, combine=how)
+        encoder.save_pretrained(tmp_path / "other")
+        for one in (encoder, load_encoder(tmp_path / "other")):
+            assert one.dim == features.shape[2]
+            torch.testing.assert_close(one(images), features)
+    assert torch.equal(load_encoder(tmp_path / "e", layer=-3)(images), encoder.taking(layers=(-3,))(images))
+    assert "layers" not in json.loads((tmp_path / "e" / "config.json").read_text())["config"]  # as the first edition
+    with pytest.raises(DigitError, match="blocks -4 to -1"):
+        load_encoder(tmp_path / "e", layer=-5)
+    with pytest.raises(DigitError, match="'sum' needs blocks of one width"):
+        load_encoder(tmp_path / "e", layers=(-3, -1))
+
+
 def test_conv_options_are_fixed(tmp_path):
     small_conv().save_pretrained(tmp_path / "e")
-    with pytest.raises(DigitError, match="its layer and sizes are fixed"):
-        load_encoder(tmp_path / "e", layer=-3)
+    with pytest.raises(DigitError, match="all but its layers is fixed"):
+        load_encoder(tmp_path / "e", image_size=64)
     with pytest.raises(DigitError, match="not a multiple of 4"):
         small_conv(image_size=30)
     with pytest.raises(DigitError, match="one entry for each level"):

@@ -15,6 +15,9 @@ from digit.models.component import weights_checksum as weights_checksum
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+Combine = Literal["sum", "mean", "concat"]
+"""How the outputs of several blocks become one feature."""
+
 
 @config
 class Preprocessing:

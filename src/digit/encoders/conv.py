@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 from torch import Tensor, nn
 
 from digit.core.config import PositiveInt, config
 from digit.core.errors import DigitError
-from digit.encoders.base import Preprocessing
+from digit.encoders.base import Combine, Preprocessing
 from digit.models.component import Component
 
 
@@ -23,12 +24,17 @@ class ConvEncoderConfig:
         widths: channels a level; each level after the first halves the side.
         blocks: residual blocks a level.
         norm: "batch", or "group" (8 channels a group), which does not depend on the batch in training.
+        layers: several blocks whose outputs are taken instead, counted from the end, such as (-2, -1). Each is averaged
+            over the places of the last block and layer-normed.
+        combine: how they become one feature: "sum", "mean", or "concat", in the order given.
         preprocessing: from images to what the network sees.
     """
 
     widths: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (32, 96, 192)
     blocks: tuple[PositiveInt, ...] = (1, 1, 2)
     norm: Literal["batch", "group"] = "batch"
+    layers: tuple[int, ...] = ()
+    combine: Combine = "sum"
     preprocessing: Preprocessing = Preprocessing(image_size=32)
 
     def __post_init__(self) -> None:
@@ -40,6 +46,24 @@ class ConvEncoderConfig:
             raise DigitError(
                 f"The side that the network sees, {self.preprocessing.seen}, is not a multiple of {self.factor}."
             )
+
+        outside = [layer for layer in self.layers if not -sum(self.blocks) <= layer < 0]
+        if outside:
+            raise DigitError(f"layers={self.layers}: the network has blocks -{sum(self.blocks)} to -1.")
+        if self.combine != "concat" and len(set(self.taken.values())) > 1:
+            raise DigitError(f"combine='{self.combine}' needs blocks of one width; theirs are {self.taken}.")
+
+    @model_serializer(mode="wrap")
+    def _plain(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without several layers it is written as the first edition did, which caches of tokens are compared with."""
+        unused = () if self.layers else ("layers", "combine")
+        return {name: value for name, value in fields(self).items() if name not in unused}
+
+    @property
+    def taken(self) -> dict[int, int]:
+        """The width of each block whose output is taken."""
+        widths = [width for width, count in zip(self.widths, self.blocks, strict=True) for _ in range(count)]
+        return {layer: widths[layer] for layer in self.layers or (-1,)}
 
     @property
     def factor(self) -> int:
@@ -84,7 +108,8 @@ class ConvEncoder(Component):
     def __init__(self, config: ConvEncoderConfig) -> None:
         super().__init__(config)
         self.preprocessing = config.preprocessing
-        self.dim = config.widths[-1]
+        widths = config.taken.values()
+        self.dim = sum(widths) if config.combine == "concat" else max(widths)
         side = self.preprocessing.seen // config.factor
         self.grid: tuple[int, int] = (side, side)
         self.stem = nn.Conv2d(3, config.widths[0], 3, padding=1, bias=False)
@@ -96,10 +121,30 @@ class ConvEncoder(Component):
         self.blocks = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(before)
 
+    def taking(self, **changes: Any) -> ConvEncoder:
+        """The same frozen network with other ``layers``, or another way to ``combine`` them."""
+        if not changes:
+            return self
+        other = ConvEncoder(replace(self.config, **changes))
+        other.load_state_dict(self.state_dict())
+        other.provenance = self.provenance
+        return other.eval().requires_grad_(False)
+
     def features(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, H, W), of any side that the factor divides, to features (B, h * w, D)."""
-        x: Tensor = self.blocks(self.stem(pixels.contiguous(memory_format=torch.channels_last)))  # (B, D, h, w)
-        out: Tensor = self.norm(x.flatten(2).transpose(1, 2))  # (B, h * w, D)
+        outputs = [self.stem(pixels.contiguous(memory_format=torch.channels_last))]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1]))
+        grid = outputs[-1].shape[2:]
+        parts = [self._normed(outputs[layer], grid, last=layer == -1) for layer in self.config.taken]
+        if self.config.combine == "concat":
+            return torch.cat(parts, dim=2)
+        return torch.stack(parts).mean(0) if self.config.combine == "mean" else torch.stack(parts).sum(0)
+
+    def _normed(self, x: Tensor, grid: torch.Size, last: bool) -> Tensor:
+        """The output of a block (B, d, H, W) to (B, h * w, d); only the last block's norm has weights of its own."""
+        x = (x if x.shape[2:] == grid else F.adaptive_avg_pool2d(x, (grid[0], grid[1]))).flatten(2).transpose(1, 2)
+        out: Tensor = self.norm(x) if last else F.layer_norm(x, x.shape[2:])
         return out
 
     def forward(self, images: Tensor) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 from digit.core.errors import DigitError
 from digit.core.files import read_json, sha256_of
 from digit.core.hub import repository_folder, repository_id
-from digit.encoders.base import Preprocessing
+from digit.encoders.base import Combine, Preprocessing
 from digit.encoders.conv import ConvEncoder, ConvEncoderConfig
 from digit.encoders.families import FAMILIES, network_config, patch_side, plain_config
-from digit.encoders.transformers_encoder import Combine, EncoderConfig, TransformersEncoder
+from digit.encoders.transformers_encoder import EncoderConfig, TransformersEncoder
 from digit.models.codebook import Positions
 
 
@@ -78,11 +78,13 @@ def _load_folder(
     values = read_json(folder / "config.json")
     kind = values.get("type")
     if kind == "ConvEncoder":
-        if options or resize or image_size:
+        if image_size or resize or not options.keys() <= {"layer", "layers", "combine"}:
             raise DigitError(
-                f"{name} is a convolutional encoder: its layer and sizes are fixed; leave those options out."
+                f"{name} is a convolutional encoder: all but its layers is fixed; leave those options out."
             )
-        return ConvEncoder.from_pretrained(folder)
+        if "layer" in options:
+            options["layers"] = (options.pop("layer"),)
+        return ConvEncoder.from_pretrained(folder).taking(**options)
     if kind == "TransformersEncoder":
         if image_size or resize:
             before = Preprocessing(**values["config"]["preprocessing"])

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_folder, write_json
-from digit.encoders.base import Preprocessing
+from digit.encoders.base import Combine, Preprocessing
 from digit.encoders.families import (
     FAMILIES,
     Family,
@@ -29,9 +29,6 @@ from digit.encoders.families import (
 )
 from digit.models.codebook import Positions
 from digit.models.component import read_component
-
-Combine = Literal["sum", "mean", "concat"]
-"""How the outputs of several blocks become one feature."""
 
 
 @config
