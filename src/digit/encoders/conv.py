@@ -51,7 +51,7 @@ class ConvEncoderConfig:
         if outside:
             raise DigitError(f"layers={self.layers}: the network has blocks -{sum(self.blocks)} to -1.")
         if self.combine != "concat" and len(set(self.taken.values())) > 1:
-            raise DigitError(f"combine='{self.combine}' needs blocks of one width; theirs are {self.taken}.")
+            raise DigitError(f"combine='{self.combine}' needs blocks of one width, not {self.taken}: use concat.")
 
     @model_serializer(mode="wrap")
     def _plain(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
