@@ -27,7 +27,7 @@ from digit.models.codebook import Codebook, CodebookConfig
 from digit.models.component import without_weights
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
-from digit.pipeline.pipeline import DigitPipeline
+from digit.pipeline.model import Model
 from digit.sampling.request import SamplingParams
 
 Role = Literal["prior", "ar", "masked"]
@@ -152,7 +152,7 @@ def _open(path: str | Path, role: Role) -> Checkpoint:
     return file
 
 
-def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"], name: str) -> DigitPipeline:
+def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"], name: str) -> Model:
     """The model without its numbers: checks that the parts fit each other, and knows the index and the card. It samples
     as the authors' scripts do (scripts/infer_*.sh; top-k 400 for the large prior is in their README).
     """
@@ -163,7 +163,7 @@ def _weightless(parts: Mapping[str, Component], space: Literal["semantic", "vq"]
         }
     decoders = {kind: built.pop(f"decoder/{kind}") for kind in ("ar", "masked") if f"decoder/{kind}" in built}
     files = sorted({short_name(part.file) for part in parts.values() if part.file})
-    pipe = DigitPipeline(**built, decoders=decoders, space=space, name=name, provenance={"converted_from": files})
+    pipe = Model(**built, decoders=decoders, space=space, name=name, provenance={"converted_from": files})
     settings = {"ar": SamplingParams(top_p=0.8), "masked": SamplingParams(steps=8, choice_temperature=4.5)}
     pipe.settings = {kind: settings[kind] for kind in decoders}
     if pipe.prior is not None:

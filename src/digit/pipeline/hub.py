@@ -94,7 +94,7 @@ def resolve_model(
 def _authors_model(variant: str | None, revision: str | None, token: str | bool | None) -> Path:
     """One of the authors' models, converted; from the cache if it was converted before."""
     from digit.convert.fairseq import read_checkpoint
-    from digit.convert.upstream import convert_upstream  # which imports the pipeline
+    from digit.convert.upstream import convert_upstream  # which loads PyTorch
 
     if variant not in VARIANTS:
         given = f"variant '{variant}' was given" if variant else "no variant was given"

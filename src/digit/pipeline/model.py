@@ -6,7 +6,6 @@ Saving, loading, moving, hashing and describing are one loop over :attr:`Model.c
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,7 +28,6 @@ from digit.models.rae import RAEDecoder
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import CardFacts, model_card
-from digit.pipeline.hub import push_folder, resolve_model
 from digit.pipeline.index import CLASS_NAME, CODE, FORMAT, INDEX, PLAIN, read_index
 from digit.pipeline.info import describe
 from digit.sampling.request import SamplingParams
@@ -233,30 +231,6 @@ class Model:
         write_json(Path(folder) / INDEX, index)
         write_bytes(Path(folder) / "README.md", model_card(self).encode())
         write_bytes(Path(folder) / f"{CLASS_NAME[0]}.py", CODE.encode())
-
-    def push_to_hub(self, repository: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
-        """Publish the model on the Hub: :meth:`save_pretrained`, and :func:`digit.pipeline.hub.push_folder`."""
-        with tempfile.TemporaryDirectory() as aside:
-            return push_folder(self.save_pretrained(Path(aside) / "model", dtype), repository, **options)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path | None = None,
-        variant: str | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        torch_dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """Load a model: a folder, the name of a packaged model, or a Hub id; with none, the packaged one.
-
-        Args:
-            model, variant, revision, token: see :func:`digit.pipeline.hub.resolve_model`.
-            torch_dtype, device: see :meth:`to`; None: float32 on the CPU.
-        """
-        found = resolve_model(model, variant=variant, revision=revision, token=token)
-        return cls.from_folder(found).to(device, torch_dtype)
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Self:

@@ -12,20 +12,24 @@ missing one says so. The prior of a baseline predicts VQ tokens: its ``space`` i
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from typing_extensions import Self
 
 from digit.core.config import to_dict
 from digit.core.devices import quick_pixels
 from digit.core.errors import DigitError
 from digit.core.images import to_pil
 from digit.models.token_model import NO_LABEL
+from digit.pipeline.hub import push_folder, resolve_model
 from digit.pipeline.model import Model
 from digit.pipeline.stage2 import STAGES, Callback, Stage2, for_stage
 from digit.pipeline.tokenizer import Images, SemanticTokenizer, Tokenizer, VQTokenizer
@@ -238,6 +242,30 @@ class DigitPipeline(Model):
         if chosen not in self.decoders:
             raise DigitError(f"The model '{self.name}' has no decoder '{chosen}'; it has: {', '.join(self.decoders)}.")
         return chosen
+
+    def push_to_hub(self, repository: str, *, dtype: torch.dtype | None = None, **options: Any) -> str:
+        """Publish the model on the Hub: :meth:`save_pretrained`, and :func:`digit.pipeline.hub.push_folder`."""
+        with tempfile.TemporaryDirectory() as aside:
+            return push_folder(self.save_pretrained(Path(aside) / "model", dtype), repository, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        torch_dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Load a model: a folder, the name of a packaged model, or a Hub id; with none, the packaged one.
+
+        Args:
+            model, variant, revision, token: see :func:`digit.pipeline.hub.resolve_model`.
+            torch_dtype, device: see :meth:`to`; None: float32 on the CPU.
+        """
+        found = resolve_model(model, variant=variant, revision=revision, token=token)
+        return cls.from_folder(found).to(device, torch_dtype)
 
     @property
     def can_generate(self) -> bool:
