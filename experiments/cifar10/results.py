@@ -349,6 +349,12 @@ class Results:
             for name, row in models.items():
                 spent, left = (part["bits"] for part in row["trainings"].values())
                 points.append((f"256 VQ tokens, equal flops: {name}", spent, alone - left, above / row["fid"]))
+        if (found := second("token-sets")) is not None:
+            alone = found["alone"]
+            points += [
+                (f"one epoch each, {name}", row["spent"], alone["bits"] - row["left"], alone["fid"] / row["fid"])
+                for name, row in found["sets"].items()
+            ]
         return points
 
     def saved(self) -> str:
@@ -359,6 +365,25 @@ class Results:
         ]
         head = ["semantic tokens", "bits spent", "bits saved", "saved a bit spent", "FID(VQ prior) / FID(pair)"]
         return table(head, rows)
+
+    def token_sets(self) -> str:
+        """What :mod:`token_sets` found; the VQ prior in the first row."""
+        found = second("token-sets")
+        if found is None:
+            return MISSING
+        alone = found["alone"]
+        rows = [["none: the VQ prior", "-", f"{alone['bits']:.0f}", *["-"] * 6, _number(alone["fid"], 1), "1"]]
+        for name, row in found["sets"].items():
+            changed = [_number(row["changed"][str(level)], 3) for level in SNRS[:3]]
+            measured = [_number(row["worth"]), _number(row["knn"], 3), *changed]
+            saved = f"{alone['bits'] - row['left']:.0f}"
+            ratio = _number(alone["fid"] / row["fid"])
+            rows.append(
+                [name, f"{row['spent']:.0f}", f"{row['left']:.0f}", saved, *measured, _number(row["fid"], 1), ratio]
+            )
+        levels = [f"changed at {level:.0f} dB" for level in SNRS[:3]]
+        head = ["semantic tokens", "their bits", "bits of VQ tokens", "saved", "saved a bit spent", "20-NN", *levels]
+        return table([*head, "FID", "FID(VQ prior) / FID"], rows)
 
     def commands(self) -> str:
         """Every step, its command and what it took."""
@@ -533,6 +558,13 @@ What an image's semantic tokens cost, what they save of its VQ tokens, and what 
 ![FID ratio over bits saved a bit spent, with the paper's encoders as lines](../../docs/images/bits.png)
 
 {results.saved()}
+## Token sets
+`token_sets.py`: codebooks over outputs of the packaged encoder, 64 VQ tokens an image; every training is of one epoch
+(766 steps of 64, dropout .1, one seed). 20-NN accuracy of 2,000 test images among all training images; changed are
+shares of the tokens of 2,000 test images; FID of 2,000 images without a class or filter, to be compared with each other
+only.
+
+{results.token_sets()}
 ## Equal training flops
 `matched.py`: 256 VQ tokens of `vqgan-f2`, dropout .1, no filter, no class, 10,000 images; minutes are left out, for
 other work ran beside.
