@@ -31,6 +31,7 @@ from digit.evaluation.studies.points import Reference
 from digit.models.component import load_component
 from digit.models.token_model import TokenModel
 from digit.pipeline.assembly import assemble
+from digit.pipeline.card import describe_model
 from digit.training.health import forward_flops
 from digit.training.logs import last_metrics
 
@@ -107,7 +108,7 @@ def main() -> None:
     steps, rows = Steps(options.out, {"num": options.num}), []
     for seed in range(options.seeds):
         for name, pipe in pipelines(options.folder, options.vqgan, seed).items():
-            inputs = {"model": pipe.fingerprint(), "seed": seed, "reference": reference.describe()}
+            inputs = {"model": describe_model(pipe)["parts"], "seed": seed, "reference": reference.describe()}
             run = SamplingRun(pipe, options.num, seed, decoder="ar" if pipe.decoders else None)
             values = steps.run("fidelity", inputs, partial(fidelity, reference, run)).value
             parts = {part: training(options.folder / f"{part}-s{seed}") for part in MODELS[name]}

@@ -6,6 +6,7 @@ With ``--collect runs/study``, records, metrics and results are first copied int
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Sequence
@@ -354,6 +355,7 @@ class Results:
             points += [
                 (f"one epoch each, {name}", row["spent"], alone["bits"] - row["left"], alone["fid"] / row["fid"])
                 for name, row in found["sets"].items()
+                if "fid" in row
             ]
         return points
 
@@ -377,9 +379,9 @@ class Results:
             changed = [_number(row["changed"][str(level)], 3) for level in SNRS[:3]]
             measured = [_number(row["worth"]), _number(row["knn"], 3), *changed]
             saved = f"{alone['bits'] - row['left']:.0f}"
-            ratio = _number(alone["fid"] / row["fid"])
+            ratio = _number(alone["fid"] / row["fid"] if "fid" in row else None)
             rows.append(
-                [name, f"{row['spent']:.0f}", f"{row['left']:.0f}", saved, *measured, _number(row["fid"], 1), ratio]
+                [name, f"{row['spent']:.0f}", f"{row['left']:.0f}", saved, *measured, _number(row.get("fid"), 1), ratio]
             )
         levels = [f"changed at {level:.0f} dB" for level in SNRS[:3]]
         head = ["semantic tokens", "their bits", "bits of VQ tokens", "saved", "saved a bit spent", "20-NN", *levels]
@@ -593,8 +595,9 @@ def draw(results: Results, path: Path) -> None:
     """FID ratio over bits saved a bit spent, all sets of semantic tokens, and the paper's encoders as lines."""
     figure, (axes,) = panels(1, (6.4, 4.4))
     points = results.bits()
-    for (name, spent, saved, ratio), color in zip(points, (COLORS * 2)[: len(points)], strict=True):
-        axes.plot([saved / spent], [ratio], "o", color=color, markersize=7, label=name)
+    marks = itertools.product("os^", COLORS)  # a colour that comes again has another shape
+    for (name, spent, saved, ratio), (shape, color) in zip(points, marks, strict=False):
+        axes.plot([saved / spent], [ratio], shape, color=color, markersize=7, label=name)
     for name, ratio in PAPER.items():
         axes.axhline(ratio, color="0.6", linewidth=1, linestyle="--", zorder=0)
         axes.annotate(f"paper, {name}", (1, ratio), xycoords=("axes fraction", "data"), ha="right", va="bottom")

@@ -33,6 +33,7 @@ from digit.evaluation.steps import Steps
 from digit.evaluation.studies.points import Reference
 from digit.models.component import load_component
 from digit.models.token_model import TokenModel
+from digit.pipeline.card import describe_model
 from digit.pipeline.editing import edit_region
 from digit.sampling.engines.acceleration import accelerate
 from digit.sampling.request import SampleRequest
@@ -159,7 +160,7 @@ def main() -> None:
     points = []
     for kind, all_passes in PASSES.items():
         pipe = pipes[kind]
-        inputs = {"model": pipe.fingerprint(), "kind": kind, "reference": reference.describe()}
+        inputs = {"model": describe_model(pipe)["parts"], "kind": kind, "reference": reference.describe()}
         for passes in all_passes:
             settings = asked(kind, passes)
             run = SamplingRun(pipe, options.num, decoder="onepass", settings=settings)

@@ -42,6 +42,7 @@ from digit.evaluation.studies.ranking import NEIGHBOURS
 from digit.evaluation.studies.stages import Stages
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
+from digit.pipeline.card import describe_model
 from digit.training.tasks.encoder import neighbour_accuracy
 
 PACKAGED = Path(digit.__file__).parent / "packaged" / "cifar10"
@@ -139,7 +140,7 @@ def measure(stages: Stages, tokens: TokenSet, vq: Step) -> tuple[DigitPipeline, 
 def fidelity(stages: Stages, pipe: DigitPipeline, num: int, reference: Reference) -> dict[str, float]:
     """FID and FID∞ of sampled images, without a filter."""
     run = SamplingRun(pipe, num, 0, decoder="ar" if pipe.decoders else None)
-    inputs = {"model": pipe.fingerprint(), "num": num, "reference": reference.describe()}
+    inputs = {"model": describe_model(pipe)["parts"], "num": num, "reference": reference.describe()}
     work = stages.steps.run("fidelity", inputs, lambda _: dict(reference.measure(run.batches(), num, "")["values"]))
     return {name: work.value[name] for name in ("fid", "fid_infinity")}
 
