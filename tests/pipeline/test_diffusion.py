@@ -66,7 +66,7 @@ def test_generators_and_output_types(pipe):
     both = pipe(class_labels=[1, 1], generator=generators, output_type="pt").images
     assert both.shape == (2, 3, 32, 32)
     one = pipe(class_labels=[1], generator=[torch.Generator().manual_seed(6)], output_type="pt").images
-    assert torch.equal(one[0], both[1])
+    torch.testing.assert_close(one[0], both[1], atol=1e-5, rtol=0)  # float32 rounds by the batch, where pixels have it
     with pytest.raises(DigitError, match="output_type 'latent'"):
         pipe(class_labels=[1], output_type="latent")
 

@@ -125,7 +125,9 @@ def test_generators_decide_the_seed(pipe):
     moving = generator(7)
     assert bytes_of(pipe(num=2, generator=moving)) != bytes_of(pipe(num=2, generator=moving))
     both = pipe(num=2, generator=[generator(3), generator(4)])
-    assert bytes_of(both)[1] == pipe(num=1, generator=[generator(4)])[0].tobytes()
+    alone = pipe(num=1, generator=[generator(4)])[0]
+    # float32, in which processors without bfloat16 make pixels, rounds by the batch: half a level may become one
+    assert abs(np.asarray(both[1]).astype(int) - np.asarray(alone)).max() <= 1
 
 
 # -- settings and results
