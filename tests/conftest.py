@@ -37,6 +37,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
+def pixels_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pixels are made in bfloat16 whatever the processor; float32 rounds them by the batch. See quick_pixels."""
+    monkeypatch.setattr("digit.core.devices.bf16_is_fast", lambda device: True)
+
+
+@pytest.fixture
 def backbone_file(tmp_path: Path) -> Path:
     """AlexNet in torchvision's layout, with random weights."""
     from digit.models.lpips import untrained

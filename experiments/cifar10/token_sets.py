@@ -20,9 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from matched import shuffle
+from matched import PACKAGED, fidelity, shuffle
 
-import digit
 from digit import DigitPipeline
 from digit.clustering.discretisers import Discretisation
 from digit.core.config import load_preset
@@ -45,7 +44,6 @@ from digit.models.vqgan import VQGAN
 from digit.pipeline.card import describe_model
 from digit.training.tasks.encoder import neighbour_accuracy
 
-PACKAGED = Path(digit.__file__).parent / "packaged" / "cifar10"
 FIT_IMAGES = 20_000
 QUERIES = 2_000  # test images, whose neighbours are looked up among all training images
 CHANGES = ("training.epochs=1", "model.transformer.dropout=0.1")
@@ -137,11 +135,11 @@ def measure(stages: Stages, tokens: TokenSet, vq: Step) -> tuple[DigitPipeline, 
     return pipe.with_parts(prior=prior, decoders={"ar": decoder}), {"spent": spent, "left": left, **found}
 
 
-def fidelity(stages: Stages, pipe: DigitPipeline, num: int, reference: Reference) -> dict[str, float]:
+def fid_of(stages: Stages, pipe: DigitPipeline, num: int, reference: Reference) -> dict[str, float]:
     """FID and FID∞ of sampled images, without a filter."""
     run = SamplingRun(pipe, num, 0, decoder="ar" if pipe.decoders else None)
     inputs = {"model": describe_model(pipe)["parts"], "num": num, "reference": reference.describe()}
-    work = stages.steps.run("fidelity", inputs, lambda _: dict(reference.measure(run.batches(), num, "")["values"]))
+    work = stages.steps.run("fidelity", inputs, partial(fidelity, reference, run))
     return {name: work.value[name] for name in ("fid", "fid_infinity")}
 
 
@@ -172,7 +170,7 @@ def main() -> None:
         reference = Reference.of("cifar10-train", open_extractor(), FidelityOptions())
         for name, pipe in models.items():
             line = found["sets"][name] if name else found["alone"]
-            line |= fidelity(stages, pipe, options.fid, reference)
+            line |= fid_of(stages, pipe, options.fid, reference)
             print(name, line, flush=True)
         write_json(options.out / "token-sets.json", {**found, "num": options.fid})
 

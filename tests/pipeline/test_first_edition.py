@@ -13,6 +13,7 @@ from digit import DigitPipeline
 from digit.pipeline.generation import generate_folder
 from digit.pipeline.tokens import load_tokens_file
 
+pytestmark = pytest.mark.usefixtures("pixels_in_bfloat16")  # as on the machine that wrote the images
 ROOT = Path(__file__).parents[1] / "assets" / "first_edition"
 RUNS = [
     ("first", "ar"),
@@ -21,12 +22,6 @@ RUNS = [
     ("tokens", "onepass"),  # VQ tokens in one pass
     ("baseline", None),  # a prior of VQ tokens
 ]
-
-
-@pytest.fixture(autouse=True)
-def pixels_in_bfloat16(monkeypatch):
-    """As on the machine that wrote the images; one without such instructions takes float32, see quick_pixels."""
-    monkeypatch.setattr("digit.core.devices.bf16_is_fast", lambda device: True)
 
 
 def pixels(path):

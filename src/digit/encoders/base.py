@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,6 +18,15 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Combine = Literal["sum", "mean", "concat"]
 """How the outputs of several blocks become one feature."""
+
+
+def combined(parts: list[Tensor], how: Combine) -> Tensor:
+    """One feature (B, N, D) of those of several blocks, each (B, N, d)."""
+    if len(parts) == 1:
+        return parts[0]
+    if how == "concat":
+        return torch.cat(parts, dim=2)
+    return torch.stack(parts).mean(0) if how == "mean" else torch.stack(parts).sum(0)
 
 
 @config

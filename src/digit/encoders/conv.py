@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from digit.core.config import PositiveInt, config
 from digit.core.errors import DigitError
-from digit.encoders.base import Combine, Preprocessing
+from digit.encoders.base import Combine, Preprocessing, combined
 from digit.models.component import Component
 
 
@@ -60,10 +60,14 @@ class ConvEncoderConfig:
         return {name: value for name, value in fields(self).items() if name not in unused}
 
     @property
+    def block_widths(self) -> list[int]:
+        """Channels of the output of each block."""
+        return [width for width, count in zip(self.widths, self.blocks, strict=True) for _ in range(count)]
+
+    @property
     def taken(self) -> dict[int, int]:
         """The width of each block whose output is taken."""
-        widths = [width for width, count in zip(self.widths, self.blocks, strict=True) for _ in range(count)]
-        return {layer: widths[layer] for layer in self.layers or (-1,)}
+        return {layer: self.block_widths[layer] for layer in self.layers or (-1,)}
 
     @property
     def factor(self) -> int:
@@ -132,18 +136,20 @@ class ConvEncoder(Component):
 
     def features(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (B, 3, H, W), of any side that the factor divides, to features (B, h * w, D)."""
-        outputs = [self.stem(pixels.contiguous(memory_format=torch.channels_last))]
-        for block in self.blocks:
-            outputs.append(block(outputs[-1]))
-        grid = outputs[-1].shape[2:]
-        parts = [self._normed(outputs[layer], grid, last=layer == -1) for layer in self.config.taken]
-        if self.config.combine == "concat":
-            return torch.cat(parts, dim=2)
-        return torch.stack(parts).mean(0) if self.config.combine == "mean" else torch.stack(parts).sum(0)
+        grid = pixels.shape[2] // self.config.factor, pixels.shape[3] // self.config.factor
+        x: Tensor = self.stem(pixels.contiguous(memory_format=torch.channels_last))
+        found, taken = dict[int, Tensor](), self.config.taken
+        for layer, block in enumerate(self.blocks, -len(self.blocks)):
+            if layer > max(taken):
+                break
+            x = block(x)
+            if layer in taken:
+                found[layer] = self._normed(x, grid, last=layer == -1)
+        return combined([found[layer] for layer in taken], self.config.combine)
 
-    def _normed(self, x: Tensor, grid: torch.Size, last: bool) -> Tensor:
+    def _normed(self, x: Tensor, grid: tuple[int, int], last: bool) -> Tensor:
         """The output of a block (B, d, H, W) to (B, h * w, d); only the last block's norm has weights of its own."""
-        x = (x if x.shape[2:] == grid else F.adaptive_avg_pool2d(x, (grid[0], grid[1]))).flatten(2).transpose(1, 2)
+        x = (x if x.shape[2:] == grid else F.adaptive_avg_pool2d(x, grid)).flatten(2).transpose(1, 2)
         out: Tensor = self.norm(x) if last else F.layer_norm(x, x.shape[2:])
         return out
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_folder, write_json
-from digit.encoders.base import Combine, Preprocessing
+from digit.encoders.base import Combine, Preprocessing, combined
 from digit.encoders.families import (
     FAMILIES,
     Family,
@@ -133,11 +133,8 @@ class TransformersEncoder(nn.Module):
             return features
         found, norm = self._run(images, output_hidden_states=True), self.network.get_submodule(self._norm)
         normed = [*map(norm, found.hidden_states[1:-1]), found.last_hidden_state]  # of each block that is kept
-        parts = torch.stack([normed[layer - self.config.last - 1] for layer in self.config.layers])
-        parts = parts[:, :, self.prefix :]  # (layers, B, N, D)
-        if self.config.combine == "concat":
-            return parts.movedim(0, 2).flatten(2)  # (B, N, layers D)
-        return parts.mean(0) if self.config.combine == "mean" else parts.sum(0)
+        parts = [normed[layer - self.config.last - 1][:, self.prefix :] for layer in self.config.layers]
+        return combined(parts, self.config.combine)
 
     def states(self, images: Tensor) -> list[Tensor]:
         """The features (B, N, D) after each block up to the chosen one, the last normed as :meth:`forward` gives it."""
