@@ -13,7 +13,8 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.encoders.loading import small_conv, small_vit
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.models.lpips import BACKBONES
+from digit.models.lpips import BACKBONES, Lpips, untrained
+from digit.training.losses.energy import Seen, energy
 from digit.training.losses.images import (
     EncoderView,
     ImageLoss,
@@ -24,8 +25,10 @@ from digit.training.losses.images import (
     generator_hinge,
     gradient_ratio,
     lecam,
+    lpips_layers,
     ramp,
 )
+from digit.training.task import Step
 from digit.training.tasks.encoder import neighbour_accuracy
 
 
@@ -91,6 +94,41 @@ def test_encoder_distance_grows_with_damage_and_gives_gradients(make: object) ->
 def test_perceptual_encoder_wants_images_of_its_size() -> None:
     with pytest.raises(DigitError, match="images of 32 pixels, those that are to be made have 64"):
         EncoderView(small_conv(widths=(8, 16, 32)), 64)
+
+
+def test_lpips_layers_are_those_that_lpips_compares() -> None:
+    pytest.importorskip("lpips")
+    network = untrained("vgg").eval()
+    one, other = torch.rand(2, 2, 3, 32, 32)
+    layers = zip(lpips_layers(network, one), lpips_layers(network, other), network.lins, strict=True)
+    with torch.no_grad():
+        distances = sum(head((a - b).square()).mean((2, 3)) for a, b, head in layers).flatten()
+        expected = network(one * 2 - 1, other * 2 - 1).flatten()
+    torch.testing.assert_close(distances, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_energy_distance_looks_through_lpips_and_the_encoder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("lpips")
+    lpips = Lpips(untrained("vgg").eval(), "random", torch.device("cpu"))
+    monkeypatch.setattr("digit.training.losses.images.load_lpips", lambda _: lpips)
+    small_conv().save_pretrained(tmp_path)
+    kinds = []
+
+    def spied(*seen: Seen) -> tuple[torch.Tensor, torch.Tensor]:
+        kinds.append(len(seen[0].layers))
+        return energy(*seen)
+
+    monkeypatch.setattr("digit.training.losses.images.energy", spied)
+    images, draws = torch.rand(2, 3, 32, 32), torch.rand(4, 3, 32, 32, requires_grad=True)
+    for encoder in (None, str(tmp_path)):
+        objective = ImageObjective(perceptual="lpips", perceptual_encoder=encoder)
+        (loss,) = ImageLoss(objective, 32)(0.0, {}, draws, images, {}, Step(0, 1), nn.ModuleDict(), energy_weight=1.0)
+        loss.value.backward()
+    assert kinds == [5, 5 + len(small_conv().blocks)]
+    assert draws.grad is not None
+    assert float(draws.grad.abs().sum()) > 0
 
 
 def test_lpips_without_weights_says_where_to_put_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -181,8 +181,10 @@ def test_a_start_that_does_not_fit_gets_a_sentence(images: ImageDataset, tmp_pat
 
 
 def test_what_does_not_fit_gets_a_sentence(images: ImageDataset, tmp_path: Path) -> None:
-    with pytest.raises(DigitError, match="give both or neither"):
+    with pytest.raises(DigitError, match="name it as perceptual_encoder"):
         build(images, perceptual="encoder")
+    with pytest.raises(DigitError, match="leave it out"):
+        build(images, perceptual_encoder=str(tmp_path / "encoder"))
     with pytest.raises(DigitError, match="There is no encoder"):
         build(images, perceptual="encoder", perceptual_encoder=str(tmp_path / "nowhere"))
     with pytest.raises(DigitError, match="did you mean 'gan_weight'"):

@@ -2,7 +2,7 @@
 
 The mean distance to the image, less half of the mean distance of two draws, is smallest where draws are distributed as
 images are, so a network that is trained for it keeps the variety that a pixel loss averages away, and it needs no
-discriminator. Distances are those of parts of an image: what an encoder sees at a place and in a window of places,
+discriminator. Distances are those of parts of an image: what a network sees at a place and in a window of places,
 windows of pixels, and the whole in few pixels.
 
 Sources: Gneiting and Raftery 2007, doi 10.1198/016214506000001437, section 4.3 (the energy score); Gritsenko et al.
@@ -12,38 +12,54 @@ Sources: Gneiting and Raftery 2007, doi 10.1198/016214506000001437, section 4.3 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 _WINDOW, _COARSE = 8, 4  # pixels along the side of a window, and of what becomes one pixel of the whole
+_LEAST = 1e-10  # below a root, whose slope has no bound at 0
 
 
-def parts(images: Tensor, layers: Sequence[Tensor]) -> list[Tensor]:
-    """Vectors (B, D, n) of which each is compared: of images (B, 3, S, S), and of layers (B, C, h, w) of what an
-    encoder sees in them. Windows lie side by side; where they begin in an image is the objective's ``shift``.
+@dataclass(frozen=True)
+class Seen:
+    """Images (B, 3, S, S), and the layers (B, C, h, w) of what networks see in them."""
+
+    images: Tensor
+    layers: Sequence[Tensor]
+
+
+def energy(first: Seen, second: Seen, real: Seen) -> tuple[Tensor, Tensor]:
+    """() the energy distance of two draws and an image, each kind of part in units of its own distance to the image;
+    and () the mean distance of two draws in those units, 1 where they vary as images do.
     """
-    side = images.shape[-1]
-    found = [layer.flatten(2) for layer in layers]
-    for layer in layers:
-        window = max(4, _WINDOW * layer.shape[-1] // side)
-        found.append(F.unfold(layer, window, stride=window))
-    found.append(F.unfold(images, _WINDOW, stride=_WINDOW))
-    found.append(F.avg_pool2d(images, _COARSE).flatten(1)[:, :, None])
-    return found
+    return energy_score((distances(first, real) + distances(second, real)) / 2, distances(first, second))
 
 
-def energy(first: Sequence[Tensor], second: Sequence[Tensor], real: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """() the energy distance of two draws and an image, from their parts (B, D, n), each kind in units of its own
-    distance to the image; and () the mean distance of two draws in those units, 1 where they vary as images do.
-    """
-    near = (_distances(first, real) + _distances(second, real)) / 2  # (kinds,)
-    apart = _distances(first, second)
+def energy_score(near: Tensor, apart: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`energy` from the mean distances (kinds,) of draws to the image, and of two draws."""
     unit = near.detach().clamp(min=1e-6)
     return ((near - apart / 2) / unit).mean(), (apart.detach() / unit).mean()
 
 
-def _distances(some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    pairs = zip(some, others, strict=True)
-    return torch.stack([torch.linalg.vector_norm(a - b, dim=1).mean() for a, b in pairs])
+def distances(some: Seen, others: Seen) -> Tensor:
+    """Mean distances (kinds,): of each layer at a place and in a window of places, then of windows of pixels, then of
+    the whole. Windows lie side by side; where they begin in an image is the objective's ``shift``.
+    """
+    side, found = some.images.shape[-1], []
+    for one, other in zip(some.layers, others.layers, strict=True):
+        squares = (one - other).square().sum(1)  # (B, h, w)
+        width = squares.shape[-1]
+        found += [_mean_root(squares), _windows(squares, min(width, max(4, _WINDOW * width // side)))]
+    found.append(_windows((some.images - others.images).square().sum(1), _WINDOW))
+    coarse = F.avg_pool2d(some.images, _COARSE) - F.avg_pool2d(others.images, _COARSE)
+    return torch.stack([*found, _mean_root(coarse.square().sum((1, 2, 3)))])
+
+
+def _windows(squares: Tensor, side: int) -> Tensor:
+    return _mean_root(F.avg_pool2d(squares, side, divisor_override=1))
+
+
+def _mean_root(squares: Tensor) -> Tensor:
+    return (squares + _LEAST).sqrt().mean()

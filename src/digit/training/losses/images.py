@@ -22,7 +22,7 @@ from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
 from digit.models.lpips import load_lpips
-from digit.training.losses.energy import energy, parts
+from digit.training.losses.energy import Seen, energy
 from digit.training.task import Batch, Groups, Loss, Step
 
 _LECAM_SPEED = 0.01  # of the averages of logits
@@ -65,8 +65,10 @@ class ImageObjective:
     shift: NonNegativeInt = 0
 
     def __post_init__(self) -> None:
-        if (self.perceptual == "encoder") != (self.perceptual_encoder is not None):
-            raise ValueError("perceptual_encoder names the encoder of perceptual 'encoder': give both or neither")
+        if self.perceptual == "encoder" and self.perceptual_encoder is None:
+            raise ValueError("perceptual 'encoder' compares what an encoder sees: name it as perceptual_encoder")
+        if self.perceptual == "none" and self.perceptual_encoder is not None:
+            raise ValueError("perceptual_encoder is given and perceptual 'none' compares nothing it sees: leave it out")
 
     def draw(self, count: int, generator: torch.Generator) -> Batch:
         """Random numbers of ``count`` examples: "flip" (count,) bool, and "shift" (count, 2) where there is one."""
@@ -158,12 +160,18 @@ class ImageLoss:
     def _energy(
         self, rebuilt: Tensor, images: Tensor, seen: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The energy distance of the two draws of each image, and metrics; "variety" should come to 1."""
+        """The energy distance of the two draws of each image, in all layers of all networks, and metrics; "variety"
+        should come to 1.
+        """
         count = len(images)
+        if self.lpips is not None:
+            with torch.no_grad():
+                wanted = [*wanted, *lpips_layers(self.lpips, images)]
+            seen = [*seen, *lpips_layers(self.lpips, rebuilt)]
         first, second = (
-            parts(rebuilt[rows], [layer[rows] for layer in seen]) for rows in (slice(count), slice(count, 2 * count))
+            Seen(rebuilt[rows], [layer[rows] for layer in seen]) for rows in (slice(count), slice(count, 2 * count))
         )
-        value, variety = energy(first, second, parts(images, wanted))
+        value, variety = energy(first, second, Seen(images, wanted))
         return value, {**_pixels(rebuilt[:count], images)[2], "variety": variety}
 
     def _comparison(
@@ -383,6 +391,15 @@ class EncoderView(nn.Module):
                 x = block(x)
                 layers.append(x)
         return [F.normalize(layer.float(), dim=1) for layer in layers]
+
+
+def lpips_layers(network: nn.Module, images: Tensor) -> list[Tensor]:
+    """What LPIPS's backbone sees in images (B, 3, S, S) in 0..1: its five layers (B, C, h, w), float32 and of unit
+    length at every place, before the trained heads.
+    """
+    scaled: Tensor = network.scaling_layer(images * 2 - 1)
+    layers: Sequence[Tensor] = network.net(scaled.contiguous(memory_format=torch.channels_last))
+    return [F.normalize(layer.float(), dim=1) for layer in layers]
 
 
 def feature_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
