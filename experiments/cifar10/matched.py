@@ -1,11 +1,13 @@
-"""The pair at equal training flops: a VQ prior against a semantic prior with its AR decoder, over 16 x 16 VQ tokens.
+"""The pair at equal training flops: a VQ prior against a semantic prior with its AR decoder, over 8 x 8 or 16 x 16 VQ
+tokens.
 
     python experiments/cifar10/matched.py shuffle runs/tokens-f2 --out runs/tokens-shuffled
     python experiments/cifar10/matched.py measure runs/matched --num 10000 --out runs/matched/results
 
-RUNS holds the trainings ``vq-s0``, ``semantic-s0`` and ``ar-s0`` (and further seeds), and ``ar-shuffled-s0``, whose
-semantic tokens are those of other images; README.md beside this file has their commands. The shuffled decoder is
-sampled behind the same prior: what its prefix says is of no use, and everything else is equal.
+RUNS holds the trainings ``vq-s0``, ``semantic-s0`` and ``ar-s0`` (and further seeds), ``vq-large-s0``, a VQ prior of as
+many parameters as the pair, and ``ar-shuffled-s0``, whose semantic tokens are those of other images; README.md beside
+this file has their commands. The shuffled decoder is sampled behind the same prior: what its prefix says is of no use,
+and everything else is equal. ``--vqgan`` is the one whose tokens they are.
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from digit.models.token_model import TokenModel
 from digit.pipeline.assembly import assemble
 from digit.pipeline.card import describe_model
 from digit.training.health import forward_flops
-from digit.training.logs import last_metrics
+from digit.training.logs import last_metrics, read_metrics
 
 PACKAGED = Path(digit.__file__).parent / "packaged" / "cifar10"
 MODELS = {
     "VQ prior": ("vq",),
+    "VQ prior of as many parameters as the pair": ("vq-large",),
     "semantic prior + AR decoder": ("semantic", "ar"),
     "the same, decoder trained with shuffled semantic tokens": ("semantic", "ar-shuffled"),
 }
@@ -62,14 +65,17 @@ def shuffle(cache: Path, out: Path, seed: int = 0) -> None:
 
 
 def training(run: Path) -> dict[str, Any]:
-    """What a training cost and reached: parameters, steps, PFLOP, bits of a held-out image."""
+    """What a training cost and reached: parameters, steps, PFLOP, minutes, bits of a held-out image."""
     model = load_component(run / "model", TokenModel)
     facts, metrics = model.provenance, last_metrics(run)
     flops = 3 * forward_flops(model.config)  # an image, forward and backward
+    rates = [row["examples_per_second"] for row in read_metrics(run) if "examples_per_second" in row]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": facts["steps"],
         "images": facts["examples_seen"],
+        "minutes": facts["examples_seen"] / np.mean(rates).item() / 60,
+        "lr": facts["training"]["lr"],
         "pflop": flops * facts["examples_seen"] / 1e15,
         "bits": metrics["validation/nll"] * model.config.length / math.log(2),
     }

@@ -55,6 +55,7 @@ SIZES = {
     "9 blocks of 128": ("vq-whole", "", "", "", "prior-vq-whole", ""),
 }
 """Four fidelities and two trainings of priors of each size; those of the first row are the study's own."""
+MATCHED = ("VQ prior", "semantic prior + AR decoder")
 DECODERS = {"ar": "AR", "masked": "masked", "onepass": "feed-forward"}
 
 
@@ -311,9 +312,9 @@ class Results:
         ]
         return table(["model", "parameters of the decoder", "FID", "FID∞", "KID", "precision", "recall"], rows)
 
-    def matched(self) -> str:
+    def matched(self, record: str) -> str:
         """The pair at equal training flops; see matched.py."""
-        found = second("matched")
+        found = second(record)
         if found is None:
             return MISSING
         rows = []
@@ -326,13 +327,15 @@ class Results:
                     f"{sum(part['parameters'] for part in parts):,}",
                     f"{sum(part['pflop'] for part in parts):.3f}",
                     " + ".join(f"{part['steps']:,}" for part in parts),
+                    " + ".join(f"{part['lr']:g}" if "lr" in part else "0.002" for part in parts),
+                    " + ".join(_number(part.get("minutes"), 0) for part in parts),
                     " + ".join(f"{part['bits']:,.0f}" for part in parts),
                     _number(row["fid"]),
                     _number(row.get("fid_infinity")),
                 ]
             )
-        head = ["model", "seed", "parameters", "training PFLOP", "steps of 64", "bits an image", "FID", "FID∞"]
-        return table(head, rows)
+        head = ["model", "seed", "parameters", "training PFLOP", "steps of 64", "rate", "minutes of a core"]
+        return table([*head, "bits an image", "FID", "FID∞"], rows)
 
     def bits(self) -> list[tuple[str, float, float, float]]:
         """For every set of semantic tokens: its name, bits an image spent on it, bits of VQ tokens saved, FID ratio."""
@@ -342,22 +345,30 @@ class Results:
                 64 * math.log2(self.metric(run, "validation/perplexity") or math.nan) for run in (vq, semantic, decoder)
             )
             points.append((name, spent, vq_bits - left, (self.fid(above) or math.nan) / (self.fid(below) or math.nan)))
-        found, one = second("matched"), second("vq-one-epoch")  # saved is counted after as many epochs
-        if found is not None and one is not None:
-            models = {row["model"]: row for row in found["models"] if row["seed"] == 0}
-            above = models.pop("VQ prior")["fid"]
-            alone = one["validation/nll"] * one["positions"] / math.log(2)
-            for name, row in models.items():
-                spent, left = (part["bits"] for part in row["trainings"].values())
-                points.append((f"256 VQ tokens, equal flops: {name}", spent, alone - left, above / row["fid"]))
-        if (found := second("token-sets")) is not None:
-            alone = found["alone"]
+        sets, longer = second("token-sets"), second("vq-one-epoch")  # saved is counted after as many epochs
+        if longer is not None:
+            bits = longer["validation/nll"] * longer["positions"] / math.log(2)
+            points += self._equal_flops("matched-256", "256 VQ tokens, equal flops", bits)
+        if sets is not None:
+            points += self._equal_flops("matched-64", "64 VQ tokens, equal flops", sets["alone"]["bits"])
+            alone = sets["alone"]
             points += [
                 (f"one epoch each, {name}", row["spent"], alone["bits"] - row["left"], alone["fid"] / row["fid"])
-                for name, row in found["sets"].items()
+                for name, row in sets["sets"].items()
                 if "fid" in row
             ]
         return points
+
+    def _equal_flops(self, record: str, name: str, alone: float) -> list[tuple[str, float, float, float]]:
+        """The point of a record of matched.py, the mean over its seeds; ``alone``: bits of a VQ prior of one epoch."""
+        rows = (second(record) or {"models": []})["models"]
+        priors, pairs = ([row for row in rows if row["model"] == model] for model in MATCHED)
+        if not pairs:
+            return []
+        bits = [[part["bits"] for part in row["trainings"].values()] for row in pairs]
+        spent, left = (statistics.mean(column) for column in zip(*bits, strict=True))
+        ratios = [prior["fid"] / pair["fid"] for prior, pair in zip(priors, pairs, strict=True)]
+        return [(name, spent, alone - left, statistics.mean(ratios))]
 
     def saved(self) -> str:
         """The table of :meth:`bits`."""
@@ -568,10 +579,13 @@ only.
 
 {results.token_sets()}
 ## Equal training flops
-`matched.py`: 256 VQ tokens of `vqgan-f2`, dropout .1, no filter, no class, 10,000 images; minutes are left out, for
-other work ran beside.
+`matched.py`: the packaged VQGAN's 64 VQ tokens an image, dropout .1, no filter, no class, 10,000 images a model; a seed
+is one of the prior's, the decoder's and the sampling's. The rates are the best of three for each part (`../LOG.md`).
 
-{results.matched()}
+{results.matched("matched-64")}
+The same over the 256 VQ tokens of `vqgan-f2`, with one rate for all; minutes are left out, for other work ran beside.
+
+{results.matched("matched-256")}
 ## The packaged feed-forward decoder
 `feedforward.py`: 10,000 images of the packaged prior with all classes in turns and the model's default settings. FID
 against the 50,000 training images; KID, precision and recall against the 10,000 test images.
