@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from digit import DigitPipeline
 from digit.core.config import load_preset
 from digit.pipeline.assembly import assemble
+from digit.sampling.rng import pixel_latents
 from doc_blocks import parse
 
 HERE = Path(__file__).parents[1] / "experiments" / "cifar10"
@@ -23,7 +25,7 @@ def load(name):
     return module
 
 
-study, results = load("study"), load("results")
+study, results, growth = load("study"), load("results"), load("grow")
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
@@ -126,3 +128,15 @@ def test_curves_are_tables_once_they_are_measured():
     assert "| top_k 50 | 12.50 |" in kept.settings()
     assert "| given of the tokens | 25% |" in kept.prefixes()
     assert "| vq-s0 | 9.00 |" in kept.prefixes()
+
+
+def test_a_larger_decoder_begins_with_the_same_images():
+    small = DigitPipeline.from_pretrained("cifar10").decoders["onepass"]
+    grown = growth.grow(small, depth=6, blocks=3)
+    assert (grown.config.transformer.depth, grown.config.pixels.blocks) == (6, 3)
+    tokens = torch.randint(1024, (2, 64), generator=torch.Generator().manual_seed(0))
+    noise = pixel_latents(small.config, range(2))
+    with torch.no_grad():
+        assert torch.equal(grown.eval()(tokens, noise), small(tokens, noise))
+    with pytest.raises(SystemExit, match="more blocks, not fewer"):
+        growth.grow(small, depth=6, blocks=1)

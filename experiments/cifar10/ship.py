@@ -30,6 +30,7 @@ NOTES = {
     "recipe": "experiments/cifar10 of the repository: presets, commands, records",
     "data": "CIFAR-10 (Krizhevsky 2009), training split. Its images come from the web and have no stated licence; "
     "the weights' licence covers the weights alone",
+    "losses": "the feed-forward decoder learned from distances in LPIPS's VGG16, which was trained on ImageNet",
 }
 
 

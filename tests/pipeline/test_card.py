@@ -134,6 +134,9 @@ def test_training_is_told_from_the_parts_provenance(pipe):
     eyes, prior = tiny.encoder(), tiny.token_model("prior", num_classes=tiny.CLASSES)
     eyes.provenance = {"data": {"name": "birds", "split": "train"}, "steps": 1200}
     prior.provenance = {"source": "someone/checkpoint.pt", "updates": 125000}
-    card = model_card(pipe.with_parts(encoder=eyes, prior=prior))
+    decoder = tiny.token_model("ar")
+    decoder.provenance = {"data": {"name": "birds"}, "steps": 300, "start": {"weights": "0a"}}
+    card = model_card(pipe.with_parts(encoder=eyes, prior=prior, decoders={"ar": decoder}))
+    assert "- decoder/ar: on birds; 300 steps; from weights that were trained before" in card
     assert "- encoder: on birds, split train; 1,200 steps" in card
     assert "- prior: 125,000 updates; from someone/checkpoint.pt" in card

@@ -68,6 +68,8 @@ class Part:
             if isinstance(data, Mapping) and "name" in data:
                 facts.append(f"on {data['name']}" + (f", split {data['split']}" if data.get("split") else ""))
         facts += [f"{made[key]:,} {key}" for key in ("steps", "updates") if isinstance(made.get(key), int)]
+        if "start" in made:
+            facts.append("from weights that were trained before")
         if isinstance(made.get("source"), str):
             checksum = f" (sha256 {made['sha256'][:12]}…)" if "sha256" in made else ""
             facts.append(f"from {made['source']}{checksum}")
