@@ -9,7 +9,7 @@ arXiv 1801.03924 (LPIPS). [2] Lim and Ye 2017, arXiv 1705.02894 (hinge). [3] Tse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -393,7 +393,7 @@ class EncoderView(nn.Module):
         return [F.normalize(layer.float(), dim=1) for layer in layers]
 
 
-def lpips_layers(network: nn.Module, images: Tensor) -> list[Tensor]:
+def lpips_layers(network: Any, images: Tensor) -> list[Tensor]:
     """What LPIPS's backbone sees in images (B, 3, S, S) in 0..1: its five layers (B, C, h, w), float32 and of unit
     length at every place, before the trained heads.
     """
