@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from digit.models.component import save_component
 from digit.models.feedforward import FeedForwardDecoder
 
 LAST = ("attention.out.weight", "attention.out.bias", "ffn_out.weight", "ffn_out.bias", "conv2.weight")
@@ -45,8 +44,8 @@ def main() -> None:
     torch.manual_seed(0)
     decoder = FeedForwardDecoder.from_pretrained(options.decoder)
     grown = grow(decoder, options.depth, options.blocks)
-    provenance = {**decoder.provenance, "grown": {"depth": options.depth, "blocks": options.blocks}}
-    save_component(options.out, grown, grown.config, provenance)
+    grown.provenance = {**decoder.provenance, "grown": {"depth": options.depth, "blocks": options.blocks}}
+    grown.save_pretrained(options.out)
     print(f"{grown.config.describe()}: {sum(p.numel() for p in grown.parameters()):,} parameters, in {options.out}")
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import shutil
+import statistics
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -74,7 +75,7 @@ def training(run: Path) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "steps": facts["steps"],
         "images": facts["examples_seen"],
-        "minutes": facts["examples_seen"] / np.mean(rates).item() / 60,
+        "minutes": facts["examples_seen"] / statistics.harmonic_mean(rates) / 60,
         "lr": facts["training"]["lr"],
         "pflop": flops * facts["examples_seen"] / 1e15,
         "bits": metrics["validation/nll"] * model.config.length / math.log(2),

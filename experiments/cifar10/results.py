@@ -327,7 +327,7 @@ class Results:
                     f"{sum(part['parameters'] for part in parts):,}",
                     f"{sum(part['pflop'] for part in parts):.3f}",
                     " + ".join(f"{part['steps']:,}" for part in parts),
-                    " + ".join(f"{part['lr']:g}" if "lr" in part else "0.002" for part in parts),
+                    " + ".join(f"{part['lr']:g}" for part in parts),
                     " + ".join(_number(part.get("minutes"), 0) for part in parts),
                     " + ".join(f"{part['bits']:,.0f}" for part in parts),
                     _number(row["fid"]),
@@ -345,13 +345,13 @@ class Results:
                 64 * math.log2(self.metric(run, "validation/perplexity") or math.nan) for run in (vq, semantic, decoder)
             )
             points.append((name, spent, vq_bits - left, (self.fid(above) or math.nan) / (self.fid(below) or math.nan)))
-        sets, longer = second("token-sets"), second("vq-one-epoch")  # saved is counted after as many epochs
-        if longer is not None:
-            bits = longer["validation/nll"] * longer["positions"] / math.log(2)
+        sets, one = second("token-sets"), second("vq-one-epoch")  # saved is counted after as many epochs
+        if one is not None:
+            bits = one["validation/nll"] * one["positions"] / math.log(2)
             points += self._equal_flops("matched-256", "256 VQ tokens, equal flops", bits)
         if sets is not None:
-            points += self._equal_flops("matched-64", "64 VQ tokens, equal flops", sets["alone"]["bits"])
             alone = sets["alone"]
+            points += self._equal_flops("matched-64", "64 VQ tokens, equal flops", alone["bits"])
             points += [
                 (f"one epoch each, {name}", row["spent"], alone["bits"] - row["left"], alone["fid"] / row["fid"])
                 for name, row in sets["sets"].items()

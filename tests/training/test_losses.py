@@ -13,7 +13,7 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.encoders.loading import small_conv, small_vit
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.models.lpips import BACKBONES, Lpips, untrained
+from digit.models.lpips import BACKBONES, Lpips, lpips_layers, untrained
 from digit.training.losses.energy import Seen, energy
 from digit.training.losses.images import (
     EncoderView,
@@ -25,7 +25,6 @@ from digit.training.losses.images import (
     generator_hinge,
     gradient_ratio,
     lecam,
-    lpips_layers,
     ramp,
 )
 from digit.training.task import Step

@@ -9,7 +9,7 @@ arXiv 1801.03924 (LPIPS). [2] Lim and Ye 2017, arXiv 1705.02894 (hinge). [3] Tse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from digit.encoders.conv import ConvEncoder
 from digit.encoders.loading import load_encoder
 from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.models.lpips import load_lpips
+from digit.models.lpips import load_lpips, lpips_layers
 from digit.training.losses.energy import Seen, energy
 from digit.training.task import Batch, Groups, Loss, Step
 
@@ -167,7 +167,7 @@ class ImageLoss:
         if self.lpips is not None:
             with torch.no_grad():
                 wanted = [*wanted, *lpips_layers(self.lpips, images)]
-            seen = [*seen, *lpips_layers(self.lpips, rebuilt)]
+            seen = [*seen, *lpips_layers(self.lpips, rebuilt[: 2 * count])]
         first, second = (
             Seen(rebuilt[rows], [layer[rows] for layer in seen]) for rows in (slice(count), slice(count, 2 * count))
         )
@@ -391,15 +391,6 @@ class EncoderView(nn.Module):
                 x = block(x)
                 layers.append(x)
         return [F.normalize(layer.float(), dim=1) for layer in layers]
-
-
-def lpips_layers(network: Any, images: Tensor) -> list[Tensor]:
-    """What LPIPS's backbone sees in images (B, 3, S, S) in 0..1: its five layers (B, C, h, w), float32 and of unit
-    length at every place, before the trained heads.
-    """
-    scaled: Tensor = network.scaling_layer(images * 2 - 1)
-    layers: Sequence[Tensor] = network.net(scaled.contiguous(memory_format=torch.channels_last))
-    return [F.normalize(layer.float(), dim=1) for layer in layers]
 
 
 def feature_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
