@@ -25,7 +25,8 @@ import numpy as np
 
 import digit
 from digit import DigitPipeline
-from digit.core.files import read_json, sha256_of, write_folder, write_json
+from digit.core.files import write_folder, write_json
+from digit.data.token_cache import write_checksums
 from digit.evaluation.metrics.fidelity import FidelityOptions
 from digit.evaluation.metrics.inception import open_extractor
 from digit.evaluation.model_source import SamplingRun
@@ -61,8 +62,7 @@ def shuffle(cache: Path, out: Path, seed: int = 0) -> None:
         ends = np.cumsum([len(part) for part in parts])[:-1]
         for path, part in zip(paths, np.split(others, ends), strict=True):
             np.save(path, part)
-            sums = path.with_name("checksums.json")
-            write_json(sums, {**read_json(sums), path.name: sha256_of(path)})
+            write_checksums(path.parent)
 
 
 def training(run: Path) -> dict[str, Any]:

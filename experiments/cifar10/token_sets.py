@@ -2,8 +2,8 @@
 
     python experiments/cifar10/token_sets.py --data data/cifar10 --out runs/token-sets
 
-Every set is a codebook over other outputs of the packaged encoder: the last block, the one before, their sum, both side
-by side through principal components, earlier blocks, larger and smaller vocabularies. For each, a semantic prior and
+Every set is a codebook over other outputs of the packaged encoder (or of that of ``--encoder``): the last block, the one
+before, their sum, both side by side through principal components, earlier blocks, larger and smaller vocabularies. For each, a semantic prior and
 an AR decoder are trained for one epoch, and so is a prior over the VQ tokens alone. Bits are those of images held out.
 The last set is a control: its decoder learns with the semantic tokens of other images, behind the first set's prior.
 ``--vqgan experiments/cifar10/vqgan-f2`` asks over 256 VQ tokens an image instead of 64, ``--only`` for some sets,
@@ -25,9 +25,9 @@ from matched import PACKAGED, fidelity, shuffle
 from digit import DigitPipeline
 from digit.clustering.discretisers import Discretisation
 from digit.core.config import load_preset
-from digit.core.files import read_json, sha256_of, write_json
+from digit.core.files import read_json, write_json
 from digit.data.dataset import open_dataset
-from digit.data.token_cache import Views
+from digit.data.token_cache import Views, write_checksums
 from digit.encoders import load_encoder
 from digit.encoders.base import Combine
 from digit.evaluation.metrics.fidelity import FidelityOptions
@@ -59,9 +59,9 @@ class TokenSet:
     pca: int | None = None
     shuffled: bool = False
 
-    def encoder(self) -> Any:
-        """The packaged encoder, with these outputs."""
-        return load_encoder(PACKAGED / "encoder", layers=self.layers, combine=self.combine)
+    def encoder(self, folder: Path) -> Any:
+        """A saved encoder, with these outputs."""
+        return load_encoder(folder, layers=self.layers, combine=self.combine)
 
 
 SETS = {
@@ -93,8 +93,7 @@ def joined(stages: Stages, semantic: Step, vq: Step) -> Step:
         for path in semantic.folder.glob("shard-*/semantic.npy"):
             shard = folder / path.parent.name
             shutil.copy(path, shard)
-            sums = shard / "checksums.json"
-            write_json(sums, {**read_json(sums), path.name: sha256_of(path)})
+            write_checksums(shard)
         ours, theirs = (read_json(step.folder / "index.json") for step in (semantic, vq))
         tokens = {**ours["tokens"], **theirs["tokens"]}
         write_json(folder / "index.json", {**theirs, "tokens": tokens, "models": [ours["models"], theirs["models"]]})
@@ -119,11 +118,11 @@ def untrained(stages: Stages, pipe: DigitPipeline) -> dict[str, Any]:
     return found
 
 
-def measure(stages: Stages, tokens: TokenSet, vq: Step) -> tuple[DigitPipeline, dict[str, Any]]:
-    """What a set of tokens costs, what it leaves to the decoder, and what :func:`untrained` says of it; and the model
-    over it, without a VQGAN.
+def measure(stages: Stages, folder: Path, tokens: TokenSet, vq: Step) -> tuple[DigitPipeline, dict[str, Any]]:
+    """What a set of tokens of the encoder in ``folder`` costs, what it leaves to the decoder, and what :func:`untrained`
+    says of it; and the model over it, without a VQGAN.
     """
-    encoder = tokens.encoder()
+    encoder = tokens.encoder(folder)
     codebook = stages.codebook(encoder, tokens.clusters, FIT_IMAGES, kind=Discretisation(pca=tokens.pca))
     pipe = DigitPipeline(encoder=encoder, codebook=codebook)
     found = untrained(stages, pipe)
@@ -147,6 +146,7 @@ def main() -> None:
     """Measure every set that is asked for; what is finished is kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="data/cifar10")
+    parser.add_argument("--encoder", type=Path, default=PACKAGED / "encoder")
     parser.add_argument("--vqgan", type=Path, default=PACKAGED / "vqgan")
     parser.add_argument("--only", help="numbers of sets, such as 0,3; all if left out")
     parser.add_argument("--fid", type=int, default=0, help="images a model to measure FID of; 0: none")
@@ -161,7 +161,7 @@ def main() -> None:
     models = {"": alone.with_parts(prior=prior)}
     chosen = [list(SETS)[int(number)] for number in options.only.split(",")] if options.only else list(SETS)
     for name in chosen:
-        pipe, line = measure(stages, SETS[name], vq)
+        pipe, line = measure(stages, options.encoder, SETS[name], vq)
         models[name] = pipe.with_parts(vqgan=vqgan)
         found["sets"][name] = {**line, "worth": (bits - line["left"]) / line["spent"]}
         print(name, found["sets"][name], flush=True)

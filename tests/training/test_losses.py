@@ -13,20 +13,19 @@ from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.encoders.loading import small_conv, small_vit
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.models.lpips import BACKBONES, Lpips, lpips_layers, untrained
+from digit.models.lpips import BACKBONES, Lpips, untrained
 from digit.training.losses.energy import Seen, energy
 from digit.training.losses.images import (
-    EncoderView,
     ImageLoss,
     ImageObjective,
     augment,
     discriminator_hinge,
-    feature_distance,
     generator_hinge,
     gradient_ratio,
     lecam,
     ramp,
 )
+from digit.training.losses.perceptual import EncoderView, feature_distance, lpips_layers
 from digit.training.task import Step
 from digit.training.tasks.encoder import neighbour_accuracy
 

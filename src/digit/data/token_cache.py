@@ -255,9 +255,13 @@ def build_token_cache(
                     buffer = io.BytesIO()
                     np.save(buffer, array, allow_pickle=False)
                     write_bytes(aside / f"{name}.npy", buffer.getvalue())
-                sums = {path.name: sha256_of(path) for path in sorted(aside.glob("*.npy"))}
-                write_json(aside / "checksums.json", sums)
+                write_checksums(aside)
     return None if any(not folder.is_dir() for folder in folders) else open_token_cache(out)
+
+
+def write_checksums(shard: Path) -> None:
+    """Write the SHA-256 of each array in a shard's folder, for :meth:`TokenCache.verify`."""
+    write_json(shard / "checksums.json", {path.name: sha256_of(path) for path in sorted(shard.glob("*.npy"))})
 
 
 def _tokenizers(model: DigitPipeline) -> dict[str, Tokenizer]:

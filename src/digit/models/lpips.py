@@ -6,14 +6,12 @@ The package `lpips` brings the network's structure and its trained heads; the Im
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from digit.core.errors import DigitError, require
@@ -65,15 +63,6 @@ def load_lpips(net: str = "alex", weights: str | Path = "auto", device: str = "c
     network.net.load_state_dict({key: tensors[name] for key, name in wanted.items()})
     text = f"lpips {version('lpips')} ({net}), backbone: {source}"
     return Lpips(network.to(device).eval().requires_grad_(False), text, torch.device(device))
-
-
-def lpips_layers(network: Any, images: Tensor) -> list[Tensor]:
-    """What LPIPS's backbone sees in images (B, 3, S, S) in 0..1: its five layers (B, C, h, w), float32 and of unit
-    length at every place, before the trained heads.
-    """
-    scaled: Tensor = network.scaling_layer(images * 2 - 1)
-    layers: Sequence[Tensor] = network.net(scaled.contiguous(memory_format=torch.channels_last))
-    return [F.normalize(layer.float(), dim=1) for layer in layers]
 
 
 def untrained(net: str) -> Any:

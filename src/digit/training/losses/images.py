@@ -17,16 +17,14 @@ from torch import Tensor, nn
 
 from digit.core.config import NonNegative, NonNegativeInt, Positive, PositiveInt, Probability, Share, config
 from digit.core.errors import DigitError
-from digit.encoders.conv import ConvEncoder
 from digit.encoders.loading import load_encoder
-from digit.encoders.transformers_encoder import TransformersEncoder
 from digit.models.discriminator import Discriminator, DiscriminatorConfig
-from digit.models.lpips import load_lpips, lpips_layers
+from digit.models.lpips import load_lpips
 from digit.training.losses.energy import Seen, energy
+from digit.training.losses.perceptual import EncoderView, feature_distance, lpips_layers
 from digit.training.task import Batch, Groups, Loss, Step
 
 _LECAM_SPEED = 0.01  # of the averages of logits
-_VIT_LAYERS = 4
 Metrics = Mapping[str, Tensor]
 Augmentation = Literal["color", "translation", "cutout"]
 """One of DiffAugment's [4]."""
@@ -354,45 +352,3 @@ _AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "translation": _translation,
     "cutout": _cutout,
 }
-
-
-class EncoderView(nn.Module):
-    """The layers of features that a frozen encoder sees in an image, for the distance and the discriminator.
-
-    That is LPIPS without a download: all channels are weighted alike. A self-supervised encoder ignores what its
-    augmentations change (colour, a little blur), so it stands beside a pixel loss and does not replace it.
-    """
-
-    def __init__(self, encoder: ConvEncoder | TransformersEncoder, size: int) -> None:
-        """Take an encoder and the side of the images; a DigitError where the encoder is for images of another size."""
-        super().__init__()
-        if encoder.preprocessing.image_size != size:
-            raise DigitError(
-                f"The perceptual encoder takes images of {encoder.preprocessing.image_size} pixels, those "
-                f"that are to be made have {size}."
-            )
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.dims: list[int] = [encoder.dim] * _VIT_LAYERS
-        if isinstance(encoder, ConvEncoder):
-            self.dims = encoder.config.block_widths
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place: of each
-        block of a convolutional encoder, or of four blocks of a ViT at equal distances.
-        """
-        encoder = self.encoder
-        if isinstance(encoder, TransformersEncoder):
-            states = encoder.states(images)  # depth tensors (B, N, D)
-            chosen = [states[len(states) * (i + 1) // _VIT_LAYERS - 1] for i in range(_VIT_LAYERS)]
-            layers = [state.transpose(1, 2).reshape(len(images), -1, *encoder.grid) for state in chosen]
-        else:
-            x, layers = encoder.stem(encoder.preprocessing(images).contiguous(memory_format=torch.channels_last)), []
-            for block in encoder.blocks:
-                x = block(x)
-                layers.append(x)
-        return [F.normalize(layer.float(), dim=1) for layer in layers]
-
-
-def feature_distance(features: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
-    """() squared distance of unit features (B, C, h, w), the mean over places and over layers."""
-    return torch.stack([(a - b).square().sum(1).mean() for a, b in zip(features, others, strict=True)]).mean()
