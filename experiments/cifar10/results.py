@@ -556,8 +556,7 @@ The model with classes and the AR decoder, 2,000 images a point: compare with ea
 {results.settings()}
 ## Prefixes
 The unconditional pair, 2,000 images a point. With all tokens given nothing is left to the prior: what remains is the
-    decoder's, or the
-VQGAN's.
+decoder's, or the VQGAN's.
 
 {results.prefixes()}
 ## Discretisers
@@ -581,6 +580,8 @@ only.
 ## Equal training flops
 `matched.py`: the packaged VQGAN's 64 VQ tokens an image, dropout .1, no filter, no class, 10,000 images a model; a seed
 is one of the prior's, the decoder's and the sampling's. The rates are the best of three for each part (`../LOG.md`).
+The larger VQ prior has the smaller one's rate. Seed 2, the larger VQ prior and the shuffled tokens ran on a faster AMD
+EPYC than the rest.
 
 {results.matched("matched-64")}
 The same over the 256 VQ tokens of `vqgan-f2`, with one rate for all; minutes are left out, for other work ran beside.
