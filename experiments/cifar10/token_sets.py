@@ -2,9 +2,10 @@
 
     python experiments/cifar10/token_sets.py --data data/cifar10 --out runs/token-sets
 
-Every set is a codebook over other outputs of the packaged encoder (or of that of ``--encoder``): the last block, the one
-before, their sum, both side by side through principal components, earlier blocks, larger and smaller vocabularies. For each, a semantic prior and
-an AR decoder are trained for one epoch, and so is a prior over the VQ tokens alone. Bits are those of images held out.
+Every set is a codebook over other outputs of the packaged encoder (or of that of ``--encoder``): the last block, the
+one before, their sum, both side by side through principal components, earlier blocks, larger and smaller vocabularies.
+For each, a semantic prior and an AR decoder are trained for one epoch, and so is a prior over the VQ tokens alone. Bits
+are those of images held out.
 The last set is a control: its decoder learns with the semantic tokens of other images, behind the first set's prior.
 ``--vqgan experiments/cifar10/vqgan-f2`` asks over 256 VQ tokens an image instead of 64, ``--only`` for some sets,
 ``--fid 2000`` also for FID of so many sampled images against all training images.
