@@ -31,7 +31,7 @@ TRAIN = {
     "training.sample_every": 0,
     "data.held_out": 4,
 }  # fmt: skip
-EVALUATE = {"--num": "4", "--batch-size": "4", "--epochs": "1", "--images": "64", "--layers": "1"}
+EVALUATE = {"--num": "4", "--batch-size": "4", "--epochs": "1", "--images": "64"}
 
 
 def trainings(profile: str):
