@@ -60,10 +60,6 @@ class TokenSet:
     pca: int | None = None
     shuffled: bool = False
 
-    def encoder(self, folder: Path) -> Any:
-        """A saved encoder, with these outputs."""
-        return load_encoder(folder, layers=self.layers, combine=self.combine)
-
 
 SETS = {
     "last block": TokenSet(),
@@ -123,7 +119,7 @@ def measure(stages: Stages, folder: Path, tokens: TokenSet, vq: Step) -> tuple[D
     """What a set of tokens of the encoder in ``folder`` costs, what it leaves to the decoder, and what :func:`untrained`
     says of it; and the model over it, without a VQGAN.
     """
-    encoder = tokens.encoder(folder)
+    encoder = load_encoder(folder, layers=tokens.layers, combine=tokens.combine)
     codebook = stages.codebook(encoder, tokens.clusters, FIT_IMAGES, kind=Discretisation(pca=tokens.pca))
     pipe = DigitPipeline(encoder=encoder, codebook=codebook)
     found = untrained(stages, pipe)
