@@ -40,6 +40,7 @@ from digit.evaluation.steps import Step
 from digit.evaluation.studies.points import Reference
 from digit.evaluation.studies.ranking import NEIGHBOURS
 from digit.evaluation.studies.stages import Stages
+from digit.models.component import weights_checksum
 from digit.models.token_model import TokenModel
 from digit.models.vqgan import VQGAN
 from digit.pipeline.card import describe_model
@@ -116,8 +117,8 @@ def untrained(stages: Stages, pipe: DigitPipeline) -> dict[str, Any]:
 
 
 def measure(stages: Stages, folder: Path, tokens: TokenSet, vq: Step) -> tuple[DigitPipeline, dict[str, Any]]:
-    """What a set of tokens of the encoder in ``folder`` costs, what it leaves to the decoder, and what :func:`untrained`
-    says of it; and the model over it, without a VQGAN.
+    """What tokens of the encoder in ``folder`` cost, what they leave to the decoder, and what :func:`untrained` says of
+    them; and the model over them, without a VQGAN.
     """
     encoder = load_encoder(folder, layers=tokens.layers, combine=tokens.combine)
     codebook = stages.codebook(encoder, tokens.clusters, FIT_IMAGES, kind=Discretisation(pca=tokens.pca))
@@ -160,7 +161,8 @@ def main() -> None:
     for name in chosen:
         pipe, line = measure(stages, options.encoder, SETS[name], vq)
         models[name] = pipe.with_parts(vqgan=vqgan)
-        found["sets"][name] = {**line, "worth": (bits - line["left"]) / line["spent"]}
+        worth, encoder = (bits - line["left"]) / line["spent"], weights_checksum(pipe.encoder)
+        found["sets"][name] = {**line, "worth": worth, "encoder": encoder}
         print(name, found["sets"][name], flush=True)
         write_json(options.out / "token-sets.json", found)
     if options.fid:

@@ -29,6 +29,12 @@ def combined(parts: list[Tensor], how: Combine) -> Tensor:
     return torch.stack(parts).mean(0) if how == "mean" else torch.stack(parts).sum(0)
 
 
+def as_written(fields: dict[str, Any]) -> dict[str, Any]:
+    """An encoder's config: without several layers as the first edition wrote it, which caches are compared with."""
+    unused = () if fields["layers"] else ("layers", "combine")
+    return {name: value for name, value in fields.items() if name not in unused}
+
+
 @config
 class Preprocessing:
     """From images in 0..1 to what the network sees, saved with the encoder, so that fitting and tokenizing cannot

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from digit.core.config import PositiveInt, config
 from digit.core.errors import DigitError
-from digit.encoders.base import Combine, Preprocessing, combined
+from digit.encoders.base import Combine, Preprocessing, as_written, combined
 from digit.models.component import Component
 
 
@@ -55,9 +55,7 @@ class ConvEncoderConfig:
 
     @model_serializer(mode="wrap")
     def _plain(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without several layers it is written as the first edition did, which caches of tokens are compared with."""
-        unused = () if self.layers else ("layers", "combine")
-        return {name: value for name, value in fields(self).items() if name not in unused}
+        return as_written(fields(self))
 
     @property
     def block_widths(self) -> list[int]:

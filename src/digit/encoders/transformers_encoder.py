@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from digit.core.config import config, from_dict, to_dict
 from digit.core.errors import DigitError
 from digit.core.files import write_folder, write_json
-from digit.encoders.base import Combine, Preprocessing, combined
+from digit.encoders.base import Combine, Preprocessing, as_written, combined
 from digit.encoders.families import (
     FAMILIES,
     Family,
@@ -57,9 +57,7 @@ class EncoderConfig:
 
     @model_serializer(mode="wrap")
     def _plain(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without several layers it is written as the first edition did, which caches of tokens are compared with."""
-        unused = () if self.layers else ("layers", "combine")
-        return {name: value for name, value in fields(self).items() if name not in unused}
+        return as_written(fields(self))
 
     @property
     def family(self) -> Family:
