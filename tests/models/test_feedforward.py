@@ -4,7 +4,7 @@ import torch
 from digit.core.config import from_dict
 from digit.core.errors import DigitError
 from digit.models.component import load_component, save_component
-from digit.models.feedforward import FeedForwardConfig, FeedForwardDecoder
+from digit.models.feedforward import _FILTERS, FeedForwardConfig, FeedForwardDecoder, _smooth
 from digit.sampling import SamplingParams, sample
 from digit.sampling.rng import pixel_latents
 
@@ -35,15 +35,25 @@ def test_pixels_and_vq_logits(tokens: torch.Tensor) -> None:
     assert decoder(head="vq")(tokens).shape == (3, 16, 20)
 
 
-def test_images_hold_no_net() -> None:
-    model = decoder()
+@pytest.mark.parametrize(("smoothing", "border"), [("binomial", 1), ("flat", 2)])
+def test_images_hold_no_net(smoothing: str, border: int) -> None:
+    model = decoder(pixels={**PIXELS["pixels"], "smoothing": smoothing})
     out = model.head.conv_out
     torch.nn.init.zeros_(out.weight)
     out.bias.data = torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(3)  # the four pixels of a patch, a chessboard
     images = model(torch.zeros(1, 16, dtype=torch.long))
-    torch.testing.assert_close(
-        images[..., 1:-1, 1:-1], torch.full((1, 3, 30, 30), 0.5)
-    )  # at the border a pixel sees itself again
+    inner = slice(border, -border)  # at the border a pixel sees itself again
+    torch.testing.assert_close(images[..., inner, inner], torch.full_like(images, 0.5)[..., inner, inner])
+
+
+@pytest.mark.parametrize(("smoothing", "kept"), [("binomial", 1 / 2), ("flat", 3 / 4)])
+def test_what_the_fixed_filter_keeps(smoothing: str, kept: float) -> None:
+    places = torch.arange(32.0)
+    waves = torch.stack([torch.ones(32), (torch.pi / 2 * places).cos(), (torch.pi * places).cos()])  # (3, 32)
+    images = waves[:, None].expand(3, 32, 32)[None]  # each colour a wave along the rows, of no, 4 and 2 pixels
+    smoothed = _smooth(images, _FILTERS[smoothing])[0, :, :, 2:-2]
+    expected = torch.tensor([1.0, kept, 0.0])[:, None, None] * images[0, :, :, 2:-2]
+    torch.testing.assert_close(smoothed, expected, atol=1e-6, rtol=0)
 
 
 def test_a_grid_need_not_be_square_and_every_token_counts() -> None:

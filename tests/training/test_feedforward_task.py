@@ -181,6 +181,7 @@ def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: Digi
     learn(task, config, tmp_path / "first")
     save_tokens_file(tmp_path / "tokens.npz", Tokens(torch.randint(12, (40, 16)), None))
     preset["data"]["samples"] = str(tmp_path / "tokens.npz")
+    preset["model"]["pixels"]["smoothing"] = "flat"  # the fixed filter has no weights and may be another
     start = FineTune(source=str(tmp_path / "first"))
     post, config = build_task("decoder", preset, cifar512, "test", start=start, parts=parts)
     saved = read_tensors(tmp_path / "first" / "model" / "model.safetensors")
@@ -194,6 +195,7 @@ def test_post_training_begins_with_the_saved_decoder(cifar512: Path, parts: Digi
     folder = learn(post, config, tmp_path / "second")
     again = load_component(folder, FeedForwardDecoder, FeedForwardConfig)
     assert not torch.equal(again.token_embedding.weight, saved["token_embedding.weight"])
+    assert again.config.pixels.smoothing == "flat"
     assert "sampled" in next(iter(post.batches(Stream(start=0, stop=1, batch_size=8))))
 
 

@@ -317,8 +317,12 @@ def build(
     model, origin = FeedForwardDecoder(shape), dict[str, Any]()
     if start is not None:
 
-        def fits(saved: FeedForwardDecoder) -> bool:
-            return replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer) == shape
+        def fits(saved: FeedForwardDecoder) -> bool:  # what has no weights may be another: dropout, the fixed filter
+            pixels = saved.config.pixels
+            if pixels is not None and shape.pixels is not None:
+                pixels = replace(pixels, smoothing=shape.pixels.smoothing)
+            known = replace(saved.config, class_dropout=shape.class_dropout, transformer=shape.transformer)
+            return replace(known, pixels=pixels) == shape
 
         origin = saved_part(start, "onepass", FeedForwardDecoder.from_pretrained, model, fits)
     elif objective.centroid_embeddings:
