@@ -1,6 +1,7 @@
 """What a user names and is not here: paths are answered at once, and only the rest is looked for on the Hub."""
 
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -56,6 +57,14 @@ def test_a_hub_out_of_reach_is_not_tried_again_and_again(find, online, capsys):
     assert time.perf_counter() - begin < 10  # the Hub's client alone takes 23 seconds
     assert "Retrying" not in capsys.readouterr().err
     assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_a_data_set_of_the_same_name_does_not_hide_the_packaged_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cifar10").mkdir()
+    assert resolve_model("cifar10") == packaged_models()["cifar10"]
+    Path("cifar10/model_index.json").touch()
+    assert resolve_model("cifar10") == Path("cifar10")
 
 
 def test_the_packaged_model_is_found():

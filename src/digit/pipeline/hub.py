@@ -56,8 +56,8 @@ def resolve_model(
     """The folder of a model.
 
     Args:
-        name: looked for as a local folder, a packaged model, in the cache, and on the Hub, in this order; None is the
-            packaged one.
+        name: looked for as a local model, a packaged one, another local folder, in the cache, and on the Hub, in this
+            order; None is the packaged one.
         variant: which of the models of a Hub repository: for ``DAMO-NLP-SG/DiGIT`` one of :data:`VARIANTS`, else a
             folder in it.
         revision: branch, tag or commit on the Hub.
@@ -75,12 +75,11 @@ def resolve_model(
                 "No model was named, and this installation has no packaged one. Give a folder or a Hub id."
             )
         return next(iter(packaged.values()))
-    path = Path(name).expanduser()
+    path, text = Path(name).expanduser(), str(name)
+    if text in packaged and not (path / INDEX).is_file():  # a data set may lie in a folder of the same name
+        return packaged[text]
     if path.is_dir():
         return path
-    text = str(name)
-    if text in packaged:
-        return packaged[text]
     known = f" (packaged: {', '.join(packaged)})" if packaged else ""
     repository_id(text, "model", f"no such folder, no packaged model of this name{known}")
     if text == AUTHORS:
