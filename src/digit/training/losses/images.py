@@ -89,11 +89,17 @@ class ImageLoss:
     trained.
     """
 
-    def __init__(self, objective: ImageObjective, resolution: int, last: Tensor | None = None) -> None:
+    def __init__(
+        self, objective: ImageObjective, resolution: int, last: Tensor | None = None, energy_weight: float = 0.0
+    ) -> None:
         """Load what compares images of ``resolution`` pixels; a DigitError where it is missing or does not fit.
-        Gradients are compared at ``last``, the weight of the generator's last layer, or else at the images.
+
+        Args:
+            last: where gradients are compared, the weight of the generator's last layer; None: at the images.
+            energy_weight: above 0, this much of the energy distance of two draws takes the place of the other
+                comparisons.
         """
-        self.objective, self.last = objective, last
+        self.objective, self.last, self.energy_weight = objective, last, energy_weight
         self.lpips: nn.Module | None = None
         if objective.perceptual == "lpips":
             try:
@@ -105,7 +111,8 @@ class ImageLoss:
         self.frozen = [network for network in (self.lpips, self.view) if network is not None]
         self.discriminator: Discriminator | None = None
         if objective.gan_weight:
-            seen = self.view.dims if self.view and objective.discriminator.feature_channels else ()
+            wants, one = objective.discriminator.feature_channels, torch.zeros(1, 3, resolution, resolution)
+            seen = [layer.shape[1] for layer in self._see(one)] if wants else []
             self.discriminator = Discriminator(objective.discriminator, seen)
 
     def optimizers(self) -> Groups:
@@ -127,26 +134,24 @@ class ImageLoss:
         modules: nn.ModuleDict,
         matched: int | None = None,
         unmatched_pixels: float = 1.0,
-        energy_weight: float = 0.0,
     ) -> Iterator[Loss]:
         """The losses of a step: the generator's, then the discriminator's once it has begun, as often as it learns.
 
         Args:
             loss, metrics: what the generator pays otherwise.
-            rebuilt: (B', 3, S, S), B' >= B; what is beyond the first B ``images`` has no image to be like.
+            rebuilt: (B', 3, S, S), B' >= B; what is beyond the first B ``images`` has no image to be like. With an
+                energy distance it begins with two draws of each image, all first before all second ones.
             modules: the task's, whose "discriminator" the loop may have wrapped.
             matched: how many of the images must come back in every way. The others pay the deeper half of the
                 perceptual features (shallow layers see colours) and ``unmatched_pixels`` of the pixels' loss.
-            energy_weight: above 0, ``rebuilt`` begins with two draws of each image, all first before all second ones,
-                and this much of their energy distance takes the place of the other comparisons.
         """
         images, rebuilt = (self.objective.moved(some, batch) for some in (images, rebuilt))
         with torch.no_grad():
-            wanted = self.view(images) if self.view else []  # layers of features (B, C, h, w)
-        seen = self.view(rebuilt) if self.view else []
-        if energy_weight:
+            wanted = self._see(images)
+        seen = self._see(rebuilt)
+        if self.energy_weight:
             value, more = self._energy(rebuilt, images, seen, wanted)
-            value = energy_weight * value
+            value = self.energy_weight * value
         else:
             value, more = self._comparison(rebuilt, images, seen, wanted, matched, unmatched_pixels)
         loss, metrics = loss + value, {**metrics, **more}
@@ -155,17 +160,22 @@ class ImageLoss:
         else:
             yield from self._adversarial(loss, metrics, modules["discriminator"], rebuilt, images, seen, wanted, step)
 
+    def _see(self, images: Tensor) -> list[Tensor]:
+        """The layers of features (B, C, h, w) that a discriminator gets too: of the encoder, and with an energy
+        distance of LPIPS's backbone; without one LPIPS compares by itself.
+        """
+        layers = self.view(images) if self.view else []
+        if self.energy_weight and self.lpips is not None:
+            layers = [*layers, *lpips_layers(self.lpips, images)]
+        return layers
+
     def _energy(
         self, rebuilt: Tensor, images: Tensor, seen: Sequence[Tensor], wanted: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The energy distance of the two draws of each image, in all layers of all networks, and metrics; "variety"
-        should come to 1.
+        """The energy distance of the two draws of each image, in all layers, and metrics; "variety" should come to
+        1.
         """
         count = len(images)
-        if self.lpips is not None:
-            with torch.no_grad():
-                wanted = [*wanted, *lpips_layers(self.lpips, images)]
-            seen = [*seen, *lpips_layers(self.lpips, rebuilt[: 2 * count])]
         first, second = (
             Seen(rebuilt[rows], [layer[rows] for layer in seen]) for rows in (slice(count), slice(count, 2 * count))
         )
@@ -244,7 +254,7 @@ class ImageLoss:
         wants = self.objective.discriminator.feature_channels
         if self.objective.augment:
             images = augment(images, self.objective.augment)
-            seen = self.view(images) if self.view and wants else ()
+            seen = self._see(images) if wants else ()
         return images, seen if wants else ()
 
     def _discrimination(self, logits: Sequence[Tensor], real: int) -> Loss:

@@ -162,7 +162,7 @@ class OnePassTask(ImageTask):
         if start:
             description["start"] = dict(start)
         frozen = [vqgan] if vqgan is not None else []
-        criterion = ImageLoss(objective, resolution)
+        criterion = ImageLoss(objective, resolution, energy_weight=objective.energy)
         super().__init__(networks, criterion, resolution, train, held_out, description, frozen)
         if samples is not None and "discriminator" not in self.modules:
             raise DigitError(
@@ -216,8 +216,8 @@ class OnePassTask(ImageTask):
         labels = None if labels is None else torch.cat([labels, torch.full_like(sampled[:, 0], -1)])
         loss, rebuilt = self._rebuild(tokens, own, labels, images)  # (), (B or 2 B + samples, 3, S, S)
         loss = loss + self.objective.kl * information
-        fresh, weight = self.objective.fresh_pixels, self.objective.energy
-        return self.criterion(loss, metrics, rebuilt, images, batch, step, self.modules, matched, fresh, weight)
+        fresh = self.objective.fresh_pixels
+        return self.criterion(loss, metrics, rebuilt, images, batch, step, self.modules, matched, fresh)
 
     def validate(self) -> dict[str, float]:
         """How held-out images come back from their tokens, with noise as in use: PSNR in dB (mean over images) and mean
