@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 
+from digit.core.environment import processor_name
 from digit.core.errors import DigitError
 
 DTYPES = {
@@ -38,31 +37,16 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def bf16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 is quicker than float32 there. A CPU with instructions for it is tried once, for a few
-    milliseconds: an Intel Xeon without AMX has them and multiplies half as fast with them, an AMD EPYC twice as fast.
+    """Whether bfloat16 is quicker than float32 there: where a GPU or AMX has it, or the AVX-512 of an AMD processor.
+    An Intel one without AMX has such instructions too, and multiplies half as fast with them.
     """
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # private names, which may go
-    held_back = torch.backends.cpu.get_cpu_capability() == "AVX2"  # as ATEN_CPU_CAPABILITY does
-    if device.type != "cpu" or held_back or not any(getattr(torch.cpu, probe, bool)() for probe in probes):
+    if device.type != "cpu" or torch.backends.cpu.get_cpu_capability() == "AVX2":  # as ATEN_CPU_CAPABILITY does
         return False
-    return measured_flops(device, torch.bfloat16) > measured_flops(device, torch.float32)
-
-
-@cache
-def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """The best FLOP/s of a few square matrix products, on as many threads as torch has now."""
-    size = 512 if device.type == "cpu" else 8192
-    a = torch.ones(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):  # the first is slow
-        start = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+    # private names, which may go
+    amx, avx512 = (getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return amx or (avx512 and "Intel" not in processor_name())
 
 
 def quick_pixels(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 def hardware() -> dict[str, Any]:
     """The machine: processor, cores, the threads torch uses, and GPUs."""
     return {
-        "processor": _processor(),
+        "processor": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
@@ -22,7 +23,9 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+@cache
+def processor_name() -> str:
+    """The maker's name of the processor, such as "AMD EPYC"."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 import statistics
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from digit.core.devices import bf16_is_fast, measured_flops
+from digit.core.devices import bf16_is_fast
 from digit.core.errors import DigitError
 from digit.core.files import write_json
 from digit.models.token_config import TokenModelConfig
@@ -203,3 +205,18 @@ def peak_flops(device: torch.device, precision: str) -> float:
             if known in name:
                 return flops
     return measured_flops(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+
+
+@cache
+def measured_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The best FLOP/s of a few square matrix products, on as many threads as torch has now."""
+    size = 512 if device.type == "cpu" else 8192
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):  # the first is slow
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
