@@ -77,6 +77,7 @@ def test_encoder_distance_grows_with_damage_and_gives_gradients(make: object) ->
     images = torch.rand(4, 3, 32, 32, generator=generator())
     noise = torch.randn(images.shape, generator=generator(1))
     features = view(images)
+    assert [layer.shape[1] for layer in features] == view.dims
     assert features[-1].shape[2:] == (8, 8)
     torch.testing.assert_close(features[0].norm(dim=1), torch.ones(4, *features[0].shape[2:]))
     values = [float(feature_distance(view(images + s * noise), features)) for s in (0.0, 0.05, 0.2)]

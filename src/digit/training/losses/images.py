@@ -9,7 +9,7 @@ arXiv 1801.03924 (LPIPS). [2] Lim and Ye 2017, arXiv 1705.02894 (hinge). [3] Tse
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +100,7 @@ class ImageLoss:
                 comparisons.
         """
         self.objective, self.last, self.energy_weight = objective, last, energy_weight
-        self.lpips: nn.Module | None = None
+        self.lpips: Any = None
         if objective.perceptual == "lpips":
             try:
                 self.lpips = load_lpips("vgg").network
@@ -111,9 +111,12 @@ class ImageLoss:
         self.frozen = [network for network in (self.lpips, self.view) if network is not None]
         self.discriminator: Discriminator | None = None
         if objective.gan_weight:
-            wants, one = objective.discriminator.feature_channels, torch.zeros(1, 3, resolution, resolution)
-            seen = [layer.shape[1] for layer in self._see(one)] if wants else []
-            self.discriminator = Discriminator(objective.discriminator, seen)
+            widths = self.view.dims if self.view else []
+            if energy_weight and self.lpips is not None:
+                widths = [*widths, *self.lpips.chns]
+            self.discriminator = Discriminator(
+                objective.discriminator, widths if objective.discriminator.feature_channels else ()
+            )
 
     def optimizers(self) -> Groups:
         """The discriminator's parameter group, if there is one."""

@@ -34,6 +34,9 @@ class EncoderView(nn.Module):
                 f"that are to be made have {size}."
             )
         self.encoder = encoder.eval().requires_grad_(False)
+        self.dims: list[int] = [encoder.dim] * _VIT_LAYERS
+        if isinstance(encoder, ConvEncoder):
+            self.dims = encoder.config.block_widths
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, S, S) in 0..1 to features (B, C, h, w), float32 and of unit length at every place: of each
